@@ -1,0 +1,47 @@
+"""Run thousands of prompts against the OpenAI API: paced within its limits, retried, priced, in order."""
+
+from openai_eval_client._openai import AsyncOpenAI
+from openai_eval_client.client import OpenAIClient
+from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
+from openai_eval_client.errors import (
+    APIError,
+    BatchError,
+    BudgetExceededError,
+    PartialFailureError,
+    QuotaError,
+    RateLimitError,
+    RequestTooLargeError,
+    TimeoutError,
+    ValidationError,
+)
+from openai_eval_client.models import (
+    BatchJob,
+    BatchJobStatus,
+    BatchRequest,
+    ClientStats,
+    ModelResponse,
+    TokenUsage,
+)
+
+__all__ = [
+    "APIError",
+    "AsyncOpenAI",
+    "BatchConfig",
+    "BatchError",
+    "BatchJob",
+    "BatchJobStatus",
+    "BatchRequest",
+    "BudgetExceededError",
+    "ClientStats",
+    "ModelResponse",
+    "OpenAIClient",
+    "OpenAIConfig",
+    "PartialFailureError",
+    "QuotaError",
+    "RateLimitConfig",
+    "RateLimitError",
+    "RequestTooLargeError",
+    "TimeoutError",
+    "TokenUsage",
+    "ValidationError",
+]

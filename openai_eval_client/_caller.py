@@ -1,0 +1,236 @@
+"""One prompt, from its place in the queue to its answer: admitted, sent, settled, retried, priced."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client._answers import is_answer, priced_usage, read_answer
+from openai_eval_client._governor import Demand, Governor, Outcome
+from openai_eval_client._requests import PATHS
+from openai_eval_client._retry import retrying
+from openai_eval_client._wire import max_output, usage_counts
+from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
+
+if sys.version_info >= (3, 11):
+    from asyncio import timeout as deadline
+else:
+    from async_timeout import timeout as deadline
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from openai_eval_client._limiter import Lane
+    from openai_eval_client._pricing import Pricer
+    from openai_eval_client._requests import Parameters
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.config import OpenAIConfig
+    from openai_eval_client.models import ModelResponse
+
+logger = logging.getLogger("openai_eval_client")
+
+# What a model may refuse, and what takes its place: learnt from its 400, never guessed from its name.
+_SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
+_REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way.
+
+    Attributes:
+        parameters: What is asked.
+        body: The request's body, as first asked for.
+        input_tokens: What its input counts.
+        turn: Its place in the queue, kept through all attempts.
+        lane: The concurrency bound it runs under; None: the model's.
+    """
+
+    parameters: Parameters
+    body: dict[str, Any]
+    input_tokens: int
+    turn: int
+    lane: Lane | None
+
+
+class Caller:
+    """Sends prompts one at a time, any number of them concurrently.
+
+    Args:
+        config: Where the API is, and how often to retry.
+        sdk: An SDK client whose HTTP client is not governed and that does not retry.
+        governor: Admits every attempt.
+        counter: Counts the tokens of the input.
+        pricer: Knows the prices.
+    """
+
+    def __init__(
+        self,
+        config: OpenAIConfig,
+        sdk: openai.AsyncOpenAI,
+        governor: Governor,
+        counter: TokenCounter,
+        pricer: Pricer,
+    ) -> None:
+        self._key = config.api_key
+        self._sdk = sdk
+        self._governor = governor
+        self._counter = counter
+        self._pricer = pricer
+        self._refused: dict[str, set[str]] = {}
+        self._retrying = retrying(
+            self._attempt,
+            max_retries=config.max_retries,
+            max_wait=governor.config.max_wait,
+            on_retry=governor.recorder.retry,
+        )
+
+    async def __call__(
+        self, prompt: str | Sequence[Any], parameters: Parameters, *, lane: Lane | None = None
+    ) -> ModelResponse:
+        """Answer one prompt.
+
+        Args:
+            prompt: The prompt, checked.
+            parameters: What is asked, checked.
+            lane: A concurrency bound of the caller's own, instead of the model's.
+
+        Returns:
+            The response, priced.
+
+        Raises:
+            openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
+        """
+        body = parameters.with_prompt(prompt)
+        tokens = await self._counter.count_input(body)
+        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane)
+        try:
+            response: ModelResponse = await self._retrying(job)
+        except openai.APIError as error:
+            self._governor.recorder.failed()
+            _forget_key(error, self._key)
+            raise
+        return await self._account(response, tokens)
+
+    async def _attempt(self, job: _Job) -> ModelResponse:
+        """Send once; and once more for each parameter the model turns out to refuse."""
+        while True:
+            body = self._adapted(job.body)
+            try:
+                return await self._send(job, body)
+            except openai.BadRequestError as error:
+                if not self._learn_refusal(error, body):
+                    raise
+
+    async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
+        demand = Demand(body["model"], job.input_tokens, max_output(body))
+        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
+        started, outcome = time.perf_counter(), Outcome()
+        try:
+            reply = await self._post(job.parameters, body)
+            latency = time.perf_counter() - started
+            answer = _decode(reply, job.parameters.api)
+            outcome = Outcome(reply.status_code, reply.headers, usage_counts(answer.get("usage")))
+        except openai.APIStatusError as error:
+            outcome = Outcome(error.status_code, error.response.headers)
+            raise
+        finally:
+            admission.settle(outcome)
+        request_id = reply.headers.get("x-request-id")
+        if outcome.usage is not None:
+            self._counter.observe(body["model"], job.input_tokens, outcome.usage[0])
+        return read_answer(answer, job.parameters, request_id=request_id, latency=latency)
+
+    async def _post(self, parameters: Parameters, body: dict[str, Any]) -> Any:
+        """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
+        options: Any = {"timeout": None, "headers": parameters.headers, "params": parameters.query}
+        path, seconds = PATHS[parameters.api], parameters.timeout
+        try:
+            async with deadline(seconds):
+                return await self._sdk.post(path, body=body, cast_to=sdk_httpx().Response, options=options)
+        except asyncio.TimeoutError as error:
+            raise TimeoutError(f"no answer within {seconds:g} s", request=self._request(path)) from error
+        except openai.APITimeoutError as error:  # the SDK has no timeout here: the connection failed
+            message = f"connection failed: {error.__cause__ or error}"
+            raise openai.APIConnectionError(message=message, request=error.request) from error
+        except openai.RateLimitError as error:
+            if "insufficient_quota" in {error.code, error.type}:
+                raise QuotaError(error.message, response=error.response, body=error.body) from None
+            raise
+
+    def _request(self, path: str) -> Any:
+        return sdk_httpx().Request("POST", str(self._sdk.base_url).rstrip("/") + path)
+
+    def _adapted(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the body without what its model is known to refuse."""
+        refused = self._refused.get(body["model"])
+        if not refused:
+            return body
+        adapted = {name: value for name, value in body.items() if name not in refused}
+        for name in refused & body.keys():
+            substitute = _SUBSTITUTES[name]
+            if substitute is not None:
+                adapted.setdefault(substitute, body[name])
+        return adapted
+
+    def _learn_refusal(self, error: openai.BadRequestError, sent: dict[str, Any]) -> bool:
+        """Remember a parameter that the model refuses; False where sending again would not help."""
+        name = error.param
+        if error.code not in _REFUSALS or name not in _SUBSTITUTES or name not in sent:
+            return False
+        model = sent["model"]
+        logger.info("%s refuses %s: sending %s from now on", model, name, _SUBSTITUTES[name] or "without it")
+        self._refused.setdefault(model, set()).add(name)
+        return True
+
+    async def _account(self, response: ModelResponse, input_tokens: int) -> ModelResponse:
+        """Fill in usage where the server sent none, price it, and count it."""
+        usage = response.usage
+        if usage.estimated:
+            texts = "\n".join(response.choices)
+            usage.prompt_tokens = input_tokens
+            usage.completion_tokens = await self._counter.count_text(texts, response.model) if texts else 0
+            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+        await self._pricer.ready()
+        tier = response._body.get("service_tier")  # noqa: SLF001  # the tier that served, not the one asked for
+        cost = self._pricer.cost(response.model, priced_usage(usage), service_tier=tier)
+        usage.estimated_cost = None if cost is None else float(cost)
+        self._governor.recorder.answered(cost)
+        return response
+
+
+def _decode(reply: Any, api: str) -> dict[str, Any]:
+    """Return the JSON body of a 200.
+
+    Raises:
+        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
+    """
+    try:
+        body = json.loads(reply.content)
+    except ValueError:
+        body = None
+    if not is_answer(body, api):
+        message = f"the answer is not what {PATHS[api]} returns: {reply.content[:80]!r}"
+        raise openai.APIResponseValidationError(response=reply, body=body, message=message)
+    decoded: dict[str, Any] = body
+    return decoded
+
+
+def _forget_key(error: openai.APIError, key: str) -> None:
+    """Take the key out of an error: out of its request's headers, and out of a message that echoes it."""
+    for name in ("authorization", "api-key"):
+        error.request.headers.pop(name, None)
+    if key in f"{error.message}{error.body}{error.args}":
+        error.message = error.message.replace(key, "[key]")
+        error.args = (error.message,)
+        error.body = None
+        response = getattr(error, "response", None)
+        if response is not None:
+            error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)

@@ -1,0 +1,295 @@
+"""The one place where requests wait: admits them by `_limiter.Gate`, from any event loop and any thread.
+
+One lock stands round all gates. Nothing is awaited under it: a ticket that cannot go gets a future of its
+own loop, and whoever frees budget or a slot resolves it there. When only time can help, each loop with
+waiters holds one timer, so that no loop depends on another that may be busy or closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from openai_eval_client._headers import read_quota, retry_after
+from openai_eval_client._limiter import Clock, Gate, Lane, State, Ticket
+from openai_eval_client._stats import Recorder
+from openai_eval_client.config import RateLimitConfig
+from openai_eval_client.errors import RateLimitError, rate_limited
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from openai_eval_client.models import ClientStats
+
+logger = logging.getLogger("openai_eval_client")
+
+_BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
+_SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
+_WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
+
+
+class _Monotonic:
+    """The default clock."""
+
+    time = staticmethod(time.monotonic)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one request asks of the limits.
+
+    Attributes:
+        model: Whose budgets it spends; None: only the concurrency bound applies.
+        input_tokens: Of its input.
+        max_output: Output tokens it may use at most; None: what this model's answers usually take.
+    """
+
+    model: str | None
+    input_tokens: int = 0
+    max_output: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one attempt.
+
+    Attributes:
+        status: The HTTP status; None where no answer came.
+        headers: Of the answer.
+        usage: Input and output tokens as the server counted them; None where it did not say.
+    """
+
+    status: int | None = None
+    headers: Mapping[str, str] | None = None
+    usage: tuple[int, int] | None = None
+
+
+class Governor:
+    """The limits of one client, shared by everything that sends through it.
+
+    Args:
+        config: The limits; None: learn them from the server, and slow nothing down until it speaks.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, config: RateLimitConfig | None = None, *, clock: Clock | None = None) -> None:
+        self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
+        self.recorder = Recorder()
+        self._bounded = config is not None
+        self._clock: Clock = clock or _Monotonic()
+        self._lock = threading.RLock()  # re-entrant: a collected coroutine may settle inside a locked region
+        self._turns = itertools.count()
+        self._gates: dict[str | None, Gate] = {}
+        self._timers: dict[tuple[Gate, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
+
+    def fresh(self) -> Governor:
+        """Return another one with the same limits and nothing spent, for another account."""
+        return Governor(self.config if self._bounded else None, clock=self._clock)
+
+    @property
+    def stats(self) -> ClientStats:
+        """What went through so far."""
+        return self.recorder.snapshot()
+
+    def next_turn(self) -> int:
+        """Return a place in the queue; a request keeps its own through all its attempts."""
+        return next(self._turns)
+
+    async def admit(self, demand: Demand, *, lane: Lane | None = None, turn: int | None = None) -> Admission:
+        """Wait until the request may be sent, and reserve what it needs.
+
+        Args:
+            demand: What it asks of the limits.
+            lane: A concurrency bound of the caller's own, instead of the model's.
+            turn: Its place in the queue; a new one when None.
+
+        Returns:
+            The admission, which must be settled exactly once.
+
+        Raises:
+            RateLimitError: The server asked for a pause longer than `max_wait`.
+        """
+        with self._lock:
+            gate = self._gate(demand.model)
+            ticket = self._ticket(gate, demand, lane, turn)
+            self._refuse_long_pause(gate)
+            if gate.try_grant(ticket):
+                return Admission(self, gate, ticket)
+            waiter = self._queue(gate, ticket)
+        try:
+            await waiter
+        except BaseException:
+            self._withdraw(gate, ticket)
+            raise
+        self._say_wait(gate, ticket)
+        return Admission(self, gate, ticket)
+
+    def settle(self, gate: Gate, ticket: Ticket, outcome: Outcome) -> None:
+        """Free the slot of an attempt, replace its estimate by what it came to, and heed the server."""
+        with self._lock:
+            if ticket.state is not State.GRANTED:
+                return
+            gate.settle(ticket, _spent(outcome))
+            if outcome.headers is not None:
+                self._heed(gate, outcome.status, outcome.headers)
+            if outcome.usage is not None:
+                gate.observe_output(outcome.usage[1])
+            self._pump(gate)
+        self.recorder.attempt(outcome.status, self._clock.time() - ticket.granted_at, outcome.usage)
+
+    def _gate(self, model: str | None) -> Gate:
+        gate = self._gates.get(model)
+        if gate is None:
+            gate = self._gates[model] = Gate(model, self.config, self._clock)
+            if not self._bounded:
+                gate.lane.limit = float("inf")
+        return gate
+
+    def _ticket(self, gate: Gate, demand: Demand, lane: Lane | None, turn: int | None) -> Ticket:
+        output = gate.expected_output if demand.max_output is None else demand.max_output
+        return Ticket(
+            turn=self.next_turn() if turn is None else turn,
+            tokens=demand.input_tokens + output if demand.model is not None else 0,
+            lane=lane or gate.lane,
+            asked_at=self._clock.time(),
+        )
+
+    def _queue(self, gate: Gate, ticket: Ticket) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        ticket.owner, ticket.waiter = loop, loop.create_future()
+        gate.enqueue(ticket)
+        self._pump(gate)
+        waiter: asyncio.Future[None] = ticket.waiter
+        return waiter
+
+    def _withdraw(self, gate: Gate, ticket: Ticket) -> None:
+        with self._lock:
+            gate.withdraw(ticket)
+            self._pump(gate)
+
+    def _pump(self, gate: Gate) -> None:
+        """Admit all who can go; where only time can help the next, set the timers."""
+        while (ticket := gate.grant_next()) is not None:
+            if not _call(ticket.owner, _resolve, ticket.waiter):
+                gate.withdraw(ticket)
+        delay = gate.next_in()
+        if delay is not None:
+            for owner in list(gate.waiting):
+                self._set_timer(gate, owner, max(delay, _SHORTEST_TIMER))
+
+    def _set_timer(self, gate: Gate, loop: asyncio.AbstractEventLoop, delay: float) -> None:
+        """See to it that `loop` looks at the gate again in `delay` seconds at the latest."""
+        handle = self._timers.get((gate, loop))
+        if handle is not None and handle.when() <= loop.time() + delay + _SHORTEST_TIMER:
+            return
+        if _running_loop() is not loop:
+            if not _call(loop, self._tick, gate, loop):
+                for ticket in gate.waiters(loop):
+                    gate.withdraw(ticket)
+            return
+        if handle is not None:
+            handle.cancel()
+        self._timers = {key: kept for key, kept in self._timers.items() if not key[1].is_closed()}
+        self._timers[gate, loop] = loop.call_later(delay, self._tick, gate, loop)
+
+    def _tick(self, gate: Gate, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            handle = self._timers.pop((gate, loop), None)
+            if handle is not None:
+                handle.cancel()
+            self._pump(gate)
+
+    def _heed(self, gate: Gate, status: int | None, headers: Mapping[str, str]) -> None:
+        for dimension, budget in (("requests", gate.requests), ("tokens", gate.tokens)):
+            quota = read_quota(headers, dimension)
+            if quota is not None:
+                budget.learn(quota)
+        pause = retry_after(headers) if status == _TOO_MANY_REQUESTS else None
+        if pause:
+            gate.pause(pause)
+            logger.info("%s rate limited by the server: pausing %.2f s", gate.model, pause)
+            if pause > self.config.max_wait:
+                self._refuse_all(gate)
+
+    def _refuse_all(self, gate: Gate) -> None:
+        for ticket in gate.waiters():
+            gate.withdraw(ticket)
+            _call(ticket.owner, _refuse, ticket.waiter, self._too_long(gate))
+
+    def _refuse_long_pause(self, gate: Gate) -> None:
+        if gate.pause_left() > self.config.max_wait:
+            raise self._too_long(gate)
+
+    def _too_long(self, gate: Gate) -> RateLimitError:
+        left, most = gate.pause_left(), self.config.max_wait
+        back = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
+        message = (
+            f"{gate.model}: rate limited for {left:.0f} s, more than max_wait={most:g} s; come back at {back}"
+        )
+        return rate_limited(message, left)
+
+    def _say_wait(self, gate: Gate, ticket: Ticket) -> None:
+        waited = ticket.granted_at - ticket.asked_at
+        self.recorder.waited(waited)
+        if waited >= _WORTH_SAYING:
+            logger.info("waited %.2f s for the rate limit of %s", waited, gate.model)
+
+
+class Admission:
+    """The right to send one attempt; settle it exactly once, whatever comes of the attempt."""
+
+    __slots__ = ("_gate", "_governor", "_ticket")
+
+    def __init__(self, governor: Governor, gate: Gate, ticket: Ticket) -> None:
+        self._governor = governor
+        self._gate = gate
+        self._ticket = ticket
+
+    def settle(self, outcome: Outcome) -> None:
+        """Hand the slot back and account for what the attempt came to; a second call does nothing."""
+        self._governor.settle(self._gate, self._ticket, outcome)
+
+
+def _spent(outcome: Outcome) -> float | None:
+    """Return the tokens an attempt came to; None: unknown, keep the estimate.
+
+    A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or with
+    a server error, the server may have counted them.
+    """
+    if outcome.status is not None and _BAD_REQUEST <= outcome.status < _SERVER_ERROR:
+        return 0.0
+    return None if outcome.usage is None else float(sum(outcome.usage))
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:
+    """Run `function` on `loop`, now if it is the running one; False where the loop has closed."""
+    if _running_loop() is loop:
+        function(*args)
+        return True
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _resolve(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+def _refuse(waiter: asyncio.Future[None], error: RateLimitError) -> None:
+    if not waiter.done():
+        waiter.set_exception(error)

@@ -1,0 +1,204 @@
+"""The HTTP clients under the SDK: one per event loop, and the governed view that paces each attempt.
+
+The SDK calls `http_client.send()` once for every attempt it makes, its own retries included, on whatever
+resource and road; so that is where an attempt is admitted and settled. Mounts, proxies, event hooks and
+mock transports of the client underneath go on working, because nothing below `send()` is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import openai
+
+from openai_eval_client._governor import Admission, Demand, Governor, Outcome
+from openai_eval_client._wire import Tail, is_metered, max_output, read_usage
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+    from openai_eval_client._tokens import TokenCounter
+
+_JSON = "application/json"
+
+
+class LoopLocalClient(openai.DefaultAsyncHttpxClient):
+    """An HTTP client that opens one real client per event loop, so that it outlives `asyncio.run`.
+
+    Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
+    shuts down, when this one is closed, or when it is garbage collected.
+
+    Args:
+        factory: Makes a real client, on the loop that is to use it.
+    """
+
+    def __init__(self, factory: Callable[[], Any]) -> None:
+        super().__init__(transport=_Unused())  # type: ignore[arg-type]  # its base differs between SDKs
+        self._factory = factory
+        self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
+        self._shut = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `aclose` was called."""
+        return self._shut
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        """Send through the running loop's own client."""
+        return await (await self._of_this_loop()).send(request, **options)
+
+    async def aclose(self) -> None:
+        """Close every loop's client: this loop's at once, other threads' on their own loops."""
+        self._shut = True
+        for loop, (client, guard) in list(self._real.items()):
+            if loop is asyncio.get_running_loop():
+                await guard.aclose()
+            elif loop.is_running():
+                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.aclose(), loop))
+        self._real.clear()
+
+    async def _of_this_loop(self) -> Any:
+        if self._shut:
+            raise RuntimeError("Cannot send a request, as the client has been closed.")
+        loop = asyncio.get_running_loop()
+        if loop not in self._real:
+            for closed in [known for known in list(self._real) if known.is_closed()]:
+                del self._real[closed]
+            client = self._factory()
+            guard = _closing(client, functools.partial(self._real.pop, loop, None))
+            self._real[loop] = client, guard
+            await guard.__anext__()
+        return self._real[loop][0]
+
+
+async def _closing(client: Any, forget: Callable[[], Any]) -> AsyncGenerator[None, None]:
+    """Close `client` when the running loop shuts down: a loop finishes its started async generators last."""
+    try:
+        yield
+    finally:
+        forget()
+        await client.aclose()
+
+
+class _Unused:
+    """The transport of a LoopLocalClient itself, which sends nothing."""
+
+    async def aclose(self) -> None:
+        """Close nothing."""
+
+
+def default_client() -> LoopLocalClient:
+    """Return what the SDK uses by default."""
+    return LoopLocalClient(openai.DefaultAsyncHttpxClient)
+
+
+def fast_client(base_url: str) -> LoopLocalClient:
+    """Return a client on the aiohttp transport, or the SDK's default where a proxy applies to `base_url`."""
+    parts = urlsplit(base_url)
+    proxies = getproxies()
+    proxied = parts.scheme in proxies or "all" in proxies
+    if proxied and not proxy_bypass(parts.hostname or ""):
+        return default_client()
+    return LoopLocalClient(openai.DefaultAioHttpClient)
+
+
+def govern(client: Any, governor: Governor, counter: TokenCounter) -> Any:
+    """Return a view of an HTTP client of either httpx family whose every `send` is paced.
+
+    The view shares the client's whole state, so closing either closes both.
+    """
+    kind: Any = _governed_class(client.__class__)
+    view: Any = object.__new__(kind)
+    object.__setattr__(view, "__dict__", client.__dict__)
+    view.original, view.governor, view.counter = client, governor, counter
+    return view
+
+
+@functools.lru_cache(maxsize=64)
+def _governed_class(base: Any) -> type:
+    slots = ("counter", "governor", "original")
+    return type(f"Governed{base.__name__}", (_Governed, base), {"__slots__": slots})
+
+
+class _Governed:
+    """What a governed view adds to the class of the client it looks at."""
+
+    __slots__ = ()
+    original: Any
+    governor: Governor
+    counter: TokenCounter
+
+    async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+        """Wait for admission, send, and settle: at once, or when a streamed answer is closed."""
+        admission = await self.governor.admit(await _read_demand(request, self.counter))
+        try:
+            send = super().send  # type: ignore[misc]  # of the client looked at
+            response = await send(request, stream=stream, **options)
+        except BaseException:
+            admission.settle(Outcome())
+            raise
+        if stream:
+            response.stream = _metered_class(response.__class__)(response, admission)
+        else:
+            usage = read_usage(response.content)
+            admission.settle(Outcome(response.status_code, response.headers, usage))
+        return response
+
+    def __del__(self) -> None:
+        """Leave closing to the client itself."""
+
+
+async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
+    """Return what a request asks of the limits, from its body."""
+    path = request.url.path
+    if not is_metered(request.method, path):
+        return Demand(None)
+    if not request.headers.get("content-type", "").startswith(_JSON):
+        return Demand(path.rpartition("/")[2], max_output=0)  # a form: its model is not at hand
+    body = json.loads(request.content)
+    model = body.get("model") if isinstance(body, dict) else None
+    if not isinstance(model, str):
+        return Demand(None)
+    return Demand(model, await counter.count_input(body), max_output(body, path))
+
+
+@functools.lru_cache(maxsize=8)
+def _metered_class(response_class: Any) -> type:
+    family = sys.modules[response_class.__module__.partition(".")[0]]
+    return type("MeteredStream", (_MeteredStream, family.AsyncByteStream), {})
+
+
+class _MeteredStream:
+    """The body of a streamed answer: holds its slot until closed, then settles from the usage at its end."""
+
+    def __init__(self, response: Any, admission: Admission) -> None:
+        self._stream = response.stream
+        self._status = response.status_code
+        self._headers = response.headers
+        self._admission = admission
+        self._tail = Tail()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            self._tail.feed(chunk)
+            yield chunk
+
+    async def aclose(self) -> None:
+        """Close the connection's end of it and hand the slot back."""
+        try:
+            await self._stream.aclose()
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        self._admission.settle(Outcome(self._status, self._headers, self._tail.usage()))
+
+    def __del__(self) -> None:
+        """Hand the slot back where the caller dropped the stream without closing it."""
+        self._settle()

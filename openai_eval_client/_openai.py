@@ -1,0 +1,94 @@
+"""The drop-in client: the SDK's own `AsyncOpenAI`, with every attempt paced."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client._governor import Governor
+from openai_eval_client._http import default_client, govern
+from openai_eval_client._tokens import TokenCounter
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from openai_eval_client.config import RateLimitConfig
+    from openai_eval_client.models import ClientStats
+
+_ACCOUNT = (
+    "api_key",
+    "base_url",
+    "data_residency",
+    "organization",
+    "project",
+    "provider",
+    "workload_identity",
+)
+
+
+class AsyncOpenAI(openai.AsyncOpenAI):
+    """The SDK's `AsyncOpenAI`, paced: change the import and nothing else.
+
+    Every HTTP attempt of every resource waits for its place within the requests and tokens per minute of its
+    model, the SDK's own retries included. Constructor, resources, transport and errors stay the SDK's.
+
+    Args:
+        rate_limit: The limits; None: learn them from the response headers, and slow nothing down where the
+            server sends none.
+        **options: What `openai.AsyncOpenAI` takes, `http_client` of either httpx family included.
+    """
+
+    if TYPE_CHECKING:
+        _governor: Governor
+
+        def __init__(
+            self,
+            *,
+            rate_limit: RateLimitConfig | None = None,
+            api_key: str | Callable[[], Awaitable[str]] | None = None,
+            organization: str | None = None,
+            project: str | None = None,
+            webhook_secret: str | None = None,
+            base_url: Any = None,
+            websocket_base_url: Any = None,
+            timeout: Any = ...,
+            max_retries: int = ...,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            http_client: Any = None,
+            **options: Any,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> None:
+            view = http_client if isinstance(getattr(http_client, "governor", None), Governor) else None
+            self._governor = _governor(rate_limit, view)
+            self._counter = view.counter if view is not None else TokenCounter()
+            plain = view.original if view is not None else http_client or default_client()
+            if hasattr(plain, "send"):  # anything else is for the SDK to refuse
+                plain = govern(plain, self._governor, self._counter)
+            super().__init__(http_client=plain, **options)
+
+        def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
+            """Copy, on the same budget; one for another account has the same limits to itself."""
+            same = all(options.get(name) is None for name in _ACCOUNT)
+            governor = self._governor if same else self._governor.fresh()
+            return super().copy(_extra_kwargs={"rate_limit": governor, **(_extra_kwargs or {})}, **options)
+
+        with_options = copy
+
+    @property
+    def stats(self) -> ClientStats:
+        """What went through this client and its copies so far."""
+        return self._governor.stats
+
+
+def _governor(rate_limit: RateLimitConfig | Governor | None, view: Any) -> Governor:
+    if isinstance(rate_limit, Governor):
+        return rate_limit
+    if rate_limit is None and view is not None:
+        governor: Governor = view.governor
+        return governor
+    return Governor(rate_limit)

@@ -1,0 +1,112 @@
+"""When an attempt is worth another, and how long to wait first: the server's word before ours."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import backoff
+import openai
+
+from openai_eval_client._headers import retry_after
+from openai_eval_client.errors import QuotaError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+
+logger = logging.getLogger("openai_eval_client")
+
+_FIRST_DELAY = 0.5  # seconds; the SDK's own first and longest delays
+_LONGEST_DELAY = 8.0
+_TRANSIENT = frozenset({408, 409, 429})
+_SERVER_ERROR = 500
+_DOOMED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, QuotaError)
+
+
+def retrying(
+    attempt: Callable[..., Awaitable[Any]],
+    *,
+    max_retries: int,
+    max_wait: float,
+    on_retry: Callable[[], None],
+) -> Callable[..., Awaitable[Any]]:
+    """Return `attempt`, tried again where that may help.
+
+    Args:
+        attempt: Sends one request; raises the SDK's errors.
+        max_retries: Attempts after the first.
+        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
+        on_retry: Called before each further attempt.
+
+    Returns:
+        The same callable, raising the last attempt's error.
+    """
+
+    def give_up(error: Exception) -> bool:
+        return not is_transient(error) or (asked_wait(error) or 0.0) > max_wait
+
+    def before_retry(details: Any) -> None:
+        on_retry()
+        error = details["exception"]
+        reason = getattr(error, "status_code", None) or type(error).__name__
+        logger.info("attempt %d failed (%s): next in %.2f s", details["tries"], reason, details["wait"])
+
+    return backoff.on_exception(
+        delays,
+        openai.APIError,
+        max_tries=max_retries + 1,
+        giveup=give_up,
+        on_backoff=before_retry,
+        jitter=None,
+        logger=None,
+    )(attempt)
+
+
+def is_transient(error: Exception) -> bool:
+    """Return whether the same request may succeed later.
+
+    So it is for connection errors, timeouts, answers that cannot be read, and statuses 408, 409, 429 and 5xx,
+    unless `x-should-retry` says otherwise; not when the credit is used up or the request is too large.
+    """
+    if isinstance(error, QuotaError):
+        return False
+    if isinstance(error, openai.APIResponseValidationError | openai.APIConnectionError):
+        return True
+    if not isinstance(error, openai.APIStatusError):
+        return False
+    told = error.response.headers.get("x-should-retry")
+    if told in {"true", "false"}:
+        return bool(told == "true")
+    if error.status_code == 429 and error.message.startswith("Request too large"):  # noqa: PLR2004
+        return False
+    return error.status_code in _TRANSIENT or error.status_code >= _SERVER_ERROR
+
+
+def is_doom(error: Exception, max_wait: float) -> bool:
+    """Return whether an error would meet every other prompt too: key, model, credit, or a very long pause."""
+    if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:
+        return True
+    return isinstance(error, _DOOMED)
+
+
+def asked_wait(error: Exception) -> float | None:
+    """Return the seconds that the server asks to wait before the next attempt; None where it does not say."""
+    return retry_after(error.response.headers) if isinstance(error, openai.APIStatusError) else None
+
+
+def delays() -> Generator[float, Any, None]:
+    """Yield the seconds to wait after each error sent in: the server's, else exponential with full jitter.
+
+    After a 429 whose wait is known there is none here: the whole model pauses, and the request queues for
+    it in its old place. https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    """
+    ceilings = backoff.expo(base=2, factor=_FIRST_DELAY, max_value=_LONGEST_DELAY)
+    next(ceilings)
+    delay = 0.0
+    while True:
+        error: Exception = yield delay
+        ceiling, asked = next(ceilings), asked_wait(error)
+        if asked is None:
+            delay = backoff.full_jitter(ceiling)
+        else:
+            delay = 0.0 if isinstance(error, openai.RateLimitError) else asked

@@ -1,0 +1,237 @@
+"""The evaluation client: it only composes the parts."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client import _runner
+from openai_eval_client._caller import Caller
+from openai_eval_client._governor import Governor
+from openai_eval_client._http import fast_client, govern
+from openai_eval_client._limiter import Lane
+from openai_eval_client._openai import AsyncOpenAI
+from openai_eval_client._pricing import Pricer
+from openai_eval_client._requests import Parameters, check_max_concurrent, check_parameters, check_prompt
+from openai_eval_client._retry import is_doom
+from openai_eval_client._tokens import TokenCounter
+from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
+from openai_eval_client.errors import ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from openai_eval_client.models import ClientStats, ModelResponse
+
+    Prompt = str | Sequence[Any]
+
+_READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
+
+
+class OpenAIClient:
+    """Answers prompts within the rate limits, retried, priced, in order.
+
+    One client may be shared by any number of tasks, threads and event loops, and used by several
+    `asyncio.run` one after the other: it has one budget.
+
+    Args:
+        config: Where the API is; None: from the environment.
+        rate_limit: The key's limits; None: the defaults of `RateLimitConfig`.
+        batch: How the Batch API is used; None: the defaults of `BatchConfig`.
+        http_client: An HTTP client of your own, of either httpx family; None: aiohttp's speed through the
+            SDK's own transport, or the SDK's default client where a proxy is set in the environment.
+    """
+
+    def __init__(
+        self,
+        config: OpenAIConfig | None = None,
+        *,
+        rate_limit: RateLimitConfig | None = None,
+        batch: BatchConfig | None = None,
+        http_client: Any = None,
+    ) -> None:
+        self._config = config or OpenAIConfig()
+        self._batch = batch or BatchConfig()
+        self._governor = Governor(rate_limit or RateLimitConfig())
+        self._counter = TokenCounter()
+        self._http = http_client or fast_client(self._config.base_url)
+        sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
+        pricer = Pricer(base_url=self._config.base_url)
+        self._call = Caller(self._config, sdk, self._governor, self._counter, pricer)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._config!r}, rate_limit={self._governor.config!r})"
+
+    async def generate_response(  # the parameters of the specification
+        self,
+        prompt: Prompt,
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        timeout: float | None = None,  # of one attempt: the specified name
+        system: str | None = None,
+        api: str = "chat",
+        **chat_params: Any,
+    ) -> ModelResponse:
+        """Answer one prompt.
+
+        Args:
+            prompt: A text, or a list of chat messages.
+            model: The model; None: the config's default.
+            temperature: Sampling temperature; not sent when None.
+            max_tokens: Output tokens at most; not sent when None.
+            timeout: Seconds for one attempt, waiting for the rate limit not counted; None: the config's.
+            system: A system prompt.
+            api: "chat" for chat completions, "responses" for the Responses API.
+            **chat_params: Any other parameter of that API; a pydantic class as `response_format` makes
+                `ModelResponse.parsed` an instance of it. None values are not sent.
+
+        Returns:
+            The response.
+
+        Raises:
+            ValidationError: The input is wrong; nothing was sent.
+            RateLimitError: Rate limited through all retries, or for longer than `max_wait`.
+            QuotaError: The account's credit is used up.
+            TimeoutError: No attempt was answered within its timeout.
+            APIError: Any other failure, in the SDK's own classes.
+        """
+        parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
+        check_prompt(prompt)
+        return await self._call(prompt, parameters)
+
+    async def batch_generate(  # the parameters of the specification
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        timeout: float | None = None,  # of one attempt: the specified name
+        system: str | None = None,
+        api: str = "chat",
+        max_concurrent: int | None = None,
+        use_batch_api: bool = False,
+        progress_callback: Callable[[float], Any] | None = None,
+        return_exceptions: bool = False,
+        **chat_params: Any,
+    ) -> list[ModelResponse]:
+        """Answer many prompts concurrently.
+
+        Args:
+            prompts: Texts, or lists of chat messages.
+            model: The model; None: the config's default.
+            temperature: Sampling temperature; not sent when None.
+            max_tokens: Output tokens at most; not sent when None.
+            timeout: Seconds for one attempt, waiting for the rate limit not counted; None: the config's.
+            system: A system prompt for all of them.
+            api: "chat" for chat completions, "responses" for the Responses API.
+            max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
+            use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API. Not
+                available yet: such a call is refused.
+            progress_callback: Called, or awaited, with the finished fraction after each prompt; what it
+                raises is logged.
+            return_exceptions: Put a failed prompt's exception in its place instead of raising.
+            **chat_params: Any other parameter of the API, as for `generate_response`.
+
+        Returns:
+            The responses, in the order of the prompts.
+
+        Raises:
+            ValidationError: The input is wrong; nothing was sent.
+            PartialFailureError: Some prompts failed; it carries the responses of the others.
+            APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`);
+                its `responses` are what was answered before.
+        """
+        parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
+        check_max_concurrent(max_concurrent)
+        listed = _checked(prompts)
+        self._refuse_batch_api(listed, wanted=use_batch_api)
+        lane = Lane(max_concurrent) if max_concurrent else None
+        return await _runner.collect(
+            listed,
+            functools.partial(self._call, parameters=parameters, lane=lane),
+            width=_READ_AHEAD * (max_concurrent or self._governor.config.max_concurrent),
+            is_doom=functools.partial(is_doom, max_wait=self._governor.config.max_wait),
+            progress=progress_callback,
+            return_exceptions=return_exceptions,
+        )
+
+    @functools.cached_property
+    def openai(self) -> AsyncOpenAI:
+        """The SDK's client, paced by the same budget and on the same connections."""
+        view = govern(self._http, self._governor, self._counter)
+        retries = self._config.max_retries
+        return AsyncOpenAI(
+            http_client=view, **self._account(), max_retries=retries, timeout=self._config.timeout
+        )
+
+    @property
+    def stats(self) -> ClientStats:
+        """What the client did so far."""
+        return self._governor.stats
+
+    async def close(self) -> None:
+        """Close the connections; the client cannot be used after this."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _account(self) -> dict[str, Any]:
+        config = self._config
+        return {
+            "api_key": config.api_key,
+            "organization": config.organization_id,
+            "base_url": config.base_url,
+        }
+
+    def _parameters(  # noqa: PLR0917
+        self,
+        model: str | None,
+        temperature: float | None,
+        max_tokens: int | None,
+        timeout: float | None,
+        system: str | None,
+        api: str,
+        params: dict[str, Any],
+    ) -> Parameters:
+        return check_parameters(
+            model=self._config.default_model if model is None else model,
+            timeout=self._config.timeout if timeout is None else timeout,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            system=system,
+            api=api,
+            params=params,
+        )
+
+    def _refuse_batch_api(self, prompts: Sequence[Prompt], *, wanted: bool) -> None:
+        if wanted and len(prompts) >= self._batch.auto_batch_threshold:
+            count, least = len(prompts), self._batch.auto_batch_threshold
+            message = (
+                f"use_batch_api=True: not available yet; {count} prompts reach auto_batch_threshold={least}"
+            )
+            raise ValidationError(message, field="use_batch_api")
+
+
+def _checked(prompts: Iterable[Prompt]) -> Sequence[Prompt]:
+    """Return the prompts as a list, every one of them checked before the first is sent."""
+    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
+        kind = type(prompts).__name__
+        raise ValidationError(f"prompts: must be a list of prompts, not {kind}", field="prompts")
+    listed = list(prompts)
+    for index, prompt in enumerate(listed):
+        check_prompt(prompt, index)
+    return listed

@@ -1,0 +1,267 @@
+"""The errors this package raises.
+
+Where the SDK has an error for what happened, that very error (or a subclass of it) is raised, so an
+`except` clause written for raw SDK calls goes on working::
+
+    openai.OpenAIError
+    ├── openai.APIError                          APIError
+    │   ├── openai.APIConnectionError            connection refused, dropped, or cut short
+    │   │   └── openai.APITimeoutError
+    │   │       └── TimeoutError                 also builtins.TimeoutError
+    │   └── openai.RateLimitError                RateLimitError
+    │       └── QuotaError                       insufficient_quota: waiting does not help
+    ├── ValidationError                          also ValueError
+    ├── RequestTooLargeError
+    ├── BudgetExceededError
+    ├── BatchError
+    └── PartialFailureError
+
+All of them, the SDK's own included, survive `pickle`, and none carries the API key there.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copyreg
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import openai
+from openai import APIError, RateLimitError
+from pydantic_core import core_schema
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from openai_eval_client.models import ModelResponse
+
+__all__ = [
+    "APIError",
+    "BatchError",
+    "BudgetExceededError",
+    "PartialFailureError",
+    "QuotaError",
+    "RateLimitError",
+    "RequestTooLargeError",
+    "TimeoutError",
+    "ValidationError",
+]
+
+
+class TimeoutError(openai.APITimeoutError, builtins.TimeoutError):
+    """One attempt took longer than its `timeout`, and so did every retry of it."""
+
+    def __init__(self, message: str, *, request: Any) -> None:
+        openai.APIConnectionError.__init__(self, message=message, request=request)
+
+
+class QuotaError(openai.RateLimitError):
+    """The account's credit is used up (`insufficient_quota`): waiting does not help."""
+
+
+class ValidationError(openai.OpenAIError, ValueError):
+    """The input is wrong; nothing was sent.
+
+    Args:
+        message: What is wrong, naming the field and the value.
+        field: The parameter at fault.
+        index: Its position in the list of prompts or requests, where there is one.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, index: int | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        self.index = index
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, {"field": self.field, "index": self.index})
+
+
+class RequestTooLargeError(openai.OpenAIError):
+    """The request needs more tokens than the limit can ever admit.
+
+    Args:
+        model: The model it was for.
+        tokens: What the request needs, in tokens.
+        limit: What the model's limit admits, in tokens per minute.
+    """
+
+    def __init__(self, model: str, *, tokens: int, limit: int) -> None:
+        super().__init__(
+            f"request of {tokens:,} tokens can never fit {model}'s limit of {limit:,} per minute"
+        )
+        self.model = model
+        self.tokens = tokens
+        self.limit = limit
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.model,), {"tokens": self.tokens, "limit": self.limit})
+
+
+class BudgetExceededError(openai.OpenAIError):
+    """The next request could have cost more than what is left of the budget; it was not sent.
+
+    Args:
+        message: What did not fit.
+        responses: What was answered before, in input order, None where nothing was.
+    """
+
+    def __init__(self, message: str, *, responses: Sequence[ModelResponse | None] = ()) -> None:
+        super().__init__(message)
+        self.responses = list(responses)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), self.args, {"responses": self.responses})
+
+
+class BatchError(openai.OpenAIError):
+    """What went wrong with a Batch job, or with one line of it: an exception and a field of its status.
+
+    Args:
+        message: The reason, as the API words it.
+        code: The API's code, for instance `token_limit_exceeded`.
+        line: The line of the input file, counted from 1, where one line is to blame.
+        param: The parameter at fault, where there is one.
+    """
+
+    def __init__(
+        self, message: str = "", *, code: str | None = None, line: int | None = None, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.line = line
+        self.param = param
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the four fields, as they stand in JSON."""
+        return {"code": self.code, "message": self.message, "line": self.line, "param": self.param}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BatchError) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.to_dict().values()))
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items() if value is not None)
+        return f"BatchError({fields})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (), self.to_dict())
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Let pydantic take an instance or its dict, and write it as its dict."""
+        text, number = core_schema.str_schema(), core_schema.int_schema()
+        fields = {
+            "code": core_schema.typed_dict_field(core_schema.nullable_schema(text), required=False),
+            "message": core_schema.typed_dict_field(text),
+            "line": core_schema.typed_dict_field(core_schema.nullable_schema(number), required=False),
+            "param": core_schema.typed_dict_field(core_schema.nullable_schema(text), required=False),
+        }
+        from_dict = core_schema.no_info_after_validator_function(
+            lambda values: cls(**values), core_schema.typed_dict_schema(fields)
+        )
+        return core_schema.union_schema(
+            [core_schema.is_instance_schema(cls), from_dict],
+            mode="left_to_right",
+            serialization=core_schema.plain_serializer_function_ser_schema(cls.to_dict),
+        )
+
+
+class PartialFailureError(openai.OpenAIError):
+    """Some prompts failed; what was answered is here, and paid for.
+
+    Args:
+        responses: In input order, None where the prompt failed.
+        failures: The exception of each failed prompt, by its index.
+    """
+
+    def __init__(self, responses: Sequence[ModelResponse | None], failures: Mapping[int, Exception]) -> None:
+        self.responses = list(responses)
+        self.failures = dict(failures)
+        super().__init__(self._summary())
+
+    def _summary(self) -> str:
+        kinds = Counter(type(error).__name__ for error in self.failures.values())
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        index, first = min(self.failures.items(), key=lambda item: item[0])
+        total = len(self.responses)
+        return f"{len(self.failures)} of {total} prompts failed ({listed}); first, prompt {index}: {first}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.responses, self.failures), {})
+
+
+def _rebuild(
+    cls: Callable[..., BaseException], args: tuple[Any, ...], options: dict[str, Any]
+) -> BaseException:
+    return cls(*args, **options)
+
+
+# --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------
+
+_KEPT_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry")
+_KEPT_STATE = ("responses", "__notes__")
+
+
+def sdk_httpx() -> Any:
+    """Return the HTTP library the installed SDK is built on: httpx (openai 2) or httpx2 (openai 3)."""
+    base = openai.DefaultAsyncHttpxClient.__mro__[1]
+    return sys.modules[base.__module__.partition(".")[0]]
+
+
+def rate_limited(message: str, seconds: float) -> RateLimitError:
+    """Return a RateLimitError for a pause that we keep without asking the server again."""
+    request = sdk_httpx().Request("POST", "https://client.invalid/")
+    response = sdk_httpx().Response(429, headers={"retry-after": f"{seconds:.0f}"}, request=request)
+    return RateLimitError(
+        message, response=response, body={"message": message, "code": "rate_limit_exceeded"}
+    )
+
+
+def _reduce_sdk_error(error: APIError) -> tuple[Any, ...]:
+    response = getattr(error, "response", None)
+    headers = [] if response is None else list(response.headers.items())
+    kept = [(k, v) for k, v in headers if k in _KEPT_HEADERS or k.startswith("x-ratelimit-")]
+    status = None if response is None else response.status_code
+    request = (error.request.method, str(error.request.url).partition("?")[0])
+    state = {name: error.__dict__[name] for name in _KEPT_STATE if name in error.__dict__}
+    return _restore_sdk_error, (type(error), error.message, error.body, status, kept, request), state
+
+
+def _restore_sdk_error(  # noqa: PLR0917  # what pickle hands back
+    cls: type[Any], message: str, body: object, status: int | None, headers: Any, request: tuple[str, str]
+) -> APIError:
+    error: Any = cls.__new__(cls, message)
+    rebuilt = sdk_httpx().Request(*request)
+    APIError.__init__(error, message, rebuilt, body=body)
+    if status is not None:
+        error.__dict__["status_code"] = status
+        error.__dict__["response"] = sdk_httpx().Response(status, headers=headers, request=rebuilt)
+        error.__dict__["request_id"] = error.__dict__["response"].headers.get("x-request-id")
+    restored: APIError = error
+    return restored
+
+
+for _cls in (
+    openai.APIError,
+    openai.APIConnectionError,
+    openai.APITimeoutError,
+    openai.APIResponseValidationError,
+    openai.APIStatusError,
+    openai.BadRequestError,
+    openai.AuthenticationError,
+    openai.PermissionDeniedError,
+    openai.NotFoundError,
+    openai.ConflictError,
+    openai.UnprocessableEntityError,
+    openai.RateLimitError,
+    openai.InternalServerError,
+    TimeoutError,
+    QuotaError,
+):
+    copyreg.pickle(_cls, _reduce_sdk_error)
+del _cls

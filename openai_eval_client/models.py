@@ -1,0 +1,181 @@
+"""What the user gets back: typed answers, token counts, costs, jobs and statistics."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from openai_eval_client.errors import BatchError
+
+__all__ = ["BatchJob", "BatchJobStatus", "BatchRequest", "ClientStats", "ModelResponse", "TokenUsage"]
+
+
+class _Model(BaseModel):
+    """A model whose JSON reads back as it was, infinite log probabilities included."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
+
+
+class TokenUsage(_Model):
+    """Tokens of one answer, and their price.
+
+    Attributes:
+        prompt_tokens: Input tokens, cached ones included.
+        completion_tokens: Output tokens, reasoning included.
+        total_tokens: Both.
+        estimated_cost: USD by the published price list; None where the model's price is not known.
+        cached_tokens: The part of the input that the provider had cached and bills lower.
+        reasoning_tokens: The part of the output spent on reasoning.
+        estimated: True where the server sent no usage and the counts are ours.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    estimated_cost: float | None = None
+    cached_tokens: int = 0
+    reasoning_tokens: int = 0
+    estimated: bool = False
+
+
+class ModelResponse(_Model):
+    """One answer.
+
+    Attributes:
+        content: The text, "" where the model gave none (a tool call, a refusal).
+        usage: Tokens and cost.
+        model: The model that answered, as the server names it.
+        request_id: The x-request-id header, else the id in the body.
+        latency_ms: Milliseconds of the attempt that succeeded, without waiting and retries.
+        temperature: What was sent, else the API's default of 1.0.
+        finish_reason: "stop", "length", "tool_calls", "content_filter", or what the server says.
+        cached: True where it came from the local cache.
+        choices: All texts, for n > 1.
+        tool_calls: The calls the model asks for, as the API words them.
+        refusal: The model's refusal, where it refused.
+        logprobs: Log probabilities of the first choice, where they were asked for.
+    """
+
+    content: str
+    usage: TokenUsage
+    model: str
+    request_id: str
+    latency_ms: float
+    temperature: float
+    finish_reason: str
+    cached: bool = False
+    choices: list[str] = Field(default_factory=list)
+    tool_calls: list[dict[str, Any]] = Field(default_factory=list)
+    refusal: str | None = None
+    logprobs: dict[str, Any] | None = None
+
+    _parsed: Any = PrivateAttr(default=None)
+    _body: Any = PrivateAttr(default=None)
+
+    @property
+    def parsed(self) -> Any:
+        """The object of the class given as `response_format`; None where the answer does not fit it."""
+        return self._parsed
+
+    @property
+    def raw(self) -> Any:
+        """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
+        if self._body is None:
+            return None
+        from openai import types  # noqa: PLC0415  # heavy, and seldom asked for
+
+        kind: Any = types.chat.ChatCompletion if "choices" in self._body else types.responses.Response
+        return kind.construct(**self._body)
+
+    def __eq__(self, other: object) -> bool:  # mutable, as every pydantic model
+        if not isinstance(other, ModelResponse):
+            return NotImplemented
+        return self.__dict__ == other.__dict__
+
+
+class BatchRequest(_Model):
+    """One request of a Batch job; parameters beyond those named go to the API as they are.
+
+    Attributes:
+        prompt: The text, or a list of chat messages.
+        messages: The chat messages, instead of `prompt`.
+        model: The model; the client's default when None.
+        temperature: Sampling temperature; not sent when None.
+        max_tokens: Output tokens at most; not sent when None.
+        custom_id: The caller's name of this request.
+    """
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    prompt: str | list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] | None = None
+    model: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    custom_id: str | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> BatchRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class BatchJob(_Model):
+    """A submitted Batch job; `job_id` alone finds it again."""
+
+    job_id: str
+    status: str
+    created_at: datetime
+    request_count: int
+
+
+class BatchJobStatus(_Model):
+    """How far a Batch job is."""
+
+    job_id: str
+    status: Literal[
+        "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
+    ]
+    created_at: datetime
+    completed_at: datetime | None = None
+    request_count: int
+    completed_count: int = 0
+    failed_count: int = 0
+    errors: list[BatchError] = Field(default_factory=list)
+
+
+class ClientStats(_Model):
+    """What a client has done so far.
+
+    Attributes:
+        requests: Prompts answered or failed for good.
+        failures: Those that failed for good.
+        attempts: HTTP requests sent, by whatever road.
+        retries: Attempts after a prompt's first.
+        rate_limited: Answers with status 429.
+        wait_seconds: Seconds requests spent waiting for the budget, summed.
+        prompt_tokens: Input tokens as the server counted them.
+        completion_tokens: Output tokens likewise.
+        cost: USD of all priced answers.
+        unpriced: Answers whose model has no known price, not in `cost`.
+        latency_p50: Median seconds of a successful attempt; None before the first.
+        latency_p95: 95th percentile of the same.
+        latency_p99: 99th percentile of the same.
+    """
+
+    requests: int = 0
+    failures: int = 0
+    attempts: int = 0
+    retries: int = 0
+    rate_limited: int = 0
+    wait_seconds: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    unpriced: int = 0
+    latency_p50: float | None = None
+    latency_p95: float | None = None
+    latency_p99: float | None = None
