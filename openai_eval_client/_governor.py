@@ -118,15 +118,10 @@ class Governor:
             gate = self._gate(demand.model)
             ticket = self._ticket(gate, demand, lane, turn)
             self._refuse_long_pause(gate)
-            if gate.try_grant(ticket):
-                return Admission(self, gate, ticket)
-            waiter = self._queue(gate, ticket)
-        try:
-            await waiter
-        except BaseException:
-            self._withdraw(gate, ticket)
-            raise
-        self._say_wait(gate, ticket)
+            waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
+        if waiter is not None:
+            await self._wait(gate, ticket, waiter)
+        self.recorder.admitted(ticket.tokens, ticket.granted_at - ticket.asked_at)
         return Admission(self, gate, ticket)
 
     def settle(self, gate: Gate, ticket: Ticket, outcome: Outcome) -> None:
@@ -167,10 +162,17 @@ class Governor:
         waiter: asyncio.Future[None] = ticket.waiter
         return waiter
 
-    def _withdraw(self, gate: Gate, ticket: Ticket) -> None:
-        with self._lock:
-            gate.withdraw(ticket)
-            self._pump(gate)
+    async def _wait(self, gate: Gate, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
+        try:
+            await waiter
+        except BaseException:
+            with self._lock:
+                gate.withdraw(ticket)
+                self._pump(gate)
+            raise
+        waited = ticket.granted_at - ticket.asked_at
+        if waited >= _WORTH_SAYING:
+            logger.info("waited %.2f s for the rate limit of %s", waited, gate.model)
 
     def _pump(self, gate: Gate) -> None:
         """Admit all who can go; where only time can help the next, set the timers."""
@@ -232,12 +234,6 @@ class Governor:
             f"{gate.model}: rate limited for {left:.0f} s, more than max_wait={most:g} s; come back at {back}"
         )
         return rate_limited(message, left)
-
-    def _say_wait(self, gate: Gate, ticket: Ticket) -> None:
-        waited = ticket.granted_at - ticket.asked_at
-        self.recorder.waited(waited)
-        if waited >= _WORTH_SAYING:
-            logger.info("waited %.2f s for the rate limit of %s", waited, gate.model)
 
 
 class Admission:

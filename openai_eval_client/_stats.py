@@ -46,10 +46,11 @@ class Recorder:
         self._cost = Decimal(0)
         self._latency = Histogram()
 
-    def waited(self, seconds: float) -> None:
-        """Count the seconds an attempt waited for its admission."""
+    def admitted(self, tokens: float, waited: float) -> None:
+        """Count an admission: the tokens reserved for it, and the seconds it waited."""
         with self._lock:
-            self._totals.wait_seconds += seconds
+            self._totals.reserved_tokens += round(tokens)
+            self._totals.wait_seconds += waited
 
     def attempt(self, status: int | None, seconds: float, usage: tuple[int, int] | None) -> None:
         """Count one HTTP attempt: status (None: no answer), duration, input and output tokens."""

@@ -40,7 +40,7 @@ class TokenUsage(_Model):
     estimated: bool = False
 
 
-class ModelResponse(_Model):
+class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic model
     """One answer.
 
     Attributes:
@@ -156,6 +156,8 @@ class ClientStats(_Model):
         attempts: HTTP requests sent, by whatever road.
         retries: Attempts after a prompt's first.
         rate_limited: Answers with status 429.
+        reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts
+            `max_tokens` up front.
         wait_seconds: Seconds requests spent waiting for the budget, summed.
         prompt_tokens: Input tokens as the server counted them.
         completion_tokens: Output tokens likewise.
@@ -171,6 +173,7 @@ class ClientStats(_Model):
     attempts: int = 0
     retries: int = 0
     rate_limited: int = 0
+    reserved_tokens: int = 0
     wait_seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0

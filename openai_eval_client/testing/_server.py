@@ -1,0 +1,184 @@
+"""The simulated server as users hold it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ._options import Options, check_positive
+from ._process import ProcessBackend, check_process_options
+from ._thread import ThreadBackend
+
+if TYPE_CHECKING:
+    from types import EllipsisType
+
+    from typing_extensions import Self
+
+    from ._records import Call
+
+
+@dataclass(kw_only=True, eq=False)
+class SimulatedServer(Options):
+    """An OpenAI API on a real loopback socket: limits, latency and failures as told, answers of no worth.
+
+    Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings and /v1/models.
+    Start it with `with`, `async with` or `start()`. Once stopped, `calls` and the counters stay readable.
+
+    ```python
+    with SimulatedServer(rpm=1800, tpm=480_000, latency=0.5, faults={"500": 0.05}) as server:
+        client = openai.OpenAI(base_url=server.base_url, api_key="any")
+    ```
+
+    Args:
+        port: TCP port on 127.0.0.1; 0 lets the system choose a free one.
+        api_key: The only key accepted; None accepts any that is not empty.
+        models: The models that exist; None means every name does.
+        rpm: Requests per minute and model; None is unlimited.
+        tpm: Tokens per minute and model; None is unlimited.
+        window: Bucket capacity, in seconds of quota. Buckets start full and refill continuously.
+        charge: "upfront" charges prompt and possible output tokens at admission and gives nothing back;
+            "actual" settles to the true usage when the answer is ready.
+        default_output: Output tokens charged at admission when the request sets no maximum.
+        headers: Send the x-ratelimit-* headers.
+        retry_after: Send retry-after (s) and retry-after-ms (ms) with a 429.
+        stamp: Read the x-ratelimit-remaining-* values when answering ("answer") or on arrival ("admission").
+        quota_exhausted_after: Answer insufficient_quota after that many generations were served; None never.
+        latency: Mean seconds from admission to the end of the answer, lognormal; 0 answers at once.
+        latency_sigma: Sigma of the lognormal's logarithm; 0 makes every latency the mean.
+        faults: Probability of each fault, drawn once per admitted generation. Names: "500", "503", "429"
+            (not charged, without headers), "408", "409", "drop" (closed unanswered), "hang" (never answered),
+            "truncate" (closed mid-body), "garbage" (a 200 of HTML), "cut_json" (a 200 of half the JSON),
+            "slow_drip" (byte by byte, over one second more than the latency), "malformed_headers"
+            (nonsense in x-ratelimit-* and retry-after), "null_usage" (usage is null), "no_usage" (no usage).
+        script: Faults, or "ok", of the first admitted generations in order, before the random ones.
+        unavailable_retry_after: Seconds in the retry-after header of the fault "503"; None sends none.
+        seed: Seeds latencies and faults, each with its own generator.
+        answer: Called with the request body, returns the answer's text; runs in the server's event loop.
+            Default: "echo: " and the last user message; a minimal instance where a JSON schema is asked for.
+        output_tokens: Completion tokens to report for every answer; None counts the answer's words.
+            The text itself does not change, and the request's own maximum still cuts.
+        count_tokens: Tokens of a text of the prompt; default a quarter of its UTF-8 bytes, at least 1.
+            A chat request counts 3 more for each message and 3 for the reply.
+        record: How many of the newest calls are kept.
+        process: Run in a process of its own instead of a thread of this one; `answer` and `count_tokens`
+            cannot follow it there.
+        cpu: Pin that process to this processor, where the system can.
+
+    Raises:
+        ValueError: An option makes no sense; the message names it.
+    """
+
+    process: bool = False
+    cpu: int | None = None
+    _backend: ThreadBackend | ProcessBackend | None = field(default=None, init=False, repr=False)
+    _last: tuple[list[Call], dict[str, Any]] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.process:
+            check_process_options(self)
+        elif self.cpu is not None:
+            raise ValueError(f"cpu={self.cpu}: only with process=True")
+
+    def start(self) -> Self:
+        """Listen; returns when connections are accepted. Does nothing when already started.
+
+        Raises:
+            OSError: The port is taken.
+        """
+        if self._backend is None:
+            self._backend = ProcessBackend(self, self.cpu) if self.process else ThreadBackend(self)
+        return self
+
+    def stop(self) -> None:
+        """Close every connection and end the thread or process. Does nothing when already stopped."""
+        if self._backend is None:
+            return
+        backend, self._backend = self._backend, None
+        try:
+            self._last = backend.calls(), backend.state()
+        finally:
+            backend.stop()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.start)
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.stop)
+
+    @property
+    def base_url(self) -> str:
+        """What to give a client: "http://127.0.0.1:PORT/v1"."""
+        return self._running.base_url
+
+    @property
+    def calls(self) -> list[Call]:
+        """The newest calls on API paths in order of arrival, refused ones included."""
+        if self._backend is None and self._last:
+            return self._last[0]
+        return self._running.calls()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How often each status ("200", "429", ...) and fault ("drop", ...) occurred.
+
+        "disconnect" is a client that left before its answer.
+        """
+        return Counter(self._state["counts"])
+
+    @property
+    def in_flight(self) -> int:
+        """Requests being worked on now."""
+        return int(self._state["in_flight"])
+
+    @property
+    def max_in_flight(self) -> int:
+        """Most requests worked on at once."""
+        return int(self._state["max_in_flight"])
+
+    @property
+    def connections(self) -> int:
+        """TCP connections open now."""
+        return int(self._state["connections"])
+
+    def set_limits(
+        self, *, rpm: float | EllipsisType | None = ..., tpm: float | EllipsisType | None = ...
+    ) -> None:
+        """Change limits while running; each bucket stays as full in proportion. What is not given stays.
+
+        Args:
+            rpm: Requests per minute and model; None is unlimited.
+            tpm: Tokens per minute and model; None is unlimited.
+        """
+        limits = {
+            name: limit for name, limit in (("rpm", rpm), ("tpm", tpm)) if not isinstance(limit, type(...))
+        }
+        for name, limit in limits.items():
+            check_positive(name, limit)
+        self._running.set_limits(limits)
+        for name, limit in limits.items():
+            setattr(self, name, limit)
+
+    def reset(self) -> None:
+        """Forget calls and counts and fill every bucket; faults, latencies and script go on."""
+        self._running.reset()
+
+    @property
+    def _running(self) -> ThreadBackend | ProcessBackend:
+        if self._backend is None:
+            raise RuntimeError("the simulated server is not running: use `with`, or call start()")
+        return self._backend
+
+    @property
+    def _state(self) -> dict[str, Any]:
+        if self._backend is None and self._last:
+            return {**self._last[1], "in_flight": 0, "connections": 0}
+        return self._running.state()

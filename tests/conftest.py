@@ -1,0 +1,44 @@
+"""What all tests share: tiktoken's vocabularies without a network."""
+
+import gzip
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+VOCABULARIES = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def vocabularies(tmp_path_factory):
+    """Unpacks both vocabularies, which bpe-openai carries, to where tiktoken looks for what it downloaded."""
+    folder = tmp_path_factory.mktemp("vocabularies")
+    packed = Path(find_spec("bpe_openai").origin).with_name(
+        "data"
+    )  # importing it unpacks them all, and warns
+    for name in ("cl100k_base", "o200k_base"):
+        key = hashlib.sha1(VOCABULARIES.format(name).encode()).hexdigest()  # noqa: S324 - tiktoken's choice
+        (folder / key).write_bytes(gzip.decompress((packed / f"{name}.tiktoken.gz").read_bytes()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def empty_vocabularies(tmp_path, monkeypatch):
+    """A process that has loaded no vocabulary, has none on disk, and cannot reach the network."""
+    import tiktoken.registry  # noqa: PLC0415 - not before TIKTOKEN_CACHE_DIR is set
+
+    from openai_eval_client import _tokens  # noqa: PLC0415
+
+    folder = tmp_path / "vocabularies"
+    folder.mkdir()
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
+    for proxy in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nothing listens there
+    for direct in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(direct, raising=False)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setattr(_tokens, "_VOCABULARIES", _tokens._Vocabularies())
+    return folder
