@@ -501,7 +501,7 @@ def test_headers_can_be_switched_off():
 @pytest.mark.parametrize(("stamp", "seen"), [("admission", {"1", "0"}), ("answer", {"0"})])
 async def test_headers_are_stamped_at_admission_or_answer(stamp, seen):
     """Two requests in flight together: at the answer both budgets are gone, at admission one is left."""
-    with SimulatedServer(rpm=2, stamp=stamp, latency=0.2, latency_sigma=0) as server:
+    with SimulatedServer(rpm=2, stamp=stamp, latency=0.5, latency_sigma=0) as server:
         answers = await asyncio.gather(*(asyncio.to_thread(send, server) for _ in range(2)))
     assert {headers["x-ratelimit-remaining-requests"] for _, headers, _ in answers} == seen
 
@@ -679,7 +679,7 @@ async def test_hang_lasts_until_the_client_leaves():
     with SimulatedServer(script=["hang"]) as server:
         async with client(server) as sdk:
             with pytest.raises(openai.APITimeoutError):
-                await sdk.chat.completions.create(**CHAT, timeout=0.2)
+                await sdk.chat.completions.create(**CHAT, timeout=0.4)
         await until(lambda: not server.in_flight)
         assert server.counts == {"hang": 1}
         assert server.calls[0].status == 0
@@ -699,7 +699,7 @@ async def test_a_client_that_leaves_early_is_a_disconnect():
     with SimulatedServer(latency=1000) as server:
         async with client(server) as sdk:
             with pytest.raises(openai.APITimeoutError):
-                await sdk.chat.completions.create(**CHAT, timeout=0.2)
+                await sdk.chat.completions.create(**CHAT, timeout=0.4)
         await until(lambda: not server.in_flight)
         assert server.counts == {"disconnect": 1}
         assert (server.calls[0].status, server.calls[0].fault) == (0, None)
@@ -792,7 +792,7 @@ def test_no_fault_leaves_anything_behind(fault):
     with SimulatedServer(script=[fault, fault]) as server:
         for stream in (False, True):
             with suppress(OSError, HTTPException):
-                send(server, {**CHAT, "stream": stream}, timeout=0.2)
+                send(server, {**CHAT, "stream": stream}, timeout=0.4)
         assert send(server)[0] == 200
         assert server.counts[fault] == 2
 
@@ -856,7 +856,7 @@ def test_only_the_newest_calls_are_kept():
 
 
 async def test_concurrency_is_counted():
-    with SimulatedServer(latency=0.3, latency_sigma=0) as server:
+    with SimulatedServer(latency=0.5, latency_sigma=0) as server:
         async with client(server) as sdk:
             await asyncio.gather(*(sdk.chat.completions.create(**CHAT) for _ in range(5)))
             assert server.max_in_flight == 5
@@ -972,8 +972,9 @@ def test_the_command_serves_until_told_to_end(end):
         assert process.wait(30) == 0
 
 
-def test_the_command_refuses_nonsense():
-    with run_python("-m", testing_package.__name__, "--fault", "529=1") as process:
+@pytest.mark.parametrize("fault", ["529=1", "500", "500=often"])
+def test_the_command_refuses_nonsense(fault):
+    with run_python("-m", testing_package.__name__, "--fault", fault) as process:
         assert process.wait(60) == 2
 
 

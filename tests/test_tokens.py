@@ -363,7 +363,7 @@ async def test_a_huge_text_does_not_hold_up_the_loop(counter, text):
 async def test_slices_of_a_long_text_add_next_to_nothing(counter, unit):
     text = unit * (260_000 // len(unit))
     sliced = await counter.count_text(text, "gpt-4o")
-    assert 0 <= sliced - direct(text) <= 4 * 6
+    assert 0 <= sliced - direct(text) <= 4 * 26
 
 
 @given(st.text(min_size=64, max_size=600))

@@ -1,0 +1,567 @@
+"""The evaluation client end to end, on a real server over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import json
+import logging
+import pickle
+import socket
+import threading
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from openai_eval_client import (
+    ModelResponse,
+    OpenAIClient,
+    OpenAIConfig,
+    PartialFailureError,
+    QuotaError,
+    RateLimitConfig,
+    RateLimitError,
+    TimeoutError,
+    ValidationError,
+)
+from openai_eval_client.errors import sdk_httpx
+from openai_eval_client.testing import SimulatedServer
+
+KEY = "sk-secret-1234567890"
+WIDE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
+
+
+def connect(server: SimulatedServer, rate_limit: RateLimitConfig = WIDE, **options: object) -> OpenAIClient:
+    settings = {"api_key": KEY, "base_url": server.base_url, "default_model": "gpt-4o-mini", **options}
+    return OpenAIClient(OpenAIConfig(**settings), rate_limit=rate_limit)
+
+
+def no_slot_is_taken(client: OpenAIClient) -> bool:
+    return all(lane.in_flight == 0 for gate in client._governor._gates.values() for lane in gate._lanes)
+
+
+# --- one prompt ------------------------------------------------------------------------------------------
+
+
+async def test_a_response_carries_what_the_specification_names() -> None:
+    """Content, usage with cost, model, request id, latency of the attempt, temperature, finish reason."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response("hello", temperature=0.7, max_tokens=50)
+        (call,) = server.calls
+    assert response.content == "echo: hello"
+    assert response.choices == ["echo: hello"]
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (
+        call.prompt_tokens,
+        call.completion_tokens,
+    )
+    assert response.usage.estimated_cost == pytest.approx(
+        (0.15 * call.prompt_tokens + 0.6 * call.completion_tokens) / 1e6
+    )
+    assert response.request_id.startswith("req_")
+    assert response.latency_ms > 0
+    assert (response.temperature, response.finish_reason, response.cached) == (0.7, "stop", False)
+    assert response.raw.choices[0].message.content == "echo: hello"
+    assert ModelResponse.model_validate_json(response.model_dump_json()) == response
+    assert call.body == {
+        "model": "gpt-4o-mini",
+        "temperature": 0.7,
+        "max_tokens": 50,
+        "messages": [{"role": "user", "content": "hello"}],
+    }
+
+
+async def test_what_is_not_given_is_not_sent() -> None:
+    """No temperature, no max_tokens, no None; the temperature reported is then the API's default."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response("hello", seed=None)
+        assert set(server.calls[0].body) == {"model", "messages"}
+    assert response.temperature == 1.0
+
+
+async def test_other_parameters_go_to_the_api() -> None:
+    """System prompt, chat parameters, extra_body and extra_headers arrive; n gives as many choices."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response(
+                "hello",
+                system="Be brief.",
+                n=2,
+                seed=7,
+                extra_body={"top_k": 5},
+                extra_headers={"x-trace": "abc"},
+            )
+        (call,) = server.calls
+    assert call.body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert (call.body["n"], call.body["seed"], call.body["top_k"]) == (2, 7, 5)
+    assert call.headers["x-trace"] == "abc"
+    assert len(response.choices) == 2
+
+
+async def test_messages_are_taken_as_they_are() -> None:
+    """A list of messages, with the SDK's own message objects in it."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            first = await client.generate_response("hello")
+            answer = first.raw.choices[0].message
+            history = [{"role": "user", "content": "hello"}, answer, {"role": "user", "content": "again"}]
+            assert (await client.generate_response(history)).content == "echo: again"
+        assert server.calls[1].body["messages"][1]["content"] == "echo: hello"
+
+
+class Verdict(BaseModel):
+    """What a grader is to answer."""
+
+    label: str
+
+
+@pytest.mark.parametrize("api", ["chat", "responses"])
+async def test_a_pydantic_class_comes_back_as_its_instance(api: str) -> None:
+    """response_format=Class sends its strict schema and parses the answer."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response("grade", api=api, response_format=Verdict)
+        body = server.calls[0].body
+    assert isinstance(response.parsed, Verdict)
+    schema = body["response_format"]["json_schema"] if api == "chat" else body["text"]["format"]
+    assert (schema["name"], schema["strict"]) == ("Verdict", True)
+    assert schema["schema"]["additionalProperties"] is False
+
+
+async def test_the_responses_api_answers_the_same_call() -> None:
+    """api="responses": the same parameters under that API's names, the same response."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response(
+                "hello", api="responses", max_tokens=30, system="Be brief."
+            )
+        (call,) = server.calls
+    assert call.path.endswith("/responses")
+    assert (call.body["max_output_tokens"], call.body["instructions"]) == (30, "Be brief.")
+    assert (response.content, response.finish_reason) == ("echo: hello", "stop")
+    assert response.usage.completion_tokens == call.completion_tokens
+    assert type(response.raw).__name__ == "Response"
+
+
+@pytest.mark.parametrize("fault", ["null_usage", "no_usage"])
+async def test_missing_usage_is_estimated_and_says_so(fault: str) -> None:
+    """A server without usage: our own counts, marked as such, and a price from them."""
+    with SimulatedServer(script=[fault]) as server:
+        async with connect(server) as client:
+            usage = (await client.generate_response("hello there")).usage
+    assert usage.estimated
+    assert usage.prompt_tokens == 9  # 3 for the message, 1 for its role, 2 for its text, 3 for the reply
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > 9
+    assert usage.estimated_cost
+
+
+async def test_an_unknown_model_has_no_price() -> None:
+    """None, not 0; and the statistics say how many there were."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response("hello", model="nobody/knows-this")
+            assert response.usage.estimated_cost is None
+            assert (client.stats.unpriced, client.stats.cost) == (1, 0.0)
+
+
+# --- retries ---------------------------------------------------------------------------------------------
+
+TRANSIENT = ["500", "503", "408", "409", "429", "drop", "truncate", "garbage", "cut_json"]
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+async def test_a_transient_failure_is_tried_again(fault: str) -> None:
+    """Each once, then an answer: two attempts, one retry counted, no slot left behind."""
+    with SimulatedServer(script=[fault]) as server:
+        async with connect(server) as client:
+            assert (await client.generate_response("hello")).content == "echo: hello"
+            assert (client.stats.retries, client.stats.attempts) == (1, 2)
+            assert no_slot_is_taken(client)
+        assert len(server.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("500", openai.InternalServerError),
+        ("429", RateLimitError),
+        ("drop", openai.APIConnectionError),
+        ("cut_json", openai.APIResponseValidationError),
+    ],
+)
+async def test_without_retries_there_is_one_attempt(fault: str, error: type[Exception]) -> None:
+    """max_retries=0: the SDK's own error of the first attempt, which pickles and holds no key."""
+    with SimulatedServer(script=[fault] * 9) as server:
+        async with connect(server, max_retries=0) as client:
+            with pytest.raises(error) as raised:
+                await client.generate_response("hello")
+            assert (client.stats.requests, client.stats.failures) == (1, 1)
+        assert len(server.calls) == 1
+    error_seen = raised.value
+    assert not isinstance(error_seen, builtins.TimeoutError)
+    restored = pickle.loads(pickle.dumps(error_seen))  # noqa: S301  # our own
+    assert str(restored) == str(error_seen)
+    shown = f"{error_seen!r} {error_seen} {vars(error_seen)} {dict(error_seen.request.headers)}"
+    assert KEY not in shown
+
+
+async def test_a_hanging_server_is_a_timeout_after_its_retries() -> None:
+    """The deadline is one attempt's; when all have passed, TimeoutError, ours and Python's."""
+    with SimulatedServer(script=["hang"] * 2) as server:
+        async with connect(server, max_retries=1) as client:
+            with pytest.raises(TimeoutError, match=r"no answer within 0.2 s") as raised:
+                await client.generate_response("hello", timeout=0.2)
+            assert no_slot_is_taken(client)
+        assert len(server.calls) == 2
+    assert isinstance(raised.value, openai.APITimeoutError)
+    assert isinstance(raised.value, builtins.TimeoutError)
+
+
+async def test_a_slow_drip_is_a_timeout_too() -> None:
+    """Bytes that keep coming do not extend the deadline."""
+    with SimulatedServer(script=["slow_drip"]) as server:
+        async with connect(server, max_retries=0) as client:
+            with pytest.raises(TimeoutError):
+                await client.generate_response("hello", timeout=0.3)
+
+
+async def test_a_refused_connection_is_no_timeout() -> None:
+    """Nobody listens: APIConnectionError, retried like one, never called a timeout."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
+            with pytest.raises(openai.APIConnectionError, match="connection failed") as raised:
+                await client.generate_response("hello")
+    assert not isinstance(raised.value, openai.APITimeoutError)
+
+
+async def test_waiting_for_the_limit_is_not_counted_as_latency_or_timeout() -> None:
+    """A prompt that queues longer than its timeout is answered all the same."""
+    with SimulatedServer() as server:
+        limits = RateLimitConfig(requests_per_minute=120, burst_seconds=0.5)
+        async with connect(server, limits) as client:
+            responses = await client.batch_generate(["a", "b", "c"], timeout=0.4)
+    assert all(response.latency_ms < 400 for response in responses)
+    assert client.stats.wait_seconds > 0.9
+
+
+def refusing(name: str, body_type: str = "unsupported_parameter"):
+    """A transport that answers 400 for a parameter and echoes the rest, and a list of the bodies it saw."""
+    module, seen = sdk_httpx(), []
+
+    def handle(request):
+        body = json.loads(request.content)
+        seen.append(body)
+        if name in body:
+            error = {"message": f"Unsupported: '{name}'", "code": body_type, "param": name, "type": "x"}
+            return module.Response(400, json={"error": error})
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
+        return module.Response(200, json={"id": "x", "model": "m", "choices": [choice]})
+
+    return module.AsyncClient(transport=module.MockTransport(handle)), seen
+
+
+async def test_a_model_that_refuses_max_tokens_gets_max_completion_tokens() -> None:
+    """Learnt from the 400, sent once more, and remembered for that model."""
+    http, seen = refusing("max_tokens")
+    async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
+        for _ in range(2):
+            await client.generate_response("hello", max_tokens=9)
+        assert client.stats.retries == 0
+    assert [("max_tokens" in body, body.get("max_completion_tokens")) for body in seen] == [
+        (True, None),
+        (False, 9),
+        (False, 9),
+    ]
+
+
+async def test_a_model_that_refuses_temperature_is_asked_without() -> None:
+    """The response then names the API's default."""
+    http, seen = refusing("temperature", "unsupported_value")
+    async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
+        response = await client.generate_response("hello", temperature=0)
+    assert response.temperature == 1.0
+    assert ["temperature" in body for body in seen] == [True, False]
+
+
+async def test_a_400_for_anything_else_is_raised() -> None:
+    """No second attempt for a parameter that has no substitute."""
+    http, seen = refusing("seed")
+    async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
+        with pytest.raises(openai.BadRequestError):
+            await client.generate_response("hello", seed=1)
+    assert len(seen) == 1
+
+
+# --- many prompts ----------------------------------------------------------------------------------------
+
+
+async def test_order_is_kept_whatever_finishes_first() -> None:
+    """Latencies vary; the responses do not change places, and concurrency stays within its bound."""
+    prompts = [f"number {n}" for n in range(200)]
+    with SimulatedServer(latency=0.02, latency_sigma=1.0) as server:
+        async with connect(server) as client:
+            responses = await client.batch_generate(prompts, max_concurrent=20)
+        assert server.max_in_flight <= 20
+        assert [call.body["messages"][0]["content"] for call in server.calls] != sorted(prompts)
+    assert [response.content for response in responses] == [f"echo: {prompt}" for prompt in prompts]
+
+
+async def test_progress_is_monotone_and_ends_with_one() -> None:
+    """One call per finished prompt, failed ones too; sync or async; an exception in it is logged."""
+    seen: list[float] = []
+
+    async def slowly(fraction: float) -> None:
+        await asyncio.sleep(0)
+        seen.append(fraction)
+
+    with SimulatedServer(script=["ok", "ok", "500"]) as server:
+        async with connect(server, max_retries=0) as client:
+            await client.batch_generate(["x"] * 10, progress_callback=slowly, return_exceptions=True)
+    assert seen == [n / 10 for n in range(1, 11)]
+
+
+async def test_a_callback_that_raises_does_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and every prompt is answered."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            responses = await client.batch_generate(["x"] * 3, progress_callback=lambda _: 1 / 0)
+    assert len(responses) == 3
+    assert "progress_callback raised" in caplog.text
+
+
+async def test_no_prompts_give_no_responses() -> None:
+    """And one report of being done."""
+    seen: list[float] = []
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            assert await client.batch_generate([], progress_callback=seen.append) == []
+        assert server.calls == []
+    assert seen == [1.0]
+
+
+async def test_some_failures_keep_what_was_answered() -> None:
+    """PartialFailureError carries the responses in order, None where the prompt failed."""
+    with SimulatedServer(script=["ok", "500", "ok", "500", "ok"], latency=0) as server:
+        async with connect(server, max_retries=0) as client:
+            with pytest.raises(PartialFailureError, match="2 of 5 prompts failed") as raised:
+                await client.batch_generate(list("abcde"), max_concurrent=1)
+            answered = [response and response.content for response in raised.value.responses]
+    assert sorted(raised.value.failures) == [index for index, text in enumerate(answered) if text is None]
+    assert len(raised.value.failures) == 2
+    assert all(isinstance(error, openai.InternalServerError) for error in raised.value.failures.values())
+    assert answered.count(None) == 2
+
+
+async def test_exceptions_stand_in_the_list_when_asked_for() -> None:
+    """return_exceptions=True: one entry per prompt, response or exception."""
+    with SimulatedServer(faults={"500": 1.0}) as server:
+        async with connect(server, max_retries=0) as client:
+            results = await client.batch_generate(["a", "b"], return_exceptions=True)
+    assert [type(result) for result in results] == [openai.InternalServerError] * 2
+
+
+@pytest.mark.parametrize("return_exceptions", [False, True])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"api_key": "sk-another"}, openai.AuthenticationError),
+        ({"models": {"only-this"}}, openai.NotFoundError),
+        ({"quota_exhausted_after": 5}, QuotaError),
+    ],
+)
+async def test_an_error_that_meets_every_prompt_stops_the_run(options, error, return_exceptions) -> None:
+    """A wrong key, an unknown model, no credit: raised at once, with what was answered before."""
+    with SimulatedServer(latency=0.01, **options) as server:
+        async with connect(server) as client:
+            with pytest.raises(error) as raised:
+                await client.batch_generate(
+                    ["x"] * 300, max_concurrent=3, return_exceptions=return_exceptions
+                )
+            assert no_slot_is_taken(client)
+        assert len(server.calls) < 30
+    answered = [response for response in raised.value.responses if response is not None]
+    assert len(raised.value.responses) == 300
+    assert len(answered) == (5 if error is QuotaError else 0)
+    assert KEY not in f"{raised.value!r} {raised.value} {vars(raised.value)}"
+
+
+async def test_a_very_long_pause_stops_the_run() -> None:
+    """The server asks for more than max_wait: RateLimitError with what was answered, nobody waits."""
+    module = sdk_httpx()
+
+    def handle(request):
+        return module.Response(429, headers={"retry-after": "7200"}, json={"error": {"message": "per day"}})
+
+    http = module.AsyncClient(transport=module.MockTransport(handle))
+    async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
+        with pytest.raises(RateLimitError) as raised:
+            await client.batch_generate(["x"] * 100)
+        assert client.stats.retries == 0
+    assert raised.value.responses == [None] * 100
+
+
+async def test_cancelling_leaves_nothing_behind() -> None:
+    """A cancelled run ends at once: no task, no slot, no request in flight, and the client goes on."""
+    with SimulatedServer(latency=0.05) as server:
+        async with connect(server) as client:
+            before = asyncio.all_tasks()
+            run = asyncio.create_task(client.batch_generate(["x"] * 500))
+            while len(server.calls) < 20:
+                await asyncio.sleep(0.01)
+            run.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await run
+            assert asyncio.all_tasks() == before
+            assert no_slot_is_taken(client)
+            assert (await client.generate_response("still here")).content == "echo: still here"
+
+
+async def test_a_million_prompts_are_not_a_million_tasks() -> None:
+    """Prompts are taken by a bounded number of workers."""
+    most = 0
+
+    def watch(_: float) -> None:
+        nonlocal most
+        most = max(most, len(asyncio.all_tasks()))
+
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            await client.batch_generate(
+                (f"p{n}" for n in range(1000)), max_concurrent=10, progress_callback=watch
+            )
+    assert most <= 2 * 10 + 5
+
+
+async def test_too_many_prompts_for_the_batch_api_are_refused_for_now() -> None:
+    """use_batch_api=True below the threshold runs online; above it says that it cannot yet."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            assert len(await client.batch_generate(["x"] * 3, use_batch_api=True)) == 3
+            with pytest.raises(ValidationError, match="use_batch_api=True"):
+                await client.batch_generate(["x"] * 100, use_batch_api=True)
+        assert len(server.calls) == 3
+
+
+# --- the limits ------------------------------------------------------------------------------------------
+
+
+async def test_within_its_limits_the_server_refuses_nothing() -> None:
+    """Configured as the server is, with real tokens counted: not one 429, everything answered."""
+    prompts = [f"Say the number {n} in words, please." for n in range(150)]
+    with SimulatedServer(rpm=1200, tpm=60_000, window=2, latency=0.02) as server:
+        limits = RateLimitConfig(
+            requests_per_minute=1200, tokens_per_minute=60_000, burst_seconds=2, max_concurrent=64
+        )
+        async with connect(server, limits) as client:
+            responses = await client.batch_generate(prompts, max_tokens=8)
+        assert server.counts["429"] == 0
+    assert [r.content.split()[-1] for r in responses] == ["words,"] * 0 + [r.content.split()[-1] for r in responses]
+    assert len(responses) == 150
+
+
+async def test_limits_set_too_high_still_end_with_every_prompt_answered() -> None:
+    """429s pause the model, and the prompts that met them keep their place."""
+    with SimulatedServer(rpm=600, window=1, latency=0.02, headers=False) as server:
+        async with connect(server, max_retries=8) as client:
+            responses = await client.batch_generate([f"{n}" for n in range(30)])
+        assert server.counts["429"] > 0
+        assert server.counts["200"] == 30
+    assert [response.content for response in responses] == [f"echo: {n}" for n in range(30)]
+
+
+async def test_the_sdk_client_spends_the_same_budget() -> None:
+    """client.openai and generate_response share limits, connections and statistics."""
+    with SimulatedServer() as server:
+        async with connect(server, RateLimitConfig(requests_per_minute=2)) as client:
+            await client.generate_response("one")
+            completion = await client.openai.chat.completions.create(
+                model="gpt-4o-mini", messages=[{"role": "user", "content": "two"}]
+            )
+            assert completion.choices[0].message.content == "echo: two"
+            assert client.openai.max_retries == 3
+            assert client.stats.attempts == 2
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(client.generate_response("three"), 0.2)
+            assert server.connections == 1
+
+
+# --- loops, threads, secrets -----------------------------------------------------------------------------
+
+
+def test_one_client_works_in_several_runs_of_the_loop() -> None:
+    """`asyncio.run` three times with one client, and its connections are gone after each."""
+    with SimulatedServer() as server:
+        client = connect(server)
+        for _ in range(3):
+            responses = asyncio.run(client.batch_generate(["a", "b"]))
+            assert [response.content for response in responses] == ["echo: a", "echo: b"]
+
+
+def test_threads_share_a_client() -> None:
+    """Four threads, each with its own event loop: one budget, one bound, every prompt answered."""
+    with SimulatedServer(latency=0.01) as server:
+        client = connect(server, RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=4))
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                assert len(asyncio.run(client.batch_generate(["x"] * 50))) == 50
+            except BaseException as error:  # noqa: BLE001  # shown by the assertion below
+                failures.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert failures == []
+        assert server.max_in_flight <= 4
+        assert client.stats.requests == 200
+
+
+async def test_the_key_is_nowhere_to_be_seen(caplog: pytest.LogCaptureFixture) -> None:
+    """Not in the repr, not in a log at DEBUG, not in an error whose message echoes it."""
+    caplog.set_level(logging.DEBUG, "openai_eval_client")
+    module = sdk_httpx()
+
+    def echo(request):
+        said = request.headers["authorization"]
+        return module.Response(401, json={"error": {"message": f"bad key {said}", "code": "invalid_api_key"}})
+
+    http = module.AsyncClient(transport=module.MockTransport(echo))
+    async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http) as client:
+        with pytest.raises(openai.AuthenticationError, match=r"bad key Bearer \[key\]") as raised:
+            await client.generate_response("hello")
+        error = raised.value
+        assert KEY not in f"{client!r} {error!r} {error.body} {error.response.text} {vars(error)}"
+        assert KEY.encode() not in pickle.dumps(error)
+    assert KEY not in caplog.text
+
+
+async def test_neither_prompts_nor_answers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Logs tell what happened, not what was asked."""
+    caplog.set_level(logging.DEBUG, "openai_eval_client")
+    with SimulatedServer(script=["500", "429", "cut_json"]) as server:
+        async with connect(server) as client:
+            await client.generate_response("a very private question", max_tokens=100)
+    assert "failed (500)" in caplog.text
+    assert "private" not in caplog.text
+
+
+async def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With HTTP_PROXY set the client takes the SDK's default transport, which goes through it."""
+    with SimulatedServer() as proxy:
+        monkeypatch.setenv("http_proxy", proxy.base_url.removesuffix("/v1"))
+        monkeypatch.delenv("no_proxy", raising=False)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        config = OpenAIConfig(api_key=KEY, base_url="http://api.invalid/v1", max_retries=0)
+        async with OpenAIClient(config) as client:
+            try:
+                await client.generate_response("hello")
+            except openai.APIStatusError as error:
+                assert error.status_code in {400, 404}
+        assert proxy.calls or proxy.counts

@@ -1,0 +1,339 @@
+"""Waiting for admission: on one event loop with virtual time, and on several real ones."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import selectors
+import threading
+
+import pytest
+
+from openai_eval_client import RateLimitConfig, RateLimitError
+from openai_eval_client._governor import Admission, Demand, Governor, Outcome
+from openai_eval_client._limiter import Lane
+
+
+class _Jump(selectors.DefaultSelector):
+    """A selector that never sleeps: it tells its loop how long it would have."""
+
+    slept = 0.0
+
+    def select(self, timeout=None):
+        ready = super().select(0)
+        if not ready and timeout is not None:
+            self.slept += timeout
+        return ready
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop whose time passes as soon as nothing else is to be done."""
+
+    def __init__(self) -> None:
+        self.jump = _Jump()
+        super().__init__(self.jump)
+
+    def time(self) -> float:
+        return self.jump.slept
+
+
+def in_virtual_time(scenario, config: RateLimitConfig | None) -> Governor:
+    """Run `scenario(governor, loop)` on a virtual loop."""
+    loop = VirtualLoop()
+    governor = Governor(config, clock=loop)
+    try:
+        loop.run_until_complete(scenario(governor, loop))
+    finally:
+        loop.close()
+    return governor
+
+
+def limits(rpm: int | None = None, tpm: int | None = None, **options: object) -> RateLimitConfig:
+    return RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm, **{"max_concurrent": 1000, **options})
+
+
+DEMAND = Demand("m", 100, 0)
+OK = Outcome(200, {}, (100, 0))
+
+
+async def send(governor: Governor, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
+    (await governor.admit(demand)).settle(outcome)
+
+
+def test_requests_leave_at_the_rate_of_the_limit() -> None:
+    """After the burst, one request a second for 60 RPM; time between admissions never shorter."""
+    times: list[float] = []
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        async def one() -> None:
+            await send(governor)
+            times.append(loop.time())
+
+        await asyncio.gather(*[one() for _ in range(70)])
+
+    in_virtual_time(scenario, limits(60))
+    assert times[:60] == [0.0] * 60
+    assert times[60:] == pytest.approx(range(1, 11), abs=0.02)
+
+
+def test_a_cancelled_waiter_gives_its_place_and_reservation_back() -> None:
+    """The next in line goes when the cancelled one would have."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await governor.admit(Demand("m", 600, 0))
+        first = asyncio.create_task(governor.admit(Demand("m", 500, 0)))
+        second = asyncio.create_task(governor.admit(Demand("m", 10, 0)))
+        await asyncio.sleep(0)
+        first.cancel()
+        await second
+        assert loop.time() == pytest.approx(1, abs=0.02)
+        with pytest.raises(asyncio.CancelledError):
+            await first
+
+    in_virtual_time(scenario, limits(None, 600))
+
+
+def test_a_waiter_cancelled_after_its_grant_gives_everything_back() -> None:
+    """Granted and cancelled in the same turn of the loop: no slot and no budget is lost."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        holder = await governor.admit(DEMAND)
+        waiter = asyncio.create_task(governor.admit(DEMAND))
+        await asyncio.sleep(0)
+        holder.settle(OK)
+        waiter.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiter
+        await asyncio.wait_for(governor.admit(DEMAND), 1)
+
+    in_virtual_time(scenario, limits(max_concurrent=1))
+
+
+def test_settling_twice_frees_one_slot() -> None:
+    """An admission counts once, whatever happens to it."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        admission = await governor.admit(DEMAND)
+        await governor.admit(DEMAND)
+        admission.settle(OK)
+        admission.settle(OK)
+        await governor.admit(DEMAND)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(governor.admit(DEMAND), 5)
+
+    assert in_virtual_time(scenario, limits(max_concurrent=2)).stats.attempts == 1
+
+
+@pytest.mark.parametrize("headers", [{"retry-after": "3"}, {"retry-after-ms": "3000", "retry-after": "9"}])
+def test_a_429_pauses_the_whole_model_and_no_other(headers: dict[str, str]) -> None:
+    """Nobody of that model goes before the server's time; another model does not notice."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor, outcome=Outcome(429, headers))
+        await send(governor, Demand("other", 1, 0))
+        assert loop.time() == 0
+        await send(governor)
+        assert loop.time() == pytest.approx(3, abs=0.02)
+
+    assert in_virtual_time(scenario, limits(600)).stats.rate_limited == 1
+
+
+def test_a_refused_request_did_not_spend_its_tokens() -> None:
+    """After a 429 the tokens are there for the next; after a server error they are not."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor, Demand("m", 600, 0), Outcome(429, {}))
+        await send(governor, Demand("m", 600, 0), Outcome(500, {}))
+        assert loop.time() == 0
+        await send(governor, Demand("m", 600, 0))
+        assert loop.time() == pytest.approx(60, abs=0.02)
+
+    in_virtual_time(scenario, limits(None, 600))
+
+
+def test_a_pause_longer_than_max_wait_fails_everyone_of_that_model_at_once() -> None:
+    """Those who wait and those who come later are told when to come back; nobody waits for it."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        running = await governor.admit(DEMAND)
+        waiting = asyncio.create_task(governor.admit(DEMAND))
+        await asyncio.sleep(0)
+        running.settle(Outcome(429, {"retry-after": "3600"}))
+        for attempt in (waiting, governor.admit(DEMAND)):
+            with pytest.raises(RateLimitError, match="3600 s, more than max_wait=600 s; come back at 2"):
+                await attempt
+        await governor.admit(Demand("other"))
+        assert loop.time() == 0
+
+    in_virtual_time(scenario, limits(max_concurrent=1))
+
+
+def test_without_limits_nothing_waits_until_the_server_states_some() -> None:
+    """rate_limit=None: any number goes at once; after the first headers the server's rate holds."""
+    headers = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0"}
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await asyncio.gather(*[governor.admit(DEMAND) for _ in range(5000)])
+        assert loop.time() == 0
+        await send(governor, outcome=Outcome(200, headers))
+        await send(governor)
+        assert loop.time() == pytest.approx(1, abs=0.02)
+
+    in_virtual_time(scenario, None)
+
+
+def test_requests_that_run_no_model_are_bounded_by_concurrency_alone() -> None:
+    """Files and batches spend no requests per minute, and no model's slots."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await governor.admit(DEMAND)
+        for _ in range(50):
+            await send(governor, Demand(None))
+        assert loop.time() == 0
+
+    in_virtual_time(scenario, limits(1, max_concurrent=1))
+
+
+def test_a_lane_of_the_callers_own_replaces_the_models_bound() -> None:
+    """A call with max_concurrent=3 has three in flight where the config says one."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        lane = Lane(3)
+        for _ in range(3):
+            await governor.admit(DEMAND, lane=lane)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(governor.admit(DEMAND, lane=lane), 5)
+
+    in_virtual_time(scenario, limits(max_concurrent=1))
+
+
+def test_waits_are_logged_with_reason_and_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    """A user who wonders why nothing happens finds it at INFO."""
+    caplog.set_level(logging.INFO, "openai_eval_client")
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor)
+        await send(governor, outcome=Outcome(429, {"retry-after": "2"}))
+
+    in_virtual_time(scenario, limits(1))
+    assert "waited 60.00 s for the rate limit of m" in caplog.text
+    assert "m rate limited by the server: pausing 2.00 s" in caplog.text
+
+
+# --- real loops and threads ------------------------------------------------------------------------------
+
+FAST = limits(60_000, burst_seconds=0.005)  # one request a millisecond, five at once
+
+
+def in_thread(work) -> threading.Thread:
+    thread = threading.Thread(target=lambda: asyncio.run(work()))
+    thread.start()
+    return thread
+
+
+def test_eight_threads_with_their_own_loops_share_one_budget() -> None:
+    """All are admitted, never more than the bound at once, and nothing is attached to the wrong loop."""
+    governor = Governor(limits(60_000, burst_seconds=0.005, max_concurrent=3))
+    running, most = 0, 0
+    lock = threading.Lock()
+
+    async def one() -> None:
+        nonlocal running, most
+        admission = await governor.admit(DEMAND)
+        with lock:
+            running += 1
+            most = max(most, running)
+        await asyncio.sleep(0)
+        with lock:
+            running -= 1
+        admission.settle(OK)
+
+    async def many() -> None:
+        await asyncio.gather(*[one() for _ in range(100)])
+
+    threads = [in_thread(many) for _ in range(8)]
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert most <= 3
+    assert governor.stats.attempts == 800
+
+
+def test_a_loop_that_ends_with_waiters_leaves_the_others_their_turn() -> None:
+    """`asyncio.run` cancelled halfway gives back what its waiters had; the next run goes on."""
+    governor = Governor(limits(max_concurrent=1))
+    held: list[Admission] = []
+
+    async def abandoned() -> None:
+        held.append(await governor.admit(DEMAND))
+        for _ in range(10):
+            asyncio.ensure_future(governor.admit(DEMAND))
+        await asyncio.sleep(0)
+
+    asyncio.run(abandoned())
+    held[0].settle(OK)
+
+    async def later() -> None:
+        await asyncio.wait_for(send(governor), 10)
+
+    asyncio.run(later())
+
+
+def test_a_loop_that_is_closed_without_ceremony_does_not_block_the_others() -> None:
+    """Waiters of a loop that was just dropped are passed over, with their slots."""
+    governor = Governor(limits(max_concurrent=1))
+    loop = asyncio.new_event_loop()
+    held = loop.run_until_complete(governor.admit(DEMAND))
+    waiter = loop.create_task(governor.admit(DEMAND))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+
+    async def later() -> None:
+        held.settle(OK)
+        await asyncio.wait_for(send(governor), 10)
+
+    asyncio.run(later())
+    waiter._log_destroy_pending = False  # its loop is gone on purpose
+    del waiter, held
+    gc.collect()
+
+
+def test_a_blocked_loop_does_not_hold_up_the_others() -> None:
+    """The next in line sits on a loop that is busy: the others are woken by their own timers."""
+    governor = Governor(limits(6_000, burst_seconds=0.01))
+    blocked, release, done = threading.Event(), threading.Event(), threading.Event()
+
+    async def busy() -> None:
+        await send(governor)
+        first = asyncio.ensure_future(send(governor))
+        await asyncio.sleep(0)
+        blocked.set()
+        release.wait(30)  # the loop stands still, with a ticket at the head of the queue
+        await first
+
+    async def others() -> None:
+        await asyncio.gather(*[send(governor) for _ in range(20)])
+        done.set()
+
+    threads = [in_thread(busy)]
+    assert blocked.wait(30)
+    threads.append(in_thread(others))
+    assert done.wait(30)
+    release.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+def test_one_governor_outlives_many_event_loops() -> None:
+    """Successive `asyncio.run`s share one budget and leave no timer of a closed loop behind."""
+    governor = Governor(FAST)
+
+    async def some() -> None:
+        await asyncio.gather(*[send(governor) for _ in range(20)])
+
+    for _ in range(20):
+        asyncio.run(some())
+    assert governor.stats.attempts == 400
+    assert len(governor._timers) <= 1

@@ -1,0 +1,392 @@
+"""The drop-in client: the SDK's behaviour kept, every attempt paced."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import importlib
+import inspect
+import json
+import threading
+import time
+
+import openai
+import pytest
+from pydantic import BaseModel
+
+from openai_eval_client import AsyncOpenAI, RateLimitConfig
+from openai_eval_client.errors import sdk_httpx
+from openai_eval_client.testing import SimulatedServer
+
+HELLO = [{"role": "user", "content": "hello"}]
+CHAT = {"model": "gpt-4o-mini", "messages": HELLO}
+
+
+@pytest.fixture
+def server():
+    with SimulatedServer() as running:
+        yield running
+
+
+def connect(server: SimulatedServer, **options: object) -> AsyncOpenAI:
+    return AsyncOpenAI(**{"api_key": "sk-test", "base_url": server.base_url, **options})
+
+
+def granted(client: AsyncOpenAI) -> int:
+    """How many attempts were admitted, settled or not."""
+    return client.stats.attempts + in_flight(client)
+
+
+def eventually(holds, seconds: float = 10) -> bool:
+    """Whether something that another thread is about to do comes true."""
+    ends = time.monotonic() + seconds
+    while not holds() and time.monotonic() < ends:
+        threading.Event().wait(0.01)
+    return holds()
+
+
+def in_flight(client: AsyncOpenAI) -> int:
+    return sum(lane.in_flight for gate in client._governor._gates.values() for lane in gate._lanes)
+
+
+async def test_it_answers_as_the_sdk_does(server) -> None:
+    """The same call on both gives the same object."""
+    async with connect(server) as ours, openai.AsyncOpenAI(api_key="k", base_url=server.base_url) as theirs:
+        mine, raw = await ours.chat.completions.create(**CHAT), await theirs.chat.completions.create(**CHAT)
+    assert type(mine) is type(raw)
+    assert mine.choices == raw.choices
+    assert isinstance(ours, openai.AsyncOpenAI)
+
+
+class Answer(BaseModel):
+    """A schema to be answered in."""
+
+    text: str
+
+
+async def plain(client) -> None:
+    assert (await client.chat.completions.create(**CHAT)).choices[0].message.content == "echo: hello"
+
+
+async def parsed(client) -> None:
+    completion = await client.chat.completions.parse(**CHAT, response_format=Answer)
+    assert isinstance(completion.choices[0].message.parsed, Answer)
+
+
+async def iterated(client) -> None:
+    stream = await client.chat.completions.create(**CHAT, stream=True)
+    chunks = [chunk async for chunk in stream]
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "echo: hello"
+
+
+async def stream_helper(client) -> None:
+    async with client.chat.completions.stream(**CHAT) as stream:
+        assert (await stream.get_final_completion()).choices[0].message.content == "echo: hello"
+
+
+async def raw_response(client) -> None:
+    raw = await client.chat.completions.with_raw_response.create(**CHAT)
+    assert raw.headers["x-request-id"]
+    assert raw.parse().choices[0].message.content == "echo: hello"
+
+
+async def streamed_response(client) -> None:
+    async with client.chat.completions.with_streaming_response.create(**CHAT) as response:
+        assert json.loads(await response.read())["usage"]["total_tokens"]
+
+
+async def with_options(client) -> None:
+    await plain(client.with_options(timeout=5, max_retries=0))
+
+
+async def copied(client) -> None:
+    await plain(client.copy(default_headers={"x-a": "b"}).with_options(timeout=5))
+
+
+async def embedded(client) -> None:
+    answer = await client.embeddings.create(model="text-embedding-3-small", input=["a", "b"])
+    assert len(answer.data) == 2
+
+
+async def responded(client) -> None:
+    assert (await client.responses.create(model="gpt-4o-mini", input="hello")).output_text == "echo: hello"
+
+
+async def response_stream(client) -> None:
+    stream = await client.responses.create(model="gpt-4o-mini", input="hello", stream=True)
+    assert [event.type async for event in stream][-1] == "response.completed"
+
+
+async def completed(client) -> None:
+    assert (await client.completions.create(model="gpt-3.5-turbo-instruct", prompt="hello")).choices[0].text
+
+
+async def listed(client) -> None:
+    assert [model.id async for model in client.models.list()] == []
+
+
+async def posted(client) -> None:
+    assert await client.post("/chat/completions", body=CHAT, cast_to=object)
+
+
+ROADS = [
+    plain,
+    parsed,
+    iterated,
+    stream_helper,
+    raw_response,
+    streamed_response,
+    with_options,
+    copied,
+    embedded,
+    responded,
+    response_stream,
+    completed,
+    listed,
+    posted,
+]
+
+
+@pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
+async def test_every_road_passes_the_limiter_once(server, road) -> None:
+    """One admission for one HTTP request, whatever the resource, and its slot is free afterwards."""
+    async with connect(server) as client:
+        await road(client)
+        assert client.stats.attempts == len(server.calls) == 1
+        assert in_flight(client) == 0
+
+
+@pytest.mark.parametrize("road", [plain, iterated, response_stream, responded], ids=lambda road: road.__name__)
+async def test_usage_settles_what_was_reserved(server, road) -> None:
+    """Plain answers, and streams that end with their usage, are accounted with the server's own counts."""
+    async with connect(server) as client:
+        if road is iterated:
+            stream = await client.chat.completions.create(
+                **CHAT, stream=True, stream_options={"include_usage": True}
+            )
+            assert [chunk async for chunk in stream][-1].usage.total_tokens
+        else:
+            await road(client)
+        (call,) = server.calls
+        assert client.stats.prompt_tokens == call.prompt_tokens
+        assert client.stats.completion_tokens == call.completion_tokens
+
+
+async def test_a_stream_holds_its_slot_until_it_is_closed(server) -> None:
+    """With one slot, a second request waits for the first stream's end, read to it or not."""
+    async with connect(server, rate_limit=RateLimitConfig(max_concurrent=1)) as client:
+        stream = await client.chat.completions.create(**CHAT, stream=True)
+        await anext(stream)
+        second = asyncio.create_task(client.chat.completions.create(**CHAT))
+        await asyncio.sleep(0.05)  # time to arrive, were it not held back
+        assert len(server.calls) == 1
+        await stream.close()
+        await second
+        assert in_flight(client) == 0
+
+
+async def test_a_stream_that_is_dropped_unread_gives_its_slot_back(server) -> None:
+    """Forgetting to close a stream does not cost a slot for ever."""
+    async with connect(server, rate_limit=RateLimitConfig(max_concurrent=1)) as client:
+        stream = await client.chat.completions.create(**CHAT, stream=True)
+        response = stream.response
+        await response.aclose()
+        del stream, response
+        gc.collect()
+        await plain(client)
+
+
+async def test_the_sdks_own_retries_are_paced_too() -> None:
+    """Each of the SDK's attempts is admitted anew."""
+    with SimulatedServer(script=["500", "drop", "ok"]) as server:
+        async with connect(server, max_retries=2) as client:
+            await plain(client)
+            assert client.stats.attempts == len(server.calls) == 3
+            assert in_flight(client) == 0
+
+
+@pytest.mark.parametrize("fault", ["500", "drop", "truncate", "garbage", "408"])
+async def test_a_failed_attempt_frees_its_slot(fault) -> None:
+    """Whatever comes of an attempt, nothing stays behind; the error is the SDK's own."""
+    with SimulatedServer(script=[fault]) as server:
+        async with connect(server, max_retries=0) as client:
+            try:
+                await client.chat.completions.create(**CHAT)
+            except (openai.APIError, ValueError):
+                pass
+            assert in_flight(client) == 0
+            assert client.stats.attempts == 1
+
+
+async def test_a_cancelled_call_frees_its_slot() -> None:
+    """Cancelled while the server hangs."""
+    with SimulatedServer(script=["hang"]) as server:
+        async with connect(server) as client:
+            call = asyncio.create_task(client.chat.completions.create(**CHAT))
+            while not server.calls and not server.in_flight:
+                await asyncio.sleep(0.01)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert in_flight(client) == 0
+
+
+async def test_copies_share_the_budget(server) -> None:
+    """with_options and copy spend the same requests per minute."""
+    async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=3)) as client:
+        for _ in range(3):
+            await plain(client.with_options(timeout=9).copy(max_retries=1))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(plain(client), 0.2)
+
+
+async def test_a_copy_with_another_http_client_shares_the_budget(server) -> None:
+    """The budget is the account's, not the connection's."""
+    async with connect(server) as client, openai.DefaultAsyncHttpxClient() as other:
+        await plain(client.with_options(http_client=other))
+        assert client.stats.attempts == 1
+
+
+async def test_a_copy_for_another_account_has_a_budget_of_its_own(server) -> None:
+    """Another key or organisation has limits of its own: the same ones, with nothing spent."""
+    async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=1)) as client:
+        await plain(client)
+        other = client.with_options(api_key="sk-other")
+        await plain(other)
+        assert (client.stats.attempts, other.stats.attempts) == (1, 1)
+        assert other._governor.config == client._governor.config
+
+
+def family(name: str):
+    return pytest.importorskip(name)
+
+
+@pytest.mark.parametrize("name", ["httpx", "httpx2"])
+async def test_a_http_client_of_the_users_own_is_governed(server, name) -> None:
+    """Either family's client, with its mock transport, mounts and hooks; what it does is kept."""
+    if name == "httpx2" and sdk_httpx().__name__ == "httpx":
+        pytest.skip("this SDK knows httpx alone")
+    module = family(name)
+    seen = []
+
+    async def hook(request) -> None:
+        seen.append(request.url.path)
+
+    def reply(request):
+        usage = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
+        return module.Response(200, json={"id": "x", "choices": [choice], "usage": usage, "model": "m"})
+
+    mock = module.AsyncClient(transport=module.MockTransport(reply), event_hooks={"request": [hook]})
+    async with connect(server, http_client=mock) as client:
+        answer = await client.chat.completions.create(**CHAT)
+        assert answer.choices[0].message.content == "hi"
+        assert client.stats.completion_tokens == 6
+    assert seen == ["/v1/chat/completions"]
+    assert mock.is_closed
+    assert server.calls == []
+
+
+async def test_the_sdks_aiohttp_client_is_governed(server) -> None:
+    """`DefaultAioHttpClient()` is passed as to the SDK, streams included."""
+    async with connect(server, http_client=openai.DefaultAioHttpClient()) as client:
+        for road in (plain, iterated, raw_response, response_stream):
+            await road(client)
+        assert client.stats.attempts == 4
+        assert in_flight(client) == 0
+
+
+def test_a_synchronous_http_client_is_refused_by_the_sdk() -> None:
+    """The SDK's own TypeError, unchanged."""
+    with sdk_httpx().Client() as client, pytest.raises(TypeError, match="Invalid `http_client`"):
+        AsyncOpenAI(api_key="k", http_client=client)
+
+
+def test_one_client_works_across_event_loops(server) -> None:
+    """Three `asyncio.run` one after the other, streams and connections kept open or not."""
+    client = connect(server)
+
+    async def use() -> None:
+        await asyncio.gather(*[plain(client) for _ in range(5)])
+        await iterated(client)
+
+    for _ in range(3):
+        asyncio.run(use())
+    assert client.stats.attempts == 18
+    assert eventually(lambda: server.connections == 0)
+
+
+def test_closing_closes_for_good(server) -> None:
+    """After close() the SDK's own error; is_closed() says so."""
+
+    async def use() -> None:
+        client = connect(server)
+        await plain(client)
+        assert not client.is_closed()
+        await client.close()
+        assert client.is_closed()
+        with pytest.raises(openai.APIConnectionError):
+            await client.with_options(max_retries=0).models.list()
+
+    with pytest.raises(RuntimeError, match="closed"):
+        asyncio.run(use())
+
+
+async def test_limits_are_learnt_from_the_headers() -> None:
+    """Without rate_limit the first answer's headers set the pace: nothing is refused after it."""
+    with SimulatedServer(rpm=600, tpm=None, window=1, latency=0.02) as server:
+        async with connect(server, max_retries=0) as client:
+            await plain(client)
+            await asyncio.gather(*[plain(client) for _ in range(30)])
+        assert server.counts["429"] == 0
+
+
+async def test_without_limits_anywhere_nothing_waits(server) -> None:
+    """No rate_limit and no headers: as fast as the SDK."""
+    async with connect(server) as client:
+        await asyncio.gather(*[plain(client) for _ in range(200)])
+        assert client.stats.wait_seconds < 0.01
+
+
+def test_the_constructor_takes_what_the_sdks_takes() -> None:
+    """Every keyword of the installed SDK's constructor reaches it."""
+    ours = AsyncOpenAI(
+        api_key="k", organization="o", project="p", max_retries=7, timeout=3, default_headers={"a": "b"}
+    )
+    assert (ours.organization, ours.project, ours.max_retries, ours.timeout) == ("o", "p", 7, 3)
+    assert ours.default_headers["a"] == "b"
+    with pytest.raises(TypeError, match="nonsense"):
+        AsyncOpenAI(api_key="k", nonsense=1)
+    parameters = inspect.signature(openai.AsyncOpenAI.__init__).parameters
+    given = {name: None for name in parameters if name not in {"self", "http_client"} and name[0] != "_"}
+    given |= {"api_key": "k", "max_retries": 1, "timeout": 1.0}
+    assert AsyncOpenAI(**given).api_key == "k"
+
+
+async def test_environment_proxies_go_on_working(server, monkeypatch) -> None:
+    """The default transport reads HTTP_PROXY as the SDK's does: requests arrive there."""
+    proxy = SimulatedServer().start()
+    try:
+        address = proxy.base_url.removesuffix("/v1")
+        monkeypatch.setenv("HTTP_PROXY", address)
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        async with AsyncOpenAI(api_key="k", base_url="http://api.invalid/v1", max_retries=0) as client:
+            try:
+                await client.models.list()
+            except openai.APIStatusError as error:
+                assert error.status_code in {400, 404}
+        assert proxy.calls or proxy.counts
+    finally:
+        proxy.stop()
+
+
+def test_the_key_is_in_no_repr() -> None:
+    """Neither the client's nor its HTTP client's."""
+    client = AsyncOpenAI(api_key="sk-very-secret")
+    assert "very-secret" not in f"{client!r}{client._client!r}{client._governor!r}"
+
+
+def test_its_module_is_where_users_import_it_from() -> None:
+    """`from openai_eval_client import AsyncOpenAI` is the whole migration."""
+    assert importlib.import_module("openai_eval_client").AsyncOpenAI is AsyncOpenAI
