@@ -28,13 +28,19 @@ def is_answer(body: object, api: str) -> bool:
 
 
 def read_answer(
-    body: Mapping[str, Any], parameters: Parameters, *, request_id: str | None, latency: float
+    body: Mapping[str, Any],
+    parameters: Parameters,
+    *,
+    temperature: float | None,
+    request_id: str | None,
+    latency: float,
 ) -> ModelResponse:
     """Build the response to one prompt; its usage is zero where the server sent none.
 
     Args:
         body: What the server sent, checked by `is_answer`.
         parameters: What was asked.
+        temperature: What was sent; None: the API's default applied.
         request_id: The x-request-id header.
         latency: Seconds of the attempt.
 
@@ -47,7 +53,7 @@ def read_answer(
         model=str(body.get("model") or parameters.model),
         request_id=request_id or str(body.get("id") or ""),
         latency_ms=latency * 1000,
-        temperature=DEFAULT_TEMPERATURE if parameters.temperature is None else parameters.temperature,
+        temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         **fields,
     )
     response._body = body  # noqa: SLF001  # private extras, outside the JSON round trip

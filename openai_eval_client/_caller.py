@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -25,7 +26,7 @@ else:
     from async_timeout import timeout as deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from openai_eval_client._limiter import Lane
     from openai_eval_client._pricing import Pricer
@@ -51,6 +52,7 @@ class _Job:
         input_tokens: What its input counts.
         turn: Its place in the queue, kept through all attempts.
         lane: The concurrency bound it runs under; None: the model's.
+        sending: Entered for as long as a request is in flight.
     """
 
     parameters: Parameters
@@ -58,6 +60,7 @@ class _Job:
     input_tokens: int
     turn: int
     lane: Lane | None
+    sending: Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class Caller:
@@ -93,7 +96,12 @@ class Caller:
         )
 
     async def __call__(
-        self, prompt: str | Sequence[Any], parameters: Parameters, *, lane: Lane | None = None
+        self,
+        prompt: str | Sequence[Any],
+        parameters: Parameters,
+        *,
+        lane: Lane | None = None,
+        sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> ModelResponse:
         """Answer one prompt.
 
@@ -101,6 +109,7 @@ class Caller:
             prompt: The prompt, checked.
             parameters: What is asked, checked.
             lane: A concurrency bound of the caller's own, instead of the model's.
+            sending: Entered for as long as a request is in flight.
 
         Returns:
             The response, priced.
@@ -110,7 +119,7 @@ class Caller:
         """
         body = parameters.with_prompt(prompt)
         tokens = await self._counter.count_input(body)
-        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane)
+        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending)
         try:
             response: ModelResponse = await self._retrying(job)
         except openai.APIError as error:
@@ -134,19 +143,23 @@ class Caller:
         admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
         started, outcome = time.perf_counter(), Outcome()
         try:
-            reply = await self._post(job.parameters, body)
-            latency = time.perf_counter() - started
-            answer = _decode(reply, job.parameters.api)
+            with job.sending():
+                reply = await self._post(job.parameters, body)
+                latency = time.perf_counter() - started
+                answer = _decode(reply, job.parameters.api)
             outcome = Outcome(reply.status_code, reply.headers, usage_counts(answer.get("usage")))
         except openai.APIStatusError as error:
-            outcome = Outcome(error.status_code, error.response.headers)
+            outcome = Outcome(
+                error.status_code, error.response.headers, message=f"{error.code} {error.message}"
+            )
             raise
         finally:
             admission.settle(outcome)
         request_id = reply.headers.get("x-request-id")
         if outcome.usage is not None:
             self._counter.observe(body["model"], job.input_tokens, outcome.usage[0])
-        return read_answer(answer, job.parameters, request_id=request_id, latency=latency)
+        sent = body.get("temperature")
+        return read_answer(answer, job.parameters, temperature=sent, request_id=request_id, latency=latency)
 
     async def _post(self, parameters: Parameters, body: dict[str, Any]) -> Any:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""

@@ -1,4 +1,4 @@
-"""The demonstration: the 164 HumanEval prompts through `batch_generate`, on the simulated server or the API."""
+"""The demonstration: the 164 HumanEval prompts through `batch_generate`, simulated or real."""
 
 from __future__ import annotations
 

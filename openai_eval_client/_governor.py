@@ -15,8 +15,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from openai_eval_client._headers import read_quota, retry_after
-from openai_eval_client._limiter import Clock, Gate, Lane, State, Ticket
+from openai_eval_client._headers import read_quotas, refused_dimension, retry_after
+from openai_eval_client._limiter import Gate, Lane, State, Ticket
 from openai_eval_client._stats import Recorder
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RateLimitError, rate_limited
@@ -24,6 +24,7 @@ from openai_eval_client.errors import RateLimitError, rate_limited
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from openai_eval_client._bucket import Clock
     from openai_eval_client.models import ClientStats
 
 logger = logging.getLogger("openai_eval_client")
@@ -62,11 +63,13 @@ class Outcome:
         status: The HTTP status; None where no answer came.
         headers: Of the answer.
         usage: Input and output tokens as the server counted them; None where it did not say.
+        message: Of the error, where it is one.
     """
 
     status: int | None = None
     headers: Mapping[str, str] | None = None
     usage: tuple[int, int] | None = None
+    message: str = ""
 
 
 class Governor:
@@ -130,10 +133,12 @@ class Governor:
             if ticket.state is not State.GRANTED:
                 return
             gate.settle(ticket, _spent(outcome))
-            if outcome.headers is not None:
-                self._heed(gate, outcome.status, outcome.headers)
+            if outcome.status is not None and outcome.status < _BAD_REQUEST:
+                gate.served(ticket)
             if outcome.usage is not None:
                 gate.observe_output(outcome.usage[1])
+            if outcome.headers is not None:
+                self._heed(gate, ticket, outcome, outcome.headers)
             self._pump(gate)
         self.recorder.attempt(outcome.status, self._clock.time() - ticket.granted_at, outcome.usage)
 
@@ -206,17 +211,18 @@ class Governor:
                 handle.cancel()
             self._pump(gate)
 
-    def _heed(self, gate: Gate, status: int | None, headers: Mapping[str, str]) -> None:
-        for dimension, budget in (("requests", gate.requests), ("tokens", gate.tokens)):
-            quota = read_quota(headers, dimension)
-            if quota is not None:
-                budget.learn(quota)
-        pause = retry_after(headers) if status == _TOO_MANY_REQUESTS else None
-        if pause:
-            gate.pause(pause)
-            logger.info("%s rate limited by the server: pausing %.2f s", gate.model, pause)
-            if pause > self.config.max_wait:
-                self._refuse_all(gate)
+    def _heed(self, gate: Gate, ticket: Ticket, outcome: Outcome, headers: Mapping[str, str]) -> None:
+        """Take over what the server says of its limits; where it refused, pause as long as it says."""
+        gate.hear(ticket, read_quotas(headers))
+        if outcome.status != _TOO_MANY_REQUESTS or "insufficient_quota" in outcome.message:
+            return
+        wait = retry_after(headers) or 0.0
+        gate.refused(ticket, refused_dimension(outcome.message), wait)
+        if wait:
+            gate.pause(wait)
+            logger.info("%s rate limited by the server: pausing %.2f s", gate.model, wait)
+        if wait > self.config.max_wait:
+            self._refuse_all(gate)
 
     def _refuse_all(self, gate: Gate) -> None:
         for ticket in gate.waiters():

@@ -16,6 +16,9 @@ _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 
 
+DIMENSIONS = ("requests", "tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class Quota:
     """One dimension of a limit, as the `x-ratelimit-*` headers state it.
@@ -29,6 +32,21 @@ class Quota:
     limit: int
     remaining: int
     reset: float | None
+
+
+def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
+    """Return what the headers say of requests and of tokens, each only where they do."""
+    quotas = {dimension: read_quota(headers, dimension) for dimension in DIMENSIONS}
+    return {dimension: quota for dimension, quota in quotas.items() if quota is not None}
+
+
+def refused_dimension(message: str) -> str | None:
+    """Return which limit the message of a 429 names, "requests" or "tokens"; None where it names neither.
+
+    The API's wording: "Rate limit reached for MODEL ... on tokens per min (TPM): Limit ...".
+    """
+    named = [dimension for dimension in DIMENSIONS if f"on {dimension} per" in message]
+    return named[0] if named else None
 
 
 def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:

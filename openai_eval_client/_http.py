@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from openai_eval_client._tokens import TokenCounter
 
 _JSON = "application/json"
+_BAD_REQUEST = 400
 
 
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
@@ -146,8 +147,7 @@ class _Governed:
         if stream:
             response.stream = _metered_class(response.__class__)(response, admission)
         else:
-            usage = read_usage(response.content)
-            admission.settle(Outcome(response.status_code, response.headers, usage))
+            admission.settle(_outcome(response.status_code, response.headers, response.content))
         return response
 
     def __del__(self) -> None:
@@ -166,6 +166,11 @@ async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
     if not isinstance(model, str):
         return Demand(None)
     return Demand(model, await counter.count_input(body), max_output(body, path))
+
+
+def _outcome(status: int, headers: Any, tail: bytes) -> Outcome:
+    message = "" if status < _BAD_REQUEST else tail.decode(errors="replace")
+    return Outcome(status, headers, read_usage(tail), message)
 
 
 @functools.lru_cache(maxsize=8)
@@ -197,7 +202,7 @@ class _MeteredStream:
             self._settle()
 
     def _settle(self) -> None:
-        self._admission.settle(Outcome(self._status, self._headers, self._tail.usage()))
+        self._admission.settle(_outcome(self._status, self._headers, self._tail.read()))
 
     def __del__(self) -> None:
         """Hand the slot back where the caller dropped the stream without closing it."""

@@ -10,112 +10,77 @@ import enum
 import heapq
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from aiolimiter import AsyncLimiter
+from openai_eval_client._belief import Belief
+from openai_eval_client._bucket import MINUTE, Bucket
+from openai_eval_client._headers import DIMENSIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Mapping
 
+    from openai_eval_client._belief import Mark
+    from openai_eval_client._bucket import Clock
     from openai_eval_client._headers import Quota
     from openai_eval_client.config import RateLimitConfig
 
-MINUTE = 60.0
+MARGIN = 0.25  # seconds of quota left unused: requests travel at different speeds, so some arrive early
+MARGIN_SHARE = 0.1  # of the bucket, at most
 FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for an answer while none of this model has been seen
 _OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks back on
-_ROUNDING = 1e-9  # part of the capacity; far below one token, far above float error
-
-
-class Clock(Protocol):
-    """Where the time comes from, in seconds that never go back."""
-
-    def time(self) -> float:
-        """Return the time now."""
-        ...
-
-
-class Bucket(AsyncLimiter):
-    """aiolimiter's leaky bucket, asked instead of awaited.
-
-    Its `_loop` only serves as its clock, so one bucket serves every event loop and thread; and its level may
-    go above the capacity (a debt, after a request larger than the bucket) or be given back.
-
-    Args:
-        per_minute: The rate.
-        seconds: The capacity, as seconds of that rate; never less than one unit.
-        clock: Where the time comes from.
-    """
-
-    def __init__(self, per_minute: float, seconds: float, clock: Clock) -> None:
-        capacity = max(per_minute / MINUTE * seconds, 1.0)
-        super().__init__(capacity, capacity / per_minute * MINUTE)
-        self._clock = clock
-
-    @property
-    def _loop(self) -> Any:
-        return self._clock
-
-    def ready_in(self, amount: float) -> float:
-        """Return the seconds until `amount` fits, or until the bucket is full where it never can."""
-        self._leak()
-        missing = self._level + min(amount, self.max_rate) - self.max_rate
-        return missing / self._rate_per_sec if missing > self.max_rate * _ROUNDING else 0.0
-
-    def charge(self, amount: float) -> None:
-        """Take `amount`, or give it back where negative; never more than there was to give."""
-        self._leak()
-        self._level = max(0.0, self._level + amount)
-
-    def lower_to(self, remaining: float) -> None:
-        """Believe that no more than `remaining` is left."""
-        self._leak()
-        self._level = max(self._level, self.max_rate - remaining)
 
 
 class Budget:
-    """One dimension of a model's limit: what the user configured, and what the server says of its own.
+    """One dimension of a model's limit: what the user configured, and what the server is believed to keep.
 
     An estimate that was too high is given back to the configured bucket only: servers that charge
     `max_tokens` up front do not give it back.
+
+    Args:
+        per_minute: The configured limit; None: only what the server is believed to keep.
+        config: How long its bucket is, and whether to heed the server at all.
+        clock: Where the time comes from.
     """
 
-    def __init__(self, per_minute: float | None, config: RateLimitConfig, clock: Clock) -> None:
-        self._clock = clock
-        self._listens = config.adaptive_throttling or per_minute is None
-        self._configured = Bucket(per_minute, config.burst_seconds, clock) if per_minute else None
-        self._server: Bucket | None = None
-        self._server_limit: int | None = None
+    def __init__(self, per_minute: int | None, config: RateLimitConfig, clock: Clock) -> None:
+        rate = per_minute / MINUTE if per_minute else None
+        margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
+        capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
+        self._configured = Bucket(rate, capacity, clock) if rate else None
+        self._server = Belief(rate, capacity, clock) if config.adaptive_throttling else None
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
-        return max((bucket.ready_in(amount) for bucket in self._buckets()), default=0.0)
+        configured = self._configured.ready_in(amount) if self._configured is not None else 0.0
+        return max(configured, self._server.ready_in(amount)) if self._server is not None else configured
 
-    def charge(self, amount: float) -> None:
-        """Spend `amount`, or take the whole of an unsent request back where negative."""
-        for bucket in self._buckets():
-            bucket.charge(amount)
+    def charge(self, amount: float) -> Mark | None:
+        """Spend `amount`, or take the whole of it back where negative."""
+        if self._configured is not None:
+            self._configured.charge(amount)
+        return self._server.charge(amount) if self._server is not None else None
 
     def settle(self, reserved: float, actual: float) -> None:
         """Replace what was reserved by what it came to."""
         if self._configured is not None:
             self._configured.charge(actual - reserved)
         if self._server is not None and actual > reserved:
-            self._server.charge(actual - reserved)
+            self._server.owe(actual - reserved)
 
-    def learn(self, quota: Quota) -> None:
-        """Take over the server's limit, and what it says is left of it where that is less than believed."""
-        if not self._listens:
-            return
-        if self._server is None or quota.limit != self._server_limit:
-            self._server = Bucket(quota.limit, MINUTE, self._clock)
-            self._server_limit = quota.limit
-        self._server.lower_to(quota.remaining)
-
-    def _buckets(self) -> Iterator[Bucket]:
-        if self._configured is not None:
-            yield self._configured
+    def passed(self, amount: float) -> None:
+        """Learn that the server served what was reserved."""
         if self._server is not None:
-            yield self._server
+            self._server.passed(amount)
+
+    def refused(self, amount: float, mark: Mark | None, wait: float) -> None:
+        """Learn that this limit is why the server refused."""
+        if self._server is not None and mark is not None:
+            self._server.refused(amount, mark, wait)
+
+    def hear(self, quota: Quota, mark: Mark | None) -> None:
+        """Heed an answer's headers."""
+        if self._server is not None and mark is not None:
+            self._server.hear(quota, mark)
 
 
 class State(enum.Enum):
@@ -160,6 +125,7 @@ class Ticket:
         waiter: The future to resolve.
         state: Where it is.
         granted_at: Clock time at which it was admitted.
+        marks: Where the budgets of requests and of tokens stood then.
     """
 
     turn: int
@@ -170,6 +136,7 @@ class Ticket:
     waiter: Any = None
     state: State = State.WAITING
     granted_at: float = 0.0
+    marks: tuple[Mark | None, Mark | None] = (None, None)
 
     def __lt__(self, other: Ticket) -> bool:
         return self.turn < other.turn
@@ -246,6 +213,26 @@ class Gate:
         if tokens is not None:
             self.tokens.settle(ticket.tokens, tokens)
 
+    def served(self, ticket: Ticket) -> None:
+        """Learn that the server had room for this ticket."""
+        self.requests.passed(1)
+        self.tokens.passed(ticket.tokens)
+
+    def refused(self, ticket: Ticket, dimension: str | None, wait: float) -> None:
+        """Learn that the server had no room for this ticket: in "requests", "tokens", or it did not say."""
+        if dimension != "tokens":
+            self.requests.refused(1, ticket.marks[0], wait)
+        if dimension != "requests":
+            self.tokens.refused(ticket.tokens, ticket.marks[1], wait)
+
+    def hear(self, ticket: Ticket, quotas: Mapping[str, Quota]) -> None:
+        """Heed the limits that the answer to this ticket states."""
+        for dimension, budget, mark in zip(
+            DIMENSIONS, (self.requests, self.tokens), ticket.marks, strict=True
+        ):
+            if dimension in quotas:
+                budget.hear(quotas[dimension], mark)
+
     def observe_output(self, tokens: int) -> None:
         """Learn how long this model's answers are: a running mean over the latest ones."""
         self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
@@ -275,8 +262,7 @@ class Gate:
         return max(self.pause_left(), self.requests.ready_in(1), self.tokens.ready_in(ticket.tokens))
 
     def _admit(self, ticket: Ticket) -> None:
-        self.requests.charge(1)
-        self.tokens.charge(ticket.tokens)
+        ticket.marks = self.requests.charge(1), self.tokens.charge(ticket.tokens)
         ticket.lane.in_flight += 1
         ticket.state = State.GRANTED
         ticket.granted_at = self._clock.time()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
 import logging
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,67 +24,108 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-async def run(
-    items: Iterable[T], work: Callable[[T], Awaitable[R]], *, width: int
-) -> AsyncGenerator[tuple[int, R | Exception], None]:
-    """Do the work on each item, `width` at a time, and yield each outcome as it comes.
+class Crew:
+    """The workers of one run, some of them with a request in flight."""
 
-    No more items are taken than there are workers, and no more outcomes kept than that: a slow consumer
-    slows the work down. When the consumer stops, so do the workers, before this generator ends.
+    def __init__(self) -> None:
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sending: set[asyncio.Task[Any] | None] = set()
+        self._stopped = False
 
-    Args:
-        items: What to work on, taken one by one.
-        work: Called with each item; an exception it raises becomes the item's outcome.
-        width: Workers.
-
-    Yields:
-        The item's position and its outcome.
-    """
-    outcomes: asyncio.Queue[tuple[int, R | Exception] | asyncio.Task[None]] = asyncio.Queue()
-    room = asyncio.Semaphore(width)
-    numbered = enumerate(items)
-    crew = [asyncio.create_task(_worker(numbered, work, room, outcomes)) for _ in range(width)]
-    for task in crew:
-        task.add_done_callback(outcomes.put_nowait)
-    try:
-        busy = width
-        while busy:
-            outcome = await outcomes.get()
-            if isinstance(outcome, asyncio.Task):
-                outcome.result()  # raises what the items' own iterator raised
-                busy -= 1
-            else:
-                yield outcome
-                room.release()
-    finally:
-        for task in crew:
-            task.cancel()
-        await asyncio.gather(*crew, return_exceptions=True)
-
-
-async def _worker(
-    numbered: Iterator[tuple[int, T]],
-    work: Callable[[T], Awaitable[R]],
-    room: asyncio.Semaphore,
-    outcomes: asyncio.Queue[Any],
-) -> None:
-    """Take items until there are none; each takes up room until its outcome was consumed."""
-    while True:
-        await room.acquire()
-        index, item = next(numbered, (-1, None))
-        if index < 0:
-            room.release()
-            return
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[None]:
+        """Say that the running worker has a request in flight; once answered, until its outcome is out."""
+        task = asyncio.current_task()
+        if self._stopped:
+            raise asyncio.CancelledError
+        self._sending.add(task)
         try:
-            outcome: R | Exception = await work(item)  # type: ignore[arg-type]  # an item, by the lines above
-        except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
-            outcome = error
-        outcomes.put_nowait((index, outcome))
+            yield
+        except BaseException:
+            self._sending.discard(task)
+            self._end_if_stopped(task)
+            raise
+
+    def _end_if_stopped(self, task: asyncio.Task[Any] | None) -> None:
+        if self._stopped and task is not None:
+            task.cancel()  # no further attempt
+
+    def stop(self) -> None:
+        """Take no more items, and let only what is in flight, and perhaps paid for, finish."""
+        self._stopped = True
+        for task in self._tasks:
+            if task not in self._sending:
+                task.cancel()
+
+    async def run(
+        self, items: Iterable[T], work: Callable[[T], Awaitable[R]], *, width: int
+    ) -> AsyncGenerator[tuple[int, R | Exception], None]:
+        """Do the work on each item, `width` at a time, and yield each outcome as it comes.
+
+        No more items are taken than there are workers, and no more outcomes kept than that: a slow consumer
+        slows the work down. When the consumer ends, so do the workers, before this generator does.
+
+        Args:
+            items: What to work on, taken one by one.
+            work: Called with each item; an exception it raises becomes the item's outcome.
+            width: Workers.
+
+        Yields:
+            The item's position and its outcome.
+        """
+        outcomes: asyncio.Queue[tuple[int, R | Exception] | asyncio.Task[None]] = asyncio.Queue()
+        room = asyncio.Semaphore(width)
+        numbered = enumerate(items)
+        self._tasks = [
+            asyncio.create_task(self._worker(numbered, work, room, outcomes)) for _ in range(width)
+        ]
+        for task in self._tasks:
+            task.add_done_callback(outcomes.put_nowait)
+        try:
+            busy = width
+            while busy:
+                outcome = await outcomes.get()
+                if isinstance(outcome, asyncio.Task):
+                    self._ended(outcome)
+                    busy -= 1
+                else:
+                    yield outcome
+                    room.release()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Raise what the items' own iterator raised; a worker that was stopped just ends."""
+        if not (self._stopped and task.cancelled()):
+            task.result()
+
+    async def _worker(
+        self,
+        numbered: Iterator[tuple[int, T]],
+        work: Callable[[T], Awaitable[R]],
+        room: asyncio.Semaphore,
+        outcomes: asyncio.Queue[Any],
+    ) -> None:
+        """Take items until there are none; each takes up room until its outcome was consumed."""
+        while not self._stopped:
+            await room.acquire()
+            index, item = next(numbered, (-1, None))
+            if index < 0:
+                room.release()
+                return
+            try:
+                outcome: R | Exception = await work(item)  # type: ignore[arg-type]  # an item, see above
+            except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
+                outcome = error
+            outcomes.put_nowait((index, outcome))
+            self._sending.discard(asyncio.current_task())
 
 
 async def collect(
     prompts: Sequence[T],
-    work: Callable[[T], Awaitable[ModelResponse]],
+    work: Callable[..., Awaitable[ModelResponse]],
     *,
     width: int,
     is_doom: Callable[[Exception], bool],
@@ -93,7 +136,7 @@ async def collect(
 
     Args:
         prompts: The prompts.
-        work: Answers one.
+        work: Answers one; called with it and the keyword `sending`.
         width: How many are worked on at a time.
         is_doom: Whether an error would meet every other prompt too.
         progress: Called with the finished fraction after each.
@@ -108,22 +151,27 @@ async def collect(
     """
     results: list[Any] = [None] * len(prompts)
     failures: dict[int, Exception] = {}
-    done = 0
+    doom: Exception | None = None
+    crew = Crew()
     if not prompts:
         await _report(progress, 1.0)
-    stream = run(prompts, work, width=min(width, len(prompts)))
-    try:
+    one = functools.partial(work, sending=crew.sending)
+    stream = crew.run(prompts, one, width=min(width, len(prompts)))
+    async with contextlib.aclosing(stream):
+        done = 0
         async for index, outcome in stream:
             if isinstance(outcome, Exception):
-                if is_doom(outcome):
-                    raise _with_responses(outcome, results)
                 failures[index] = outcome
+                if doom is None and is_doom(outcome):
+                    doom = outcome
+                    crew.stop()
             else:
                 results[index] = outcome
             done += 1
-            await _report(progress, done / len(prompts))
-    finally:
-        await stream.aclose()
+            if doom is None:
+                await _report(progress, done / len(prompts))
+    if doom is not None:
+        raise _with_responses(doom, results)
     if failures and not return_exceptions:
         raise PartialFailureError(results, failures)
     return [failures.get(index, result) for index, result in enumerate(results)]

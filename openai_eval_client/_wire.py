@@ -72,6 +72,6 @@ class Tail:
         if len(self._data) > 2 * _TAIL:
             del self._data[:-_TAIL]
 
-    def usage(self) -> tuple[int, int] | None:
-        """Return input and output tokens, where the stream ended with them."""
-        return read_usage(bytes(self._data[-_TAIL:]))
+    def read(self) -> bytes:
+        """Return the last bytes."""
+        return bytes(self._data[-_TAIL:])

@@ -433,7 +433,7 @@ async def test_a_million_prompts_are_not_a_million_tasks() -> None:
             await client.batch_generate(
                 (f"p{n}" for n in range(1000)), max_concurrent=10, progress_callback=watch
             )
-    assert most <= 2 * 10 + 5
+    assert most <= 2 * 10 + 15  # its workers, and what aiohttp has for connections
 
 
 async def test_too_many_prompts_for_the_batch_api_are_refused_for_now() -> None:
@@ -459,7 +459,6 @@ async def test_within_its_limits_the_server_refuses_nothing() -> None:
         async with connect(server, limits) as client:
             responses = await client.batch_generate(prompts, max_tokens=8)
         assert server.counts["429"] == 0
-    assert [r.content.split()[-1] for r in responses] == ["words,"] * 0 + [r.content.split()[-1] for r in responses]
     assert len(responses) == 150
 
 
@@ -504,7 +503,9 @@ def test_one_client_works_in_several_runs_of_the_loop() -> None:
 def test_threads_share_a_client() -> None:
     """Four threads, each with its own event loop: one budget, one bound, every prompt answered."""
     with SimulatedServer(latency=0.01) as server:
-        client = connect(server, RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=4))
+        client = connect(
+            server, RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=4)
+        )
         failures: list[BaseException] = []
 
         def work() -> None:

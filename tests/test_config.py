@@ -61,6 +61,10 @@ def environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
 
+def pickled(value, protocol=None):
+    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301 - our own bytes
+
+
 def refusal(config, **fields):
     with pytest.raises(pydantic.ValidationError) as caught:
         config(**fields)
@@ -127,7 +131,9 @@ def test_a_missing_key_is_said_with_its_cure(monkeypatch, value):
         OpenAIClient()
 
 
-@pytest.mark.parametrize(("config", "field", "value"), CASES, ids=lambda item: getattr(item, "__name__", None))
+@pytest.mark.parametrize(
+    ("config", "field", "value"), CASES, ids=lambda item: getattr(item, "__name__", None)
+)
 def test_what_is_wrong_is_named_with_its_value(config, field, value):
     """The text of the error holds the field and the value, and so does its JSON."""
     error = refusal(config, **{field: value})
@@ -193,7 +199,7 @@ def test_a_config_round_trips(config):
     """As JSON and as pickle; the key comes from the environment again."""
     made = config()
     assert config.model_validate_json(made.model_dump_json()) == made
-    assert pickle.loads(pickle.dumps(made)) == made
+    assert pickled(made) == made
 
 
 # --- the key ------------------------------------------------------------------------------------------
@@ -202,7 +208,7 @@ def test_a_config_round_trips(config):
 def test_a_pickled_or_copied_config_keeps_the_key():
     """Worker processes need it."""
     config = OpenAIConfig(api_key="sk-worker")
-    for copied in (pickle.loads(pickle.dumps(config)), copy.copy(config), copy.deepcopy(config)):
+    for copied in (pickled(config), copy.copy(config), copy.deepcopy(config)):
         assert copied.api_key == "sk-worker"
     assert config.model_copy(update={"timeout": 1.0}).api_key == "sk-worker"
 
@@ -234,8 +240,8 @@ class Outer(pydantic.BaseModel):
         dict,
         OpenAIClient,
         lambda config: OpenAIClient(config).openai,
-        lambda config: OpenAIConfig.model_json_schema(),
-        lambda config: OpenAIConfig.__signature__,
+        lambda _: OpenAIConfig.model_json_schema(),
+        lambda _: OpenAIConfig.__signature__,
     ],
 )
 def test_the_key_is_in_no_view_of_the_config(show):
@@ -253,6 +259,7 @@ WITH_KEY = {
     "misspelt name of another case": lambda: OpenAIConfig(API_KEY=KEY, timeout=-1),
     "list": lambda: OpenAIConfig(api_key=[KEY]),
     "bytes": lambda: OpenAIConfig(api_key=KEY.encode()),
+    "bytes with a newline": lambda: OpenAIConfig(api_key=KEY.encode() + b"\n"),
     "object": lambda: OpenAIConfig(api_key=Secretive()),
     "SecretStr": lambda: OpenAIConfig(api_key=pydantic.SecretStr(KEY)),
     "dict": lambda: OpenAIConfig(api_key={KEY: KEY}),
@@ -293,18 +300,17 @@ def test_a_misspelt_name_for_the_key_is_named():
 @given(st.text(alphabet=st.characters(exclude_categories=()), min_size=1))
 def test_a_key_is_usable_or_refused_unseen(suffix):
     """Any text either can stand in an HTTP header or is refused without being shown."""
-    try:
-        config = OpenAIConfig(api_key=KEY + suffix)
-    except pydantic.ValidationError as error:
-        assert KEY not in str(error)
+    key = KEY + suffix
+    if key.isascii() and key.isprintable() and " " not in key:
+        assert OpenAIConfig(api_key=key).api_key == key
     else:
-        assert config.api_key.isascii()
-        assert config.api_key.isprintable()
-        assert " " not in config.api_key
+        assert KEY not in str(refusal(OpenAIConfig, api_key=key))
 
 
 def test_the_key_is_in_no_log(caplog):
     """Nor does a config at debug level write it."""
     with caplog.at_level(logging.DEBUG):
-        logging.getLogger("app").debug("config %s, %r", OpenAIConfig(), json.loads(OpenAIConfig().model_dump_json()))
+        logging.getLogger("app").debug(
+            "config %s, %r", OpenAIConfig(), json.loads(OpenAIConfig().model_dump_json())
+        )
     assert KEY not in caplog.text

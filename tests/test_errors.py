@@ -24,7 +24,7 @@ from openai_eval_client import (
     PartialFailureError,
     QuotaError,
     RequestTooLargeError,
-    TimeoutError,  # noqa: A004 - the specified name
+    TimeoutError,
     TokenUsage,
     ValidationError,
 )
@@ -55,6 +55,10 @@ REPLY_HEADERS = {
     "x-ratelimit-limit-requests": "500",
     "set-cookie": "session=secret",
 }
+
+
+def pickled(value, protocol=None):
+    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301 - our own bytes
 
 
 def answering(status, body=None, headers=None):
@@ -101,7 +105,13 @@ def quota_error():
     return QuotaError("used up", response=a_reply(429), body={"code": "insufficient_quota"})
 
 
+def oauth_error():
+    reply = sdk_httpx().Response(401, headers=REPLY_HEADERS, request=a_request())
+    return openai.OAuthError(response=reply, body={"error": "invalid_grant"})
+
+
 ERRORS = {
+    **({"OAuthError": oauth_error} if hasattr(openai, "OAuthError") else {}),  # not in openai 2.0
     **{f"status {status}": (lambda status=status: from_the_sdk(status)) for status in STATUSES},
     "APIError": lambda: openai.APIError("broken", a_request(), body={"message": "broken"}),
     "APIConnectionError": lambda: openai.APIConnectionError(message="refused", request=a_request()),
@@ -162,7 +172,7 @@ def test_errors_that_are_not_the_apis_are_no_api_errors():
 def test_sdk_errors_come_back_from_pickle_as_they_were(status, kind):
     """Class, message, status, code, body, request id and the rate-limit headers survive."""
     error = from_the_sdk(status)
-    copied = pickle.loads(pickle.dumps(error))
+    copied = pickled(error)
     assert type(copied) is type(error) is kind
     assert str(copied) == str(error)
     assert copied.args == error.args
@@ -187,7 +197,7 @@ def test_every_error_of_the_sdk_pickles():
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_every_error_pickles(error, protocol):
     """Worker processes hand errors back, in whatever protocol."""
-    copied = pickle.loads(pickle.dumps(error, protocol))
+    copied = pickled(error, protocol)
     assert type(copied) is type(error)
     assert str(copied) == str(error)
     assert repr(copied) == repr(error)
@@ -211,7 +221,7 @@ def test_no_error_shows_the_key(error):
 
 def test_no_unpickled_error_holds_the_key_anywhere(error):
     """Nor can it be reached from the copy."""
-    copied = pickle.loads(pickle.dumps(error))
+    copied = pickled(error)
     request = getattr(copied, "request", None)
     assert request is None or "authorization" not in request.headers
     assert KEY not in repr(vars(copied))
@@ -220,7 +230,7 @@ def test_no_unpickled_error_holds_the_key_anywhere(error):
 def test_notes_survive_pickle(error):
     """What `add_note` attached is still there in the parent process."""
     error.__dict__["__notes__"] = ["while asking about Paris"]  # add_note() of Python 3.11
-    copied = pickle.loads(pickle.dumps(error))
+    copied = pickled(error)
     assert copied.__notes__ == ["while asking about Paris"]
 
 
@@ -229,7 +239,7 @@ def test_attached_responses_survive_pickle(name):
     """A run stopped by a doom hands over what was answered before, across processes too."""
     error = ERRORS[name]()
     error.responses = [response("paid for"), None]
-    assert pickle.loads(pickle.dumps(error)).responses == [response("paid for"), None]
+    assert pickled(error).responses == [response("paid for"), None]
 
 
 def test_the_query_of_the_url_is_left_out():
@@ -241,13 +251,13 @@ def test_the_query_of_the_url_is_left_out():
 
 def test_fields_survive_pickle():
     """Our own errors keep what they carry."""
-    error = pickle.loads(pickle.dumps(ERRORS["ValidationError"]()))
+    error = pickled(ERRORS["ValidationError"]())
     assert (error.field, error.index) == ("model", 3)
-    error = pickle.loads(pickle.dumps(ERRORS["RequestTooLargeError"]()))
+    error = pickled(ERRORS["RequestTooLargeError"]())
     assert (error.model, error.tokens, error.limit) == ("gpt-4o", 100_000, 90_000)
-    error = pickle.loads(pickle.dumps(ERRORS["BudgetExceededError"]()))
+    error = pickled(ERRORS["BudgetExceededError"]())
     assert error.responses == [response(), None]
-    error = pickle.loads(pickle.dumps(ERRORS["PartialFailureError"]()))
+    error = pickled(ERRORS["PartialFailureError"]())
     assert error.responses == [response(), None, None]
     assert [type(error.failures[index]) for index in (1, 2)] == [openai.RateLimitError, TimeoutError]
 
@@ -301,14 +311,14 @@ def test_a_batch_error_round_trips(error):
     assert Holder.model_validate_json(holder.model_dump_json()) == holder
     assert Holder.model_validate(holder.model_dump()) == holder
     assert holder.model_dump()["errors"] == [error.to_dict()]
-    copied = pickle.loads(pickle.dumps(error))
+    copied = pickled(error)
     assert copied == error
     assert hash(copied) == hash(error)
 
 
 def test_a_batch_error_can_be_raised():
     """It is an exception whose text is the reason."""
-    with pytest.raises(openai.OpenAIError, match="^no room$") as caught:
+    with pytest.raises(openai.OpenAIError, match=r"^no room$") as caught:
         raise BatchError("no room", code="token_limit_exceeded")
     assert caught.value.code == "token_limit_exceeded"
 

@@ -156,7 +156,9 @@ async def test_every_road_passes_the_limiter_once(server, road) -> None:
         assert in_flight(client) == 0
 
 
-@pytest.mark.parametrize("road", [plain, iterated, response_stream, responded], ids=lambda road: road.__name__)
+@pytest.mark.parametrize(
+    "road", [plain, iterated, response_stream, responded], ids=lambda road: road.__name__
+)
 async def test_usage_settles_what_was_reserved(server, road) -> None:
     """Plain answers, and streams that end with their usage, are accounted with the server's own counts."""
     async with connect(server) as client:

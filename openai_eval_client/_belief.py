@@ -1,0 +1,213 @@
+"""What the server is believed to have left, from what its headers say and from what it refuses.
+
+The user's own limit is one bucket; this is another beside it, and a request needs room in both. It only ever
+makes a client slower than configured, never faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from openai_eval_client._bucket import MINUTE, Bucket
+
+if TYPE_CHECKING:
+    from openai_eval_client._bucket import Clock
+    from openai_eval_client._headers import Quota
+
+FIRST_SECONDS = 1.0  # of the configured rate: all that is sent before the server has said or served anything
+GROWTH = 2.0  # while a silent server refuses nothing, each success makes room for twice its cost
+CUT = 0.7  # of the rate is kept when a silent server refuses
+SURE_SECONDS = 1.0  # between two refusals: then what passed between them is a better measure than a cut
+CREEP = 0.01  # of the configured rate comes back each second after a cut
+UNBOUNDED_CREEP = 0.05  # of the rate itself, where no limit is configured
+IDLE_SECONDS = 5.0  # without a request: what passed before then says nothing of the rate
+SMOOTHING = 2.0  # seconds: time constant of believing in more; less is believed at once
+TRANSIT = 0.15  # seconds: what was sent since then may not have reached the server when it answered
+SAMPLE_SECONDS = 0.25  # between two looks at how fast others spend the same quota
+OTHERS_SMOOTHING = 1.0  # seconds: time constant of that
+LEAST_SHARE = 0.05  # of the rate is ours, however much others spend
+MARGIN = 0.25  # seconds of the rate are left to others, where there are any
+_SHORTEST = 1.0  # seconds of quota in a server's bucket at least
+
+
+class Mark(NamedTuple):
+    """The state when a ticket was granted.
+
+    Attributes:
+        arrived: All that was granted so long before that it had surely reached the server.
+        at: Clock time of the grant.
+    """
+
+    arrived: float
+    at: float
+
+
+class Belief:
+    """The server's own bucket of one dimension, as far as it can be known.
+
+    Before it has spoken, it begins with one second of the configured rate (a limit set too high then does no
+    harm), and grows with each success: doubling every round trip, as TCP's slow start. Its headers, once
+    there are any, decide. Where there are none and it refuses, the rate is cut and then creeps up again
+    (AIMD); as soon as two refusals are a second apart, what passed between them is the rate.
+
+    Args:
+        rate: The configured rate, in units per second; None: unlimited until the server says otherwise.
+        capacity: The size of the configured bucket, in units.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, rate: float | None, capacity: float, clock: Clock) -> None:
+        self._clock = clock
+        self._ceiling = rate
+        self._most = capacity
+        self._bucket = Bucket(rate, min(rate * FIRST_SECONDS, capacity), clock) if rate else None
+        self._granted = 0.0
+        self._recent: deque[tuple[float, float]] = deque()
+        self._arrived = 0.0
+        self._spoken = False
+        self._freshest = -math.inf
+        self._heard_at = clock.time()
+        self._others = 0.0
+        self._sampled_at = -math.inf
+        self._sampled_left = self._sampled_granted = 0.0
+        self._passed = 0.0
+        self._cut_at = -math.inf
+        self._cut_passed = self._cut_rate = 0.0
+        self._first_cut = -math.inf
+        self._last = self._busy_from = -math.inf
+        self._busy_granted = 0.0
+
+    def ready_in(self, amount: float) -> float:
+        """Return the seconds until `amount` may be spent."""
+        return self._bucket.ready_in(amount) if self._bucket is not None else 0.0
+
+    def charge(self, amount: float) -> Mark:
+        """Spend `amount` and return the mark of it; negative: take back what was not spent after all."""
+        if self._bucket is not None:
+            self._bucket.charge(amount)
+        now = self._clock.time()
+        if now - self._last > IDLE_SECONDS:
+            self._busy_from, self._busy_granted = now, self._granted
+        self._last = now
+        mark = Mark(self._granted - self._in_transit(now), now)
+        self._granted += amount
+        self._recent.append((self._granted, now))
+        return mark
+
+    def owe(self, amount: float) -> None:
+        """Take in that more was used than reserved; a server that speaks has counted it already."""
+        if self._bucket is not None and not self._spoken:
+            self._bucket.charge(amount)
+
+    def hear(self, quota: Quota, mark: Mark) -> None:
+        """Take over what an answer's headers say.
+
+        Servers stamp them when they admit a request or when they answer it; the lower of the two readings is
+        believed. Only the answer to the freshest request counts.
+
+        Args:
+            quota: What the headers say.
+            mark: Of the ticket that was answered.
+        """
+        if mark.at < self._freshest:
+            return
+        now, rate = self._clock.time(), quota.limit / MINUTE
+        capacity = quota.limit if quota.reset is None else quota.remaining + quota.reset * rate
+        others = self._others_rate(quota, rate, capacity, now)
+        ours = max(rate - others, rate * LEAST_SHARE)
+        since = ours * (now - mark.at) - (self._granted - mark.arrived)
+        margin = min(others, MARGIN * rate)
+        left = max(quota.remaining + min(-self._in_transit(now), since), 0.0) - margin
+        if self._spoken and self._bucket is not None:
+            had = self._bucket.left()
+            share = 1 - math.exp(-(now - self._heard_at) / SMOOTHING)
+            left = left if left < had else had + (left - had) * share
+        self._replace(ours, min(max(capacity, rate * _SHORTEST), quota.limit), left)
+        self._spoken, self._freshest, self._heard_at = True, mark.at, now
+
+    def passed(self, amount: float) -> None:
+        """Learn that the server served `amount`."""
+        self._passed += amount
+        if self._spoken or self._bucket is None:
+            return
+        if self._cut_at < 0:
+            room = min(GROWTH * amount, self._most - self._bucket.max_rate)
+            if room > 0:
+                self._replace(self._bucket.rate, self._bucket.max_rate + room, self._bucket.left() + room)
+        else:
+            self._creep(self._bucket)
+
+    def refused(self, amount: float, mark: Mark, wait: float) -> None:
+        """Learn that the server refused `amount` for now.
+
+        Args:
+            amount: What was asked of it.
+            mark: Of the ticket that was refused.
+            wait: Seconds it says to wait, 0 where it does not say.
+        """
+        now = self._clock.time()
+        if not self._spoken:
+            self._granted -= amount
+            if self._bucket is not None:
+                self._bucket.charge(-amount)
+            self._slow_down(amount, mark, now)
+        if self._bucket is not None:  # after the wait there is room for this one; the refill paces the rest
+            left = amount - wait * self._bucket.rate
+            self._bucket.lower_to(min(left, self._bucket.max_rate))
+
+    def _slow_down(self, amount: float, mark: Mark, now: float) -> None:
+        """Lower the rate, once for all that were sent before it was lowered last."""
+        if self._bucket is None or (self._ceiling is None and mark.at <= self._first_cut):
+            rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
+            rate = rate if self._bucket is None else min(rate, self._bucket.rate)
+            self._first_cut = now if self._bucket is None else self._first_cut
+        elif mark.at > self._cut_at:
+            rate = self._rate_after_refusal(self._bucket.rate, now)
+        else:
+            return
+        capacity = rate * _SHORTEST if self._bucket is None else self._bucket.max_rate
+        self._replace(rate, capacity, 0.0)
+        self._cut_at, self._cut_passed, self._cut_rate = now, self._passed, rate
+
+    def _rate_after_refusal(self, rate: float, now: float) -> float:
+        """Return the rate to go on with: what passed since the last refusal, or a part of the present one."""
+        seconds = now - self._cut_at
+        if seconds < SURE_SECONDS or self._cut_at < self._busy_from:
+            return rate * CUT
+        return min(max((self._passed - self._cut_passed) / seconds, rate * CUT**2), rate)
+
+    def _creep(self, bucket: Bucket) -> None:
+        """Let the rate come back: linearly towards the configured one, by a share of itself where there is none."""
+        seconds = self._clock.time() - self._cut_at
+        if self._ceiling is None:
+            rate = self._cut_rate * (1 + UNBOUNDED_CREEP) ** min(seconds, 1000)
+        else:
+            rate = min(self._cut_rate + CREEP * self._ceiling * seconds, self._ceiling)
+        if rate > bucket.rate * (1 + CREEP / 2):
+            self._replace(rate, bucket.max_rate, bucket.left())
+
+    def _others_rate(self, quota: Quota, rate: float, capacity: float, now: float) -> float:
+        """Return how fast others spend the same quota: what was refilled, was not ours, and is gone."""
+        seconds = now - self._sampled_at
+        if seconds < SAMPLE_SECONDS:
+            return self._others
+        gone = rate - (quota.remaining - self._sampled_left + self._granted - self._sampled_granted) / seconds
+        full = quota.remaining > capacity - rate * SAMPLE_SECONDS
+        if self._spoken:
+            sample = 0.0 if full else min(max(gone, 0.0), rate)
+            self._others += (sample - self._others) * (1 - math.exp(-seconds / OTHERS_SMOOTHING))
+        self._sampled_at, self._sampled_left, self._sampled_granted = now, quota.remaining, self._granted
+        return self._others
+
+    def _in_transit(self, now: float) -> float:
+        """Return what was granted so lately that it may not have reached the server yet."""
+        while self._recent and self._recent[0][1] < now - TRANSIT:
+            self._arrived = self._recent.popleft()[0]
+        return max(0.0, self._granted - self._arrived)
+
+    def _replace(self, rate: float, capacity: float, left: float) -> None:
+        """Go on with another rate and size, and that much left; below nought it is a debt."""
+        self._bucket = Bucket(rate, capacity, self._clock)
+        self._bucket.charge(self._bucket.max_rate - left)

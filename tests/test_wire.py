@@ -1,0 +1,272 @@
+"""What is read from the JSON on the wire: what is metered, what it may use, what it used."""
+
+import json
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openai_eval_client import AsyncOpenAI
+from openai_eval_client._wire import _TAIL, Tail, is_metered, max_output, read_usage, usage_counts
+from openai_eval_client.errors import sdk_httpx
+from openai_eval_client.testing import SimulatedServer
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "metered"),
+    [
+        ("POST", "/v1/chat/completions", True),
+        ("POST", "/v1/responses", True),
+        ("POST", "/v1/completions", True),
+        ("POST", "/v1/embeddings", True),
+        ("POST", "/v1/moderations", True),
+        ("POST", "/v1/images/generations", True),
+        ("POST", "/v1/images/edits", True),
+        ("POST", "/v1/audio/transcriptions", True),
+        ("POST", "/v1/audio/speech", True),
+        ("POST", "/chat/completions", True),
+        ("POST", "/openai/deployments/gpt-4o/chat/completions", True),
+        ("POST", "/api/v1/chat/completions", True),
+        ("GET", "/v1/models", False),
+        ("GET", "/v1/models/gpt-4o", False),
+        ("DELETE", "/v1/models/ft:gpt-4o", False),
+        ("GET", "/v1/chat/completions", False),
+        ("GET", "/v1/responses/resp_1", False),
+        ("DELETE", "/v1/responses/resp_1", False),
+        ("POST", "/v1/responses/resp_1/cancel", False),
+        ("POST", "/v1/batches", False),
+        ("POST", "/v1/batches/batch_1/cancel", False),
+        ("POST", "/v1/files", False),
+        ("GET", "/v1/files/file_1/content", False),
+        ("POST", "/v1/uploads/upload_1/parts", False),
+        ("POST", "/v1/fine_tuning/jobs", False),
+        ("POST", "/v1/vector_stores/vs_1/search", False),
+        ("POST", "/v1/assistants", False),
+        ("POST", "/v1/threads/thread_1/runs", False),
+        ("POST", "/v1/conversations", False),
+        ("POST", "/v1/containers", False),
+        ("POST", "/v1/evals", False),
+        ("POST", "/v1/organization/admin_api_keys", False),
+    ],
+)
+def test_what_runs_a_model_is_metered(method, path, metered):
+    """Only requests that run a model count against its requests and tokens per minute."""
+    assert is_metered(method, path) is metered
+
+
+@pytest.mark.parametrize("prefix", ["files", "admin", "organization", "threads"])
+def test_a_gateway_may_have_any_address(prefix):
+    """What stands before the API's own path says nothing about the request."""
+    assert is_metered("POST", f"/{prefix}/v1/chat/completions")
+
+
+@pytest.mark.parametrize("call", ["responses", "batches", "uploads"])
+async def test_a_request_without_a_body_passes(call):
+    """Some of the API's POSTs, as a cancellation, have none."""
+    httpx = sdk_httpx()
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"id": request.url.path}))
+    http = httpx.AsyncClient(transport=transport)
+    async with AsyncOpenAI(api_key="sk-test", base_url="http://test/v1", http_client=http) as client:
+        cancelled = await getattr(client, call).cancel("the_id")
+    assert cancelled.id == f"/v1/{call}/the_id/cancel"
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "tokens"),
+    [
+        ({}, "", None),
+        ({"max_tokens": 5}, "/v1/chat/completions", 5),
+        ({"max_completion_tokens": 6}, "/v1/chat/completions", 6),
+        ({"max_output_tokens": 7}, "/v1/responses", 7),
+        ({"max_tokens": 5, "n": 3}, "/v1/chat/completions", 15),
+        ({"max_tokens": 5, "n": None}, "/v1/chat/completions", 5),
+        ({"max_tokens": 5, "n": "3"}, "/v1/chat/completions", 5),
+        ({"n": 3}, "/v1/chat/completions", None),
+        ({"max_tokens": None}, "", None),
+        ({"max_tokens": "5"}, "", None),
+        ({"max_tokens": None, "max_completion_tokens": 6}, "", 6),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "", 6),
+        ({"max_tokens": 5}, "/v1/embeddings", 0),
+        ({}, "/v1/embeddings", 0),
+        ({}, "/v1/moderations", 0),
+        ({"max_tokens": 0}, "", 0),
+    ],
+)
+def test_the_most_output_a_request_may_use(body, path, tokens):
+    """By whichever name, for all choices together; None where nothing bounds it."""
+    assert max_output(body, path) == tokens
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, (3, 4)),
+        ({"input_tokens": 3, "output_tokens": 4}, (3, 4)),
+        ({"prompt_tokens": 3, "total_tokens": 3}, (3, 0)),
+        ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0)),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, (0, 0)),
+        ({"prompt_tokens": None, "completion_tokens": 4}, None),
+        ({"prompt_tokens": "3", "completion_tokens": "4"}, None),
+        ({"total_tokens": 7}, None),
+        ({}, None),
+        (None, None),
+        ("usage", None),
+        ([3, 4], None),
+        (7, None),
+    ],
+)
+def test_usage_of_any_endpoint(usage, counts):
+    """Chat and completions, responses, embeddings; None where the counts are not there."""
+    assert usage_counts(usage) == counts
+
+
+USAGE = {"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}
+
+
+def chunks(*events):
+    return (
+        b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tail", "counts"),
+    [
+        (b"", None),
+        (b"{}", None),
+        (json.dumps({"choices": [], "usage": USAGE}).encode(), (11, 22)),
+        (json.dumps({"choices": [], "usage": USAGE}, separators=(",", ":")).encode(), (11, 22)),
+        (json.dumps({"choices": [], "usage": USAGE}, indent=4).encode(), (11, 22)),
+        (json.dumps({"usage": USAGE, "service_tier": "default", "metadata": {"a": "b"}}).encode(), (11, 22)),
+        (json.dumps({"usage": None}).encode(), None),
+        (json.dumps({"usage": {}}).encode(), None),
+        (json.dumps({"usage": "none"}).encode(), None),
+        (json.dumps({"usage": {**USAGE, "prompt_tokens_details": {"cached_tokens": 5}}}).encode(), (11, 22)),
+        (json.dumps({"usage": {"input_tokens": 11, "output_tokens": 22}}).encode(), (11, 22)),
+        (chunks({"choices": [], "usage": None}, {"choices": [], "usage": USAGE}), (11, 22)),
+        (chunks({"choices": [], "usage": USAGE}, {"choices": [], "usage": None}), (11, 22)),
+        (chunks({"choices": [], "usage": None}, {"choices": [], "usage": None}), None),
+        (chunks({"usage": {**USAGE, "prompt_tokens": 1}}, {"usage": USAGE}), (11, 22)),
+        (chunks({"type": "response.completed", "response": {"usage": USAGE}}), (11, 22)),
+        (json.dumps({"content": '"usage": {"prompt_tokens": 1}'}).encode(), None),
+        (json.dumps({"content": '\\"usage": {"prompt_tokens": 1}'}).encode(), None),
+        (json.dumps({"usage": USAGE, "content": '{"usage": {"prompt_tokens": 1}}'}).encode(), (11, 22)),
+        (json.dumps({"usage": USAGE, "content": json.dumps({"usage": USAGE | {"n": 1}})}).encode(), (11, 22)),
+        (json.dumps({"content": "\N{SNOWMAN}", "usage": USAGE}, ensure_ascii=False).encode(), (11, 22)),
+        (b'"usage": {"prompt_tokens": 11, "completion_to', None),
+        (b'"usage": {', None),
+        (b'"usage"', None),
+        (b'"usage": {"prompt_tokens": 1, "completion_tokens": 2}} {"usage": {"prompt_tokens"', (1, 2)),
+        (b'tokens": 1}} "usage" : {"prompt_tokens": 11, "completion_tokens": 22}', (11, 22)),
+        (b'\xff\xfe "usage": {"prompt_tokens": 11, "completion_tokens": 22} \xff', (11, 22)),
+        (b"<html>502 Bad Gateway</html>", None),
+    ],
+)
+def test_usage_at_the_end_of_a_body_or_stream(tail, counts):
+    """The last one that is whole, wherever it stands; what is inside a text is not one."""
+    assert read_usage(tail) == counts
+
+
+TEXTS = st.text(alphabet='"\\usage: {}1,') | st.just(json.dumps({"usage": USAGE})) | st.text()
+
+
+@given(
+    st.recursive(
+        TEXTS | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=5
+    )
+)
+def test_no_text_is_mistaken_for_usage(content):
+    """Whatever an answer says, the usage after it is the one that is read."""
+    body = json.dumps({"content": content, "usage": USAGE}).encode()
+    assert read_usage(body) == (11, 22)
+
+
+@given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
+def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
+    """At whatever byte the connection broke."""
+    usage = {"prompt_tokens": given_, "completion_tokens": made}
+    body = json.dumps({"content": content, "usage": usage}).encode()
+    for end in range(len(body)):
+        assert read_usage(body[:end]) in {None, (given_, made)}
+
+
+@given(st.binary())
+def test_garbage_has_no_usage(garbage):
+    """No bytes raise."""
+    assert read_usage(garbage) is None
+
+
+def fed(data, cuts):
+    tail, start = Tail(), 0
+    for end in [*sorted(cuts), len(data)]:
+        tail.feed(data[start:end])
+        start = end
+    return tail
+
+
+@given(st.data(), st.integers(0, 200), st.integers(0, 3))
+def test_how_a_stream_is_cut_does_not_matter(data, padding, later):
+    """Any chunking of the same bytes gives the same usage."""
+    empty = {"choices": [], "usage": None}
+    stream = chunks(*[{"x": "y" * padding}] * 3, {"choices": [], "usage": USAGE}, *[empty] * later)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12))
+    assert read_usage(fed(stream, cuts).read()) == (11, 22)
+
+
+@given(st.integers(0, 12), st.lists(st.integers(0, 300_000), max_size=8))
+def test_a_long_stream_ends_with_its_usage(length, cuts):
+    """However long the answer before it, and in bounded memory."""
+    stream = chunks({"text": "\N{SNOWMAN} " * 2_000 * length}, {"usage": USAGE})
+    tail = fed(stream, [cut for cut in cuts if cut < len(stream)])
+    assert read_usage(tail.read()) == (11, 22)
+    assert len(tail._data) <= 2 * _TAIL
+
+
+def test_usage_out_of_reach_is_unknown():
+    """Only the end is remembered, whatever the chunks were."""
+    stream = chunks({"usage": USAGE}, {"text": "x" * _TAIL})
+    assert read_usage(fed(stream, []).read()) is None
+    assert read_usage(fed(stream, range(0, len(stream), 100)).read()) is None
+
+
+def test_an_empty_stream_has_no_end():
+    """Nothing was fed."""
+    assert Tail().read() == b""
+
+
+@pytest.mark.parametrize("api", ["chat", "responses", "completions"])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_real_answers_report_their_usage(api, streamed):
+    """Of every endpoint, whole and streamed, the governed client counts what the server did."""
+    with SimulatedServer() as server:
+        async with AsyncOpenAI(api_key="sk-test", base_url=server.base_url) as client:
+            calls = {
+                "chat": (client.chat.completions, {"messages": [{"role": "user", "content": "hello there"}]}),
+                "responses": (client.responses, {"input": "hello there"}),
+                "completions": (client.completions, {"prompt": "hello there"}),
+            }
+            resource, options = calls[api]
+            if streamed and api != "responses":
+                options["stream_options"] = {"include_usage": True}
+            answer = await resource.create(model="m", stream=streamed, **options)
+            if streamed:
+                async for _ in answer:
+                    pass
+            stats = client.stats
+    call = server.calls[0]
+    assert (stats.prompt_tokens, stats.completion_tokens) == (call.prompt_tokens, call.completion_tokens)
+    assert stats.completion_tokens > 0
+
+
+async def test_a_non_streamed_answer_that_is_no_json_passes():
+    """The SDK judges it, not the limiter."""
+    with SimulatedServer(script=["garbage"]) as server:
+        async with (
+            AsyncOpenAI(api_key="sk-test", base_url=server.base_url, max_retries=0) as client,
+            openai.AsyncOpenAI(api_key="sk-test", base_url=server.base_url, max_retries=0) as plain,
+        ):
+            messages = [{"role": "user", "content": "hello"}]
+            governed = await client.chat.completions.with_raw_response.create(model="m", messages=messages)
+            assert governed.http_response.text.startswith("<")
+            assert (await plain.chat.completions.create(model="m", messages=messages)).usage is not None

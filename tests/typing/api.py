@@ -1,0 +1,227 @@
+"""The public API as a type checker sees it: checked by `mypy --strict`, never run."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import openai
+from openai import AsyncStream
+from openai.types import CreateEmbeddingResponse
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ParsedChatCompletion
+from openai.types.responses import Response
+from pydantic import BaseModel
+from typing_extensions import assert_type
+
+from openai_eval_client import (
+    APIError,
+    AsyncOpenAI,
+    BatchConfig,
+    BatchError,
+    BatchJob,
+    BatchJobStatus,
+    BatchRequest,
+    BudgetExceededError,
+    ClientStats,
+    ModelResponse,
+    OpenAIClient,
+    OpenAIConfig,
+    PartialFailureError,
+    QuotaError,
+    RateLimitConfig,
+    RateLimitError,
+    RequestTooLargeError,
+    TimeoutError,
+    TokenUsage,
+    ValidationError,
+)
+from openai_eval_client.testing import Call, SimulatedServer
+
+if TYPE_CHECKING:
+    import builtins
+    from collections.abc import Iterator
+
+
+class City(BaseModel):
+    """What an answer is to fit."""
+
+    name: str
+
+
+def configs() -> None:
+    """All fields are optional, all have their types."""
+    config = OpenAIConfig()
+    config = OpenAIConfig(
+        api_key="sk",
+        organization_id=None,
+        base_url="https://host/v1",
+        default_model="m",
+        timeout=5,
+        max_retries=0,
+    )
+    assert_type(config.api_key, str)
+    assert_type(config.organization_id, str | None)
+    assert_type(config.base_url, str)
+    assert_type(config.default_model, str)
+    assert_type(config.timeout, float)
+    assert_type(config.max_retries, int)
+    limits = RateLimitConfig(
+        requests_per_minute=None, tokens_per_minute=None, max_concurrent=5, burst_seconds=5
+    )
+    assert_type(limits.requests_per_minute, int | None)
+    assert_type(limits.tokens_per_minute, int | None)
+    assert_type(limits.max_concurrent, int)
+    assert_type(limits.adaptive_throttling, bool)
+    assert_type(limits.burst_seconds, float)
+    assert_type(limits.max_wait, float)
+    batch = BatchConfig(completion_window="7d")
+    assert_type(batch.auto_batch_threshold, int)
+    assert_type(batch.polling_interval, float)
+    assert_type(batch.completion_window, str)
+    assert_type(batch.max_batch_size, int)
+
+
+def wrong_configs() -> None:
+    """What is refused when run is refused when checked."""
+    OpenAIConfig(timeout="5")  # type: ignore[arg-type]
+    OpenAIConfig(apikey="sk")  # type: ignore[call-arg]
+    RateLimitConfig(max_concurrent=None)  # type: ignore[arg-type]
+    OpenAIClient("sk")  # type: ignore[arg-type]
+    OpenAIClient(None, {})  # type: ignore[call-arg, arg-type]
+
+
+async def responses(client: OpenAIClient) -> None:
+    """One prompt and many."""
+    response = await client.generate_response(
+        "hello", model="m", temperature=0, max_tokens=5, timeout=5, system="s", api="responses", seed=7
+    )
+    assert_type(response, ModelResponse)
+    assert_type(await client.generate_response([{"role": "user", "content": "hello"}]), ModelResponse)
+    assert_type(response.content, str)
+    assert_type(response.usage, TokenUsage)
+    assert_type(response.usage.prompt_tokens, int)
+    assert_type(response.usage.estimated_cost, float | None)
+    assert_type(response.model, str)
+    assert_type(response.request_id, str)
+    assert_type(response.latency_ms, float)
+    assert_type(response.temperature, float)
+    assert_type(response.finish_reason, str)
+    assert_type(response.cached, bool)
+    assert_type(response.choices, list[str])
+    assert_type(response.tool_calls, list[dict[str, Any]])
+    assert_type(response.refusal, str | None)
+    assert_type(response.logprobs, dict[str, Any] | None)
+    assert_type((await client.generate_response("hello", response_format=City)).parsed, Any)
+
+
+async def many(client: OpenAIClient, prompts: Iterator[str]) -> None:
+    """Any iterable of prompts, and a callback of either kind."""
+
+    async def shown(fraction: float) -> None:
+        """Show it."""
+
+    answers = await client.batch_generate(
+        prompts, model="m", temperature=0.5, max_concurrent=20, use_batch_api=False, progress_callback=shown
+    )
+    assert_type(answers, list[ModelResponse])
+    await client.batch_generate(["hello"], progress_callback=print, return_exceptions=True)
+    await client.batch_generate(5)  # type: ignore[arg-type]
+    await client.batch_generate(["hello"], None)  # type: ignore[call-arg]
+
+
+async def life() -> None:
+    """The client is its own context manager."""
+    async with OpenAIClient(OpenAIConfig(), rate_limit=RateLimitConfig(), batch=BatchConfig()) as client:
+        assert_type(client, OpenAIClient)
+        assert_type(client.openai, AsyncOpenAI)
+        assert_type(client.stats, ClientStats)
+        assert_type(client.stats.cost, float)
+        assert_type(client.stats.latency_p50, float | None)
+    await OpenAIClient().close()
+
+
+async def drop_in() -> None:
+    """The drop-in client returns the SDK's own types, overloads and all."""
+    client = AsyncOpenAI(rate_limit=RateLimitConfig(), api_key="sk", timeout=5, max_retries=1)
+    raw: openai.AsyncOpenAI = client
+    assert_type(client.stats, ClientStats)
+    messages: list[Any] = [{"role": "user", "content": "hello"}]
+    assert_type(await client.chat.completions.create(model="m", messages=messages), ChatCompletion)
+    stream = await client.chat.completions.create(model="m", messages=messages, stream=True)
+    assert_type(stream, AsyncStream[ChatCompletionChunk])
+    async for chunk in stream:
+        assert_type(chunk, ChatCompletionChunk)
+    parsed = await client.chat.completions.parse(model="m", messages=messages, response_format=City)
+    assert_type(parsed, ParsedChatCompletion[City])
+    assert_type(await client.responses.create(model="m", input="hello"), Response)
+    assert_type(await client.embeddings.create(model="m", input="hello"), CreateEmbeddingResponse)
+    reply = await client.chat.completions.with_raw_response.create(model="m", messages=messages)
+    assert_type(reply.parse(), ChatCompletion)
+    assert_type(client.with_options(timeout=5), AsyncOpenAI)
+    assert_type(client.copy(), AsyncOpenAI)
+    async with AsyncOpenAI() as entered:
+        assert_type(entered, AsyncOpenAI)
+    await raw.close()
+
+
+def jobs(status: BatchJobStatus, job: BatchJob) -> None:
+    """The Batch API's models."""
+    assert_type(job.job_id, str)
+    assert_type(job.status, str)
+    assert_type(job.created_at, datetime)
+    assert_type(job.request_count, int)
+    assert_type(
+        status.status,
+        Literal[
+            "validating",
+            "in_progress",
+            "finalizing",
+            "completed",
+            "failed",
+            "expired",
+            "cancelling",
+            "cancelled",
+        ],
+    )
+    assert_type(status.completed_at, datetime | None)
+    assert_type(status.errors, list[BatchError])
+    request = BatchRequest(prompt="hello", temperature=0.5)
+    assert_type(request.prompt, str | list[dict[str, Any]] | None)
+
+
+def caught(error: Exception) -> None:
+    """Each error is what it is said to be, and carries what it is said to carry."""
+    sdk: type[openai.APIError] = APIError
+    limited: type[openai.RateLimitError] = RateLimitError
+    quota: type[openai.RateLimitError] = QuotaError
+    slow: type[openai.APITimeoutError] = TimeoutError
+    late: type[builtins.TimeoutError] = TimeoutError
+    wrong: type[ValueError] = ValidationError
+    ours: list[type[openai.OpenAIError]] = [
+        sdk, limited, quota, slow, ValidationError, BatchError, PartialFailureError, BudgetExceededError,
+        RequestTooLargeError,
+    ]  # fmt: skip
+    assert issubclass(late, wrong) or ours
+    if isinstance(error, PartialFailureError):
+        assert_type(error.responses, list[ModelResponse | None])
+        assert_type(error.failures, dict[int, Exception])
+    elif isinstance(error, BudgetExceededError):
+        assert_type(error.responses, list[ModelResponse | None])
+    elif isinstance(error, ValidationError):
+        assert_type(error.field, str | None)
+        assert_type(error.index, int | None)
+    elif isinstance(error, RequestTooLargeError):
+        assert_type(error.tokens, int)
+        assert_type(error.limit, int)
+    elif isinstance(error, BatchError):
+        assert_type(error.message, str)
+        assert_type(error.code, str | None)
+        assert_type(error.line, int | None)
+        assert_type(error.param, str | None)
+
+
+def server() -> None:
+    """The simulated server."""
+    with SimulatedServer(rpm=500, tpm=90_000, latency=0.5, faults={"500": 0.01}, seed=1) as running:
+        assert_type(running.base_url, str)
+        assert_type(running.calls, list[Call])
