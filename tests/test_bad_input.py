@@ -173,6 +173,7 @@ REFUSED = [
     bad_option("n", 2, "extra_body", api="responses"),
     *[bad_option("extra_body", value) for value in ("text", 5, [1], b"x", True)],
     Row("extra_body with NaN", {"extra_body": {"top_k": NAN}}, says=("top_k=nan", "JSON"), field="top_k"),
+    Row("several models", {"extra_body": {"model": ["a"]}}, says=("model=['a']",), field="model"),
     Row("extra_body with a set", {"extra_body": {"top_k": {1}}}, says=("top_k={1}", "JSON"), field="top_k"),
     *[bad_option("extra_headers", value) for value in ("text", 5, ["a"], {"x-a": 5})],
     bad_option("extra_headers", {"x-a": "two\r\nlines"}, shown=""),
@@ -377,12 +378,21 @@ async def test_a_client_goes_on_after_bad_input(client, server):
     assert len(server.calls) == 1
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": HUGE}, {"extra_body": {"max_tokens": HUGE}}])
-async def test_a_number_beyond_all_bounds_does_not_stop_the_client(client, options):
+@pytest.mark.parametrize("limit", [None, 90_000])
+@pytest.mark.parametrize(
+    "options",
+    [{"max_tokens": 10**9}, {"max_tokens": HUGE}, {"extra_body": {"max_tokens": HUGE}}],
+    ids=["large", "huge", "huge in extra_body"],
+)
+async def test_a_number_beyond_all_bounds_does_not_stop_the_client(server, options, limit):
     """Refused or answered, by us or by the API, it ends; and so does the next call."""
-    with contextlib.suppress(openai.OpenAIError):
-        await asyncio.wait_for(client.generate_response("hello", **options), 5)
-    assert (await asyncio.wait_for(client.generate_response("hello"), 5)).content == "echo: hello"
+    config = OpenAIConfig(api_key=KEY, base_url=server.base_url, max_retries=0)
+    limits = RateLimitConfig(requests_per_minute=limit, tokens_per_minute=limit)
+    async with OpenAIClient(config, rate_limit=limits) as client:
+        with contextlib.suppress(openai.OpenAIError):
+            await asyncio.wait_for(client.generate_response("hello", **options), 3)
+        answer = await asyncio.wait_for(client.generate_response("hello"), 3)
+    assert answer.content == "echo: hello"
 
 
 async def test_return_exceptions_does_not_hide_bad_input(client, server):

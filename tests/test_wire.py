@@ -98,6 +98,12 @@ def test_the_most_output_a_request_may_use(body, path, tokens):
     assert max_output(body, path) == tokens
 
 
+@given(st.integers(), st.none() | st.integers() | st.booleans())
+def test_no_request_reserves_less_than_nothing(limit, choices):
+    """What makes no sense is for the API to refuse, not a credit."""
+    assert (max_output({"max_tokens": limit, "n": choices}) or 0) >= 0
+
+
 @pytest.mark.parametrize(
     ("usage", "counts"),
     [
@@ -109,6 +115,8 @@ def test_the_most_output_a_request_may_use(body, path, tokens):
         ({"prompt_tokens": None, "completion_tokens": 4}, None),
         ({"prompt_tokens": "3", "completion_tokens": "4"}, None),
         ({"total_tokens": 7}, None),
+        ({"prompt_tokens": -3, "completion_tokens": 4}, None),
+        ({"prompt_tokens": 3, "completion_tokens": -4}, (3, 0)),
         ({}, None),
         (None, None),
         ("usage", None),

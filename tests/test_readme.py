@@ -1,0 +1,46 @@
+"""The README's code runs as it stands, on the simulated server."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openai_eval_client.testing import SimulatedServer
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
+def test_a_python_block_runs_as_it_stands(block: str) -> None:
+    """In a process of its own, with the API's address and key in the environment as a user has them."""
+    with SimulatedServer() as server:
+        environment = {**os.environ, "OPENAI_API_KEY": "sk-readme", "OPENAI_BASE_URL": server.base_url}
+        command = [sys.executable, "-W", "error", "-c", block]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_there_are_exactly_two_set_up_commands() -> None:
+    """One runs the demonstration, the other the tests."""
+    (block,) = re.findall(r"<!-- set-up -->\n```sh\n(.*?)```", README, flags=re.DOTALL)
+    demo, tests = block.splitlines()
+    assert demo.endswith("&& openai-eval-client demo")
+    assert tests.endswith("&& pytest")
+
+
+def test_every_name_the_readme_imports_is_public() -> None:
+    """No example reaches for a private module."""
+    for block in BLOCKS:
+        assert not re.search(r"openai_eval_client\._", block)
+
+
+def test_lines_fit_an_editor() -> None:
+    """No line of prose or code is longer than 130 characters."""
+    assert max(map(len, README.splitlines())) <= 130
