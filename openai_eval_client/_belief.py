@@ -67,6 +67,7 @@ class Belief:
         self._recent: deque[tuple[float, float]] = deque()
         self._arrived = 0.0
         self._spoken = False
+        self.limit: int | None = None  # per minute, as the headers state it
         self._freshest = -math.inf
         self._heard_at = clock.time()
         self._others = 0.0
@@ -113,6 +114,7 @@ class Belief:
         """
         if mark.at < self._freshest:
             return
+        self.limit = quota.limit
         now, rate = self._clock.time(), quota.limit / MINUTE
         capacity = quota.limit if quota.reset is None else quota.remaining + quota.reset * rate
         others = self._others_rate(quota, rate, capacity, now)
@@ -179,7 +181,7 @@ class Belief:
         return min(max((self._passed - self._cut_passed) / seconds, rate * CUT**2), rate)
 
     def _creep(self, bucket: Bucket) -> None:
-        """Let the rate come back: linearly towards the configured one, by a share of itself where there is none."""
+        """Let the rate come back: linearly to the configured one; by a share of itself without."""
         seconds = self._clock.time() - self._cut_at
         if self._ceiling is None:
             rate = self._cut_rate * (1 + UNBOUNDED_CREEP) ** min(seconds, 1000)

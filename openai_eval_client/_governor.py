@@ -19,7 +19,7 @@ from openai_eval_client._headers import read_quotas, refused_dimension, retry_af
 from openai_eval_client._limiter import Gate, Lane, State, Ticket
 from openai_eval_client._stats import Recorder
 from openai_eval_client.config import RateLimitConfig
-from openai_eval_client.errors import RateLimitError, rate_limited
+from openai_eval_client.errors import RateLimitError, RequestTooLargeError, rate_limited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -116,11 +116,13 @@ class Governor:
 
         Raises:
             RateLimitError: The server asked for a pause longer than `max_wait`.
+            RequestTooLargeError: The limit on tokens can never admit the request.
         """
         with self._lock:
             gate = self._gate(demand.model)
             ticket = self._ticket(gate, demand, lane, turn)
             self._refuse_long_pause(gate)
+            self._refuse_too_large(gate, ticket)
             waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
         if waiter is not None:
             await self._wait(gate, ticket, waiter)
@@ -232,6 +234,11 @@ class Governor:
     def _refuse_long_pause(self, gate: Gate) -> None:
         if gate.pause_left() > self.config.max_wait:
             raise self._too_long(gate)
+
+    def _refuse_too_large(self, gate: Gate, ticket: Ticket) -> None:
+        limit = gate.tokens.too_small_for(ticket.tokens, self.config.max_wait)
+        if limit is not None:
+            raise RequestTooLargeError(str(gate.model), tokens=round(ticket.tokens), limit=limit)
 
     def _too_long(self, gate: Gate) -> RateLimitError:
         left, most = gate.pause_left(), self.config.max_wait

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_LONGEST = 1e9  # a number in a header: thirty years, or more tokens than any limit
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
@@ -71,7 +72,8 @@ def duration(text: str | None) -> float | None:
     """Return the seconds of "1s", "6m0s", "17.25ms" or "1h2m3.5s"; None for anything else."""
     if text is None or not _DURATION.fullmatch(text):
         return None
-    return sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    return seconds if seconds < float("inf") else None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -100,7 +102,7 @@ def _number(text: str | None) -> float | None:
         value = float(text) if text else None
     except ValueError:
         return None
-    return value if value is not None and 0 <= value < float("inf") else None
+    return min(value, _LONGEST) if value is not None and 0 <= value < float("inf") else None
 
 
 def _whole(text: str | None) -> int | None:

@@ -161,7 +161,10 @@ async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
         return Demand(None)
     if not request.headers.get("content-type", "").startswith(_JSON):
         return Demand(path.rpartition("/")[2], max_output=0)  # a form: its model is not at hand
-    body = json.loads(request.content)
+    try:
+        body = json.loads(request.content)
+    except ValueError:  # none, or none of ours to judge
+        return Demand(None)
     model = body.get("model") if isinstance(body, dict) else None
     if not isinstance(model, str):
         return Demand(None)

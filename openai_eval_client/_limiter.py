@@ -54,6 +54,20 @@ class Budget:
         configured = self._configured.ready_in(amount) if self._configured is not None else 0.0
         return max(configured, self._server.ready_in(amount)) if self._server is not None else configured
 
+    def too_small_for(self, amount: float, max_wait: float) -> int | None:
+        """Return the limit per minute that can never admit `amount`; None where one can, or there is none.
+
+        The server admits no more than its own limit at once. The configured one may be exceeded, at the
+        cost of a debt that those behind wait for: up to `max_wait` seconds' worth.
+        """
+        server = self._server.limit if self._server is not None else None
+        if server is not None and amount > server:
+            return server
+        bucket = self._configured
+        if bucket is None or amount <= bucket.max_rate + bucket.rate * max_wait:
+            return None
+        return round(bucket.rate * MINUTE)
+
     def charge(self, amount: float) -> Mark | None:
         """Spend `amount`, or take the whole of it back where negative."""
         if self._configured is not None:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import openai
 from pydantic import BaseModel
 
-from openai_eval_client.errors import ValidationError
+from openai_eval_client._checks import (
+    check_count,
+    check_headers,
+    check_json,
+    check_mapping,
+    check_number,
+    check_text,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
-_OURS = {"self", "messages", "input", "model", "stream", "stream_options", "timeout", "background"}
+_OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,6 @@ class Parameters:
         timeout: Seconds for one attempt.
         body: The body, all but the prompt.
         system: The system prompt, where there is one.
-        temperature: As sent; None: not sent.
         schema: The pydantic class the answer is to fit.
         headers: Extra HTTP headers.
         query: Extra query parameters.
@@ -42,7 +47,6 @@ class Parameters:
     timeout: float
     body: dict[str, Any]
     system: str | None = None
-    temperature: float | None = None
     schema: type[BaseModel] | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, object] = field(default_factory=dict)
@@ -57,7 +61,7 @@ class Parameters:
         return {**self.body, "messages": messages}
 
 
-def check_parameters(  # one argument for each parameter of the specification
+def check_parameters(
     *,
     model: str,
     timeout: float,
@@ -84,33 +88,33 @@ def check_parameters(  # one argument for each parameter of the specification
     Raises:
         ValidationError: Names the parameter and its value.
     """
-    if api not in PATHS:
-        raise ValidationError(f"api={api!r}: must be 'chat' or 'responses'", field="api")
-    _check_text(model, "model")
-    _check_number(timeout, "timeout", above=0)
+    if not isinstance(api, str) or api not in PATHS:
+        refuse("api", api, "must be 'chat' or 'responses'")
+    check_text(model, "model")
+    check_number(timeout, "timeout", above=0)
     if temperature is not None:
-        _check_number(temperature, "temperature", least=0)
+        check_number(temperature, "temperature", least=0)
     if max_tokens is not None:
-        _check_count(max_tokens, "max_tokens")
+        check_count(max_tokens, "max_tokens")
     if system is not None:
-        _check_text(system, "system")
+        check_text(system, "system")
     given = {name: value for name, value in params.items() if value is not None}
     _check_names(given, api)
-    options = {name: given.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
+    extra = {name: given.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
+    _check_extra(**extra)
     schema = _take_schema(given, api)
     named = _named(api, model=model, temperature=temperature, max_tokens=max_tokens, system=system)
-    body = {**named, **given, **options["body"]}
-    _check_json(body)
+    body = {**named, **given, **extra["body"]}
+    _check_body(body)
     return Parameters(
         api=api,
-        model=model,
+        model=body["model"],
         timeout=float(timeout),
         body=body,
         system=system,
-        temperature=temperature,
         schema=schema,
-        headers=options["headers"],
-        query=options["query"],
+        headers=extra["headers"],
+        query=extra["query"],
     )
 
 
@@ -126,88 +130,35 @@ def check_prompt(prompt: object, index: int | None = None) -> None:
     """
     name = "prompt" if index is None else f"prompts[{index}]"
     if isinstance(prompt, str):
-        _check_text(prompt, name, index)
+        check_text(prompt, name, field="prompt", index=index)
     elif isinstance(prompt, list | tuple):
         _check_messages(prompt, name, index)
     else:
-        kind = type(prompt).__name__
-        message = f"{name}={_short(prompt)}: must be a str or a list of messages, not {kind}"
-        raise ValidationError(message, field="prompt", index=index)
+        why = f"must be a str or a list of messages, not {type(prompt).__name__}"
+        refuse(name, prompt, why, field="prompt", index=index)
 
 
 def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> None:
     if not messages:
-        raise ValidationError(f"{name}=[]: must hold at least one message", field="prompt", index=index)
-    plain = _plain(messages)
+        refuse(name, messages, "must hold at least one message", field="prompt", index=index)
+    try:
+        plain = _plain(messages)
+    except RecursionError:
+        refuse(name, messages, "not valid JSON: nested too deeply", field="prompt", index=index)
     for position, message in enumerate(plain):
         if not isinstance(message, dict) or not isinstance(message.get("role", message.get("type")), str):
-            text = f"{name}[{position}]={_short(message)}: must be a message with a role"
-            raise ValidationError(text, field="prompt", index=index)
-    _check_json({name: plain}, index)
-
-
-def _check_text(text: object, name: str, index: int | None = None) -> None:
-    where = name.partition("[")[0].removesuffix("s") if index is not None else name
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise ValidationError(f"{name}={_short(text)}: must be a str, not {kind}", field=where, index=index)
-    if not text or text.isspace():
-        raise ValidationError(f"{name}={_short(text)}: must not be empty or blank", field=where, index=index)
-    _check_unicode(text, name, where, index)
-
-
-def _check_unicode(text: str, name: str, where: str, index: int | None) -> None:
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        message = f"{name}: lone surrogate {text[error.start]!r} at position {error.start}: not valid Unicode"
-        raise ValidationError(message, field=where, index=index) from None
-
-
-def _check_number(
-    value: object, name: str, *, above: float | None = None, least: float | None = None
-) -> None:
-    fits = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (above is None or value > above)
-        and (least is None or value >= least)
-    )
-    if not fits:
-        bound = f"greater than {above}" if above is not None else f"{least} or more"
-        raise ValidationError(f"{name}={_short(value)}: must be a finite number, {bound}", field=name)
-
-
-def _check_count(value: object, name: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValidationError(f"{name}={_short(value)}: must be a whole number, 1 or more", field=name)
-
-
-def check_max_concurrent(value: int | None) -> None:
-    """Refuse a concurrency bound that is not a whole number of 1 or more.
-
-    Raises:
-        ValidationError: Names the value.
-    """
-    if value is not None:
-        _check_count(value, "max_concurrent")
+            why = "must be a message with a role"
+            refuse(f"{name}[{position}]", message, why, field="prompt", index=index)
+    check_json({name: plain}, field="prompt", index=index)
 
 
 def _check_names(given: Mapping[str, Any], api: str) -> None:
-    if "stream" in given:
-        raise ValidationError(
-            f"stream={given['stream']!r}: not here; stream with client.openai.chat.completions.create",
-            field="stream",
-        )
-    for name in given:
+    _refuse_stream(given)
+    for name, value in given.items():
         if name not in _known_names(api):
-            message = (
-                f"{name}={_short(given[name])}: not a parameter; send it with extra_body={{{name!r}: ...}}"
-            )
-            raise ValidationError(message, field=name)
+            refuse(name, value, f"not a parameter; send it with extra_body={{{name!r}: ...}}")
     if "n" in given:
-        _check_count(given["n"], "n")
+        check_count(given["n"], "n")
 
 
 @functools.cache
@@ -218,6 +169,23 @@ def _known_names(api: str) -> frozenset[str]:
 
     resource: Any = AsyncCompletions if api == "chat" else AsyncResponses
     return frozenset(inspect.signature(resource.create).parameters) - _OURS | {"response_format"}
+
+
+def _check_extra(*, body: Any, headers: Any, query: Any) -> None:
+    check_mapping(body, "extra_body")
+    check_headers(headers, "extra_headers")
+    check_mapping(query, "extra_query")
+
+
+def _check_body(body: Mapping[str, Any]) -> None:
+    _refuse_stream(body)
+    check_text(body["model"], "model")
+    check_json(body)
+
+
+def _refuse_stream(given: Mapping[str, Any]) -> None:
+    if given.get("stream") is not None:
+        refuse("stream", given["stream"], "not here; stream with client.openai.chat.completions.create")
 
 
 def _named(
@@ -233,36 +201,23 @@ def _named(
 def _take_schema(given: dict[str, Any], api: str) -> type[BaseModel] | None:
     """Replace a pydantic class given as response_format by its JSON schema, and return the class."""
     wanted = given.pop("response_format", None)
-    is_class = isinstance(wanted, type) and issubclass(wanted, BaseModel)
-    form = _schema_of(wanted) if is_class else wanted
-    if form is None:
+    if wanted is None:
         return None
+    schema = wanted if isinstance(wanted, type) and issubclass(wanted, BaseModel) else None
+    form = wanted if schema is None else _schema_of(schema)
     if api == "chat":
-        given["response_format"] = {"type": "json_schema", "json_schema": form} if is_class else form
+        given["response_format"] = wanted if schema is None else {"type": "json_schema", "json_schema": form}
     else:
-        given["text"] = {
-            **given.get("text", {}),
-            "format": {"type": "json_schema", **form} if is_class else form,
-        }
-    return wanted if is_class else None
+        check_mapping(given.get("text", {}), "text")
+        form = wanted if schema is None else {"type": "json_schema", **form}
+        given["text"] = {**given.get("text", {}), "format": form}
+    return schema
 
 
 def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the strict JSON schema that the SDK makes of a class."""
     strict: Any = openai.pydantic_function_tool(model)["function"]["parameters"]
     return {"name": model.__name__, "schema": strict, "strict": True}
-
-
-def _check_json(values: Mapping[str, Any], index: int | None = None) -> None:
-    for name, value in values.items():
-        try:
-            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            message = f"{name}: holds a lone surrogate: not valid Unicode"
-        except (TypeError, ValueError) as error:
-            message = f"{name}={_short(value)}: not valid JSON: {error}"
-        else:
-            continue
-        raise ValidationError(message, field="prompt" if index is not None else name, index=index)
 
 
 def _plain(value: Any) -> Any:
@@ -274,8 +229,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return value
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."  # noqa: PLR2004  # one line of a terminal

@@ -77,7 +77,7 @@ def is_transient(error: Exception) -> bool:
     told = error.response.headers.get("x-should-retry")
     if told in {"true", "false"}:
         return bool(told == "true")
-    if error.status_code == 429 and error.message.startswith("Request too large"):  # noqa: PLR2004
+    if "Request too large" in error.message:
         return False
     return error.status_code in _TRANSIENT or error.status_code >= _SERVER_ERROR
 

@@ -9,31 +9,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Resources that run no model themselves: their requests count against no RPM or TPM.
+# The last part of the path of a POST that runs no model, and so counts against no RPM or TPM.
 _UNMETERED = frozenset(
     {
-        "admin", "assistants", "batches", "containers", "conversations", "evals", "files", "fine_tuning",
-        "organization", "realtime", "threads", "uploads", "vector_stores", "webhooks",
+        "admin_api_keys", "assistants", "batches", "cancel", "complete", "containers", "content",
+        "conversations", "evals", "files", "input_tokens", "items", "jobs", "messages", "parts", "runs",
+        "search", "sessions", "submit_tool_outputs", "threads", "uploads", "vector_stores",
     }
 )  # fmt: skip
 _NO_OUTPUT = ("/embeddings", "/moderations")
 _OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_MOST = 10**12  # tokens: more than any limit; larger numbers would not fit a float
 _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
 
 
 def is_metered(method: str, path: str) -> bool:
     """Return whether a request runs a model, and so spends requests and tokens per minute."""
-    return method == "POST" and _UNMETERED.isdisjoint(path.split("/"))
+    return method == "POST" and path.rpartition("/")[2] not in _UNMETERED
 
 
 def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
     """Return the output tokens a request may use at most, all choices together; None: no bound."""
     if path.endswith(_NO_OUTPUT):
         return 0
-    caps = [body[name] for name in _OUTPUT_CAPS if isinstance(body.get(name), int)]
-    choices = body.get("n")
-    return caps[0] * (choices if isinstance(choices, int) else 1) if caps else None
+    caps = [cap for name in _OUTPUT_CAPS if (cap := _count(body.get(name))) is not None]
+    choices = _count(body.get("n")) or 1
+    return min(caps[0] * choices, _MOST) if caps else None
 
 
 def usage_counts(usage: object) -> tuple[int, int] | None:
@@ -42,9 +44,15 @@ def usage_counts(usage: object) -> tuple[int, int] | None:
         return None
     given = usage.get("prompt_tokens", usage.get("input_tokens"))
     made = usage.get("completion_tokens", usage.get("output_tokens"))
-    if not isinstance(given, int):
+    counted = _count(given)
+    return None if counted is None else (counted, _count(made) or 0)
+
+
+def _count(value: object) -> int | None:
+    """Return a plausible number of tokens, None for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return None
-    return given, made if isinstance(made, int) else 0
+    return min(value, _MOST)
 
 
 def read_usage(tail: bytes) -> tuple[int, int] | None:

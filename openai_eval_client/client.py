@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import openai
 
 from openai_eval_client import _runner
 from openai_eval_client._caller import Caller
+from openai_eval_client._checks import check_count, refuse
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._limiter import Lane
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client._pricing import Pricer
-from openai_eval_client._requests import Parameters, check_max_concurrent, check_parameters, check_prompt
+from openai_eval_client._requests import Parameters, check_parameters, check_prompt
 from openai_eval_client._retry import is_doom
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats, ModelResponse
 
     Prompt = str | Sequence[Any]
+
+T = TypeVar("T")
 
 _READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
 
@@ -55,9 +58,9 @@ class OpenAIClient:
         batch: BatchConfig | None = None,
         http_client: Any = None,
     ) -> None:
-        self._config = config or OpenAIConfig()
-        self._batch = batch or BatchConfig()
-        self._governor = Governor(rate_limit or RateLimitConfig())
+        self._config = _part("config", config, OpenAIConfig)
+        self._batch = _part("batch", batch, BatchConfig)
+        self._governor = Governor(_part("rate_limit", rate_limit, RateLimitConfig))
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
@@ -150,7 +153,10 @@ class OpenAIClient:
                 its `responses` are what was answered before.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        check_max_concurrent(max_concurrent)
+        if max_concurrent is not None:
+            check_count(max_concurrent, "max_concurrent")
+        if progress_callback is not None and not callable(progress_callback):
+            refuse("progress_callback", progress_callback, "must be callable")
         listed = _checked(prompts)
         self._refuse_batch_api(listed, wanted=use_batch_api)
         lane = Lane(max_concurrent) if max_concurrent else None
@@ -218,19 +224,26 @@ class OpenAIClient:
         )
 
     def _refuse_batch_api(self, prompts: Sequence[Prompt], *, wanted: bool) -> None:
-        if wanted and len(prompts) >= self._batch.auto_batch_threshold:
-            count, least = len(prompts), self._batch.auto_batch_threshold
-            message = (
-                f"use_batch_api=True: not available yet; {count} prompts reach auto_batch_threshold={least}"
-            )
-            raise ValidationError(message, field="use_batch_api")
+        count, least = len(prompts), self._batch.auto_batch_threshold
+        if wanted and count >= least:
+            why = f"not available yet; {count} prompts reach auto_batch_threshold={least}"
+            refuse("use_batch_api", wanted, why)
+
+
+def _part(name: str, given: T | None, kind: type[T]) -> T:
+    """Return a config as given, or one of the defaults; refuse anything else, without showing it."""
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        why = f"{name}: must be a {kind.__name__}, not {type(given).__name__}"
+        raise ValidationError(why, field=name)
+    return given
 
 
 def _checked(prompts: Iterable[Prompt]) -> Sequence[Prompt]:
     """Return the prompts as a list, every one of them checked before the first is sent."""
-    if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
-        kind = type(prompts).__name__
-        raise ValidationError(f"prompts: must be a list of prompts, not {kind}", field="prompts")
+    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
+        refuse("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
     listed = list(prompts)
     for index, prompt in enumerate(listed):
         check_prompt(prompt, index)

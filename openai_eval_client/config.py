@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterator
+
+    from typing_extensions import Self
+
 __all__ = ["BatchConfig", "OpenAIConfig", "RateLimitConfig"]
 
 _HIDDEN = "[hidden]"
+_SECRET = frozenset({"api_key"})
+# Errors whose input may be anything, the key in the wrong place included.
+_UNSHOWN = frozenset(
+    {"extra_forbidden", "frozen_instance", "json_invalid", "model_attributes_type", "model_type", "userinfo"}
+)
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -26,30 +37,43 @@ class _Config(BaseModel):
     @model_validator(mode="wrap")
     @classmethod
     def _name_field_and_value(cls, data: Any, handler: Any) -> Any:
-        try:
+        with _reworded(cls.__name__):
             return handler(data)
-        except pydantic.ValidationError as error:
-            details = [_detail(problem) for problem in error.errors(include_url=False)]
-            raise pydantic.ValidationError.from_exception_data(
-                cls.__name__, details, hide_input=True
-            ) from None
+
+    @classmethod
+    def model_validate_json(cls, *args: Any, **options: Any) -> Self:
+        """Read a config from JSON; an error does not show it."""
+        with _reworded(cls.__name__):
+            return super().model_validate_json(*args, **options)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        with _reworded(type(self).__name__):
+            super().__setattr__(name, value)
+
+    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
+        return ((name, value) for name, value in super().__iter__() if name not in _SECRET)
+
+
+@contextlib.contextmanager
+def _reworded(title: str) -> Iterator[None]:
+    """Name the value in each of pydantic's errors, but for those that may hold a secret."""
+    try:
+        yield
+    except pydantic.ValidationError as error:
+        details = [_detail(problem) for problem in error.errors(include_url=False)]
+        raise pydantic.ValidationError.from_exception_data(title, details, hide_input=True) from None
 
 
 def _detail(problem: Any) -> InitErrorDetails:
-    """Return one pydantic error reworded to name its value, the key and unknown fields' values left out."""
     field = ".".join(str(part) for part in problem["loc"])
-    secret = field == "api_key" or problem["type"] in {
-        "extra_forbidden",
-        "model_type",
-        "model_attributes_type",
-    }
-    value = _HIDDEN if secret else problem["input"]
     message = problem["msg"].removeprefix("Value error, ")
-    text = f"{field}: {message}" if secret else f"{field}={value!r}: {message}"
+    secret = field in _SECRET or problem["type"] in _UNSHOWN
     return InitErrorDetails(
-        type=PydanticCustomError(problem["type"], text),
+        type=PydanticCustomError(
+            problem["type"], f"{field}: {message}" if secret else f"{field}={problem['input']!r}: {message}"
+        ),
         loc=problem["loc"],
-        input=value,
+        input=_HIDDEN if secret else problem["input"],
     )
 
 
@@ -66,14 +90,14 @@ class OpenAIConfig(_Config):
         max_retries: Attempts after the first, 0 for none.
     """
 
-    api_key: str = Field(
+    api_key: Annotated[str, Field(strict=True)] = Field(
         default_factory=lambda: os.environ.get("OPENAI_API_KEY", ""), repr=False, exclude=True
     )
     organization_id: str | None = Field(default_factory=lambda: os.environ.get("OPENAI_ORG_ID"))
     base_url: str = Field(
         default_factory=lambda: os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
     )
-    default_model: Annotated[str, Field(min_length=1)] = "gpt-3.5-turbo"
+    default_model: Annotated[str, Field(pattern=r"\S")] = "gpt-3.5-turbo"
     timeout: Seconds = 30.0
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
 
@@ -82,19 +106,38 @@ class OpenAIConfig(_Config):
     def _usable_key(cls, key: object) -> object:
         if key is None or (isinstance(key, str) and not key.strip()):
             raise ValueError("missing: pass api_key=... or set OPENAI_API_KEY")
-        if isinstance(key, str) and not all("!" <= char <= "~" for char in key):
+        if isinstance(key, str) and not _fits_header(key):
             raise ValueError("holds white space or characters that no HTTP header may carry")
         return key
+
+    @field_validator("organization_id", mode="after")
+    @classmethod
+    def _usable_organization(cls, name: str | None) -> str | None:
+        if name is not None and not _fits_header(name):
+            raise ValueError("holds white space or characters that no HTTP header may carry")
+        return name or None
 
     @field_validator("base_url", mode="after")
     @classmethod
     def _absolute_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        if "@" in url.partition("//")[2].partition("/")[0]:
+            raise PydanticCustomError("userinfo", "must not carry a user name or password")
+        if not _is_absolute(url):
             raise ValueError("must be an absolute URL that starts with http:// or https://")
-        if parts.username or parts.password:
-            raise ValueError("must not carry a user name or password")
         return url
+
+
+def _fits_header(text: str) -> bool:
+    return all("!" <= char <= "~" for char in text)
+
+
+def _is_absolute(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no port
+    except ValueError:
+        return False
+    return parts.scheme in {"http", "https"} and bool(parts.hostname) and not any(map(str.isspace, url))
 
 
 class RateLimitConfig(_Config):
