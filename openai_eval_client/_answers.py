@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from openai_eval_client._pricing import PricedUsage
-from openai_eval_client._wire import usage_counts
+from openai_eval_client._wire import token_count, usage_counts
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("openai_eval_client")
 
+# Items of a response that wait for the caller; the API runs its hosted tools itself.
+_CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local_shell_call"})
 DEFAULT_TEMPERATURE = 1.0  # https://platform.openai.com/docs/api-reference/chat/create
 
 
@@ -35,7 +37,7 @@ def read_answer(
     request_id: str | None,
     latency: float,
 ) -> ModelResponse:
-    """Build the response to one prompt; its usage is zero where the server sent none.
+    """Build the response to one prompt; a field that a server gets wrong reads as missing.
 
     Args:
         body: What the server sent, checked by `is_answer`.
@@ -45,13 +47,13 @@ def read_answer(
         latency: Seconds of the attempt.
 
     Returns:
-        The response, not priced yet.
+        The response, not priced yet; its usage is zero where the server sent none.
     """
     fields = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
     response = ModelResponse(
         usage=_read_usage(body.get("usage")),
-        model=str(body.get("model") or parameters.model),
-        request_id=request_id or str(body.get("id") or ""),
+        model=_text(body.get("model")) or parameters.model,
+        request_id=request_id or _text(body.get("id")),
         latency_ms=latency * 1000,
         temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
         **fields,
@@ -71,43 +73,44 @@ def priced_usage(usage: TokenUsage) -> PricedUsage:
 
 
 def _chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    choices = [choice for choice in body["choices"] if isinstance(choice, dict)]
-    messages = [choice.get("message") or {} for choice in choices]
-    first: Mapping[str, Any] = messages[0] if messages else {}
+    choices = _dicts(body["choices"])
+    messages = [_dict(choice.get("message")) for choice in choices]
+    first, message = (choices[0], messages[0]) if choices else ({}, {})
     return {
-        "content": _text(first.get("content")),
-        "choices": [_text(message.get("content")) for message in messages],
-        "finish_reason": _text(choices[0].get("finish_reason") if choices else None),
-        "tool_calls": [call for call in first.get("tool_calls") or [] if isinstance(call, dict)],
-        "refusal": _text(first.get("refusal")) or None,
-        "logprobs": (choices[0].get("logprobs") if choices else None) or None,
+        "content": _text(message.get("content")),
+        "choices": [_text(each.get("content")) for each in messages],
+        "finish_reason": _text(first.get("finish_reason")),
+        "tool_calls": _clean(_dicts(message.get("tool_calls"))),
+        "refusal": _text(message.get("refusal")) or None,
+        "logprobs": _clean(_dict(first.get("logprobs"))) or None,
     }
 
 
 def _responses_fields(body: Mapping[str, Any]) -> dict[str, Any]:
-    items = [item for item in body["output"] if isinstance(item, dict)]
-    parts = [part for item in items if item.get("type") == "message" for part in item.get("content") or []]
-    calls = [item for item in items if str(item.get("type", "")).endswith("_call")]
+    items = _dicts(body["output"])
+    parts = [part for item in items if item.get("type") == "message" for part in _dicts(item.get("content"))]
+    calls = [item for item in items if _text(item.get("type")) in _CALLS]
     text = "".join(_text(part.get("text")) for part in parts if part.get("type") == "output_text")
     refusals = [_text(part.get("refusal")) for part in parts if part.get("type") == "refusal"]
-    logprobs = [entry for part in parts for entry in part.get("logprobs") or []]
+    logprobs = [entry for part in parts for entry in _dicts(part.get("logprobs"))]
     return {
         "content": text,
         "choices": [text],
         "finish_reason": _finish_reason(body, calls=bool(calls)),
-        "tool_calls": calls,
+        "tool_calls": _clean(calls),
         "refusal": refusals[0] if refusals else None,
-        "logprobs": {"content": logprobs} if logprobs else None,
+        "logprobs": {"content": _clean(logprobs)} if logprobs else None,
     }
 
 
 def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
     """Return the Responses API's status in the words of chat completions."""
-    if body.get("status") == "incomplete":
-        reason = _text((body.get("incomplete_details") or {}).get("reason"))
+    status = _text(body.get("status")) or "completed"
+    if status == "incomplete":
+        reason = _text(_dict(body.get("incomplete_details")).get("reason"))
         return "length" if reason == "max_output_tokens" else reason
-    if body.get("status") not in {None, "completed"}:
-        return str(body["status"])
+    if status != "completed":
+        return status
     return "tool_calls" if calls else "stop"
 
 
@@ -115,14 +118,14 @@ def _read_usage(usage: Any) -> TokenUsage:
     counts = usage_counts(usage)
     if counts is None:
         return TokenUsage(prompt_tokens=0, completion_tokens=0, total_tokens=0, estimated=True)
-    given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
-    made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
+    given = _dict(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
+    made = _dict(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
     return TokenUsage(
         prompt_tokens=counts[0],
         completion_tokens=counts[1],
-        total_tokens=_whole(usage.get("total_tokens")) or sum(counts),
-        cached_tokens=_whole(given.get("cached_tokens")),
-        reasoning_tokens=_whole(made.get("reasoning_tokens")),
+        total_tokens=token_count(usage.get("total_tokens")) or sum(counts),
+        cached_tokens=token_count(given.get("cached_tokens")) or 0,
+        reasoning_tokens=token_count(made.get("reasoning_tokens")) or 0,
     )
 
 
@@ -139,6 +142,14 @@ def _parse(response: ModelResponse, schema: type[pydantic.BaseModel] | None) -> 
         return None
 
 
+def _dict(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def _text(value: object) -> str:
     """Return a text that is valid Unicode: half a surrogate pair, as a cut emoji leaves it, is U+FFFD."""
     if not isinstance(value, str):
@@ -146,5 +157,12 @@ def _text(value: object) -> str:
     return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _whole(value: object) -> int:
-    return value if isinstance(value, int) else 0
+def _clean(value: Any) -> Any:
+    """Make every text within valid Unicode."""
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    if isinstance(value, dict):
+        return {_text(key): _clean(item) for key, item in value.items()}
+    return value

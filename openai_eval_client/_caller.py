@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._answers import is_answer, priced_usage, read_answer
-from openai_eval_client._governor import Demand, Governor, Outcome
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying
-from openai_eval_client._wire import max_output, usage_counts
+from openai_eval_client._wire import Demand, Outcome, max_output, usage_counts
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if sys.version_info >= (3, 11):
@@ -28,6 +27,7 @@ else:
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from openai_eval_client._governor import Governor
     from openai_eval_client._limiter import Lane
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._requests import Parameters

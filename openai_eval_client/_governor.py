@@ -12,7 +12,6 @@ import itertools
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from openai_eval_client._headers import read_quotas, refused_dimension, retry_after
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from openai_eval_client._bucket import Clock
+    from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
 
 logger = logging.getLogger("openai_eval_client")
@@ -38,38 +38,6 @@ class _Monotonic:
     """The default clock."""
 
     time = staticmethod(time.monotonic)
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What one request asks of the limits.
-
-    Attributes:
-        model: Whose budgets it spends; None: only the concurrency bound applies.
-        input_tokens: Of its input.
-        max_output: Output tokens it may use at most; None: what this model's answers usually take.
-    """
-
-    model: str | None
-    input_tokens: int = 0
-    max_output: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came of one attempt.
-
-    Attributes:
-        status: The HTTP status; None where no answer came.
-        headers: Of the answer.
-        usage: Input and output tokens as the server counted them; None where it did not say.
-        message: Of the error, where it is one.
-    """
-
-    status: int | None = None
-    headers: Mapping[str, str] | None = None
-    usage: tuple[int, int] | None = None
-    message: str = ""
 
 
 class Governor:

@@ -17,12 +17,12 @@ from urllib.request import getproxies, proxy_bypass
 
 import openai
 
-from openai_eval_client._governor import Admission, Demand, Governor, Outcome
-from openai_eval_client._wire import Tail, is_metered, max_output, read_usage
+from openai_eval_client._wire import Demand, Outcome, Tail, is_metered, max_output, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+    from openai_eval_client._governor import Admission, Governor
     from openai_eval_client._tokens import TokenCounter
 
 _JSON = "application/json"

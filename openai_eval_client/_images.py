@@ -131,11 +131,11 @@ def _size_of(source: object) -> tuple[int, int]:
 
 def _header_size(encoded: str) -> tuple[int, int] | None:
     """Reads the size from the beginning of a base64-encoded image, if it is there."""
-    import imagesize  # noqa: PLC0415 - only for requests with images
+    import imagesize
 
     try:
         header = base64.b64decode(encoded[: len(encoded) // 4 * 4])
         width, height = imagesize.get(io.BytesIO(header))
-    except Exception:  # noqa: BLE001 - imagesize raises whatever a broken header leads it to
+    except Exception:  # noqa: BLE001  # whatever is wrong with the image, it has a default size
         return None
     return (int(width), int(height)) if width > 0 and height > 0 else None

@@ -126,7 +126,7 @@ class Input:
 
     def _add_tools(self, tools: Any) -> None:
         functions = [_function_of(tool) for tool in tools] if isinstance(tools, (list, tuple)) else []
-        for tool, function in zip(tools, functions):  # noqa: B905 - made of each other; strict= costs time
+        for tool, function in zip(tools, functions, strict=False):
             if function is None:
                 self._walk(tool)
             else:

@@ -133,7 +133,7 @@ class Pricer:
 
     def _provider_id(self) -> str:
         if self._provider is None:
-            from genai_prices.data_snapshot import get_snapshot  # noqa: PLC0415 - a slow import
+            from genai_prices.data_snapshot import get_snapshot
 
             try:
                 self._provider = get_snapshot().find_provider(None, None, self._base_url).id
@@ -220,7 +220,7 @@ def _at(steps: _Steps, prompt_tokens: int) -> Decimal:
 
 def _calculate(model: str, provider_id: str, context: Mapping[str, str]) -> PriceCalculation | None:
     """Has genai-prices find the prices of a model that apply now."""
-    import genai_prices  # noqa: PLC0415 - a slow import
+    import genai_prices
 
     name = model.removeprefix("openai/") if provider_id == _OPENAI else model  # as proxies write it
     try:

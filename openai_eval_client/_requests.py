@@ -164,8 +164,8 @@ def _check_names(given: Mapping[str, Any], api: str) -> None:
 @functools.cache
 def _known_names(api: str) -> frozenset[str]:
     """Return the parameters that the installed SDK knows."""
-    from openai.resources.chat import AsyncCompletions  # noqa: PLC0415  # heavy: only when a call is made
-    from openai.resources.responses import AsyncResponses  # noqa: PLC0415
+    from openai.resources.chat import AsyncCompletions  # heavy: only when a call is made
+    from openai.resources.responses import AsyncResponses
 
     resource: Any = AsyncCompletions if api == "chat" else AsyncResponses
     return frozenset(inspect.signature(resource.create).parameters) - _OURS | {"response_format"}

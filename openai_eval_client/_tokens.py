@@ -201,10 +201,10 @@ class _Vocabulary:
 
     def _load(self) -> None:
         try:
-            import tiktoken  # noqa: PLC0415 - late, and off the loop
+            import tiktoken
 
             self.encode = tiktoken.get_encoding(self.name).encode_ordinary
-        except Exception as error:  # noqa: BLE001 - whatever it was, estimates serve; the text may name a proxy
+        except Exception as error:  # noqa: BLE001  # no network, no disk, a bad file: estimates do
             self._complain(type(error).__name__)
         finally:
             self._loaded.set_result(None)
@@ -256,7 +256,7 @@ _VOCABULARIES = _Vocabularies()
 
 def _encoding_name(model: str) -> str | None:
     """Asks tiktoken for a model's encoding, also by the model's name without its provider."""
-    import tiktoken  # noqa: PLC0415 - late, and off the loop
+    import tiktoken
 
     for name in (model, model.rpartition("/")[2]):
         with contextlib.suppress(KeyError):

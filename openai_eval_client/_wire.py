@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,38 @@ _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
 
 
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one request asks of the limits.
+
+    Attributes:
+        model: Whose budgets it spends; None: only the concurrency bound applies.
+        input_tokens: Of its input.
+        max_output: Output tokens it may use at most; None: what this model's answers usually take.
+    """
+
+    model: str | None
+    input_tokens: int = 0
+    max_output: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of one attempt.
+
+    Attributes:
+        status: The HTTP status; None where no answer came.
+        headers: Of the answer.
+        usage: Input and output tokens as the server counted them; None where it did not say.
+        message: Of the error, where it is one.
+    """
+
+    status: int | None = None
+    headers: Mapping[str, str] | None = None
+    usage: tuple[int, int] | None = None
+    message: str = ""
+
+
 def is_metered(method: str, path: str) -> bool:
     """Return whether a request runs a model, and so spends requests and tokens per minute."""
     return method == "POST" and path.rpartition("/")[2] not in _UNMETERED
@@ -33,8 +66,8 @@ def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
     """Return the output tokens a request may use at most, all choices together; None: no bound."""
     if path.endswith(_NO_OUTPUT):
         return 0
-    caps = [cap for name in _OUTPUT_CAPS if (cap := _count(body.get(name))) is not None]
-    choices = _count(body.get("n")) or 1
+    caps = [cap for name in _OUTPUT_CAPS if (cap := token_count(body.get(name))) is not None]
+    choices = token_count(body.get("n")) or 1
     return min(caps[0] * choices, _MOST) if caps else None
 
 
@@ -44,11 +77,11 @@ def usage_counts(usage: object) -> tuple[int, int] | None:
         return None
     given = usage.get("prompt_tokens", usage.get("input_tokens"))
     made = usage.get("completion_tokens", usage.get("output_tokens"))
-    counted = _count(given)
-    return None if counted is None else (counted, _count(made) or 0)
+    counted = token_count(given)
+    return None if counted is None else (counted, token_count(made) or 0)
 
 
-def _count(value: object) -> int | None:
+def token_count(value: object) -> int | None:
     """Return a plausible number of tokens, None for anything else."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         return None

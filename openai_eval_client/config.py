@@ -50,7 +50,7 @@ class _Config(BaseModel):
         with _reworded(type(self).__name__):
             super().__setattr__(name, value)
 
-    def __iter__(self) -> Generator[tuple[str, Any], None, None]:
+    def __iter__(self) -> Generator[tuple[str, Any], None, None]:  # noqa: PYI058  # as its base has it
         return ((name, value) for name, value in super().__iter__() if name not in _SECRET)
 
 

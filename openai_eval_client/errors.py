@@ -75,7 +75,7 @@ class ValidationError(openai.OpenAIError, ValueError):
         self.index = index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, {"field": self.field, "index": self.index})
+        return _reduced(self, self.args, field=self.field, index=self.index)
 
 
 class RequestTooLargeError(openai.OpenAIError):
@@ -96,7 +96,7 @@ class RequestTooLargeError(openai.OpenAIError):
         self.limit = limit
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (self.model,), {"tokens": self.tokens, "limit": self.limit})
+        return _reduced(self, (self.model,), tokens=self.tokens, limit=self.limit)
 
 
 class BudgetExceededError(openai.OpenAIError):
@@ -112,7 +112,7 @@ class BudgetExceededError(openai.OpenAIError):
         self.responses = list(responses)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.args, {"responses": self.responses})
+        return _reduced(self, self.args, responses=self.responses)
 
 
 class BatchError(openai.OpenAIError):
@@ -149,7 +149,7 @@ class BatchError(openai.OpenAIError):
         return f"BatchError({fields})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (), self.to_dict())
+        return _reduced(self, (), **self.to_dict())
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
@@ -192,7 +192,12 @@ class PartialFailureError(openai.OpenAIError):
         return f"{len(self.failures)} of {total} prompts failed ({listed}); first, prompt {index}: {first}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), (self.responses, self.failures), {})
+        return _reduced(self, (self.responses, self.failures))
+
+
+def _reduced(error: BaseException, args: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
+    """Return what pickle needs to make an error again, notes included."""
+    return _rebuild, (type(error), args, options), _kept_state(error)
 
 
 def _rebuild(
@@ -201,10 +206,13 @@ def _rebuild(
     return cls(*args, **options)
 
 
+def _kept_state(error: BaseException) -> dict[str, Any]:
+    return {name: error.__dict__[name] for name in ("responses", "__notes__") if name in error.__dict__}
+
+
 # --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------
 
 _KEPT_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry")
-_KEPT_STATE = ("responses", "__notes__")
 
 
 def sdk_httpx() -> Any:
@@ -228,8 +236,8 @@ def _reduce_sdk_error(error: APIError) -> tuple[Any, ...]:
     kept = [(k, v) for k, v in headers if k in _KEPT_HEADERS or k.startswith("x-ratelimit-")]
     status = None if response is None else response.status_code
     request = (error.request.method, str(error.request.url).partition("?")[0])
-    state = {name: error.__dict__[name] for name in _KEPT_STATE if name in error.__dict__}
-    return _restore_sdk_error, (type(error), error.message, error.body, status, kept, request), state
+    args = (type(error), error.message, error.body, status, kept, request)
+    return _restore_sdk_error, args, _kept_state(error)
 
 
 def _restore_sdk_error(  # noqa: PLR0917  # what pickle hands back
@@ -246,22 +254,12 @@ def _restore_sdk_error(  # noqa: PLR0917  # what pickle hands back
     return restored
 
 
-for _cls in (
-    openai.APIError,
-    openai.APIConnectionError,
-    openai.APITimeoutError,
-    openai.APIResponseValidationError,
-    openai.APIStatusError,
-    openai.BadRequestError,
-    openai.AuthenticationError,
-    openai.PermissionDeniedError,
-    openai.NotFoundError,
-    openai.ConflictError,
-    openai.UnprocessableEntityError,
-    openai.RateLimitError,
-    openai.InternalServerError,
-    TimeoutError,
-    QuotaError,
-):
+def _sdk_errors() -> list[type[APIError]]:
+    """Return the installed SDK's own API errors."""
+    found = [value for value in list(vars(openai).values()) if isinstance(value, type)]
+    return [value for value in found if issubclass(value, APIError)]
+
+
+for _cls in (*_sdk_errors(), TimeoutError, QuotaError):
     copyreg.pickle(_cls, _reduce_sdk_error)
 del _cls

@@ -84,7 +84,7 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
         if self._body is None:
             return None
-        from openai import types  # noqa: PLC0415  # heavy, and seldom asked for
+        from openai import types  # heavy, and seldom asked for
 
         kind: Any = types.chat.ChatCompletion if "choices" in self._body else types.responses.Response
         return kind.construct(**self._body)

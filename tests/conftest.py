@@ -18,7 +18,7 @@ def vocabularies(tmp_path_factory):
         "data"
     )  # importing it unpacks them all, and warns
     for name in ("cl100k_base", "o200k_base"):
-        key = hashlib.sha1(VOCABULARIES.format(name).encode()).hexdigest()  # noqa: S324 - tiktoken's choice
+        key = hashlib.sha1(VOCABULARIES.format(name).encode()).hexdigest()  # noqa: S324
         (folder / key).write_bytes(gzip.decompress((packed / f"{name}.tiktoken.gz").read_bytes()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
@@ -28,9 +28,9 @@ def vocabularies(tmp_path_factory):
 @pytest.fixture
 def empty_vocabularies(tmp_path, monkeypatch):
     """A process that has loaded no vocabulary, has none on disk, and cannot reach the network."""
-    import tiktoken.registry  # noqa: PLC0415 - not before TIKTOKEN_CACHE_DIR is set
+    import tiktoken.registry
 
-    from openai_eval_client import _tokens  # noqa: PLC0415
+    from openai_eval_client import _tokens
 
     folder = tmp_path / "vocabularies"
     folder.mkdir()

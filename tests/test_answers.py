@@ -56,7 +56,7 @@ def text(content, **fields):
 def served(api, **body):
     """What the simulated server really sends to such a request."""
     with SimulatedServer() as server:
-        request = urllib.request.Request(  # noqa: S310 - http on the loopback
+        request = urllib.request.Request(  # noqa: S310
             server.base_url + PATHS[api],
             json.dumps({"model": "gpt-4o", **body}).encode(),
             {"authorization": "Bearer sk-test", "content-type": "application/json"},

@@ -9,11 +9,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from virtual import VirtualServer, rehearse
 
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._belief import Belief
 from openai_eval_client._headers import Quota
-from virtual import VirtualServer, rehearse
 
 RPM, TPM = 1800, 480_000  # 20 requests of 400 tokens a second: tokens bind
 

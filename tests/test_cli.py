@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-m", "openai_eval_client"]
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     known = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    return subprocess.run(  # noqa: S603
+    return subprocess.run(
         [*COMMAND, *arguments],
         env={**known, "COLUMNS": "100", **environment},
         capture_output=True,
@@ -42,7 +42,16 @@ def test_live_runs_the_same_on_the_api() -> None:
         done = run("demo", "--live", OPENAI_API_KEY="sk-live-0123456789", OPENAI_BASE_URL=server.base_url)
         assert server.counts["200"] == 164
     assert done.returncode == 0, done.stderr
-    for said in ("prompts answered", "164", "retries", "429s", "tokens in / out", "cost", "wall time", "p50 / p95"):
+    for said in (
+        "prompts answered",
+        "164",
+        "retries",
+        "429s",
+        "tokens in / out",
+        "cost",
+        "wall time",
+        "p50 / p95",
+    ):
         assert said in done.stdout
     assert "share of the limit used" in done.stdout
 
@@ -68,7 +77,7 @@ def test_interrupting_ends_with_130() -> None:
     """Ctrl-C stops at once, without a traceback."""
     with SimulatedServer(latency=30, latency_sigma=0) as server:
         environment = {**os.environ, "OPENAI_API_KEY": "sk-x", "OPENAI_BASE_URL": server.base_url}
-        running = subprocess.Popen(  # noqa: S603
+        running = subprocess.Popen(
             [*COMMAND, "demo", "--live"], env=environment, stderr=subprocess.PIPE, text=True
         )
         while not server.in_flight:

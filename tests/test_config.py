@@ -62,7 +62,7 @@ def environment(monkeypatch):
 
 
 def pickled(value, protocol=None):
-    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301 - our own bytes
+    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301
 
 
 def refusal(config, **fields):

@@ -58,7 +58,7 @@ REPLY_HEADERS = {
 
 
 def pickled(value, protocol=None):
-    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301 - our own bytes
+    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301
 
 
 def answering(status, body=None, headers=None):

@@ -8,11 +8,12 @@ import logging
 import threading
 
 import pytest
+from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError
-from openai_eval_client._governor import Admission, Demand, Governor, Outcome
+from openai_eval_client._governor import Admission, Governor
 from openai_eval_client._limiter import Lane
-from virtual import VirtualLoop
+from openai_eval_client._wire import Demand, Outcome
 
 
 def in_virtual_time(scenario, config: RateLimitConfig | None) -> Governor:
@@ -247,9 +248,9 @@ def test_a_loop_that_ends_with_waiters_leaves_the_others_their_turn() -> None:
 
     async def abandoned() -> None:
         held.append(await governor.admit(DEMAND))
-        for _ in range(10):
-            asyncio.ensure_future(governor.admit(DEMAND))
+        waiting = [asyncio.ensure_future(governor.admit(DEMAND)) for _ in range(10)]
         await asyncio.sleep(0)
+        assert not any(waiter.done() for waiter in waiting)
 
     asyncio.run(abandoned())
     held[0].settle(OK)
@@ -269,11 +270,11 @@ def test_a_loop_that_is_closed_without_ceremony_does_not_block_the_others() -> N
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
-    async def later() -> None:
+    async def later(held: Admission) -> None:
         held.settle(OK)
         await asyncio.wait_for(send(governor), 10)
 
-    asyncio.run(later())
+    asyncio.run(later(held))
     waiter._log_destroy_pending = False  # its loop is gone on purpose
     del waiter, held
     gc.collect()

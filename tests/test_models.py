@@ -90,7 +90,7 @@ BATCH_STATUSES = st.builds(
 
 
 def pickled(value, protocol=None):
-    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301 - our own bytes
+    return pickle.loads(pickle.dumps(value, protocol))  # noqa: S301
 
 
 def response(**fields):

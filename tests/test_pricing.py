@@ -316,7 +316,7 @@ def test_ready_imports_in_a_thread_what_cost_would_import_on_demand():
         "before = 'genai_prices' in sys.modules; asyncio.run(pricer.ready());"
         "print(before, 'genai_prices.data' in sys.modules, pricer.cost('gpt-4o', PricedUsage(1000, 0)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True", "0.00250000"]
 
 

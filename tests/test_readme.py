@@ -22,7 +22,9 @@ def test_a_python_block_runs_as_it_stands(block: str) -> None:
     with SimulatedServer() as server:
         environment = {**os.environ, "OPENAI_API_KEY": "sk-readme", "OPENAI_BASE_URL": server.base_url}
         command = [sys.executable, "-W", "error", "-c", block]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

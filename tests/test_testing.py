@@ -68,7 +68,7 @@ def events_of(raw):
 
 
 async def until(condition):
-    while not condition():  # noqa: ASYNC110 - it comes true in another thread
+    while not condition():
         await asyncio.sleep(0)
 
 
@@ -926,7 +926,7 @@ def test_process_mode_does_it_all():
 
 
 def run_python(*arguments):
-    return subprocess.Popen(  # noqa: S603 - our own module
+    return subprocess.Popen(
         [sys.executable, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

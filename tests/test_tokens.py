@@ -47,7 +47,7 @@ WEATHER_MESSAGES = [
     {"role": "user", "content": "What's the weather like in San Francisco?"},
 ]
 JARGON = [
-    ("system", None, "You are a helpful, pattern-following assistant that translates corporate jargon into plain English."),  # noqa: E501 - verbatim
+    ("system", None, "You are a helpful, pattern-following assistant that translates corporate jargon into plain English."),  # noqa: E501
     ("system", "example_user", "New synergies will help drive top-line growth."),
     ("system", "example_assistant", "Things working well together will increase revenue."),
     ("system", "example_user", "Let's circle back when we have more bandwidth to touch base on opportunities for increased leverage."),  # noqa: E501
@@ -477,5 +477,5 @@ def test_importing_the_modules_imports_nothing_heavy():
         "import sys; from openai_eval_client import _images, _pricing, _tokens;"
         "print(sorted({'tiktoken', 'genai_prices', 'imagesize', 'requests'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -11,9 +11,10 @@ import selectors
 from dataclasses import dataclass, field
 from math import ceil
 
-from openai_eval_client import RateLimitConfig
-from openai_eval_client._governor import Demand, Governor, Outcome
+from openai_eval_client import RateLimitConfig  # noqa: TC001
+from openai_eval_client._governor import Governor
 from openai_eval_client._limiter import Lane
+from openai_eval_client._wire import Demand, Outcome
 
 
 class _Jump(selectors.DefaultSelector):

@@ -39,7 +39,7 @@ def _serve(options: dict[str, Any]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _pin(options.pop("cpu"))
     with suppress(KeyboardInterrupt), SimulatedServer(**options) as server:
-        print(server.base_url, flush=True)  # noqa: T201 - the command's output
+        print(server.base_url, flush=True)  # noqa: T201
         threading.Event().wait()
 
 
@@ -51,9 +51,9 @@ def _child() -> int:
     try:
         server = SimulatedServer(**options).start()
     except OSError as error:
-        print(json.dumps({"errno": error.errno, "error": error.strerror}))  # noqa: T201 - the parent reads it
+        print(json.dumps({"errno": error.errno, "error": error.strerror}))  # noqa: T201
         return 1
-    print(json.dumps({"base_url": server.base_url}), flush=True)  # noqa: T201 - the parent reads it
+    print(json.dumps({"base_url": server.base_url}), flush=True)  # noqa: T201
     sys.stdin.read()
     server.stop()
     return 0

@@ -185,7 +185,7 @@ def duration(seconds: float) -> str:
     ms = math.ceil(round(seconds * 1000, 3))
     if ms <= 0:
         return "0s"
-    if ms < 1000:  # noqa: PLR2004 - milliseconds of a second
+    if ms < 1000:  # noqa: PLR2004
         return f"{ms}ms"
     minutes, rest = divmod(ms, 60_000)
     hours, minutes = divmod(minutes, 60)

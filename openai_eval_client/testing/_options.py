@@ -54,7 +54,7 @@ class Options:
         for name, allowed in CHOICES.items():
             self._check_choice(name, allowed)
         if isinstance(self.models, str):
-            raise ValueError(f"models must be several names, not {self.models!r}")  # noqa: TRY004 - as the rest
+            raise ValueError(f"models must be several names, not {self.models!r}")  # noqa: TRY004
         check_faults(self.faults)
         check_script(self.script or ())
 

@@ -37,7 +37,7 @@ class ProcessBackend:
 
     def __init__(self, options: Options, cpu: int | None) -> None:
         command = [sys.executable, "-m", __package__, "--child"]
-        self._child = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
+        self._child = subprocess.Popen(  # noqa: S603
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
         )
         try:

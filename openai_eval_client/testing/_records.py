@@ -44,7 +44,7 @@ class Call:
     @property
     def served(self) -> bool:
         """An answer was produced, and would be billed, whether or not it arrived whole."""
-        return self.status == 200  # noqa: PLR2004 - HTTP OK
+        return self.status == 200  # noqa: PLR2004
 
     def as_json(self) -> dict[str, Any]:
         """The fields by name, not copied."""

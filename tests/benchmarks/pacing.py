@@ -127,7 +127,12 @@ def measure(row: Row, share: float) -> dict:
         each = prompts // row.clients
         workers = [
             subprocess.Popen(
-                [sys.executable, __file__, "--worker", json.dumps([server.base_url, dataclasses.asdict(row), i, each])],
+                [
+                    sys.executable,
+                    __file__,
+                    "--worker",
+                    json.dumps([server.base_url, dataclasses.asdict(row), i, each]),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
