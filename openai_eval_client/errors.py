@@ -32,7 +32,7 @@ from openai import APIError, RateLimitError
 from pydantic_core import core_schema
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from openai_eval_client.models import ModelResponse
 
@@ -254,12 +254,12 @@ def _restore_sdk_error(  # noqa: PLR0917  # what pickle hands back
     return restored
 
 
-def _sdk_errors() -> list[type[APIError]]:
-    """Return the installed SDK's own API errors."""
-    found = [value for value in list(vars(openai).values()) if isinstance(value, type)]
-    return [value for value in found if issubclass(value, APIError)]
+def _and_subclasses(cls: type[APIError]) -> Iterator[type[APIError]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _and_subclasses(subclass)
 
 
-for _cls in (*_sdk_errors(), TimeoutError, QuotaError):
+for _cls in _and_subclasses(APIError):
     copyreg.pickle(_cls, _reduce_sdk_error)
 del _cls
