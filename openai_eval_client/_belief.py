@@ -62,7 +62,7 @@ class Belief:
         self._clock = clock
         self._ceiling = rate
         self._most = capacity
-        self._bucket = Bucket(rate, min(rate * FIRST_SECONDS, capacity), clock) if rate else None
+        self.bucket = Bucket(rate, min(rate * FIRST_SECONDS, capacity), clock) if rate else None
         self._granted = 0.0
         self._recent: deque[tuple[float, float]] = deque()
         self._arrived = 0.0
@@ -82,12 +82,12 @@ class Belief:
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
-        return self._bucket.ready_in(amount) if self._bucket is not None else 0.0
+        return self.bucket.ready_in(amount) if self.bucket is not None else 0.0
 
     def charge(self, amount: float) -> Mark:
         """Spend `amount` and return the mark of it; negative: take back what was not spent after all."""
-        if self._bucket is not None:
-            self._bucket.charge(amount)
+        if self.bucket is not None:
+            self.bucket.charge(amount)
         now = self._clock.time()
         if now - self._last > IDLE_SECONDS:
             self._busy_from, self._busy_granted = now, self._granted
@@ -99,8 +99,8 @@ class Belief:
 
     def owe(self, amount: float) -> None:
         """Take in that more was used than reserved; a server that speaks has counted it already."""
-        if self._bucket is not None and not self._spoken:
-            self._bucket.charge(amount)
+        if self.bucket is not None and not self._spoken:
+            self.bucket.charge(amount)
 
     def hear(self, quota: Quota, mark: Mark) -> None:
         """Take over what an answer's headers say.
@@ -122,8 +122,8 @@ class Belief:
         since = ours * (now - mark.at) - (self._granted - mark.arrived)
         margin = min(others, MARGIN * rate)
         left = max(quota.remaining + min(-self._in_transit(now), since), 0.0) - margin
-        if self._spoken and self._bucket is not None:
-            had = self._bucket.left()
+        if self._spoken and self.bucket is not None:
+            had = self.bucket.left()
             share = 1 - math.exp(-(now - self._heard_at) / SMOOTHING)
             left = left if left < had else had + (left - had) * share
         self._replace(ours, min(max(capacity, rate * _SHORTEST), quota.limit), left)
@@ -132,14 +132,14 @@ class Belief:
     def passed(self, amount: float) -> None:
         """Learn that the server served `amount`."""
         self._passed += amount
-        if self._spoken or self._bucket is None:
+        if self._spoken or self.bucket is None:
             return
         if self._cut_at < 0:
-            room = min(GROWTH * amount, self._most - self._bucket.max_rate)
+            room = min(GROWTH * amount, self._most - self.bucket.max_rate)
             if room > 0:
-                self._replace(self._bucket.rate, self._bucket.max_rate + room, self._bucket.left() + room)
+                self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
         else:
-            self._creep(self._bucket)
+            self._creep(self.bucket)
 
     def refused(self, amount: float, mark: Mark, wait: float) -> None:
         """Learn that the server refused `amount` for now.
@@ -152,24 +152,24 @@ class Belief:
         now = self._clock.time()
         if not self._spoken:
             self._granted -= amount
-            if self._bucket is not None:
-                self._bucket.charge(-amount)
+            if self.bucket is not None:
+                self.bucket.charge(-amount)
             self._slow_down(amount, mark, now)
-        if self._bucket is not None:  # after the wait there is room for this one; the refill paces the rest
-            left = amount - wait * self._bucket.rate
-            self._bucket.lower_to(min(left, self._bucket.max_rate))
+        if self.bucket is not None:  # after the wait there is room for this one; the refill paces the rest
+            left = amount - wait * self.bucket.rate
+            self.bucket.lower_to(min(left, self.bucket.max_rate))
 
     def _slow_down(self, amount: float, mark: Mark, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
-        if self._bucket is None or (self._ceiling is None and mark.at <= self._first_cut):
+        if self.bucket is None or (self._ceiling is None and mark.at <= self._first_cut):
             rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
-            rate = rate if self._bucket is None else min(rate, self._bucket.rate)
-            self._first_cut = now if self._bucket is None else self._first_cut
+            rate = rate if self.bucket is None else min(rate, self.bucket.rate)
+            self._first_cut = now if self.bucket is None else self._first_cut
         elif mark.at > self._cut_at:
-            rate = self._rate_after_refusal(self._bucket.rate, now)
+            rate = self._rate_after_refusal(self.bucket.rate, now)
         else:
             return
-        capacity = rate * _SHORTEST if self._bucket is None else self._bucket.max_rate
+        capacity = rate * _SHORTEST if self.bucket is None else self.bucket.max_rate
         self._replace(rate, capacity, 0.0)
         self._cut_at, self._cut_passed, self._cut_rate = now, self._passed, rate
 
@@ -211,5 +211,5 @@ class Belief:
 
     def _replace(self, rate: float, capacity: float, left: float) -> None:
         """Go on with another rate and size, and that much left; below nought it is a debt."""
-        self._bucket = Bucket(rate, capacity, self._clock)
-        self._bucket.charge(self._bucket.max_rate - left)
+        self.bucket = Bucket(rate, capacity, self._clock)
+        self.bucket.charge(self.bucket.max_rate - left)

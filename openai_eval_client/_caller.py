@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from openai_eval_client._governor import Governor
-    from openai_eval_client._limiter import Lane
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._tickets import Lane
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.models import ModelResponse

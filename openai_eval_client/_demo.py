@@ -86,14 +86,6 @@ async def run(
             progress_callback=lambda fraction: on_progress(fraction, client.stats),
         )
         seconds = time.monotonic() - started
-        return Summary(len(responses), seconds, client.stats, share_used(client.stats, rate_limit, seconds))
-
-
-def share_used(stats: ClientStats, limits: RateLimitConfig, seconds: float) -> float:
-    """Return the used part of what a full bucket and its refill admit in that time, 0 to 1."""
-    minutes = (limits.burst_seconds + seconds) / 60
-    spent = (
-        (stats.attempts, limits.requests_per_minute),
-        (stats.reserved_tokens, limits.tokens_per_minute),
-    )
-    return max((amount / (limit * minutes) for amount, limit in spent if limit), default=0.0)
+        stats = client.stats
+        shares = [share for model in stats.utilisation.values() for share in model.values()]
+        return Summary(len(responses), seconds, stats, max(shares, default=0.0))

@@ -12,11 +12,13 @@ import itertools
 import logging
 import threading
 import time
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from openai_eval_client._headers import read_quotas, refused_dimension, retry_after
-from openai_eval_client._limiter import Gate, Lane, State, Ticket
+from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
+from openai_eval_client._limiter import Gate
 from openai_eval_client._stats import Recorder
+from openai_eval_client._tickets import Lane, State, Ticket
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RateLimitError, RequestTooLargeError, rate_limited
 
@@ -55,6 +57,7 @@ class Governor:
         self._clock: Clock = clock or _Monotonic()
         self._lock = threading.RLock()  # re-entrant: a collected coroutine may settle inside a locked region
         self._turns = itertools.count()
+        self._refused: Counter[str] = Counter()
         self._gates: dict[str | None, Gate] = {}
         self._timers: dict[tuple[Gate, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
 
@@ -65,7 +68,17 @@ class Governor:
     @property
     def stats(self) -> ClientStats:
         """What went through so far."""
-        return self.recorder.snapshot()
+        with self._lock:
+            gates = [gate for gate in self._gates.values() if gate.model is not None]
+            waited: defaultdict[str, float] = defaultdict(float)
+            for cause, seconds in itertools.chain(*(gate.waited.items() for gate in self._gates.values())):
+                waited[cause] += seconds
+            details = {
+                "rate_limited_by": dict(self._refused),
+                "wait_seconds_by": dict(waited),
+                "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
+            }
+        return self.recorder.snapshot().model_copy(update=details)
 
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""
@@ -186,8 +199,9 @@ class Governor:
         gate.hear(ticket, read_quotas(headers))
         if outcome.status != _TOO_MANY_REQUESTS or "insufficient_quota" in outcome.message:
             return
-        wait = retry_after(headers) or 0.0
-        gate.refused(ticket, refused_dimension(outcome.message), wait)
+        wait, dimension = stated_wait(headers, outcome.message) or 0.0, refused_dimension(outcome.message)
+        self._refused[dimension or "unknown"] += 1
+        gate.refused(ticket, dimension, wait)
         if wait:
             gate.pause(wait)
             logger.info("%s rate limited by the server: pausing %.2f s", gate.model, wait)

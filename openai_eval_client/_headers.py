@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 _LONGEST = 1e9  # a number in a header: thirty years, or more tokens than any limit
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_LONGEST_RESET = 86_400.0  # seconds; beyond it a plain number is no duration, but perhaps a date
+_WAIT = re.compile(
+    r"(?:try again in|retry after) (?:((?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+)|(\d+(?:\.\d+)?) seconds?)"
+)
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 
 
@@ -36,18 +40,43 @@ class Quota:
 
 
 def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
-    """Return what the headers say of requests and of tokens, each only where they do."""
-    quotas = {dimension: read_quota(headers, dimension) for dimension in DIMENSIONS}
-    return {dimension: quota for dimension, quota in quotas.items() if quota is not None}
+    """Return what the headers say of requests and of tokens, each only where they do.
+
+    Where a project has a limit of its own beside the organisation's, the lower one counts.
+    """
+    found = {}
+    for dimension in DIMENSIONS:
+        quotas = [read_quota(headers, dimension), read_quota(headers, f"project-{dimension}")]
+        known = [quota for quota in quotas if quota is not None]
+        if known:
+            found[dimension] = min(known, key=lambda quota: (quota.limit, quota.remaining))
+    return found
 
 
 def refused_dimension(message: str) -> str | None:
     """Return which limit the message of a 429 names, "requests" or "tokens"; None where it names neither.
 
-    The API's wording: "Rate limit reached for MODEL ... on tokens per min (TPM): Limit ...".
+    The API's wording is "Rate limit reached for MODEL ... on tokens per min (TPM): Limit ...", Azure's
+    "... have exceeded token rate limit of your current OpenAI S0 pricing tier".
     """
-    named = [dimension for dimension in DIMENSIONS if f"on {dimension} per" in message]
+    wordings = {
+        "requests": ("on requests per", "call rate limit", "request rate limit"),
+        "tokens": ("on tokens per", "token rate limit"),
+    }
+    named = [name for name, wording in wordings.items() if any(words in message for words in wording)]
     return named[0] if named else None
+
+
+def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
+    """Return the seconds that a refusal asks to wait: by its headers, else by its message; None: by neither.
+
+    The API's wording is "Please try again in 6m0s", Azure's "Please retry after 6 seconds".
+    """
+    seconds = retry_after(headers)
+    if seconds is not None:
+        return seconds
+    found = _WAIT.search(message)
+    return None if found is None else duration(found[1]) or _number(found[2])
 
 
 def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:
@@ -59,13 +88,16 @@ def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:
 
     Returns:
         The quota, or None where limit or remaining are absent or make no sense. Names and formats:
-        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers
+        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers; Azure sends the reset as
+        plain seconds.
     """
     limit = _whole(headers.get(f"x-ratelimit-limit-{dimension}"))
     remaining = _whole(headers.get(f"x-ratelimit-remaining-{dimension}"))
     if not limit or remaining is None:
         return None
-    return Quota(limit, min(remaining, limit), duration(headers.get(f"x-ratelimit-reset-{dimension}")))
+    text = headers.get(f"x-ratelimit-reset-{dimension}")
+    reset = duration(text) if duration(text) is not None else _number(text)
+    return Quota(limit, min(remaining, limit), reset if reset is None or reset <= _LONGEST_RESET else None)
 
 
 def duration(text: str | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Who may send next: token buckets on aiolimiter, and the gate that admits one ticket at a time.
+"""Who may send next: the gate that admits one ticket at a time.
 
 Nothing here waits, sleeps or knows an event loop; time comes from a clock, so every decision can be tested
 without one. `_governor.py` does the waiting.
@@ -6,154 +6,23 @@ without one. `_governor.py` does the waiting.
 
 from __future__ import annotations
 
-import enum
 import heapq
-from collections import Counter
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._belief import Belief
-from openai_eval_client._bucket import MINUTE, Bucket
+from openai_eval_client._budget import Budget
 from openai_eval_client._headers import DIMENSIONS
+from openai_eval_client._tickets import Lane, State, Ticket
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from openai_eval_client._belief import Mark
     from openai_eval_client._bucket import Clock
     from openai_eval_client._headers import Quota
     from openai_eval_client.config import RateLimitConfig
 
-MARGIN = 0.25  # seconds of quota left unused: requests travel at different speeds, so some arrive early
-MARGIN_SHARE = 0.1  # of the bucket, at most
 FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for an answer while none of this model has been seen
 _OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks back on
-
-
-class Budget:
-    """One dimension of a model's limit: what the user configured, and what the server is believed to keep.
-
-    An estimate that was too high is given back to the configured bucket only: servers that charge
-    `max_tokens` up front do not give it back.
-
-    Args:
-        per_minute: The configured limit; None: only what the server is believed to keep.
-        config: How long its bucket is, and whether to heed the server at all.
-        clock: Where the time comes from.
-    """
-
-    def __init__(self, per_minute: int | None, config: RateLimitConfig, clock: Clock) -> None:
-        rate = per_minute / MINUTE if per_minute else None
-        margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
-        capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
-        self._configured = Bucket(rate, capacity, clock) if rate else None
-        self._server = Belief(rate, capacity, clock) if config.adaptive_throttling else None
-
-    def ready_in(self, amount: float) -> float:
-        """Return the seconds until `amount` may be spent."""
-        configured = self._configured.ready_in(amount) if self._configured is not None else 0.0
-        return max(configured, self._server.ready_in(amount)) if self._server is not None else configured
-
-    def too_small_for(self, amount: float, max_wait: float) -> int | None:
-        """Return the limit per minute that can never admit `amount`; None where one can, or there is none.
-
-        The server admits no more than its own limit at once. The configured one may be exceeded, at the
-        cost of a debt that those behind wait for: up to `max_wait` seconds' worth.
-        """
-        server = self._server.limit if self._server is not None else None
-        if server is not None and amount > server:
-            return server
-        bucket = self._configured
-        if bucket is None or amount <= bucket.max_rate + bucket.rate * max_wait:
-            return None
-        return round(bucket.rate * MINUTE)
-
-    def charge(self, amount: float) -> Mark | None:
-        """Spend `amount`, or take the whole of it back where negative."""
-        if self._configured is not None:
-            self._configured.charge(amount)
-        return self._server.charge(amount) if self._server is not None else None
-
-    def settle(self, reserved: float, actual: float) -> None:
-        """Replace what was reserved by what it came to."""
-        if self._configured is not None:
-            self._configured.charge(actual - reserved)
-        if self._server is not None and actual > reserved:
-            self._server.owe(actual - reserved)
-
-    def passed(self, amount: float) -> None:
-        """Learn that the server served what was reserved."""
-        if self._server is not None:
-            self._server.passed(amount)
-
-    def refused(self, amount: float, mark: Mark | None, wait: float) -> None:
-        """Learn that this limit is why the server refused."""
-        if self._server is not None and mark is not None:
-            self._server.refused(amount, mark, wait)
-
-    def hear(self, quota: Quota, mark: Mark | None) -> None:
-        """Heed an answer's headers."""
-        if self._server is not None and mark is not None:
-            self._server.hear(quota, mark)
-
-
-class State(enum.Enum):
-    """Where a ticket is."""
-
-    WAITING = enum.auto()
-    GRANTED = enum.auto()
-    DONE = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """A bound on concurrency: the model's own, or that of one call which brought its own.
-
-    Attributes:
-        limit: Requests in flight at once.
-        in_flight: How many there are.
-        queue: Heap of waiting tickets; those no longer waiting are dropped when they come up.
-    """
-
-    limit: float
-    in_flight: int = 0
-    queue: list[Ticket] = field(default_factory=list)
-
-    def first(self) -> Ticket | None:
-        """Return the ticket whose turn is next, where there is room for it."""
-        while self.queue and self.queue[0].state is not State.WAITING:
-            heapq.heappop(self.queue)
-        return self.queue[0] if self.queue and self.in_flight < self.limit else None
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One HTTP attempt's place in the queue, and what is reserved for it.
-
-    Attributes:
-        turn: Its number; a retry comes back with its old one.
-        tokens: What it reserves.
-        lane: The concurrency bound it runs under.
-        asked_at: Clock time at which it queued.
-        owner: The event loop that waits for it, None where nobody had to wait.
-        waiter: The future to resolve.
-        state: Where it is.
-        granted_at: Clock time at which it was admitted.
-        marks: Where the budgets of requests and of tokens stood then.
-    """
-
-    turn: int
-    tokens: float
-    lane: Lane
-    asked_at: float
-    owner: Any = None
-    waiter: Any = None
-    state: State = State.WAITING
-    granted_at: float = 0.0
-    marks: tuple[Mark | None, Mark | None] = (None, None)
-
-    def __lt__(self, other: Ticket) -> bool:
-        return self.turn < other.turn
 
 
 class Gate:
@@ -176,12 +45,16 @@ class Gate:
         self.lane = Lane(config.max_concurrent)
         self.waiting: Counter[Any] = Counter()
         self.expected_output = FIRST_OUTPUT_GUESS
+        self.waited: defaultdict[str, float] = defaultdict(float)
         self._answers = 0
+        self._cause = "concurrency"
+        self._looked_at = clock.time()
         self._lanes = [self.lane]
         self._paused_until = float("-inf")
 
     def enqueue(self, ticket: Ticket) -> None:
         """Put a ticket in the queue, at the place of its turn."""
+        self._count_waiting()
         if not ticket.lane.queue and ticket.lane not in self._lanes:
             self._lanes.append(ticket.lane)
         heapq.heappush(ticket.lane.queue, ticket)
@@ -208,7 +81,11 @@ class Gate:
     def next_in(self) -> float | None:
         """Return the seconds until the next ticket can go; None where time alone lets nobody go."""
         ticket = self._head()
-        return None if ticket is None else self._ready_in(ticket)
+        if ticket is None:
+            self._cause = "concurrency"
+            return None
+        delay, self._cause = self._held_up(ticket)
+        return delay
 
     def withdraw(self, ticket: Ticket) -> None:
         """Take back a ticket that was not sent: out of the queue, or its reservation and slot."""
@@ -247,6 +124,11 @@ class Gate:
             if dimension in quotas:
                 budget.hear(quotas[dimension], mark)
 
+    def utilisation(self) -> dict[str, float]:
+        """Return the used share of what each limit has admitted since the first request, 0 to 1."""
+        shares = {"requests": self.requests.used_share(), "tokens": self.tokens.used_share()}
+        return {dimension: share for dimension, share in shares.items() if share is not None}
+
     def observe_output(self, tokens: int) -> None:
         """Learn how long this model's answers are: a running mean over the latest ones."""
         self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
@@ -273,7 +155,22 @@ class Gate:
         return min(heads, key=lambda ticket: ticket.turn, default=None)
 
     def _ready_in(self, ticket: Ticket) -> float:
-        return max(self.pause_left(), self.requests.ready_in(1), self.tokens.ready_in(ticket.tokens))
+        return self._held_up(ticket)[0]
+
+    def _held_up(self, ticket: Ticket) -> tuple[float, str]:
+        """Return the seconds until a ticket can go, and what it waits for."""
+        return max(
+            (self.requests.ready_in(1), "requests"),
+            (self.tokens.ready_in(ticket.tokens), "tokens"),
+            (self.pause_left(), "pause"),
+        )
+
+    def _count_waiting(self) -> None:
+        """Add the time since the last look, once for each who waits, to what they wait for."""
+        now = self._clock.time()
+        if self.waiting:
+            self.waited[self._cause] += (now - self._looked_at) * sum(self.waiting.values())
+        self._looked_at = now
 
     def _admit(self, ticket: Ticket) -> None:
         ticket.marks = self.requests.charge(1), self.tokens.charge(ticket.tokens)
@@ -282,6 +179,7 @@ class Gate:
         ticket.granted_at = self._clock.time()
 
     def _left(self, ticket: Ticket) -> None:
+        self._count_waiting()
         self.waiting[ticket.owner] -= 1
         if not self.waiting[ticket.owner]:
             del self.waiting[ticket.owner]

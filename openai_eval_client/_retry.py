@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import backoff
 import openai
 
-from openai_eval_client._headers import retry_after
+from openai_eval_client._headers import stated_wait
 from openai_eval_client.errors import QuotaError
 
 if TYPE_CHECKING:
@@ -91,7 +91,11 @@ def is_doom(error: Exception, max_wait: float) -> bool:
 
 def asked_wait(error: Exception) -> float | None:
     """Return the seconds that the server asks to wait before the next attempt; None where it does not say."""
-    return retry_after(error.response.headers) if isinstance(error, openai.APIStatusError) else None
+    return (
+        stated_wait(error.response.headers, error.message)
+        if isinstance(error, openai.APIStatusError)
+        else None
+    )
 
 
 def delays() -> Generator[float, Any, None]:

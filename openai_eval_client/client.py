@@ -12,11 +12,11 @@ from openai_eval_client._caller import Caller
 from openai_eval_client._checks import check_count, refuse
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
-from openai_eval_client._limiter import Lane
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client._pricing import Pricer
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt
 from openai_eval_client._retry import is_doom
+from openai_eval_client._tickets import Lane
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import ValidationError

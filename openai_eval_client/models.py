@@ -158,7 +158,11 @@ class ClientStats(_Model):
         rate_limited: Answers with status 429.
         reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts
             `max_tokens` up front.
-        wait_seconds: Seconds requests spent waiting for the budget, summed.
+        rate_limited_by: Those by the limit they named, "requests", "tokens" or "unknown".
+        wait_seconds: Seconds requests spent waiting for their admission, summed.
+        wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
+        utilisation: By model, the used share (0 to 1) of what its limits on "requests" and "tokens" admitted
+            since the first request, a full bucket included.
         prompt_tokens: Input tokens as the server counted them.
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers.
@@ -174,7 +178,10 @@ class ClientStats(_Model):
     retries: int = 0
     rate_limited: int = 0
     reserved_tokens: int = 0
+    rate_limited_by: dict[str, int] = Field(default_factory=dict)
     wait_seconds: float = 0.0
+    wait_seconds_by: dict[str, float] = Field(default_factory=dict)
+    utilisation: dict[str, dict[str, float]] = Field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0

@@ -9,9 +9,7 @@ import sys
 
 import pytest
 
-from openai_eval_client import RateLimitConfig
-from openai_eval_client._demo import human_eval_prompts, share_used
-from openai_eval_client.models import ClientStats
+from openai_eval_client._demo import human_eval_prompts
 from openai_eval_client.testing import SimulatedServer
 
 COMMAND = [sys.executable, "-m", "openai_eval_client"]
@@ -91,9 +89,3 @@ def test_interrupting_ends_with_130() -> None:
 def test_help_names_the_commands() -> None:
     """Without arguments the help is shown."""
     assert "demo" in run("--help").stdout
-
-
-def test_the_share_used_is_of_what_bucket_and_refill_admit() -> None:
-    """A full bucket and 60 s at 100 RPM admit 200 requests: 100 sent are half."""
-    limits = RateLimitConfig(requests_per_minute=100, tokens_per_minute=None)
-    assert share_used(ClientStats(attempts=100), limits, 60) == pytest.approx(0.5)

@@ -12,7 +12,7 @@ from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError
 from openai_eval_client._governor import Admission, Governor
-from openai_eval_client._limiter import Lane
+from openai_eval_client._tickets import Lane
 from openai_eval_client._wire import Demand, Outcome
 
 
@@ -318,3 +318,64 @@ def test_one_governor_outlives_many_event_loops() -> None:
         asyncio.run(some())
     assert governor.stats.attempts == 400
     assert len(governor._timers) <= 1
+
+
+def test_waits_are_told_apart_by_their_cause() -> None:
+    """Seconds of waiting for requests, tokens, a free slot and a pause add up to all there were."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await asyncio.gather(*[send(governor, Demand("by requests", 1, 0)) for _ in range(61)])
+        large = Outcome(200, {}, (5000, 0))
+        await asyncio.gather(*[send(governor, Demand("by tokens", 5000, 0), large) for _ in range(2)])
+        held = await governor.admit(Demand("by slot"), lane=(lane := Lane(1)))
+        loop.call_later(3, held.settle, OK)
+        (await governor.admit(Demand("by slot"), lane=lane)).settle(OK)
+        await send(
+            governor, Demand("by pause"), Outcome(429, {"retry-after": "4"}, message="on tokens per min")
+        )
+        await send(governor, Demand("by pause"))
+
+    governor = in_virtual_time(scenario, limits(60, 6000))
+    stats = governor.stats
+    assert stats.wait_seconds_by == pytest.approx(
+        {
+            "requests": 1.5,  # 59 at once; the 60th and 61st after 0.25 and 1.25 s
+            "tokens": 40.25,  # the second has to wait until 10,000 - 5,975 tokens have come back
+            "concurrency": 3,
+            "pause": 4,
+        },
+        abs=0.1,
+    )
+    assert sum(stats.wait_seconds_by.values()) == pytest.approx(stats.wait_seconds, abs=0.1)
+    assert stats.rate_limited_by == {"tokens": 1}
+
+
+def test_the_share_used_is_of_what_bucket_and_refill_admit() -> None:
+    """A full bucket of 59.75 and a minute's refill admit 119.75 requests: 60 sent are half."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await asyncio.gather(*[send(governor) for _ in range(30)])
+        await asyncio.sleep(60)
+        await asyncio.gather(*[send(governor) for _ in range(30)])
+        share = governor.stats.utilisation["m"]["requests"]
+        assert share == pytest.approx(60 / 119.75, rel=0.01)
+
+    in_virtual_time(scenario, limits(60))
+
+
+@pytest.mark.parametrize(
+    ("message", "seconds"),
+    [
+        ("Rate limit reached for m on requests per day (RPD): Limit 200. Please try again in 7m12s.", 432),
+        ("have exceeded token rate limit of your current pricing tier. Please retry after 6 seconds.", 6),
+    ],
+)
+def test_a_wait_that_only_the_message_names_is_heeded(message: str, seconds: float) -> None:
+    """OpenAI's daily limits and Azure's refusals."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor, outcome=Outcome(429, {}, message=message))
+        await send(governor)
+        assert loop.time() == pytest.approx(seconds, abs=0.1)
+
+    in_virtual_time(scenario, limits(600))

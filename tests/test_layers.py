@@ -22,7 +22,8 @@ LAYERS = [
     {"config", "errors", "models"},
     {"_bucket", "_checks", "_headers", "_images", "_pricing", "_runner", "_stats", "_wire"},
     {"_belief", "_input", "_requests", "_retry"},
-    {"_answers", "_limiter", "_tokens"},
+    {"_answers", "_budget", "_tickets", "_tokens"},
+    {"_limiter"},
     {"_governor"},
     {"_caller", "_http"},
     {"_openai"},
@@ -260,7 +261,12 @@ def test_layers_are_disjoint():
 
 def test_importing_loads_no_more_of_the_sdk_than_itself():
     """The SDK loads its resources late, and so their import must not be ours: it would triple the time."""
-    code = "import sys, openai; before = set(sys.modules); import openai_eval_client; print(*set(sys.modules) - before)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    code = (
+        "import sys, openai; before = set(sys.modules); import openai_eval_client;"
+        "print(*set(sys.modules) - before)"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert [name for name in loaded if name.partition(".")[0] == "openai"] == []
     assert len(loaded) < 60

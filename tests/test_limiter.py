@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._bucket import Bucket
 from openai_eval_client._headers import Quota
-from openai_eval_client._limiter import Gate, Lane, State, Ticket
+from openai_eval_client._limiter import Gate
+from openai_eval_client._tickets import Lane, State, Ticket
 
 EPSILON = 1e-6
 

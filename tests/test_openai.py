@@ -318,7 +318,7 @@ def test_one_client_works_across_event_loops(server) -> None:
 
 
 def test_closing_closes_for_good(server) -> None:
-    """After close() the SDK's own error; is_closed() says so."""
+    """After close() the SDK's own error, which differs by version; is_closed() says so."""
 
     async def use() -> None:
         client = connect(server)
@@ -326,11 +326,11 @@ def test_closing_closes_for_good(server) -> None:
         assert not client.is_closed()
         await client.close()
         assert client.is_closed()
-        with pytest.raises(openai.APIConnectionError):
-            await client.with_options(max_retries=0).models.list()
+        await client.with_options(max_retries=0).models.list()
 
-    with pytest.raises(RuntimeError, match="closed"):
+    with pytest.raises((RuntimeError, openai.APIConnectionError)) as raised:
         asyncio.run(use())
+    assert "closed" in f"{raised.value} {raised.value.__cause__}"
 
 
 async def test_limits_are_learnt_from_the_headers() -> None:

@@ -13,7 +13,7 @@ from math import ceil
 
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._governor import Governor
-from openai_eval_client._limiter import Lane
+from openai_eval_client._tickets import Lane
 from openai_eval_client._wire import Demand, Outcome
 
 

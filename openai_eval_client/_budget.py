@@ -1,0 +1,99 @@
+"""One dimension of a model's limit: requests, or tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openai_eval_client._belief import Belief
+from openai_eval_client._bucket import MINUTE, Bucket
+
+if TYPE_CHECKING:
+    from openai_eval_client._belief import Mark
+    from openai_eval_client._bucket import Clock
+    from openai_eval_client._headers import Quota
+    from openai_eval_client.config import RateLimitConfig
+
+MARGIN = 0.25  # seconds of quota left unused: requests travel at different speeds, so some arrive early
+MARGIN_SHARE = 0.1  # of the bucket, at most
+
+
+class Budget:
+    """One dimension of a model's limit: what the user configured, and what the server is believed to keep.
+
+    An estimate that was too high is given back to the configured bucket only: servers that charge
+    `max_tokens` up front do not give it back.
+
+    Args:
+        per_minute: The configured limit; None: only what the server is believed to keep.
+        config: How long its bucket is, and whether to heed the server at all.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, per_minute: int | None, config: RateLimitConfig, clock: Clock) -> None:
+        rate = per_minute / MINUTE if per_minute else None
+        margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
+        capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
+        self._configured = Bucket(rate, capacity, clock) if rate else None
+        self._server = Belief(rate, capacity, clock) if config.adaptive_throttling else None
+        self._clock = clock
+        self._began: float | None = None
+        self._spent = 0.0
+
+    def ready_in(self, amount: float) -> float:
+        """Return the seconds until `amount` may be spent."""
+        configured = self._configured.ready_in(amount) if self._configured is not None else 0.0
+        return max(configured, self._server.ready_in(amount)) if self._server is not None else configured
+
+    def too_small_for(self, amount: float, max_wait: float) -> int | None:
+        """Return the limit per minute that can never admit `amount`; None where one can, or there is none.
+
+        The server admits no more than its own limit at once. The configured one may be exceeded, at the
+        cost of a debt that those behind wait for: up to `max_wait` seconds' worth.
+        """
+        server = self._server.limit if self._server is not None else None
+        if server is not None and amount > server:
+            return server
+        bucket = self._configured
+        if bucket is None or amount <= bucket.max_rate + bucket.rate * max_wait:
+            return None
+        return round(bucket.rate * MINUTE)
+
+    def charge(self, amount: float) -> Mark | None:
+        """Spend `amount`, or take the whole of it back where negative."""
+        self._began = self._clock.time() if self._began is None else self._began
+        self._spent += amount
+        if self._configured is not None:
+            self._configured.charge(amount)
+        return self._server.charge(amount) if self._server is not None else None
+
+    def settle(self, reserved: float, actual: float) -> None:
+        """Replace what was reserved by what it came to."""
+        if self._configured is not None:
+            self._configured.charge(actual - reserved)
+        if self._server is not None and actual > reserved:
+            self._server.owe(actual - reserved)
+
+    def used_share(self) -> float | None:
+        """Return what was spent, as a share of a full bucket and its refill since the first request.
+
+        None where no limit is known. It is what was reserved: servers charge that.
+        """
+        bucket = self._configured or (self._server.bucket if self._server is not None else None)
+        if bucket is None or self._began is None:
+            return None
+        return self._spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))
+
+    def passed(self, amount: float) -> None:
+        """Learn that the server served what was reserved."""
+        if self._server is not None:
+            self._server.passed(amount)
+
+    def refused(self, amount: float, mark: Mark | None, wait: float) -> None:
+        """Learn that this limit is why the server refused."""
+        if self._server is not None and mark is not None:
+            self._server.refused(amount, mark, wait)
+
+    def hear(self, quota: Quota, mark: Mark | None) -> None:
+        """Heed an answer's headers."""
+        if self._server is not None and mark is not None:
+            self._server.hear(quota, mark)
