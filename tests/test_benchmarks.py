@@ -1,0 +1,50 @@
+"""The benchmarks run, and what they count is right; how long they take is not judged here."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from openai_eval_client.testing import SimulatedServer
+
+BENCHMARKS = Path(__file__).parent / "benchmarks"
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("case", "most"),
+    [
+        ("limits right, 5 s windows", 0.005),
+        ("limits 4x too high, 5 s windows, 64 in flight", 0.02),
+        ("limits 4x too high, 5 s windows, no headers", 0.06),
+    ],
+)
+def test_the_pacing_table_in_short(case: str, most: float) -> None:
+    """Over real sockets: every prompt answered in order, few or no refusals."""
+    pacing = load("pacing")
+    (row,) = [row for row in pacing.ROWS if row.name == case]
+    figures = pacing.measure(row, share=0.2)
+    assert figures["failed"] == 0
+    assert figures["refused"] <= most
+
+
+@pytest.mark.timeout(120)
+async def test_a_short_soak_leaves_nothing_behind() -> None:
+    """Mixed sizes, faults and changing limits: all answered in order, nothing kept."""
+    soak = load("soak")
+    with SimulatedServer(
+        rpm=6000, tpm=1_500_000, window=5, latency=0.1, faults=soak.FAULTS, seed=1, process=True
+    ) as server:
+        verdict = await soak.soak(server, 20, batch=100)
+    assert verdict.clean, verdict
+    assert verdict.answered >= 100
