@@ -78,7 +78,7 @@ class Governor:
                 "wait_seconds_by": dict(waited),
                 "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
             }
-        return self.recorder.snapshot().model_copy(update=details)
+        return self.recorder.snapshot(**details)
 
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""
