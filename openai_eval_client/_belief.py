@@ -211,5 +211,6 @@ class Belief:
 
     def _replace(self, rate: float, capacity: float, left: float) -> None:
         """Go on with another rate and size, and that much left; below nought it is a debt."""
-        self.bucket = Bucket(rate, capacity, self._clock)
-        self.bucket.charge(self.bucket.max_rate - left)
+        if self.bucket is None or not self.bucket.is_about(rate, capacity):
+            self.bucket = Bucket(rate, capacity, self._clock)
+        self.bucket.set_left(left)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from aiolimiter import AsyncLimiter
 
 MINUTE = 60.0
+_SAME = 0.005  # of the capacity: headers round what they say
 _ROUNDING = 1e-9  # part of the capacity; far below one token, far above float error
 
 
@@ -61,5 +62,13 @@ class Bucket(AsyncLimiter):
 
     def lower_to(self, left: float) -> None:
         """Believe that no more than `left` is left."""
+        self.set_left(min(left, self.left()))
+
+    def set_left(self, left: float) -> None:
+        """Believe that `left` is left; below nought it is a debt."""
         self._leak()
-        self._level = max(self._level, self.max_rate - left)
+        self._level = max(0.0, self.max_rate - left)
+
+    def is_about(self, rate: float, capacity: float) -> bool:
+        """Return whether it has this rate and, but for rounding, this size."""
+        return self._rate_per_sec == rate and abs(self.max_rate - max(capacity, 1.0)) <= _SAME * capacity

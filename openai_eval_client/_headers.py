@@ -44,9 +44,10 @@ def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
 
     Where a project has a limit of its own beside the organisation's, the lower one counts.
     """
-    found = {}
-    for dimension in DIMENSIONS:
-        quotas = [read_quota(headers, dimension), read_quota(headers, f"project-{dimension}")]
+    found: dict[str, Quota] = {}
+    stated = {name: text for name, text in headers.items() if name.startswith("x-ratelimit-")}
+    for dimension in DIMENSIONS if stated else ():  # read once: HTTP headers are slow to look up in
+        quotas = [read_quota(stated, dimension), read_quota(stated, f"project-{dimension}")]
         known = [quota for quota in quotas if quota is not None]
         if known:
             found[dimension] = min(known, key=lambda quota: (quota.limit, quota.remaining))

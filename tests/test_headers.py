@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openai_eval_client._headers import Quota, duration, read_quota, retry_after
+from openai_eval_client._headers import (
+    Quota,
+    duration,
+    read_quota,
+    read_quotas,
+    refused_dimension,
+    retry_after,
+    stated_wait,
+)
 from openai_eval_client.errors import sdk_httpx
 
 
@@ -206,3 +214,56 @@ def test_a_quota_is_within_its_limit_or_none(limit, remaining, reset):
     }
     read = read_quota(headers, "tokens")
     assert read is None or (read.limit > 0 and 0 <= read.remaining <= read.limit)
+
+
+def test_a_projects_own_limit_counts_where_it_is_lower():
+    """Beside the organisation's, as the API sends both; plain seconds are read too, as Azure sends them."""
+    headers = {
+        "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "900",
+        "x-ratelimit-reset-tokens": "6", "x-ratelimit-limit-project-tokens": "500",
+        "x-ratelimit-remaining-project-tokens": "400", "x-ratelimit-reset-project-tokens": "12s",
+        "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59",
+        "x-ratelimit-reset-requests": "1",
+    }  # fmt: skip
+    quotas = read_quotas(sdk_httpx().Headers(headers))
+    assert quotas == {"tokens": Quota(500, 400, 12.0), "requests": Quota(60, 59, 1.0)}
+    assert read_quotas(sdk_httpx().Headers({"content-type": "text/html"})) == {}
+
+
+@pytest.mark.parametrize("reset", ["1795361825", "1795361825000", "2026-11-22T17:00:00Z", "-5"])
+def test_a_reset_that_is_a_date_is_not_taken_for_seconds(reset):
+    """Some servers send the moment; the quota counts, the moment does not."""
+    assert quota("500", "400", reset) == Quota(500, 400, None)
+
+
+@pytest.mark.parametrize(
+    ("message", "dimension"),
+    [
+        ("Rate limit reached for m in organization o on tokens per min (TPM): Limit 5", "tokens"),
+        ("Rate limit reached for m in organization o on requests per day (RPD): Limit 5", "requests"),
+        ("Requests to x have exceeded token rate limit of your current pricing tier.", "tokens"),
+        ("Requests to x have exceeded call rate limit of your current pricing tier.", "requests"),
+        ("Too many requests", None),
+        ("", None),
+    ],
+)
+def test_the_limit_that_a_refusal_names(message, dimension):
+    """In the API's words and in Azure's."""
+    assert refused_dimension(message) == dimension
+
+
+@pytest.mark.parametrize(
+    ("headers", "message", "seconds"),
+    [
+        ({"retry-after": "3"}, "Please try again in 7m12s.", 3),
+        ({}, "Please try again in 7m12s. Visit", 432),
+        ({}, "Please try again in 85ms.", 0.085),
+        ({}, "Please retry after 6 seconds.", 6),
+        ({}, "Please retry after 1 second.", 1),
+        ({}, "Try later", None),
+        ({}, "Please try again in a while", None),
+    ],
+)
+def test_the_wait_that_a_refusal_states(headers, message, seconds):
+    """The headers first, then the message."""
+    assert stated_wait(headers, message) == (None if seconds is None else pytest.approx(seconds))
