@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import pydantic
-
 from openai_eval_client._pricing import PricedUsage
 from openai_eval_client._wire import token_count, usage_counts
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from pydantic import BaseModel
 
     from openai_eval_client._requests import Parameters
 
@@ -129,16 +129,14 @@ def _read_usage(usage: Any) -> TokenUsage:
     )
 
 
-def _parse(response: ModelResponse, schema: type[pydantic.BaseModel] | None) -> Any:
+def _parse(response: ModelResponse, schema: type[BaseModel] | None) -> Any:
     if schema is None or response.refusal is not None or not response.content:
         return None
     try:
         return schema.model_validate_json(response.content)
-    except pydantic.ValidationError as error:
-        count, name = error.error_count(), schema.__name__
-        logger.warning(
-            "answer %s does not fit %s (%d errors): parsed is None", response.request_id, name, count
-        )
+    except Exception as error:  # noqa: BLE001  # a validator may raise anything; the answer is paid for
+        kind, name = type(error).__name__, schema.__name__
+        logger.warning("answer %s does not fit %s (%s): parsed is None", response.request_id, name, kind)
         return None
 
 

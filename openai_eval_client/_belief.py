@@ -26,6 +26,7 @@ IDLE_SECONDS = 5.0  # without a request: what passed before then says nothing of
 SMOOTHING = 2.0  # seconds: time constant of believing in more; less is believed at once
 TRANSIT = 0.15  # seconds: what was sent since then may not have reached the server when it answered
 SAMPLE_SECONDS = 0.25  # between two looks at how fast others spend the same quota
+SAMPLE_UNITS = 10  # or the time in which so many are refilled, if longer: what is left is told in whole units
 OTHERS_SMOOTHING = 1.0  # seconds: time constant of that
 LEAST_SHARE = 0.05  # of the rate is ours, however much others spend
 MARGIN = 0.25  # seconds of the rate are left to others, where there are any
@@ -36,12 +37,14 @@ class Mark(NamedTuple):
     """The state when a ticket was granted.
 
     Attributes:
-        arrived: All that was granted so long before that it had surely reached the server.
+        arrived: This one, and all that was granted so long before it that it had surely reached the server.
         at: Clock time of the grant.
+        amount: What it took.
     """
 
     arrived: float
     at: float
+    amount: float
 
 
 class Belief:
@@ -69,6 +72,7 @@ class Belief:
         self._spoken = False
         self.limit: int | None = None  # per minute, as the headers state it
         self._freshest = -math.inf
+        self._most_left = 0.0
         self._heard_at = clock.time()
         self._others = 0.0
         self._sampled_at = -math.inf
@@ -92,8 +96,9 @@ class Belief:
         if now - self._last > IDLE_SECONDS:
             self._busy_from, self._busy_granted = now, self._granted
         self._last = now
-        mark = Mark(self._granted - self._in_transit(now), now)
+        in_transit = self._in_transit(now)
         self._granted += amount
+        mark = Mark(self._granted - in_transit, now, amount)
         self._recent.append((self._granted, now))
         return mark
 
@@ -114,20 +119,30 @@ class Belief:
         """
         if mark.at < self._freshest:
             return
-        self.limit = quota.limit
-        now, rate = self._clock.time(), quota.limit / MINUTE
-        capacity = quota.limit if quota.reset is None else quota.remaining + quota.reset * rate
+        self.limit = max(quota.limit, self.limit or 0)
+        now, rate = self._clock.time(), _rate(quota)
+        capacity = self._capacity(quota, rate, mark)
         others = self._others_rate(quota, rate, capacity, now)
         ours = max(rate - others, rate * LEAST_SHARE)
-        since = ours * (now - mark.at) - (self._granted - mark.arrived)
+        after = self._granted - mark.arrived
+        since = ours * (now - mark.at) - after
         margin = min(others, MARGIN * rate)
-        left = max(quota.remaining + min(-self._in_transit(now), since), 0.0) - margin
+        left = max(quota.remaining + min(-min(self._in_transit(now), after), since), 0.0) - margin
         if self._spoken and self.bucket is not None:
             had = self.bucket.left()
             share = 1 - math.exp(-(now - self._heard_at) / SMOOTHING)
             left = left if left < had else had + (left - had) * share
-        self._replace(ours, min(max(capacity, rate * _SHORTEST), quota.limit), left)
+        self._replace(ours, capacity, left)
         self._spoken, self._freshest, self._heard_at = True, mark.at, now
+
+    def _capacity(self, quota: Quota, rate: float, mark: Mark) -> float:
+        """Return the size of the server's bucket: what is left and the refill until it is full again.
+
+        Where the server does not say when that is, the most it has said was left.
+        """
+        self._most_left = max(self._most_left, quota.remaining + mark.amount)
+        known = self._most_left if quota.reset is None else quota.remaining + quota.reset * rate
+        return min(max(known, rate * _SHORTEST), quota.limit)
 
     def passed(self, amount: float) -> None:
         """Learn that the server served `amount`."""
@@ -141,15 +156,19 @@ class Belief:
         else:
             self._creep(self.bucket)
 
-    def refused(self, amount: float, mark: Mark, wait: float) -> None:
+    def refused(self, amount: float, mark: Mark, wait: float, *, spoke: bool) -> None:
         """Learn that the server refused `amount` for now.
 
         Args:
             amount: What was asked of it.
             mark: Of the ticket that was refused.
             wait: Seconds it says to wait, 0 where it does not say.
+            spoke: Whether it says what is left; one that has stopped doing so is silent from then on.
         """
         now = self._clock.time()
+        if amount <= 0:
+            return
+        self._spoken = self._spoken and spoke
         if not self._spoken:
             self._granted -= amount
             if self.bucket is not None:
@@ -193,12 +212,12 @@ class Belief:
     def _others_rate(self, quota: Quota, rate: float, capacity: float, now: float) -> float:
         """Return how fast others spend the same quota: what was refilled, was not ours, and is gone."""
         seconds = now - self._sampled_at
-        if seconds < SAMPLE_SECONDS:
+        if seconds < max(SAMPLE_SECONDS, SAMPLE_UNITS / rate):
             return self._others
-        gone = rate - (quota.remaining - self._sampled_left + self._granted - self._sampled_granted) / seconds
-        full = quota.remaining > capacity - rate * SAMPLE_SECONDS
         if self._spoken:
-            sample = 0.0 if full else min(max(gone, 0.0), rate)
+            refilled = min(self._sampled_left + rate * seconds, capacity)
+            spent = self._granted - self._sampled_granted + 1  # and what rounding hides
+            sample = min(max((refilled - spent - quota.remaining) / seconds, 0.0), rate)
             self._others += (sample - self._others) * (1 - math.exp(-seconds / OTHERS_SMOOTHING))
         self._sampled_at, self._sampled_left, self._sampled_granted = now, quota.remaining, self._granted
         return self._others
@@ -214,3 +233,11 @@ class Belief:
         if self.bucket is None or not self.bucket.is_about(rate, capacity):
             self.bucket = Bucket(rate, capacity, self._clock)
         self.bucket.set_left(left)
+
+
+def _rate(quota: Quota) -> float:
+    """Return the refill per second; that of a daily limit shows in a reset longer than a minute."""
+    used = quota.limit - quota.remaining
+    if quota.reset is not None and quota.reset > MINUTE + 1 and used > 0:
+        return min(used / quota.reset, quota.limit / MINUTE)
+    return quota.limit / MINUTE

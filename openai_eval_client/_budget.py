@@ -27,14 +27,17 @@ class Budget:
         per_minute: The configured limit; None: only what the server is believed to keep.
         config: How long its bucket is, and whether to heed the server at all.
         clock: Where the time comes from.
+        metered: Whether there is any limit at all.
     """
 
-    def __init__(self, per_minute: int | None, config: RateLimitConfig, clock: Clock) -> None:
-        rate = per_minute / MINUTE if per_minute else None
+    def __init__(
+        self, per_minute: int | None, config: RateLimitConfig, clock: Clock, *, metered: bool = True
+    ) -> None:
+        rate = per_minute / MINUTE if per_minute and metered else None
         margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
         capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
         self._configured = Bucket(rate, capacity, clock) if rate else None
-        self._server = Belief(rate, capacity, clock) if config.adaptive_throttling else None
+        self._server = Belief(rate, capacity, clock) if config.adaptive_throttling and metered else None
         self._clock = clock
         self._began: float | None = None
         self._spent = 0.0
@@ -88,10 +91,12 @@ class Budget:
         if self._server is not None:
             self._server.passed(amount)
 
-    def refused(self, amount: float, mark: Mark | None, wait: float) -> None:
-        """Learn that this limit is why the server refused."""
+    def refused(self, amount: float, mark: Mark | None, wait: float, *, spoke: bool) -> None:
+        """Learn that this limit is why the server refused; it `spoke` if it said what is left."""
         if self._server is not None and mark is not None:
-            self._server.refused(amount, mark, wait)
+            self._server.refused(amount, mark, wait, spoke=spoke)
+        elif self._configured is not None and amount > 0:  # after the wait, this one and then the rate
+            self._configured.lower_to(amount - wait * self._configured.rate)
 
     def hear(self, quota: Quota, mark: Mark | None) -> None:
         """Heed an answer's headers."""

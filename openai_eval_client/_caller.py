@@ -15,7 +15,7 @@ import openai
 
 from openai_eval_client._answers import is_answer, priced_usage, read_answer
 from openai_eval_client._requests import PATHS
-from openai_eval_client._retry import retrying
+from openai_eval_client._retry import retrying, was_never_sent
 from openai_eval_client._wire import Demand, Outcome, max_output, usage_counts
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
@@ -122,9 +122,10 @@ class Caller:
         job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending)
         try:
             response: ModelResponse = await self._retrying(job)
-        except openai.APIError as error:
+        except openai.OpenAIError as error:
             self._governor.recorder.failed()
-            _forget_key(error, self._key)
+            if isinstance(error, openai.APIError):
+                _forget_key(error, self._key)
             raise
         return await self._account(response, tokens)
 
@@ -152,6 +153,9 @@ class Caller:
             outcome = Outcome(
                 error.status_code, error.response.headers, message=f"{error.code} {error.message}"
             )
+            raise
+        except openai.APIConnectionError as error:
+            outcome = Outcome(sent=not was_never_sent(error))
             raise
         finally:
             admission.settle(outcome)
@@ -213,6 +217,7 @@ class Caller:
             usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
         await self._pricer.ready()
         tier = response._body.get("service_tier")  # noqa: SLF001  # the tier that served, not the one asked for
+        tier = tier if isinstance(tier, str) else None
         cost = self._pricer.cost(response.model, priced_usage(usage), service_tier=tier)
         usage.estimated_cost = None if cost is None else float(cost)
         self._governor.recorder.answered(cost)
@@ -227,7 +232,7 @@ def _decode(reply: Any, api: str) -> dict[str, Any]:
     """
     try:
         body = json.loads(reply.content)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not is_answer(body, api):
         message = f"the answer is not what {PATHS[api]} returns: {reply.content[:80]!r}"

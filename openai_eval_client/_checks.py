@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -60,7 +61,7 @@ def check_number(value: object, name: str, *, above: float | None = None, least:
     )
     if not fits:
         bound = f"greater than {above}" if above is not None else f"{least} or more"
-        refuse(name, value, f"must be a finite number, {bound}")
+        refuse(name, value, f"must be a finite number, {bound}, not {type(value).__name__}")
 
 
 def _is_finite(value: float) -> bool:
@@ -74,6 +75,18 @@ def check_count(value: object, name: str) -> None:
     """Refuse what is no whole number of 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         refuse(name, value, "must be a whole number, 1 or more")
+
+
+def check_callback(value: object, name: str) -> None:
+    """Refuse what cannot be called with one number."""
+    if not callable(value):
+        refuse(name, value, "must be callable")
+    try:
+        inspect.signature(value).bind(0.5)
+    except TypeError as error:
+        refuse(name, value, f"must take the finished fraction, one number: {error}")
+    except ValueError:  # some built-in functions have no signature
+        return
 
 
 def check_mapping(value: object, name: str) -> None:

@@ -10,20 +10,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import threading
 import time
-from collections import Counter, defaultdict
-from typing import TYPE_CHECKING
+from collections import Counter, defaultdict, deque
+from typing import TYPE_CHECKING, Any
 
+from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._limiter import Gate
+from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
 from openai_eval_client._stats import Recorder
 from openai_eval_client._tickets import Lane, State, Ticket
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RateLimitError, RequestTooLargeError, rate_limited
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from openai_eval_client._bucket import Clock
     from openai_eval_client._wire import Demand, Outcome
@@ -31,15 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("openai_eval_client")
 
-_BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
 _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
-
-
-class _Monotonic:
-    """The default clock."""
-
-    time = staticmethod(time.monotonic)
 
 
 class Governor:
@@ -54,8 +48,9 @@ class Governor:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self.recorder = Recorder()
         self._bounded = config is not None
-        self._clock: Clock = clock or _Monotonic()
-        self._lock = threading.RLock()  # re-entrant: a collected coroutine may settle inside a locked region
+        self._clock: Clock = clock or Monotonic()
+        self._lock = Exclusive()
+        self._notes: deque[tuple[Any, ...]] = deque()  # to be logged once the lock is left
         self._turns = itertools.count()
         self._refused: Counter[str] = Counter()
         self._gates: dict[str | None, Gate] = {}
@@ -103,7 +98,7 @@ class Governor:
             gate = self._gate(demand.model)
             ticket = self._ticket(gate, demand, lane, turn)
             self._refuse_long_pause(gate)
-            self._refuse_too_large(gate, ticket)
+            self._refuse_too_large(gate, demand)
             waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
         if waiter is not None:
             await self._wait(gate, ticket, waiter)
@@ -112,18 +107,37 @@ class Governor:
 
     def settle(self, gate: Gate, ticket: Ticket, outcome: Outcome) -> None:
         """Free the slot of an attempt, replace its estimate by what it came to, and heed the server."""
+        self._lock.when_free(lambda: self._settle(gate, ticket, outcome))
+        self._log_notes()
+
+    def hear(self, gate: Gate, ticket: Ticket, headers: Mapping[str, str]) -> None:
+        """Heed the headers of an answer whose body is still to come."""
         with self._lock:
-            if ticket.state is not State.GRANTED:
+            gate.hear(ticket, read_quotas(headers))
+            self._pump(gate)
+
+    def _settle(self, gate: Gate, ticket: Ticket, outcome: Outcome) -> None:
+        if ticket.state is not State.GRANTED:
+            return
+        try:
+            if not outcome.sent:
+                gate.withdraw(ticket)
                 return
             gate.settle(ticket, _spent(outcome))
-            if outcome.status is not None and outcome.status < _BAD_REQUEST:
+            if outcome.ok:
                 gate.served(ticket)
             if outcome.usage is not None:
                 gate.observe_output(outcome.usage[1])
             if outcome.headers is not None:
                 self._heed(gate, ticket, outcome, outcome.headers)
+        finally:
             self._pump(gate)
         self.recorder.attempt(outcome.status, self._clock.time() - ticket.granted_at, outcome.usage)
+
+    def _log_notes(self) -> None:
+        """Log what was noted under the lock: a log handler has a lock of its own."""
+        while self._notes:
+            logger.info(*self._notes.popleft())
 
     def _gate(self, model: str | None) -> Gate:
         gate = self._gates.get(model)
@@ -154,18 +168,20 @@ class Governor:
         try:
             await waiter
         except BaseException:
-            with self._lock:
-                gate.withdraw(ticket)
-                self._pump(gate)
+            self._lock.when_free(lambda: self._withdraw(gate, ticket))
             raise
         waited = ticket.granted_at - ticket.asked_at
         if waited >= _WORTH_SAYING:
             logger.info("waited %.2f s for the rate limit of %s", waited, gate.model)
 
+    def _withdraw(self, gate: Gate, ticket: Ticket) -> None:
+        gate.withdraw(ticket)
+        self._pump(gate)
+
     def _pump(self, gate: Gate) -> None:
         """Admit all who can go; where only time can help the next, set the timers."""
         while (ticket := gate.grant_next()) is not None:
-            if not _call(ticket.owner, _resolve, ticket.waiter):
+            if not call_on(ticket.owner, resolve, ticket.waiter):
                 gate.withdraw(ticket)
         delay = gate.next_in()
         if delay is not None:
@@ -177,8 +193,8 @@ class Governor:
         handle = self._timers.get((gate, loop))
         if handle is not None and handle.when() <= loop.time() + delay + _SHORTEST_TIMER:
             return
-        if _running_loop() is not loop:
-            if not _call(loop, self._tick, gate, loop):
+        if running_loop() is not loop:
+            if not call_on(loop, self._tick, gate, loop):
                 for ticket in gate.waiters(loop):
                     gate.withdraw(ticket)
             return
@@ -196,31 +212,33 @@ class Governor:
 
     def _heed(self, gate: Gate, ticket: Ticket, outcome: Outcome, headers: Mapping[str, str]) -> None:
         """Take over what the server says of its limits; where it refused, pause as long as it says."""
-        gate.hear(ticket, read_quotas(headers))
-        if outcome.status != _TOO_MANY_REQUESTS or "insufficient_quota" in outcome.message:
+        quotas = read_quotas(headers)
+        gate.hear(ticket, quotas)
+        if not outcome.is_congestion:
             return
         wait, dimension = stated_wait(headers, outcome.message) or 0.0, refused_dimension(outcome.message)
         self._refused[dimension or "unknown"] += 1
-        gate.refused(ticket, dimension, wait)
+        gate.refused(ticket, dimension, wait, quotas)
         if wait:
             gate.pause(wait)
-            logger.info("%s rate limited by the server: pausing %.2f s", gate.model, wait)
+            self._notes.append(("%s rate limited by the server: pausing %.2f s", gate.model, wait))
         if wait > self.config.max_wait:
             self._refuse_all(gate)
 
     def _refuse_all(self, gate: Gate) -> None:
         for ticket in gate.waiters():
             gate.withdraw(ticket)
-            _call(ticket.owner, _refuse, ticket.waiter, self._too_long(gate))
+            call_on(ticket.owner, refuse, ticket.waiter, self._too_long(gate))
 
     def _refuse_long_pause(self, gate: Gate) -> None:
         if gate.pause_left() > self.config.max_wait:
             raise self._too_long(gate)
 
-    def _refuse_too_large(self, gate: Gate, ticket: Ticket) -> None:
-        limit = gate.tokens.too_small_for(ticket.tokens, self.config.max_wait)
+    def _refuse_too_large(self, gate: Gate, demand: Demand) -> None:
+        tokens = demand.input_tokens + (demand.max_output or 0)  # what is known of it, without guesses
+        limit = gate.tokens.too_small_for(tokens, self.config.max_wait)
         if limit is not None:
-            raise RequestTooLargeError(str(gate.model), tokens=round(ticket.tokens), limit=limit)
+            raise RequestTooLargeError(str(gate.model), tokens=tokens, limit=limit)
 
     def _too_long(self, gate: Gate) -> RateLimitError:
         left, most = gate.pause_left(), self.config.max_wait
@@ -241,6 +259,10 @@ class Admission:
         self._gate = gate
         self._ticket = ticket
 
+    def hear(self, headers: Mapping[str, str]) -> None:
+        """Heed the headers of an answer whose body is still to come."""
+        self._governor.hear(self._gate, self._ticket, headers)
+
     def settle(self, outcome: Outcome) -> None:
         """Hand the slot back and account for what the attempt came to; a second call does nothing."""
         self._governor.settle(self._gate, self._ticket, outcome)
@@ -252,35 +274,6 @@ def _spent(outcome: Outcome) -> float | None:
     A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or with
     a server error, the server may have counted them.
     """
-    if outcome.status is not None and _BAD_REQUEST <= outcome.status < _SERVER_ERROR:
+    if outcome.is_refusal:
         return 0.0
     return None if outcome.usage is None else float(sum(outcome.usage))
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:
-    """Run `function` on `loop`, now if it is the running one; False where the loop has closed."""
-    if _running_loop() is loop:
-        function(*args)
-        return True
-    try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:
-        return False
-    return True
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
-def _resolve(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
-
-
-def _refuse(waiter: asyncio.Future[None], error: RateLimitError) -> None:
-    if not waiter.done():
-        waiter.set_exception(error)

@@ -42,7 +42,7 @@ class Quota:
 def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
     """Return what the headers say of requests and of tokens, each only where they do.
 
-    Where a project has a limit of its own beside the organisation's, the lower one counts.
+    Where a project has a limit of its own beside the organisation's, the one with less left counts.
     """
     found: dict[str, Quota] = {}
     stated = {name: text for name, text in headers.items() if name.startswith("x-ratelimit-")}
@@ -50,7 +50,7 @@ def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
         quotas = [read_quota(stated, dimension), read_quota(stated, f"project-{dimension}")]
         known = [quota for quota in quotas if quota is not None]
         if known:
-            found[dimension] = min(known, key=lambda quota: (quota.limit, quota.remaining))
+            found[dimension] = min(known, key=lambda quota: (quota.remaining, quota.limit))
     return found
 
 
@@ -97,7 +97,8 @@ def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:
     if not limit or remaining is None:
         return None
     text = headers.get(f"x-ratelimit-reset-{dimension}")
-    reset = duration(text) if duration(text) is not None else _number(text)
+    spelt = duration(text)
+    reset = _number(text) if spelt is None else spelt
     return Quota(limit, min(remaining, limit), reset if reset is None or reset <= _LONGEST_RESET else None)
 
 

@@ -8,15 +8,18 @@ mock transports of the client underneath go on working, because nothing below `s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import openai
 
+from openai_eval_client._retry import was_never_sent
 from openai_eval_client._wire import Demand, Outcome, Tail, is_metered, max_output, read_usage
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _JSON = "application/json"
 _BAD_REQUEST = 400
+_FAMILIES = ("httpx", "httpx2")
 
 
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
@@ -44,6 +48,7 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
         self._factory = factory
         self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
         self._shut = False
+        weakref.finalize(self, _close_later, self._real).atexit = False
 
     @property
     def is_closed(self) -> bool:
@@ -55,14 +60,12 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
         return await (await self._of_this_loop()).send(request, **options)
 
     async def aclose(self) -> None:
-        """Close every loop's client: this loop's at once, other threads' on their own loops."""
+        """Close this loop's client now, and those of other threads' loops soon, on their own loops."""
         self._shut = True
-        for loop, (client, guard) in list(self._real.items()):
-            if loop is asyncio.get_running_loop():
-                await guard.aclose()
-            elif loop.is_running():
-                await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(client.aclose(), loop))
-        self._real.clear()
+        _, guard = self._real.pop(asyncio.get_running_loop(), (None, None))
+        if guard is not None:
+            await guard.aclose()
+        _close_later(self._real)
 
     async def _of_this_loop(self) -> Any:
         if self._shut:
@@ -70,7 +73,7 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
         loop = asyncio.get_running_loop()
         if loop not in self._real:
             for closed in [known for known in list(self._real) if known.is_closed()]:
-                del self._real[closed]
+                self._real.pop(closed, None)
             client = self._factory()
             guard = _closing(client, functools.partial(self._real.pop, loop, None))
             self._real[loop] = client, guard
@@ -85,6 +88,26 @@ async def _closing(client: Any, forget: Callable[[], Any]) -> AsyncGenerator[Non
     finally:
         forget()
         await client.aclose()
+
+
+def _close_later(real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]]) -> None:
+    """Close clients on their own loops, where those still run; nobody waits for it."""
+    for loop, (_, guard) in list(real.items()):
+        with contextlib.suppress(RuntimeError):  # the loop has closed, and with it its connections
+            loop.call_soon_threadsafe(_close_soon, loop, guard)
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, guard: AsyncGenerator[None, None]) -> None:
+    closing = loop.create_task(_finish(guard))
+    _CLOSING.add(closing)  # a loop keeps only weak references to its tasks
+    closing.add_done_callback(_CLOSING.discard)
+
+
+async def _finish(guard: AsyncGenerator[None, None]) -> None:
+    await guard.aclose()
+
+
+_CLOSING: set[asyncio.Task[None]] = set()
 
 
 class _Unused:
@@ -137,17 +160,21 @@ class _Governed:
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Wait for admission, send, and settle: at once, or when a streamed answer is closed."""
-        admission = await self.governor.admit(await _read_demand(request, self.counter))
+        demand = await _read_demand(request, self.counter)
+        admission = await self.governor.admit(demand)
         try:
             send = super().send  # type: ignore[misc]  # of the client looked at
             response = await send(request, stream=stream, **options)
-        except BaseException:
-            admission.settle(Outcome())
+            if stream and not response.is_closed:
+                response.stream = _metered_class(response.__class__)(response, admission)
+                return response
+        except BaseException as error:
+            admission.settle(Outcome(sent=not was_never_sent(error)))
             raise
-        if stream:
-            response.stream = _metered_class(response.__class__)(response, admission)
-        else:
-            admission.settle(_outcome(response.status_code, response.headers, response.content))
+        outcome = _outcome(response.status_code, response.headers, response.content)
+        if outcome.usage is not None and demand.model is not None:
+            self.counter.observe(demand.model, demand.input_tokens, outcome.usage[0])
+        admission.settle(outcome)
         return response
 
     def __del__(self) -> None:
@@ -163,7 +190,7 @@ async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
         return Demand(path.rpartition("/")[2], max_output=0)  # a form: its model is not at hand
     try:
         body = json.loads(request.content)
-    except ValueError:  # none, or none of ours to judge
+    except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
         return Demand(None)
     model = body.get("model") if isinstance(body, dict) else None
     if not isinstance(model, str):
@@ -178,7 +205,8 @@ def _outcome(status: int, headers: Any, tail: bytes) -> Outcome:
 
 @functools.lru_cache(maxsize=8)
 def _metered_class(response_class: Any) -> type:
-    family = sys.modules[response_class.__module__.partition(".")[0]]
+    base = next(cls for cls in response_class.__mro__ if cls.__module__.partition(".")[0] in _FAMILIES)
+    family = sys.modules[base.__module__.partition(".")[0]]
     return type("MeteredStream", (_MeteredStream, family.AsyncByteStream), {})
 
 
@@ -191,6 +219,9 @@ class _MeteredStream:
         self._headers = response.headers
         self._admission = admission
         self._tail = Tail()
+        if self._status < _BAD_REQUEST:  # what they say holds now, not when the stream ends
+            admission.hear(self._headers)
+            self._headers = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         async for chunk in self._stream:

@@ -15,7 +15,7 @@ from openai_eval_client._headers import DIMENSIONS
 from openai_eval_client._tickets import Lane, State, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
     from openai_eval_client._bucket import Clock
     from openai_eval_client._headers import Quota
@@ -40,8 +40,8 @@ class Gate:
     def __init__(self, model: str | None, config: RateLimitConfig, clock: Clock) -> None:
         self.model = model
         self._clock = clock
-        self.requests = Budget(config.requests_per_minute if model else None, config, clock)
-        self.tokens = Budget(config.tokens_per_minute if model else None, config, clock)
+        self.requests = Budget(config.requests_per_minute, config, clock, metered=model is not None)
+        self.tokens = Budget(config.tokens_per_minute, config, clock, metered=model is not None)
         self.lane = Lane(config.max_concurrent)
         self.waiting: Counter[Any] = Counter()
         self.expected_output = FIRST_OUTPUT_GUESS
@@ -109,12 +109,15 @@ class Gate:
         self.requests.passed(1)
         self.tokens.passed(ticket.tokens)
 
-    def refused(self, ticket: Ticket, dimension: str | None, wait: float) -> None:
-        """Learn that the server had no room for this ticket: in "requests", "tokens", or it did not say."""
+    def refused(self, ticket: Ticket, dimension: str | None, wait: float, spoken: Container[str]) -> None:
+        """Learn that the server had no room for this ticket: in "requests", "tokens", or it did not say.
+
+        `spoken` holds the dimensions of which its headers said what is left.
+        """
         if dimension != "tokens":
-            self.requests.refused(1, ticket.marks[0], wait)
+            self.requests.refused(1, ticket.marks[0], wait, spoke="requests" in spoken)
         if dimension != "requests":
-            self.tokens.refused(ticket.tokens, ticket.marks[1], wait)
+            self.tokens.refused(ticket.tokens, ticket.marks[1], wait, spoke="tokens" in spoken)
 
     def hear(self, ticket: Ticket, quotas: Mapping[str, Quota]) -> None:
         """Heed the limits that the answer to this ticket states."""
@@ -159,11 +162,11 @@ class Gate:
 
     def _held_up(self, ticket: Ticket) -> tuple[float, str]:
         """Return the seconds until a ticket can go, and what it waits for."""
-        return max(
-            (self.requests.ready_in(1), "requests"),
-            (self.tokens.ready_in(ticket.tokens), "tokens"),
-            (self.pause_left(), "pause"),
+        paused = self.pause_left()
+        delay, cause = max(
+            (self.requests.ready_in(1), "requests"), (self.tokens.ready_in(ticket.tokens), "tokens")
         )
+        return max(delay, paused), "pause" if paused else cause
 
     def _count_waiting(self) -> None:
         """Add the time since the last look, once for each who waits, to what they wait for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -9,11 +10,12 @@ import openai
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import default_client, govern
 from openai_eval_client._tokens import TokenCounter
+from openai_eval_client.config import RateLimitConfig
+from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ClientStats
 
 _ACCOUNT = (
@@ -25,6 +27,14 @@ _ACCOUNT = (
     "provider",
     "workload_identity",
 )
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature of the SDK's constructor, with `rate_limit` first, for help() and editors."""
+    theirs = inspect.signature(openai.AsyncOpenAI.__init__)
+    first, *rest = theirs.parameters.values()
+    ours = inspect.Parameter("rate_limit", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return theirs.replace(parameters=[first, ours, *rest])
 
 
 class AsyncOpenAI(openai.AsyncOpenAI):
@@ -71,13 +81,25 @@ class AsyncOpenAI(openai.AsyncOpenAI):
                 plain = govern(plain, self._governor, self._counter)
             super().__init__(http_client=plain, **options)
 
+        __init__.__signature__ = _signature()
+
         def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
             """Copy, on the same budget; one for another account has the same limits to itself."""
-            same = all(options.get(name) is None for name in _ACCOUNT)
+            named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
+            same = all(str(value) == str(getattr(self, name, None)) for name, value in named.items())
             governor = self._governor if same else self._governor.fresh()
             return super().copy(_extra_kwargs={"rate_limit": governor, **(_extra_kwargs or {})}, **options)
 
         with_options = copy
+
+        async def request(self, *args: Any, **options: Any) -> Any:
+            """Send as the SDK does; openai 2.0 hides our own errors in a connection error."""
+            try:
+                return await super().request(*args, **options)
+            except openai.APIConnectionError as error:
+                if isinstance(error.__cause__, openai.OpenAIError):
+                    raise error.__cause__ from None
+                raise
 
     @property
     def stats(self) -> ClientStats:
@@ -85,10 +107,13 @@ class AsyncOpenAI(openai.AsyncOpenAI):
         return self._governor.stats
 
 
-def _governor(rate_limit: RateLimitConfig | Governor | None, view: Any) -> Governor:
+def _governor(rate_limit: Any, view: Any) -> Governor:
     if isinstance(rate_limit, Governor):
         return rate_limit
     if rate_limit is None and view is not None:
         governor: Governor = view.governor
         return governor
+    if rate_limit is not None and not isinstance(rate_limit, RateLimitConfig):
+        message = f"rate_limit: must be of class RateLimitConfig, not {type(rate_limit).__name__}"
+        raise ValidationError(message, field="rate_limit")
     return Governor(rate_limit)

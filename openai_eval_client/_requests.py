@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from dataclasses import dataclass, field
@@ -156,7 +157,7 @@ def _check_names(given: Mapping[str, Any], api: str) -> None:
     _refuse_stream(given)
     for name, value in given.items():
         if name not in _known_names(api):
-            refuse(name, value, f"not a parameter; send it with extra_body={{{name!r}: ...}}")
+            refuse(name, value, _unknown(name, api))
     if "n" in given:
         check_count(given["n"], "n")
 
@@ -171,6 +172,13 @@ def _known_names(api: str) -> frozenset[str]:
     return frozenset(inspect.signature(resource.create).parameters) - _OURS | {"response_format"}
 
 
+def _unknown(name: str, api: str) -> str:
+    named = {"model", "temperature", "max_tokens", "timeout", "system", "api"}
+    alike = difflib.get_close_matches(name, _known_names(api) | named, n=1)
+    meant = f"did you mean {alike[0]}? " if alike else ""
+    return f"not a parameter; {meant}What only your server knows goes into extra_body={{{name!r}: ...}}"
+
+
 def _check_extra(*, body: Any, headers: Any, query: Any) -> None:
     check_mapping(body, "extra_body")
     check_headers(headers, "extra_headers")
@@ -180,6 +188,8 @@ def _check_extra(*, body: Any, headers: Any, query: Any) -> None:
 def _check_body(body: Mapping[str, Any]) -> None:
     _refuse_stream(body)
     check_text(body["model"], "model")
+    if body.get("temperature") is not None:
+        check_number(body["temperature"], "temperature", least=0)
     check_json(body)
 
 

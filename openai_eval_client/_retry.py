@@ -9,6 +9,7 @@ import backoff
 import openai
 
 from openai_eval_client._headers import stated_wait
+from openai_eval_client._wire import FOR_GOOD
 from openai_eval_client.errors import QuotaError
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ _FIRST_DELAY = 0.5  # seconds; the SDK's own first and longest delays
 _LONGEST_DELAY = 8.0
 _TRANSIENT = frozenset({408, 409, 429})
 _SERVER_ERROR = 500
+_NO_CONNECTION = frozenset(
+    {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ClientConnectorCertificateError"}
+)
 _DOOMED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, QuotaError)
 
 
@@ -77,7 +81,7 @@ def is_transient(error: Exception) -> bool:
     told = error.response.headers.get("x-should-retry")
     if told in {"true", "false"}:
         return bool(told == "true")
-    if "Request too large" in error.message:
+    if any(reason in error.message for reason in FOR_GOOD):
         return False
     return error.status_code in _TRANSIENT or error.status_code >= _SERVER_ERROR
 
@@ -87,6 +91,18 @@ def is_doom(error: Exception, max_wait: float) -> bool:
     if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:
         return True
     return isinstance(error, _DOOMED)
+
+
+def was_never_sent(error: BaseException | None) -> bool:
+    """Return whether no connection came about: nobody listens, no such host, no TLS.
+
+    httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
+    """
+    while error is not None:
+        if type(error).__name__ in _NO_CONNECTION:
+            return True
+        error = error.__cause__
+    return False
 
 
 def asked_wait(error: Exception) -> float | None:
@@ -110,7 +126,7 @@ def delays() -> Generator[float, Any, None]:
     while True:
         error: Exception = yield delay
         ceiling, asked = next(ceilings), asked_wait(error)
-        if asked is None:
+        if not asked:
             delay = backoff.full_jitter(ceiling)
         else:
             delay = 0.0 if isinstance(error, openai.RateLimitError) else asked

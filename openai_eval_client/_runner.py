@@ -22,6 +22,7 @@ logger = logging.getLogger("openai_eval_client")
 
 T = TypeVar("T")
 R = TypeVar("R")
+E = TypeVar("E", bound=BaseException)
 
 
 class Crew:
@@ -129,6 +130,7 @@ async def collect(
     *,
     width: int,
     is_doom: Callable[[Exception], bool],
+    was_never_sent: Callable[[Exception], bool],
     progress: Progress | None,
     return_exceptions: bool,
 ) -> list[Any]:
@@ -139,6 +141,8 @@ async def collect(
         work: Answers one; called with it and the keyword `sending`.
         width: How many are worked on at a time.
         is_doom: Whether an error would meet every other prompt too.
+        was_never_sent: Whether an error says that no connection came about, which dooms a run as long as
+            nothing was answered.
         progress: Called with the finished fraction after each.
         return_exceptions: Put a failed prompt's exception in its place, instead of raising at the end.
 
@@ -148,6 +152,7 @@ async def collect(
     Raises:
         PartialFailureError: Some failed, and `return_exceptions` is False.
         openai.APIError: An error that dooms all prompts alike; `.responses` holds what was answered before.
+        asyncio.CancelledError: The run was cancelled; it too has `.responses`.
     """
     results: list[Any] = [None] * len(prompts)
     failures: dict[int, Exception] = {}
@@ -157,27 +162,32 @@ async def collect(
         await _report(progress, 1.0)
     one = functools.partial(work, sending=crew.sending)
     stream = crew.run(prompts, one, width=min(width, len(prompts)))
-    async with contextlib.aclosing(stream):
-        done = 0
-        async for index, outcome in stream:
-            if isinstance(outcome, Exception):
-                failures[index] = outcome
-                if doom is None and is_doom(outcome):
-                    doom = outcome
-                    crew.stop()
-            else:
-                results[index] = outcome
-            done += 1
-            if doom is None:
-                await _report(progress, done / len(prompts))
+    done = 0
+    try:
+        async with contextlib.aclosing(stream):
+            async for index, outcome in stream:
+                if isinstance(outcome, Exception):
+                    failures[index] = outcome
+                    hopeless = is_doom(outcome) or (was_never_sent(outcome) and len(failures) > done)
+                    if doom is None and hopeless:
+                        doom = outcome
+                        crew.stop()
+                else:
+                    results[index] = outcome
+                done += 1
+                if doom is None:
+                    await _report(progress, done / len(prompts))
+    except asyncio.CancelledError as cancelled:
+        _attach(cancelled, results)
+        raise
     if doom is not None:
-        raise _with_responses(doom, results)
+        raise _attach(doom, results)
     if failures and not return_exceptions:
         raise PartialFailureError(results, failures)
     return [failures.get(index, result) for index, result in enumerate(results)]
 
 
-def _with_responses(error: Exception, responses: Sequence[ModelResponse | None]) -> Exception:
+def _attach(error: E, responses: Sequence[ModelResponse | None]) -> E:
     error.__dict__["responses"] = list(responses)
     return error
 

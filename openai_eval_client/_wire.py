@@ -18,6 +18,8 @@ _UNMETERED = frozenset(
         "search", "sessions", "submit_tool_outputs", "threads", "uploads", "vector_stores",
     }
 )  # fmt: skip
+_BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
+FOR_GOOD = ("insufficient_quota", "Request too large")  # 429s that waiting does not cure
 _NO_OUTPUT = ("/embeddings", "/moderations")
 _OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _MOST = 10**12  # tokens: more than any limit; larger numbers would not fit a float
@@ -49,12 +51,29 @@ class Outcome:
         headers: Of the answer.
         usage: Input and output tokens as the server counted them; None where it did not say.
         message: Of the error, where it is one.
+        sent: False where no connection came about, so that nothing was spent.
     """
 
     status: int | None = None
     headers: Mapping[str, str] | None = None
     usage: tuple[int, int] | None = None
     message: str = ""
+    sent: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was answered."""
+        return self.status is not None and self.status < _BAD_REQUEST
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was refused (4xx) without being worked on."""
+        return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
+
+    @property
+    def is_congestion(self) -> bool:
+        """Whether it was refused because there is no room now: not for good, as an empty account is."""
+        return self.status == _TOO_MANY_REQUESTS and not any(reason in self.message for reason in FOR_GOOD)
 
 
 def is_metered(method: str, path: str) -> bool:
@@ -93,7 +112,7 @@ def read_usage(tail: bytes) -> tuple[int, int] | None:
     for match in reversed(list(_USAGE.finditer(tail))):
         try:
             usage, _ = json.JSONDecoder().raw_decode(tail[match.end() :].decode(errors="replace"))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         counts = usage_counts(usage)
         if counts is not None:

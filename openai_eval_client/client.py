@@ -9,13 +9,13 @@ import openai
 
 from openai_eval_client import _runner
 from openai_eval_client._caller import Caller
-from openai_eval_client._checks import check_count, refuse
+from openai_eval_client._checks import check_callback, check_count, refuse
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client._pricing import Pricer
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt
-from openai_eval_client._retry import is_doom
+from openai_eval_client._retry import is_doom, was_never_sent
 from openai_eval_client._tickets import Lane
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
@@ -103,6 +103,7 @@ class OpenAIClient:
             RateLimitError: Rate limited through all retries, or for longer than `max_wait`.
             QuotaError: The account's credit is used up.
             TimeoutError: No attempt was answered within its timeout.
+            RequestTooLargeError: The limit on tokens cannot admit it; nothing was sent.
             APIError: Any other failure, in the SDK's own classes.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
@@ -149,14 +150,15 @@ class OpenAIClient:
         Raises:
             ValidationError: The input is wrong; nothing was sent.
             PartialFailureError: Some prompts failed; it carries the responses of the others.
-            APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`);
-                its `responses` are what was answered before.
+            APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`, no
+                server there at all); its `responses` are what was answered before.
+            asyncio.CancelledError: The call was cancelled; its `responses` likewise.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         if max_concurrent is not None:
             check_count(max_concurrent, "max_concurrent")
-        if progress_callback is not None and not callable(progress_callback):
-            refuse("progress_callback", progress_callback, "must be callable")
+        if progress_callback is not None:
+            check_callback(progress_callback, "progress_callback")
         listed = _checked(prompts)
         self._refuse_batch_api(listed, wanted=use_batch_api)
         lane = Lane(max_concurrent) if max_concurrent else None
@@ -165,6 +167,7 @@ class OpenAIClient:
             functools.partial(self._call, parameters=parameters, lane=lane),
             width=_READ_AHEAD * (max_concurrent or self._governor.config.max_concurrent),
             is_doom=functools.partial(is_doom, max_wait=self._governor.config.max_wait),
+            was_never_sent=was_never_sent,
             progress=progress_callback,
             return_exceptions=return_exceptions,
         )
@@ -213,6 +216,8 @@ class OpenAIClient:
         api: str,
         params: dict[str, Any],
     ) -> Parameters:
+        if self._http.is_closed:
+            raise RuntimeError("this client was closed")
         return check_parameters(
             model=self._config.default_model if model is None else model,
             timeout=self._config.timeout if timeout is None else timeout,
@@ -235,7 +240,7 @@ def _part(name: str, given: T | None, kind: type[T]) -> T:
     if given is None:
         return kind()
     if not isinstance(given, kind):
-        why = f"{name}: must be a {kind.__name__}, not {type(given).__name__}"
+        why = f"{name}: must be of class {kind.__name__}, not {type(given).__name__}"
         raise ValidationError(why, field=name)
     return given
 

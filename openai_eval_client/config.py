@@ -85,9 +85,9 @@ class OpenAIConfig(_Config):
             config keeps it, since worker processes need it.
         organization_id: The organisation billed; from OPENAI_ORG_ID when not given.
         base_url: The API's address up to and including /v1; from OPENAI_BASE_URL when not given.
-        default_model: The model asked when a call names none.
-        timeout: Seconds one attempt may take, waiting for the rate limit not counted.
-        max_retries: Attempts after the first, 0 for none.
+        default_model: The model asked when a call names none; "gpt-3.5-turbo" by default.
+        timeout: Seconds one attempt may take, waiting for the rate limit not counted; 30 by default.
+        max_retries: Attempts after the first; 3 by default, 0 for none.
     """
 
     api_key: Annotated[str, Field(strict=True)] = Field(
@@ -150,12 +150,14 @@ class RateLimitConfig(_Config):
     server counts over shorter windows, set `burst_seconds` to their length.
 
     Args:
-        requests_per_minute: RPM; None: learn it from the server's headers, unlimited where there are none.
-        tokens_per_minute: TPM, input and output together; None likewise.
-        max_concurrent: Requests in flight at once, per model.
-        adaptive_throttling: Let the server's rate-limit headers lower the limits above.
-        burst_seconds: Size of the buckets, in seconds of quota.
-        max_wait: The longest pause, in seconds, that the server may ask for; beyond it the call fails.
+        requests_per_minute: RPM, 500 by default; None: learn it from the server.
+        tokens_per_minute: TPM, input and output together, 90,000 by default; None: learn it from the server.
+        max_concurrent: Requests in flight at once, per model; 10 by default.
+        adaptive_throttling: Go slower where the server's headers and refusals say so; on by default.
+        burst_seconds: Size of the buckets, in seconds of quota; 60 by default. A tenth of it, but at most the
+            quota of 0.25 s, is left unused: requests travel at different speeds, and some arrive early.
+        max_wait: The longest pause, in seconds, that the server may ask for; beyond it the call fails. 600 by
+            default.
     """
 
     requests_per_minute: Count | None = 500

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import builtins
 import copyreg
+import math
 import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,7 @@ class ValidationError(openai.OpenAIError, ValueError):
 
 
 class RequestTooLargeError(openai.OpenAIError):
-    """The request needs more tokens than the limit can ever admit.
+    """The request needs more tokens than the limit can admit, ever or within `max_wait`.
 
     Args:
         model: The model it was for.
@@ -89,7 +90,7 @@ class RequestTooLargeError(openai.OpenAIError):
 
     def __init__(self, model: str, *, tokens: int, limit: int) -> None:
         super().__init__(
-            f"request of {tokens:,} tokens can never fit {model}'s limit of {limit:,} per minute"
+            f"{model}: a request of {tokens:,} tokens is too large for the limit of {limit:,} per minute"
         )
         self.model = model
         self.tokens = tokens
@@ -224,7 +225,9 @@ def sdk_httpx() -> Any:
 def rate_limited(message: str, seconds: float) -> RateLimitError:
     """Return a RateLimitError for a pause that we keep without asking the server again."""
     request = sdk_httpx().Request("POST", "https://client.invalid/")
-    response = sdk_httpx().Response(429, headers={"retry-after": f"{seconds:.0f}"}, request=request)
+    response = sdk_httpx().Response(
+        429, headers={"retry-after-ms": f"{math.ceil(seconds * 1000)}"}, request=request
+    )
     return RateLimitError(
         message, response=response, body={"message": message, "code": "rate_limit_exceeded"}
     )

@@ -6,14 +6,18 @@ measures the same over real sockets.
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from virtual import VirtualServer, rehearse
+from virtual import VirtualLoop, VirtualServer, rehearse
 
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._belief import Belief
+from openai_eval_client._governor import Governor
 from openai_eval_client._headers import Quota
+from openai_eval_client._wire import Demand
 
 RPM, TPM = 1800, 480_000  # 20 requests of 400 tokens a second: tokens bind
 
@@ -131,7 +135,7 @@ def test_whatever_happens_nobody_waits_for_ever(events, rate) -> None:
         elif kind == "pass":
             belief.passed(amount)
         elif kind == "refuse":
-            belief.refused(amount, mark, seconds)
+            belief.refused(amount, mark, seconds, spoke=bool(quota % 2))
         elif kind == "owe":
             belief.owe(amount)
         clock.now += seconds
@@ -140,3 +144,95 @@ def test_whatever_happens_nobody_waits_for_ever(events, rate) -> None:
     for _ in range(5):
         clock.now += belief.ready_in(100)
     assert belief.ready_in(100) <= 1e-3
+
+
+def serially(rpm: int, tpm: int, sizes: list[int], *, idle: float = 0.0, before: int = 0) -> list[float]:
+    """Seconds that each of several requests waited, sent one by one after `before` others and a pause."""
+    server = VirtualServer(rpm, tpm, network=0.001)
+    loop = VirtualLoop()
+    waits: list[float] = []
+
+    async def one(governor: Governor, tokens: int) -> None:
+        asked = loop.time()
+        admission = await governor.admit(Demand("m", tokens, 0))
+        waits.append(loop.time() - asked)
+        admission.settle(await server.answer(tokens))
+
+    async def story() -> None:
+        limits = RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm)
+        governor = Governor(limits, clock=loop)
+        for _ in range(before):
+            await one(governor, sizes[0])
+        await asyncio.sleep(idle)
+        waits.clear()
+        for tokens in sizes:
+            await one(governor, tokens)
+
+    try:
+        loop.run_until_complete(story())
+    finally:
+        loop.close()
+    assert server.refused == 0
+    return waits
+
+
+def test_after_a_long_pause_nobody_is_taken_to_spend_the_quota() -> None:
+    """A bucket that was full for ten minutes did not refill: that is no sign of others."""
+    first, second = serially(10_000, 30_000, [20_000, 20_000], idle=600, before=1)
+    assert first == 0
+    assert second <= 21  # 10,000 tokens are missing at 500 a second
+
+
+def test_a_request_does_not_count_against_itself() -> None:
+    """Three that fit the full bucket go without waiting."""
+    assert max(serially(10_000, 30_000, [9_500] * 3)) <= 0.5
+
+
+def test_very_small_limits_are_used_in_full() -> None:
+    """At 3 requests a minute the fourth waits for its 20 seconds and not for minutes."""
+    waits = serially(3, 30_000, [10] * 6)
+    assert max(waits[:3]) <= 11
+    assert max(waits[3:]) <= 25
+
+
+def test_a_server_that_stops_speaking_is_followed_by_its_refusals() -> None:
+    """Headers at first, then none, at a tenth of the limit: most prompts are answered all the same."""
+    server = VirtualServer(6000, 10**9, window=1)
+
+    async def fall_silent() -> None:
+        await asyncio.sleep(2)
+        server.headers = False
+        server.buckets["requests"].per_minute = 600
+
+    figures = rehearse(
+        server,
+        RateLimitConfig(requests_per_minute=6000, tokens_per_minute=None),
+        requests=600,
+        meanwhile=fall_silent,
+    )
+    assert figures.unanswered == 0
+    assert figures.refused <= 0.5
+
+
+def test_fixed_limits_too_do_not_stampede_after_a_refusal() -> None:
+    """adaptive_throttling=False, ten times too high: after the pause one goes, and then the fixed rate."""
+    server = VirtualServer(RPM, TPM, window=5, headers=False)
+    figures = rehearse(server, config(10, adaptive_throttling=False), requests=500, retries=100)
+    assert figures.unanswered == 0
+
+
+def test_a_daily_limit_in_the_headers_is_not_taken_for_a_minutes() -> None:
+    """10,000 a day with 20 left and a reset of a day: the next ones go at the day's pace."""
+    clock = FakeClock()
+    belief = Belief(100.0, 6000.0, clock)
+    mark = belief.charge(1)
+    belief.hear(Quota(10_000, 0, 86_400.0), mark)
+    clock.now += 1
+    assert belief.ready_in(1) == pytest.approx(86_400 / 10_000, rel=0.2)
+
+
+def test_a_daily_refusal_without_tokens_does_no_harm() -> None:
+    """A request that reserves nothing can be refused, too."""
+    belief = Belief(None, 1.0, FakeClock())
+    belief.refused(0.0, belief.charge(0.0), 3.0, spoke=False)
+    assert belief.ready_in(10**6) == 0

@@ -272,7 +272,7 @@ def test_a_partial_failure_sums_up():
 def test_a_request_too_large_names_the_numbers():
     """Model, tokens and limit are in the text."""
     text = str(RequestTooLargeError("gpt-4o", tokens=100_000, limit=90_000))
-    assert text == "request of 100,000 tokens can never fit gpt-4o's limit of 90,000 per minute"
+    assert text == "gpt-4o: a request of 100,000 tokens is too large for the limit of 90,000 per minute"
 
 
 @pytest.mark.parametrize("status", [401, 400, 500])

@@ -125,10 +125,10 @@ def test_a_refused_request_did_not_spend_its_tokens() -> None:
 
     async def scenario(governor: Governor, loop: VirtualLoop) -> None:
         await send(governor, Demand("m", 597, 0), Outcome(429, {}))
-        await send(governor, Demand("m", 600, 0), Outcome(500, {}))
+        await send(governor, Demand("m", 597, 0), Outcome(500, {}))
         assert loop.time() == 0
-        await send(governor, Demand("m", 600, 0))
-        assert loop.time() == pytest.approx(60, abs=0.02)
+        await send(governor, Demand("m", 597, 0))
+        assert loop.time() == pytest.approx(59.7, abs=0.1)
 
     in_virtual_time(scenario, limits(None, 600))
 

@@ -20,7 +20,18 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.item
 # From what users name, over the parts and their composition, to the command line: imports go down.
 LAYERS = [
     {"config", "errors", "models"},
-    {"_bucket", "_checks", "_headers", "_images", "_pricing", "_runner", "_stats", "_wire"},
+    {
+        "_bucket",
+        "_checks",
+        "_exclusive",
+        "_headers",
+        "_loops",
+        "_images",
+        "_pricing",
+        "_runner",
+        "_stats",
+        "_wire",
+    },
     {"_belief", "_input", "_requests", "_retry"},
     {"_answers", "_budget", "_tickets", "_tokens"},
     {"_limiter"},

@@ -186,7 +186,7 @@ def test_a_delay_is_the_servers_or_within_the_cap(sequence):
     next(waits)
     for attempt, error in enumerate(sequence):
         delay, asked = waits.send(error), asked_wait(error)
-        if asked is None:
+        if not asked:  # none, or one of nought, which is no advice
             assert 0 <= delay <= min(CAP, 0.5 * 2**attempt)
         else:
             assert delay == (0 if isinstance(error, openai.RateLimitError) else asked)
@@ -237,8 +237,8 @@ class Attempts:
 
 
 def soon(status=503):
-    """An error that asks for no wait."""
-    return made(status, retry_after="0")
+    """An error that asks for next to no wait."""
+    return made(status, retry_after_ms="1")
 
 
 async def test_success_is_one_attempt():
@@ -326,7 +326,7 @@ async def test_the_log_says_why_and_how_long(caplog):
 
 async def test_the_log_names_an_error_without_a_status_by_its_class(caplog):
     """As a connection that failed has none."""
-    error = made(503, retry_after="0", x_should_retry="true")
+    error = made(503, retry_after_ms="1", x_should_retry="true")
     error.status_code = None
     with caplog.at_level(logging.INFO):
         await Attempts(error).retried(1)(PROMPT)

@@ -10,11 +10,15 @@ import random
 import selectors
 from dataclasses import dataclass, field
 from math import ceil
+from typing import TYPE_CHECKING
 
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._governor import Governor
 from openai_eval_client._tickets import Lane
 from openai_eval_client._wire import Demand, Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
 
 
 class _Jump(selectors.DefaultSelector):
@@ -148,6 +152,7 @@ def rehearse(
     in_flight: int = 64,
     clients: int = 1,
     retries: int = 10,
+    meanwhile: Callable[[], Awaitable[None]] | None = None,
 ) -> Figures:
     """Send that many requests through that many uncoordinated clients, in virtual time."""
     loop = VirtualLoop()
@@ -173,7 +178,8 @@ def rehearse(
         await asyncio.gather(*[one(governor, lane) for _ in range(share)])
 
     async def all_of_them() -> None:
-        await asyncio.gather(*[client(requests // clients) for _ in range(clients)])
+        others = [meanwhile()] if meanwhile is not None else []
+        await asyncio.gather(*[client(requests // clients) for _ in range(clients)], *others)
 
     try:
         loop.run_until_complete(all_of_them())
