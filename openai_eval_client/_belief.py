@@ -107,6 +107,13 @@ class Belief:
         if self.bucket is not None and not self._spoken:
             self.bucket.charge(amount)
 
+    def give_back(self, amount: float) -> None:
+        """Take back what was refused for good; a server that speaks has not counted it."""
+        if not self._spoken:
+            self._granted -= amount
+            if self.bucket is not None:
+                self.bucket.charge(-amount)
+
     def hear(self, quota: Quota, mark: Mark) -> None:
         """Take over what an answer's headers say.
 
@@ -170,9 +177,7 @@ class Belief:
             return
         self._spoken = self._spoken and spoke
         if not self._spoken:
-            self._granted -= amount
-            if self.bucket is not None:
-                self.bucket.charge(-amount)
+            self.give_back(amount)
             self._slow_down(amount, mark, now)
         if self.bucket is not None:  # after the wait there is room for this one; the refill paces the rest
             left = amount - wait * self.bucket.rate

@@ -76,6 +76,11 @@ class Budget:
         if self._server is not None and actual > reserved:
             self._server.owe(actual - reserved)
 
+    def give_back(self, amount: float) -> None:
+        """Learn that what was reserved was refused for good, and so not spent."""
+        if self._server is not None:
+            self._server.give_back(amount)
+
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request.
 

@@ -126,6 +126,8 @@ class Governor:
             gate.settle(ticket, _spent(outcome))
             if outcome.ok:
                 gate.served(ticket)
+            elif outcome.is_refusal and not outcome.is_congestion:
+                gate.tokens.give_back(ticket.tokens)
             if outcome.usage is not None:
                 gate.observe_output(outcome.usage[1])
             if outcome.headers is not None:

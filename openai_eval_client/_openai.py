@@ -86,7 +86,7 @@ class AsyncOpenAI(openai.AsyncOpenAI):
         def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
             """Copy, on the same budget; one for another account has the same limits to itself."""
             named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
-            same = all(str(value) == str(getattr(self, name, None)) for name, value in named.items())
+            same = all(_same(value, getattr(self, name, None)) for name, value in named.items())
             governor = self._governor if same else self._governor.fresh()
             return super().copy(_extra_kwargs={"rate_limit": governor, **(_extra_kwargs or {})}, **options)
 
@@ -105,6 +105,11 @@ class AsyncOpenAI(openai.AsyncOpenAI):
     def stats(self) -> ClientStats:
         """What went through this client and its copies so far."""
         return self._governor.stats
+
+
+def _same(value: object, other: object) -> bool:
+    """Whether a key, a name or an address is the one already used; addresses end with a slash or not."""
+    return str(value).rstrip("/") == str(other).rstrip("/")
 
 
 def _governor(rate_limit: Any, view: Any) -> Governor:

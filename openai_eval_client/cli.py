@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import openai
@@ -32,8 +33,18 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 _PROMPTS = 164
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        Console().print(metadata.version("openai-eval-client"), highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    version: Annotated[  # handled by its callback
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Run prompts against the OpenAI API, paced within its rate limits."""
 
 

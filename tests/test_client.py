@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import gc
 import json
 import logging
 import pickle
@@ -567,3 +568,98 @@ async def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPat
             except openai.APIStatusError as error:
                 assert error.status_code in {400, 404}
         assert proxy.calls or proxy.counts
+
+
+# --- when things go wrong altogether ---------------------------------------------------------------------
+
+
+async def test_a_server_that_is_not_there_ends_the_run() -> None:
+    """The first prompt that never got through ends it: one connection error, not a failure for each."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+        async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=1)) as client:
+            with pytest.raises(openai.APIConnectionError, match="connection failed") as raised:
+                await client.batch_generate(["x"] * 1000)
+            assert client.stats.utilisation["gpt-3.5-turbo"]["requests"] < 0.01
+            assert no_slot_is_taken(client)
+    assert raised.value.responses == [None] * 1000
+
+
+async def test_a_cancelled_run_hands_out_what_was_answered() -> None:
+    """The cancellation carries the responses so far: they are paid for."""
+    with SimulatedServer(latency=0.05) as server:
+        async with connect(server) as client:
+            run = asyncio.create_task(client.batch_generate([f"{n}" for n in range(500)]))
+            while server.counts["200"] < 50:
+                await asyncio.sleep(0.01)
+            run.cancel()
+            with pytest.raises(asyncio.CancelledError) as raised:
+                await run
+    answered = [response for response in raised.value.responses if response is not None]
+    assert 0 < len(answered) < 500
+    assert all(response.content.startswith("echo: ") for response in answered)
+
+
+async def test_a_closed_client_says_so_once() -> None:
+    """Not a failure for each prompt."""
+    with SimulatedServer() as server:
+        client = connect(server)
+        await client.generate_response("hello")
+        await client.close()
+        for call in (client.generate_response("x"), client.batch_generate(["x", "y"])):
+            with pytest.raises(RuntimeError, match="closed"):
+                await call
+
+
+async def test_a_callback_of_the_wrong_shape_is_refused() -> None:
+    """Before anything is sent, instead of a traceback for each prompt."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            with pytest.raises(ValidationError, match=r"progress_callback=.*one number"):
+                await client.batch_generate(["x"], progress_callback=lambda done, total: done / total)
+        assert server.calls == []
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("max_token", "max_tokens"), ("temprature", "temperature")])
+async def test_a_misspelt_parameter_is_told_its_name(wrong: str, right: str) -> None:
+    """The advice is the right name before extra_body."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            with pytest.raises(ValidationError, match=f"{wrong}=5: not a parameter; did you mean {right}?"):
+                await client.generate_response("x", **{wrong: 5})
+
+
+class Picky(BaseModel):
+    """A class whose validator raises what validators should not."""
+
+    label: str
+
+    def model_post_init(self, context: object) -> None:  # noqa: ARG002  # pydantic's
+        raise KeyError(self.label)
+
+
+async def test_a_validator_that_fails_oddly_does_not_lose_the_answer() -> None:
+    """`parsed` is None; the answer is there."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            response = await client.generate_response("grade", response_format=Picky)
+    assert response.parsed is None
+    assert response.content
+
+
+def test_a_forgotten_client_closes_quietly(recwarn) -> None:
+    """Dropped without close() in a living loop: its connections are closed, nothing is printed."""
+    with SimulatedServer() as server:
+
+        async def forget() -> None:
+            client = connect(server)
+            await client.generate_response("hello")
+            del client
+            for _ in range(5):
+                gc.collect()
+                await asyncio.sleep(0.01)
+            assert server.connections == 0
+
+        asyncio.run(forget())
+    assert [str(warning.message) for warning in recwarn] == []

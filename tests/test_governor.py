@@ -10,7 +10,7 @@ import threading
 import pytest
 from virtual import VirtualLoop
 
-from openai_eval_client import RateLimitConfig, RateLimitError
+from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
 from openai_eval_client._governor import Admission, Governor
 from openai_eval_client._tickets import Lane
 from openai_eval_client._wire import Demand, Outcome
@@ -379,3 +379,81 @@ def test_a_wait_that_only_the_message_names_is_heeded(message: str, seconds: flo
         assert loop.time() == pytest.approx(seconds, abs=0.1)
 
     in_virtual_time(scenario, limits(600))
+
+
+def test_what_the_collector_hands_back_inside_a_locked_region_waits_until_it_is_left() -> None:
+    """A stream that is collected while its own thread admits another neither deadlocks nor overtakes."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        dropped = [await governor.admit(DEMAND) for _ in range(2)]
+        waiting = [asyncio.create_task(governor.admit(DEMAND)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with governor._lock:
+            for admission in dropped:
+                admission.settle(OK)  # as __del__ would
+            assert not any(task.done() for task in waiting)
+            assert governor.recorder.snapshot().attempts == 0
+        for _ in range(3):
+            (done,), _ = await asyncio.wait(waiting[:1])
+            done.result().settle(OK)
+            waiting.pop(0)
+
+    assert in_virtual_time(scenario, limits(max_concurrent=2)).stats.attempts == 5
+
+
+def test_a_refused_request_without_a_model_harms_nobody() -> None:
+    """A 429 for a file or a list of models has no budget to lower."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor, Demand(None), Outcome(429, {"retry-after": "2"}))
+        await send(governor, Demand(None))
+        assert loop.time() == pytest.approx(2, abs=0.05)
+
+    in_virtual_time(scenario, limits(600, adaptive_throttling=True))
+
+
+def test_a_request_that_was_never_sent_spends_nothing() -> None:
+    """Nobody listened: the next one has the whole budget."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        for _ in range(50):
+            await send(governor, Demand("m", 500, 0), Outcome(sent=False))
+        assert loop.time() == 0
+
+    assert in_virtual_time(scenario, limits(60, 600)).stats.attempts == 0
+
+
+@pytest.mark.parametrize("message", ["insufficient_quota", "Request too large for m on tokens per min (TPM)"])
+def test_a_refusal_for_good_is_no_congestion(message: str) -> None:
+    """An empty account and a request beyond the limit slow nobody else down."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        for _ in range(20):
+            await send(governor, outcome=Outcome(429, {}, message=message))
+        assert loop.time() == 0
+
+    in_virtual_time(scenario, limits(None, 60_000, adaptive_throttling=True))
+
+
+def test_a_guess_does_not_make_a_request_too_large() -> None:
+    """Only what is known of it counts: its input, and max_tokens where given."""
+    headers = {"x-ratelimit-limit-tokens": "10000", "x-ratelimit-remaining-tokens": "10000"}
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor, outcome=Outcome(200, headers, (100, 9000)))
+        await send(governor, Demand("m", 8000))
+        with pytest.raises(RequestTooLargeError, match="11,000 tokens is too large for the limit of 10,000"):
+            await governor.admit(Demand("m", 8000, 3000))
+
+    in_virtual_time(scenario, None)
+
+
+def test_a_request_whose_debt_would_outlast_max_wait_is_too_large() -> None:
+    """A debt of minutes is left, one of hours is refused before sending."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        await send(governor, Demand("m", 6000, 0))
+        with pytest.raises(RequestTooLargeError):
+            await governor.admit(Demand("m", 7000, 0))
+
+    in_virtual_time(scenario, limits(None, 600))

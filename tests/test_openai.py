@@ -15,7 +15,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from openai_eval_client import AsyncOpenAI, RateLimitConfig
+from openai_eval_client import AsyncOpenAI, RateLimitConfig, RequestTooLargeError, ValidationError
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -391,3 +391,90 @@ def test_the_key_is_in_no_repr() -> None:
 def test_its_module_is_where_users_import_it_from() -> None:
     """`from openai_eval_client import AsyncOpenAI` is the whole migration."""
     assert importlib.import_module("openai_eval_client").AsyncOpenAI is AsyncOpenAI
+
+
+async def test_an_answer_that_a_mock_has_already_read_frees_its_slot() -> None:
+    """`Response(content=...)` is never closed by anybody: it settles at once, usage included."""
+    module = sdk_httpx()
+    usage = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
+    lines = [
+        {"id": "x", "choices": [], "usage": usage, "model": "m", "object": "chat.completion.chunk"},
+        None,
+    ]
+    body = "".join(f"data: {json.dumps(line) if line else '[DONE]'}\n\n" for line in lines)
+
+    class Recorded(module.Response):
+        """A user's own kind of response."""
+
+    def reply(request):
+        return Recorded(200, content=body.encode(), headers={"content-type": "text/event-stream"})
+
+    http = module.AsyncClient(transport=module.MockTransport(reply))
+    limits = RateLimitConfig(max_concurrent=1)
+    async with AsyncOpenAI(api_key="k", http_client=http, rate_limit=limits) as client:
+        streams = [await client.chat.completions.create(**CHAT, stream=True) for _ in range(3)]
+        for stream in streams:
+            assert [chunk.usage.total_tokens async for chunk in stream] == [11]
+        assert client.stats.completion_tokens == 18
+
+
+async def test_our_own_errors_reach_the_caller_as_they_are(server) -> None:
+    """Every version of the SDK lets them through, also the one that wraps what its HTTP client raises."""
+    limits = RateLimitConfig(tokens_per_minute=100, max_wait=1)
+    async with connect(server, rate_limit=limits) as client:
+        with pytest.raises(RequestTooLargeError, match="gpt-4o-mini"):
+            await client.chat.completions.create(**CHAT, max_tokens=5000)
+    assert server.calls == []
+
+
+async def test_naming_the_same_account_again_keeps_the_budget(server) -> None:
+    """with_options(api_key=the same) is no other account."""
+    async with connect(server) as client:
+        same = client.with_options(api_key="sk-test", base_url=server.base_url)
+        assert same._governor is client._governor
+        assert client.with_options(organization="org-other")._governor is not client._governor
+
+
+def test_the_limits_must_be_limits() -> None:
+    """A number or a dict is refused by name."""
+    for wrong in (5, {"requests_per_minute": 5}):
+        with pytest.raises(ValidationError, match="rate_limit: must be of class RateLimitConfig"):
+            AsyncOpenAI(api_key="k", rate_limit=wrong)
+
+
+async def test_the_servers_counts_correct_our_estimates(server, empty_vocabularies) -> None:
+    """Without a vocabulary the drop-in learns from usage too."""
+    async with connect(server) as client:
+        long = [{"role": "user", "content": "a" * 400}]
+        for _ in range(30):
+            await client.chat.completions.create(model="gpt-4o-mini", messages=long)
+        body = {"model": "gpt-4o-mini", "messages": long}
+        counted = await client._counter.count_input(body)
+        assert counted == pytest.approx(server.calls[-1].prompt_tokens, rel=0.1)
+
+
+def test_closing_does_not_wait_for_another_threads_loop(server) -> None:
+    """A client used in two threads closes at once, whatever the other loop is doing."""
+    client = connect(server)
+    used, leave = threading.Event(), threading.Event()
+
+    def elsewhere() -> None:
+        async def use() -> None:
+            await plain(client)
+            used.set()
+            leave.wait(30)  # the loop stands still
+
+        asyncio.run(use())
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert used.wait(30)
+
+    async def close() -> None:
+        await plain(client)
+        await asyncio.wait_for(client.close(), 10)
+
+    asyncio.run(close())
+    leave.set()
+    thread.join(30)
+    assert eventually(lambda: server.connections == 0)

@@ -111,8 +111,9 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         default=16,
         help="output tokens charged when the request sets no maximum",
     )
-    add("--no-headers", dest="headers", action="store_false", help="send no x-ratelimit-* headers")
-    add("--no-retry-after", dest="retry_after", action="store_false", help="send no retry-after headers")
+    switch: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS}
+    add("--no-headers", dest="headers", **switch, help="send no x-ratelimit-* headers")
+    add("--no-retry-after", dest="retry_after", **switch, help="send no retry-after headers")
     add("--stamp", choices=("answer", "admission"), default="answer", help="when remaining-* is read")
     add(
         "--quota-exhausted-after", type=int, metavar="N", help="answer insufficient_quota after N generations"

@@ -19,6 +19,9 @@ NOT_NEGATIVE = (
 CHOICES = {"charge": ("upfront", "actual"), "stamp": ("answer", "admission")}
 
 
+_LAST_PORT = 65_535
+
+
 @dataclass(kw_only=True, eq=False)
 class Options:
     """Options of a simulated server; `SimulatedServer` documents them."""
@@ -53,6 +56,8 @@ class Options:
             self._check_not_negative(name)
         for name, allowed in CHOICES.items():
             self._check_choice(name, allowed)
+        if self.port > _LAST_PORT:
+            raise ValueError(f"port must be {_LAST_PORT} at most, not {self.port!r}")
         if isinstance(self.models, str):
             raise ValueError(f"models must be several names, not {self.models!r}")  # noqa: TRY004
         check_faults(self.faults)
