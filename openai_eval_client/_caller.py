@@ -142,9 +142,10 @@ class Caller:
     async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
         demand = Demand(body["model"], job.input_tokens, max_output(body))
         admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
-        started, outcome = time.perf_counter(), Outcome()
+        started, outcome = time.perf_counter(), Outcome(sent=False)
         try:
             with job.sending():
+                outcome = Outcome()
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started
                 answer = _decode(reply, job.parameters.api)

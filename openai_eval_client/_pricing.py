@@ -89,7 +89,8 @@ class Pricer:
 
     async def ready(self) -> None:
         """Imports genai-prices in a thread; without it, the first cost takes half a second."""
-        await asyncio.to_thread(self._provider_id)
+        if self._provider is None:
+            await asyncio.to_thread(self._provider_id)
 
     def cost(
         self, model: str, usage: PricedUsage, *, batch: bool = False, service_tier: str | None = None

@@ -64,6 +64,7 @@ class OpenAIClient:
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
+        sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
         pricer = Pricer(base_url=self._config.base_url)
         self._call = Caller(self._config, sdk, self._governor, self._counter, pricer)
 
@@ -176,10 +177,12 @@ class OpenAIClient:
     def openai(self) -> AsyncOpenAI:
         """The SDK's client, paced by the same budget and on the same connections."""
         view = govern(self._http, self._governor, self._counter)
-        retries = self._config.max_retries
-        return AsyncOpenAI(
-            http_client=view, **self._account(), max_retries=retries, timeout=self._config.timeout
+        config = self._config
+        client = AsyncOpenAI(
+            http_client=view, **self._account(), max_retries=config.max_retries, timeout=config.timeout
         )
+        client.organization = config.organization_id
+        return client
 
     @property
     def stats(self) -> ClientStats:

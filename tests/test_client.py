@@ -663,3 +663,13 @@ def test_a_forgotten_client_closes_quietly(recwarn) -> None:
 
         asyncio.run(forget())
     assert [str(warning.message) for warning in recwarn] == []
+
+
+async def test_an_organisation_set_to_none_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the config says counts, not what the SDK would find in the environment."""
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-environment")
+    with SimulatedServer() as server:
+        async with connect(server, organization_id=None) as client:
+            await client.generate_response("hello")
+            await client.openai.models.list()
+        assert [call.headers.get("openai-organization") for call in server.calls] == [None, None]
