@@ -39,6 +39,7 @@ logger = logging.getLogger("openai_eval_client")
 
 # What a model may refuse, and what takes its place: learnt from its 400, never guessed from its name.
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
+_SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ordinary words
 _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
 
@@ -246,7 +247,7 @@ def _forget_key(error: openai.APIError, key: str) -> None:
     """Take the key out of an error: out of its request's headers, and out of a message that echoes it."""
     for name in ("authorization", "api-key"):
         error.request.headers.pop(name, None)
-    if key in f"{error.message}{error.body}{error.args}":
+    if len(key) >= _SHORTEST_KEY and key in f"{error.message}{error.body}{error.args}":
         error.message = error.message.replace(key, "[key]")
         error.args = (error.message,)
         error.body = None

@@ -99,6 +99,8 @@ def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:
     text = headers.get(f"x-ratelimit-reset-{dimension}")
     spelt = duration(text)
     reset = _number(text) if spelt is None else spelt
+    if reset == 0 and remaining < limit / 2:  # full already, and yet not: nonsense
+        return None
     return Quota(limit, min(remaining, limit), reset if reset is None or reset <= _LONGEST_RESET else None)
 
 

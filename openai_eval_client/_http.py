@@ -21,6 +21,7 @@ import openai
 
 from openai_eval_client._retry import was_never_sent
 from openai_eval_client._wire import Demand, Outcome, Tail, is_metered, max_output, read_usage
+from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
+_CONNECTIONS = 10_000  # of aiohttp's pool: the limiter bounds concurrency, so the pool is not to
 
 
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
@@ -129,7 +131,8 @@ def fast_client(base_url: str) -> LoopLocalClient:
     proxied = parts.scheme in proxies or "all" in proxies
     if proxied and not proxy_bypass(parts.hostname or ""):
         return default_client()
-    return LoopLocalClient(openai.DefaultAioHttpClient)
+    limits = sdk_httpx().Limits(max_connections=_CONNECTIONS)
+    return LoopLocalClient(functools.partial(openai.DefaultAioHttpClient, limits=limits))
 
 
 def govern(client: Any, governor: Governor, counter: TokenCounter) -> Any:

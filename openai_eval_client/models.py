@@ -161,8 +161,8 @@ class ClientStats(_Model):
         rate_limited_by: Those by the limit they named, "requests", "tokens" or "unknown".
         wait_seconds: Seconds requests spent waiting for their admission, summed.
         wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
-        utilisation: By model, the used share (0 to 1) of what its limits on "requests" and "tokens" admitted
-            since the first request, a full bucket included.
+        utilisation: By model, the used share of what its limits on "requests" and "tokens" admitted since the
+            first request, a full bucket included; above 1 where a limit was only learnt on the way.
         prompt_tokens: Input tokens as the server counted them.
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers.

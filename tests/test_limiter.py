@@ -296,3 +296,71 @@ def test_output_that_is_not_bounded_is_reserved_at_the_running_mean() -> None:
     for length in (100, 300):
         gate.observe_output(length)
     assert gate.expected_output == pytest.approx(200)
+
+
+STORY = st.lists(
+    st.tuples(
+        st.sampled_from(["ask", "ask", "ask", "finish", "cancel", "refuse", "wait"]),
+        st.integers(1, 3000),
+        st.integers(0, 50),
+        st.floats(0, 15),
+    ),
+    min_size=5,
+    max_size=80,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STORY, st.integers(1, 600), st.integers(500, 6000), st.booleans())
+def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) -> None:
+    """Arrivals, answers, cancellations, refusals in any order: who was not cancelled goes, within the limits.
+
+    What an answer took replaces what was reserved for it, and what was cancelled or refused is given back; of
+    what remains, no 60 s hold more than the burst and a minute's quota, but for what answers took beyond
+    their reservation and one request larger than the bucket.
+    """
+    queue = Queue(limits(rpm, tpm, max_concurrent=8, adaptive_throttling=adaptive))
+    asked: list[Ticket] = []
+    cancelled: set[int] = set()
+    running: list[Ticket] = []
+    given_back = over = 0.0
+
+    def end(ticket: Ticket, kind: str, amount: float) -> None:
+        nonlocal given_back, over
+        running.remove(ticket)
+        took = {"finish": amount, "refuse": 0.0}[kind]
+        given_back += max(0.0, ticket.tokens - took)
+        over += max(0.0, took - ticket.tokens)
+        if kind == "refuse":
+            queue.gate.refused(ticket, "tokens", 0.0, ())
+        queue.finish(ticket, took)
+
+    for kind, amount, pick, seconds in story:
+        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        waiting = [t for t in asked if t.state is State.WAITING]
+        if kind == "ask":
+            asked.append(queue.ask(amount))
+        elif kind == "wait":
+            queue.clock.now += seconds
+            queue.pump()
+        elif kind == "cancel" and waiting:
+            ticket = waiting[pick % len(waiting)]
+            queue.gate.withdraw(ticket)
+            cancelled.add(ticket.turn)
+            queue.pump()
+        elif kind in {"finish", "refuse"} and running:
+            end(running[pick % len(running)], kind, amount)
+    for _ in range(10_000):
+        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        if running:
+            end(running[0], "finish", running[0].tokens)
+        elif not queue.wait():
+            break
+    assert {t.turn for _, t in queue.admitted} == {t.turn for t in asked} - cancelled
+    assert queue.gate.lane.in_flight == 0
+    assert not queue.gate.waiting
+    requests = [(time, 1.0) for time, _ in queue.admitted]
+    assert most_in_any_window(requests, 60) <= 2 * rpm + 1 + EPSILON
+    largest = max((t.tokens for t in asked), default=0)
+    tokens = [(time, ticket.tokens) for time, ticket in queue.admitted]
+    assert most_in_any_window(tokens, 60) <= 2 * tpm + largest + given_back + EPSILON
