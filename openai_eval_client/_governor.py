@@ -72,6 +72,7 @@ class Governor:
                 "rate_limited_by": dict(self._refused),
                 "wait_seconds_by": dict(waited),
                 "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
+                "output_length": {str(gate.model): gate.output_length() for gate in gates},
             }
         return self.recorder.snapshot(**details)
 

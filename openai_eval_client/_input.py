@@ -18,6 +18,8 @@ _AUDIO_TOKENS_PER_SECOND = 10
 _AUDIO_BYTES_PER_SECOND = {"wav": 48_000}  # 24 kHz, 16 bits, mono
 _OTHER_AUDIO_BYTES_PER_SECOND = 16_000  # mp3 at 128 kbit/s
 _FILE_TOKENS = 2_000  # a few pages: what a file holds cannot be seen from here
+_TEXT_BYTES_PER_TOKEN = 4
+_OTHER_BYTES_PER_TOKEN = 40  # a PDF page of text takes about 40 KB and 1,000 tokens; its usage corrects it
 
 # https://cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken, sections 6 and 7
 _MESSAGE, _NAME, _REPLY = 3, 1, 3
@@ -99,9 +101,20 @@ class Input:
         elif kind == "input_audio":
             self._add_audio(part.get("input_audio"))
         elif kind in ("file", "input_file"):
-            self.fixed += _FILE_TOKENS
+            self._add_file(part)
         else:
             self._add_leaves(part)
+
+    def _add_file(self, part: Mapping[Any, Any]) -> None:
+        """Adds a file by the size of its data; a file that is only named counts as a few pages."""
+        file = part.get("file")
+        data = (file if isinstance(file, Mapping) else part).get("file_data")
+        if not isinstance(data, str):
+            self.fixed += _FILE_TOKENS
+            return
+        head, _, encoded = data.rpartition(",")
+        ratio = _TEXT_BYTES_PER_TOKEN if head.startswith("data:text/") else _OTHER_BYTES_PER_TOKEN
+        self.fixed += max(1, math.ceil(len(encoded) * 3 / 4 / ratio))
 
     def _add_leaves(self, part: Mapping[Any, Any]) -> None:
         for key, value in part.items():

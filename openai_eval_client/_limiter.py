@@ -47,6 +47,7 @@ class Gate:
         self.expected_output = FIRST_OUTPUT_GUESS
         self.waited: defaultdict[str, float] = defaultdict(float)
         self._answers = 0
+        self._variance = 0.0
         self._cause = "concurrency"
         self._looked_at = clock.time()
         self._lanes = [self.lane]
@@ -133,9 +134,15 @@ class Gate:
         return {dimension: share for dimension, share in shares.items() if share is not None}
 
     def observe_output(self, tokens: int) -> None:
-        """Learn how long this model's answers are: a running mean over the latest ones."""
+        """Learn how long this model's answers are: mean and variance over the latest ones, as they run."""
         self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
-        self.expected_output += (tokens - self.expected_output) / self._answers
+        off = tokens - self.expected_output
+        self.expected_output += off / self._answers
+        self._variance += (off * (tokens - self.expected_output) - self._variance) / self._answers
+
+    def output_length(self) -> dict[str, float]:
+        """Return mean and standard deviation of the latest answers, in tokens; empty before the first."""
+        return {"mean": self.expected_output, "spread": self._variance**0.5} if self._answers else {}
 
     def pause(self, seconds: float) -> None:
         """Let nobody go for that long, as the server asked."""

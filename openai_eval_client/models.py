@@ -163,6 +163,7 @@ class ClientStats(_Model):
         wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
         utilisation: By model, the used share of what its limits on "requests" and "tokens" admitted since the
             first request, a full bucket included; above 1 where a limit was only learnt on the way.
+        output_length: By model, "mean" and "spread" (standard deviation) of its latest answers, in tokens.
         prompt_tokens: Input tokens as the server counted them.
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers.
@@ -182,6 +183,7 @@ class ClientStats(_Model):
     wait_seconds: float = 0.0
     wait_seconds_by: dict[str, float] = Field(default_factory=dict)
     utilisation: dict[str, dict[str, float]] = Field(default_factory=dict)
+    output_length: dict[str, dict[str, float]] = Field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cost: float = 0.0

@@ -296,6 +296,7 @@ def test_output_that_is_not_bounded_is_reserved_at_the_running_mean() -> None:
     for length in (100, 300):
         gate.observe_output(length)
     assert gate.expected_output == pytest.approx(200)
+    assert gate.output_length() == pytest.approx({"mean": 200, "spread": 100})
 
 
 STORY = st.lists(

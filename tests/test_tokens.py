@@ -182,6 +182,32 @@ async def test_a_json_schema_counts_as_its_text(counter):
         ({"input": [{"type": "function_call", "name": "f", "arguments": "{}", "call_id": "c"}]}, 8),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "file_id": "f"}]}]}, 7 + 765),
         ({"messages": [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]}]}, 2007),
+        (
+            {
+                "input": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "input_file", "file_data": "data:text/plain;base64," + "A" * 1600}
+                        ],
+                    }
+                ]
+            },
+            7 + 300,
+        ),
+        (
+            {
+                "input": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "input_file", "file_data": "data:application/pdf;base64," + "A" * 1600}
+                        ],
+                    }
+                ]
+            },
+            7 + 30,
+        ),
         ({"tools": [{"type": "web_search_preview", "search_context_size": "low"}]}, 1),
         ({"messages": [None, "x", 5]}, 1),
         ({"messages": {"role": "user"}, "tools": "x", "response_format": 5, "text": 1, "input": 7}, 1),
