@@ -275,6 +275,7 @@ def test_a_loop_that_is_closed_without_ceremony_does_not_block_the_others() -> N
         await asyncio.wait_for(send(governor), 10)
 
     asyncio.run(later(held))
+    assert governor.stats.attempts == 2
     waiter._log_destroy_pending = False  # its loop is gone on purpose
     del waiter, held
     gc.collect()

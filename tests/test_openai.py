@@ -197,6 +197,7 @@ async def test_a_stream_that_is_dropped_unread_gives_its_slot_back(server) -> No
         del stream, response
         gc.collect()
         await plain(client)
+        assert in_flight(client) == 0
 
 
 async def test_the_sdks_own_retries_are_paced_too() -> None:
