@@ -587,7 +587,7 @@ async def test_a_server_that_is_not_there_ends_the_run() -> None:
 
 
 async def test_a_cancelled_run_hands_out_what_was_answered() -> None:
-    """The cancellation carries the responses so far, to whoever catches it round the call: they are paid for."""
+    """The cancellation carries the responses so far, to whoever catches it: they are paid for."""
     kept: list[ModelResponse | None] = []
 
     async def keep(client: OpenAIClient) -> None:
