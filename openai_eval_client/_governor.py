@@ -8,6 +8,7 @@ waiters holds one timer, so that no loop depends on another that may be busy or 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -139,8 +140,9 @@ class Governor:
 
     def _log_notes(self) -> None:
         """Log what was noted under the lock: a log handler has a lock of its own."""
-        while self._notes:
-            logger.info(*self._notes.popleft())
+        with contextlib.suppress(IndexError):  # there are none, or none any more: another thread logs too
+            while True:
+                logger.info(*self._notes.popleft())
 
     def _gate(self, model: str | None) -> Gate:
         gate = self._gates.get(model)

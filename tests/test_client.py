@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import gc
 import json
 import logging
@@ -36,6 +37,14 @@ WIDE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_con
 def connect(server: SimulatedServer, rate_limit: RateLimitConfig = WIDE, **options: object) -> OpenAIClient:
     settings = {"api_key": KEY, "base_url": server.base_url, "default_model": "gpt-4o-mini", **options}
     return OpenAIClient(OpenAIConfig(**settings), rate_limit=rate_limit)
+
+
+@contextlib.contextmanager
+def nobody_listens():
+    """The address of a port that is taken and refuses connections."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
 
 
 def no_slot_is_taken(client: OpenAIClient) -> bool:
@@ -230,9 +239,7 @@ async def test_a_slow_drip_is_a_timeout_too() -> None:
 
 async def test_a_refused_connection_is_no_timeout() -> None:
     """Nobody listens: APIConnectionError, retried like one, never called a timeout."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+    with nobody_listens() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
             with pytest.raises(openai.APIConnectionError, match="connection failed") as raised:
                 await client.generate_response("hello")
@@ -575,9 +582,7 @@ async def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPat
 
 async def test_a_server_that_is_not_there_ends_the_run() -> None:
     """The first prompt that never got through ends it: one connection error, not a failure for each."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
+    with nobody_listens() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=1)) as client:
             with pytest.raises(openai.APIConnectionError, match="connection failed") as raised:
                 await client.batch_generate(["x"] * 1000)

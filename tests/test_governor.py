@@ -458,3 +458,22 @@ def test_a_request_whose_debt_would_outlast_max_wait_is_too_large() -> None:
             await governor.admit(Demand("m", 7000, 0))
 
     in_virtual_time(scenario, limits(None, 600))
+
+
+def test_threads_that_log_at_the_same_time_do_not_trip_over_each_other() -> None:
+    """A note that another thread has just logged is no error."""
+
+    class Emptied(list):
+        """Looks full, and is empty by the time one takes from it."""
+
+        def __bool__(self) -> bool:
+            return True
+
+        def popleft(self):
+            raise IndexError
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        governor._notes = Emptied()
+        await send(governor)
+
+    assert in_virtual_time(scenario, limits()).stats.attempts == 1
