@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
-import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,15 +12,11 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._answers import is_answer, priced_usage, read_answer
+from openai_eval_client._attempt import Refusals, deadline, forget_key
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
 from openai_eval_client._wire import Demand, Outcome, max_output, usage_counts
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
-
-if sys.version_info >= (3, 11):
-    from asyncio import timeout as deadline
-else:
-    from async_timeout import timeout as deadline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -34,13 +28,6 @@ if TYPE_CHECKING:
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.models import ModelResponse
-
-logger = logging.getLogger("openai_eval_client")
-
-# What a model may refuse, and what takes its place: learnt from its 400, never guessed from its name.
-_SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
-_SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ordinary words
-_REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
 
 @dataclass(slots=True)
@@ -88,7 +75,7 @@ class Caller:
         self._governor = governor
         self._counter = counter
         self._pricer = pricer
-        self._refused: dict[str, set[str]] = {}
+        self.refusals = Refusals()
         self._retrying = retrying(
             self._attempt,
             max_retries=config.max_retries,
@@ -126,18 +113,18 @@ class Caller:
         except openai.OpenAIError as error:
             self._governor.recorder.failed()
             if isinstance(error, openai.APIError):
-                _forget_key(error, self._key)
+                forget_key(error, self._key)
             raise
         return await self._account(response, tokens)
 
     async def _attempt(self, job: _Job) -> ModelResponse:
         """Send once; and once more for each parameter the model turns out to refuse."""
         while True:
-            body = self._adapted(job.body)
+            body = self.refusals.adapted(job.body)
             try:
                 return await self._send(job, body)
             except openai.BadRequestError as error:
-                if not self._learn_refusal(error, body):
+                if not self.refusals.learn(error, body):
                     raise
 
     async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
@@ -187,28 +174,6 @@ class Caller:
     def _request(self, path: str) -> Any:
         return sdk_httpx().Request("POST", str(self._sdk.base_url).rstrip("/") + path)
 
-    def _adapted(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body without what its model is known to refuse."""
-        refused = self._refused.get(body["model"])
-        if not refused:
-            return body
-        adapted = {name: value for name, value in body.items() if name not in refused}
-        for name in refused & body.keys():
-            substitute = _SUBSTITUTES[name]
-            if substitute is not None:
-                adapted.setdefault(substitute, body[name])
-        return adapted
-
-    def _learn_refusal(self, error: openai.BadRequestError, sent: dict[str, Any]) -> bool:
-        """Remember a parameter that the model refuses; False where sending again would not help."""
-        name = error.param
-        if error.code not in _REFUSALS or name not in _SUBSTITUTES or name not in sent:
-            return False
-        model = sent["model"]
-        logger.info("%s refuses %s: sending %s from now on", model, name, _SUBSTITUTES[name] or "without it")
-        self._refused.setdefault(model, set()).add(name)
-        return True
-
     async def _account(self, response: ModelResponse, input_tokens: int) -> ModelResponse:
         """Fill in usage where the server sent none, price it, and count it."""
         usage = response.usage
@@ -241,16 +206,3 @@ def _decode(reply: Any, api: str) -> dict[str, Any]:
         raise openai.APIResponseValidationError(response=reply, body=body, message=message)
     decoded: dict[str, Any] = body
     return decoded
-
-
-def _forget_key(error: openai.APIError, key: str) -> None:
-    """Take the key out of an error: out of its request's headers, and out of a message that echoes it."""
-    for name in ("authorization", "api-key"):
-        error.request.headers.pop(name, None)
-    if len(key) >= _SHORTEST_KEY and key in f"{error.message}{error.body}{error.args}":
-        error.message = error.message.replace(key, "[key]")
-        error.args = (error.message,)
-        error.body = None
-        response = getattr(error, "response", None)
-        if response is not None:
-            error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)

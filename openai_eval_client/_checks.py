@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from openai_eval_client.errors import ValidationError
@@ -75,6 +76,12 @@ def check_count(value: object, name: str) -> None:
     """Refuse what is no whole number of 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         refuse(name, value, "must be a whole number, 1 or more")
+
+
+def check_window(value: object, name: str) -> None:
+    """Refuse what is no completion window."""
+    if not isinstance(value, str) or not re.fullmatch(r"[1-9]\d{0,4}[hd]", value, re.ASCII):
+        refuse(name, value, "must be hours or days, such as '24h' or '7d'")
 
 
 def check_callback(value: object, name: str) -> None:

@@ -66,6 +66,23 @@ def retrying(
     )(attempt)
 
 
+def patient(
+    attempt: Callable[[], Awaitable[Any]], *, is_worth: Callable[[Any], bool], seconds: float
+) -> Callable[[], Awaitable[Any]]:
+    """Return `attempt`, tried again for up to so many seconds while `is_worth` says so of its error."""
+    repeated: Callable[[], Awaitable[Any]] = backoff.on_exception(
+        backoff.expo,
+        openai.APIStatusError,
+        factor=_FIRST_DELAY / 2,
+        max_value=_LONGEST_DELAY,
+        max_time=seconds,
+        giveup=lambda error: not is_worth(error),
+        jitter=None,
+        logger=None,
+    )(attempt)
+    return repeated
+
+
 def is_transient(error: Exception) -> bool:
     """Return whether the same request may succeed later.
 

@@ -159,7 +159,7 @@ async def collect(
     doom: Exception | None = None
     crew = Crew()
     if not prompts:
-        await _report(progress, 1.0)
+        await report(progress, 1.0)
     one = functools.partial(work, sending=crew.sending)
     stream = crew.run(prompts, one, width=min(width, len(prompts)))
     done = 0
@@ -176,23 +176,25 @@ async def collect(
                     results[index] = outcome
                 done += 1
                 if doom is None:
-                    await _report(progress, done / len(prompts))
+                    await report(progress, done / len(prompts))
     except asyncio.CancelledError as cancelled:
-        _attach(cancelled, results)
+        attach(cancelled, results)
         raise
     if doom is not None:
-        raise _attach(doom, results)
+        raise attach(doom, results)
     if failures and not return_exceptions:
         raise PartialFailureError(results, failures)
     return [failures.get(index, result) for index, result in enumerate(results)]
 
 
-def _attach(error: E, responses: Sequence[ModelResponse | None]) -> E:
+def attach(error: E, responses: Sequence[ModelResponse | None]) -> E:
+    """Give an error the answers there were before it, as `.responses`."""
     error.__dict__["responses"] = list(responses)
     return error
 
 
-async def _report(progress: Progress | None, fraction: float) -> None:
+async def report(progress: Progress | None, fraction: float) -> None:
+    """Call or await the caller's callback; what it raises is logged."""
     if progress is None:
         return
     try:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import openai
 
 from openai_eval_client import _runner
+from openai_eval_client._batch_client import Batches
+from openai_eval_client._batch_methods import BatchMethods
 from openai_eval_client._caller import Caller
 from openai_eval_client._checks import check_callback, check_count, refuse
 from openai_eval_client._governor import Governor
@@ -36,7 +38,7 @@ T = TypeVar("T")
 _READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
 
 
-class OpenAIClient:
+class OpenAIClient(BatchMethods):
     """Answers prompts within the rate limits, retried, priced, in order.
 
     One client may be shared by any number of tasks, threads and event loops, and used by several
@@ -67,6 +69,15 @@ class OpenAIClient:
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
         pricer = Pricer(base_url=self._config.base_url)
         self._call = Caller(self._config, sdk, self._governor, self._counter, pricer)
+        self._jobs = Batches(
+            self._config,
+            self._batch,
+            self._governor.config.max_wait,
+            sdk=sdk,
+            counter=self._counter,
+            pricer=pricer,
+            refusals=self._call.refusals,
+        )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r}, rate_limit={self._governor.config!r})"
@@ -138,8 +149,8 @@ class OpenAIClient:
             system: A system prompt for all of them.
             api: "chat" for chat completions, "responses" for the Responses API.
             max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
-            use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API. Not
-                available yet: such a call is refused.
+            use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
+                its price; fewer run online. What expires there or fails by chance is submitted once more.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; what it
                 raises is logged.
             return_exceptions: Put a failed prompt's exception in its place instead of raising.
@@ -153,7 +164,9 @@ class OpenAIClient:
             PartialFailureError: Some prompts failed; it carries the responses of the others.
             APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`, no
                 server there at all); its `responses` are what was answered before.
-            asyncio.CancelledError: The call was cancelled; its `responses` likewise.
+            BatchError: The Batch API ran none of the prompts.
+            asyncio.CancelledError: The call was cancelled; its `responses` likewise. Batches go on: `job_id`
+                names those not settled.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         if max_concurrent is not None:
@@ -161,7 +174,10 @@ class OpenAIClient:
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
         listed = _checked(prompts)
-        self._refuse_batch_api(listed, wanted=use_batch_api)
+        if use_batch_api and len(listed) >= self._batch.auto_batch_threshold:
+            return await self._jobs.collect(
+                listed, parameters, progress=progress_callback, return_exceptions=return_exceptions
+            )
         lane = Lane(max_concurrent) if max_concurrent else None
         return await _runner.collect(
             listed,
@@ -230,12 +246,6 @@ class OpenAIClient:
             api=api,
             params=params,
         )
-
-    def _refuse_batch_api(self, prompts: Sequence[Prompt], *, wanted: bool) -> None:
-        count, least = len(prompts), self._batch.auto_batch_threshold
-        if wanted and count >= least:
-            why = f"not available yet; {count} prompts reach auto_batch_threshold={least}"
-            refuse("use_batch_api", wanted, why)
 
 
 def _part(name: str, given: T | None, kind: type[T]) -> T:

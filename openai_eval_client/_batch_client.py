@@ -1,0 +1,221 @@
+"""The Batch API half of the evaluation client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client import _batch_lines
+from openai_eval_client._attempt import forget_key
+from openai_eval_client._batch_api import BatchApi, Order
+from openai_eval_client._batch_jobs import BatchJobs, Intent
+from openai_eval_client._batch_lines import ENDPOINTS
+from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
+from openai_eval_client._batch_requests import checked, is_numbered, listed, refuse_online_only
+from openai_eval_client._batch_run import BatchRun
+from openai_eval_client._batch_status import (
+    SEPARATOR,
+    Grouping,
+    as_time,
+    failure_of,
+    has_ended,
+    job_status,
+    request_counts,
+    state_of,
+    stated_errors,
+)
+from openai_eval_client._checks import check_window, refuse
+from openai_eval_client.errors import BatchError, PartialFailureError
+from openai_eval_client.models import BatchJob, BatchJobStatus, ModelResponse
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+
+    from openai.types import Batch
+
+    from openai_eval_client._attempt import Refusals
+    from openai_eval_client._pricing import Pricer
+    from openai_eval_client._requests import Parameters
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.config import BatchConfig, OpenAIConfig
+
+logger = logging.getLogger("openai_eval_client")
+
+
+class Batches:
+    """Batch jobs: submitted, looked at, settled, cancelled, listed; `OpenAIClient` documents the methods.
+
+    Args:
+        config: Where the API is.
+        batch: How to batch.
+        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
+        sdk: An SDK client that does not retry.
+        counter: Counts tokens.
+        pricer: Knows the prices.
+        refusals: What models are known to refuse.
+    """
+
+    def __init__(
+        self,
+        config: OpenAIConfig,
+        batch: BatchConfig,
+        max_wait: float,
+        *,
+        sdk: openai.AsyncOpenAI,
+        counter: TokenCounter,
+        pricer: Pricer,
+        refusals: Refusals,
+    ) -> None:
+        self._config = config
+        self._batch = batch
+        self._api = BatchApi(sdk, config, max_wait)
+        self._jobs = BatchJobs(self._api, counter, pricer)
+        self._run = BatchRun(self._api, self._jobs, counter, batch, refusals)
+
+    async def collect(self, prompts: Sequence[Any], parameters: Parameters, **options: Any) -> list[Any]:
+        """Answer prompts by batches, with the contract of `batch_generate`."""
+        refuse_online_only({**parameters.body, "extra_headers": parameters.headers or None})
+        refuse_online_only({"extra_query": parameters.query or None})
+        with self._keyless():
+            return await self._run.collect(prompts, parameters, **options)
+
+    async def submit(self, requests: object, *, api: str, window: str | None, metadata: object) -> BatchJob:
+        """Check all requests, upload them, and create the batches: all of them or none."""
+        if window is not None:
+            check_window(window, "completion_window")
+        order = (ENDPOINTS.get(api, ""), window or self._batch.completion_window, check_metadata(metadata))
+        given = listed(requests)
+        items = checked(given, api=api, default_model=self._config.default_model)
+        most = self._batch.max_batch_size
+        with self._keyless():
+            parts = await asyncio.to_thread(_batch_lines.write_parts, items, most_lines=most)
+            numbered = is_numbered(given, default_model=self._config.default_model)
+            for part in parts:
+                part.numbered = numbered
+            batches = await self._start_all(parts, *order)
+        return BatchJob(
+            job_id=SEPARATOR.join(batch.id for batch in batches),
+            status=job_status(batches, ()).status,
+            created_at=as_time(min(batch.created_at for batch in batches)),
+            request_count=len(given),
+        )
+
+    async def status(self, job_id: str) -> BatchJobStatus:
+        """Look at every batch of a job."""
+        with self._keyless():
+            return await self._status_of(await self._all(job_id))
+
+    async def results(self, job_id: str, *, return_exceptions: bool) -> list[Any]:
+        """Settle every batch of a job that has ended."""
+        with self._keyless():
+            batches = await self._all(job_id)
+            running = [batch for batch in batches if not has_ended(batch)]
+            if running:
+                state = job_status(batches, ()).status
+                message = f"job {job_id} is {state}: {len(running)} of {len(batches)} batches have not ended"
+                raise BatchError(message, code=state)
+            outcomes = await self._settle_all(batches)
+        failures = {n: outcome for n, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
+        if failures and not return_exceptions:
+            answers = [outcome if isinstance(outcome, ModelResponse) else None for outcome in outcomes]
+            raise PartialFailureError(answers, failures)
+        return outcomes
+
+    async def cancel(self, job_id: str) -> BatchJobStatus:
+        """Cancel what still runs of a job."""
+        with self._keyless():
+            batches = await self._all(job_id)
+            after = [batch if has_ended(batch) else await self._api.cancel(batch.id) for batch in batches]
+            return await self._status_of(after)
+
+    async def jobs(self) -> AsyncIterator[BatchJobStatus]:
+        """Yield the account's jobs that this package submitted, the newest first."""
+        grouping = Grouping()
+        with self._keyless():
+            async with contextlib.aclosing(self._api.all_batches()) as batches:
+                async for batch in batches:
+                    job = grouping.add(batch)
+                    if job:
+                        yield await self._status_of(job)
+            for job in grouping.incomplete():
+                yield await self._status_of(job)
+
+    async def _all(self, job_id: str) -> list[Batch]:
+        ids = job_id.split(SEPARATOR) if isinstance(job_id, str) else []
+        if not ids or any(not name or not name.isascii() or not name.isprintable() for name in ids):
+            refuse("job_id", job_id, "must be the job_id of a BatchJob, or the id of a batch")
+        return [await self._api.get(name) for name in ids]
+
+    async def _start_all(
+        self, parts: list[_batch_lines.Part], endpoint: str, window: str, metadata: dict[str, str]
+    ) -> list[Batch]:
+        intent, total = Intent(), sum(part.count for part in parts)
+        made: list[Batch] = []
+        try:
+            for part in parts:
+                placement = Placement.of(part, intent.name, total)
+                made.append(
+                    await self._jobs.start(part, Order(placement, endpoint, window, metadata), intent)
+                )
+        except BaseException as error:
+            await self._undo(made, error)
+            raise
+        finally:
+            _batch_lines.close(parts)
+        return made
+
+    async def _undo(self, made: list[Batch], error: BaseException) -> None:
+        """Cancel the batches of a job that could not be created whole; name them, since they may cost."""
+        if not made:
+            return
+        job_id = SEPARATOR.join(batch.id for batch in made)
+        error.__dict__["job_id"] = job_id
+        logger.warning("job not submitted whole (%s): cancelling %s", type(error).__name__, job_id)
+        if isinstance(error, Exception):
+            for batch in made:
+                with contextlib.suppress(openai.OpenAIError):
+                    await self._api.cancel(batch.id)
+
+    async def _settle_all(self, batches: list[Batch]) -> list[Any]:
+        outcomes: dict[int, Any] = {}
+        lines = 0
+        for batch, offset in _with_offsets(batches):
+            settlement = await self._jobs.settle(batch, offset=offset)
+            lines += settlement.lines
+            outcomes.update(settlement.outcomes)
+        if not lines and all(state_of(batch) == "failed" for batch in batches):
+            raise failure_of(batches)
+        return [outcome for _, outcome in sorted(outcomes.items())]
+
+    async def _status_of(self, batches: list[Batch]) -> BatchJobStatus:
+        errors: list[BatchError] = []
+        for batch, offset in _with_offsets(batches):
+            said = stated_errors(batch)
+            lines = [error.line for error in said if error.line is not None]
+            indexes = await self._jobs.indexes(batch, offset) if lines else ()
+            for error in said:
+                if error.line is not None and error.line <= len(indexes):
+                    error.line = indexes[error.line - 1] + 1
+            errors += said
+        return job_status(batches, errors)
+
+    @contextlib.contextmanager
+    def _keyless(self) -> Iterator[None]:
+        try:
+            yield
+        except openai.APIError as error:
+            forget_key(error, self._config.api_key)
+            raise
+
+
+def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
+    """Yield each batch with the index of its first request, for those that do not say it themselves."""
+    offset = 0
+    for batch in batches:
+        yield batch, offset
+        placement = read_placement(batch.metadata)
+        offset += request_counts(batch)[0] if placement is None else placement.count

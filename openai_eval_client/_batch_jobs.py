@@ -1,0 +1,213 @@
+"""Batch jobs: one string names all batches of a job, and is enough to settle it from anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client._answers import priced_usage
+from openai_eval_client._batch_lines import ENDPOINTS, MIXED
+from openai_eval_client._batch_meta import read_placement
+from openai_eval_client._batch_results import (
+    Manifest,
+    Reader,
+    Settlement,
+    guess_manifest,
+    read_bodies,
+    read_manifest,
+)
+from openai_eval_client._batch_status import Reasons, request_counts
+from openai_eval_client.errors import BatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from openai.types import Batch
+
+    from openai_eval_client._batch_api import BatchApi, Order
+    from openai_eval_client._batch_lines import Part
+    from openai_eval_client._batch_meta import Placement
+    from openai_eval_client._pricing import Pricer
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.models import ModelResponse, TokenUsage
+
+logger = logging.getLogger("openai_eval_client")
+
+
+@dataclass(slots=True)
+class Intent:
+    """The wish to have requests run: named before the first step on the network, so that none is done twice.
+
+    Attributes:
+        name: Stands in the metadata of every batch made of it.
+        since: When it was first wished for, in seconds since the epoch.
+        made: The id of the batch of each part, by the part's key.
+        spans: First line and count of each part, where parts were cut.
+        recovered: Whether an earlier program may have created batches that are not in `made`.
+    """
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    since: float = field(default_factory=time.time)
+    made: dict[str, str] = field(default_factory=dict)
+    spans: dict[int, int] = field(default_factory=dict)
+    recovered: bool = False
+
+    def note_spans(self, spans: Iterable[tuple[int, int]]) -> None:
+        """Remember how the parts are cut now."""
+        self.spans.update(spans)
+
+
+class BatchJobs:
+    """Starts batches, and settles them to one typed outcome for each request.
+
+    Args:
+        api: The endpoints.
+        counter: Counts tokens where a result has no usage.
+        pricer: Knows the prices.
+    """
+
+    def __init__(self, api: BatchApi, counter: TokenCounter, pricer: Pricer) -> None:
+        self._api = api
+        self._counter = counter
+        self._pricer = pricer
+
+    async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
+        """Upload a part and create its batch, unless that was done before."""
+        known = intent.made.get(part.key)
+        if known is not None:
+            return await self._api.get(known)
+        batch = await self._api.find(order.placement, since=intent.since) if intent.recovered else None
+        if batch is None:
+            file_id = await self._api.upload(part)
+            batch = await self._api.create(order, file_id, since=intent.since)
+        intent.made[part.key] = batch.id
+        logger.info("batch %s created: %d requests of %s", batch.id, part.count, part.model)
+        return batch
+
+    async def settle(self, batch: Batch, *, offset: int = 0, schema: Any = None) -> Settlement:
+        """Read the results of a batch that has ended.
+
+        Args:
+            batch: The batch.
+            offset: The index of its first request, where nothing else tells.
+            schema: The pydantic class the answers are to fit, where there is one.
+
+        Returns:
+            One outcome for each of its requests.
+
+        Raises:
+            BatchError: It is of an endpoint that this client has no responses for.
+        """
+        api = next((api for api, path in ENDPOINTS.items() if path == batch.endpoint), None)
+        if api is None:
+            message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
+            raise BatchError(message, code="unsupported_endpoint")
+        await self._pricer.ready()
+        async with contextlib.AsyncExitStack() as stack:
+            files = [
+                stack.enter_context(file)
+                for file_id in (batch.output_file_id, batch.error_file_id)
+                if file_id and (file := await self._result_file(batch, file_id)) is not None
+            ]
+            manifest = await self._manifest(batch, offset)
+            if manifest is None:
+                manifest = await asyncio.to_thread(guess_manifest, files, start=offset)
+            reader = Reader(api, schema, self._price)
+            settlement = await asyncio.to_thread(reader.read, files, manifest)
+        self._compare(batch, settlement)
+        reasons = Reasons(batch)
+        for position, index in enumerate(manifest.indexes):
+            if index not in settlement.outcomes:
+                settlement.outcomes[index] = reasons.of(position, index)
+        await self._count_missing_usage(batch, settlement, manifest.indexes)
+        return settlement
+
+    async def indexes(self, batch: Batch, offset: int) -> Sequence[int]:
+        """Return the index of each line's request, as far as it can be known."""
+        manifest = await self._manifest(batch, offset)
+        return range(offset, offset) if manifest is None else manifest.indexes
+
+    async def _manifest(self, batch: Batch, offset: int) -> Manifest | None:
+        """Return what a batch was asked; None where its input file is gone and nothing else tells."""
+        placement = read_placement(batch.metadata)
+        consecutive = placement is not None and placement.start is not None and placement.numbered
+        if placement is not None and consecutive and placement.temperature != MIXED:
+            return _consecutive(placement)
+        file = await self._input_file(batch)
+        if file is None:
+            return _consecutive(placement) if placement is not None and consecutive else None
+        numbered = placement is not None and placement.numbered
+        start = offset if placement is None or placement.start is None else placement.start
+        with file:
+            return await asyncio.to_thread(read_manifest, file, numbered=numbered, start=start)
+
+    async def _input_file(self, batch: Batch) -> IO[bytes] | None:
+        try:
+            return await self._api.download(batch.input_file_id)
+        except openai.NotFoundError:
+            logger.warning("batch %s: its input file %s is gone", batch.id, batch.input_file_id)
+            return None
+
+    async def _result_file(self, batch: Batch, file_id: str) -> IO[bytes] | None:
+        try:
+            return await self._api.download(file_id)
+        except openai.NotFoundError:
+            logger.warning("batch %s: its result file %s is gone", batch.id, file_id)
+            return None
+
+    def _price(self, model: str, usage: TokenUsage) -> float | None:
+        cost = self._pricer.cost(model, priced_usage(usage), batch=True)
+        return None if cost is None else float(cost)
+
+    def _compare(self, batch: Batch, settlement: Settlement) -> None:
+        """Say what is odd about the files, and where the API counts otherwise."""
+        for what, times in settlement.oddities.items():
+            if times:
+                logger.warning("batch %s: %d %s in its result files", batch.id, times, what)
+        _, completed, _ = request_counts(batch)
+        if completed != settlement.answered:
+            text = "batch %s: the API counts %d completed requests, its files hold %d answers"
+            logger.warning(text, batch.id, completed, settlement.answered)
+
+    async def _count_missing_usage(
+        self, batch: Batch, settlement: Settlement, indexes: Sequence[int]
+    ) -> None:
+        """Estimate the usage that the server left out, as for answers online."""
+        bare: dict[int, ModelResponse] = {
+            index: outcome
+            for index, outcome in settlement.outcomes.items()
+            if not isinstance(outcome, Exception) and outcome.usage.estimated
+        }
+        if not bare:
+            return
+        bodies = await self._bodies(
+            batch, {line: index for line, index in enumerate(indexes) if index in bare}
+        )
+        for index, response in bare.items():
+            usage, text = response.usage, "\n".join(response.choices)
+            usage.prompt_tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
+            usage.completion_tokens = await self._counter.count_text(text, response.model) if text else 0
+            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+            usage.estimated_cost = self._price(response.model, usage)
+
+    async def _bodies(self, batch: Batch, lines: Mapping[int, int]) -> dict[int, Any]:
+        """Return the body of each of these requests, by index, where the input file is still there."""
+        file = await self._input_file(batch)
+        if file is None:
+            return {}
+        with file:
+            return await asyncio.to_thread(read_bodies, file, lines)
+
+
+def _consecutive(placement: Placement) -> Manifest:
+    """Return the manifest of a batch whose metadata say all."""
+    start = placement.start or 0
+    temperature = None if isinstance(placement.temperature, str) else placement.temperature
+    return Manifest(range(start, start + placement.count), temperature=temperature)

@@ -1,0 +1,131 @@
+"""What the metadata of a batch says: ours, from which a job is put together again, and the caller's."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client._batch_lines import MIXED
+from openai_eval_client._checks import check_mapping, check_text, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from openai_eval_client._batch_lines import Part
+
+INTENT = "openai_eval_client_intent"
+PART = "openai_eval_client_part"
+_PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-reference/batch/create
+_LAST_NUMBER = re.compile(r"\d+\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the lines of a batch stand in their job.
+
+    Attributes:
+        intent: Names the job, before it has an id.
+        total: Requests of the whole job.
+        first: The position of the batch's first line among all lines of the job.
+        count: How many lines it has.
+        start: The index of its first request where the indexes are consecutive, else None.
+        numbered: Whether each custom_id ends with the request's index.
+        temperature: What all requests ask; None: nothing; "mixed": they differ.
+    """
+
+    intent: str
+    total: int
+    first: int
+    count: int
+    start: int | None
+    numbered: bool
+    temperature: float | str | None
+
+    @classmethod
+    def of(cls, part: Part, intent: str, total: int) -> Placement:
+        """Say where a part stands."""
+        low, high = part.indexes[0], part.indexes[-1]
+        consecutive = high - low + 1 == part.count  # they rise
+        return cls(
+            intent=intent,
+            total=total,
+            first=part.first,
+            count=part.count,
+            start=low if consecutive else None,
+            numbered=part.numbered,
+            temperature=part.temperature,
+        )
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells it from every other batch."""
+        return self.intent, self.first, self.count
+
+    def metadata(self) -> dict[str, str]:
+        """Return our two pairs."""
+        values = {name: getattr(self, name) for name in _FIELDS}
+        return {INTENT: self.intent, PART: json.dumps(values, separators=(",", ":"))}
+
+
+_FIELDS = ("total", "first", "count", "start", "numbered", "temperature")
+
+
+def read_placement(metadata: object) -> Placement | None:
+    """Return where a batch stands in its job; None where it is none of ours."""
+    if not isinstance(metadata, dict):
+        return None
+    try:
+        values = json.loads(metadata[PART])
+        placement = Placement(intent=metadata[INTENT], **{name: values[name] for name in _FIELDS})
+    except (KeyError, TypeError, ValueError):
+        return None
+    return placement if _is_sound(placement) else None
+
+
+def _is_sound(placement: Placement) -> bool:
+    whole = (placement.total, placement.first, placement.count, placement.start or 0)
+    temperature = placement.temperature
+    return (
+        all(type(number) is int and number >= 0 for number in whole)
+        and isinstance(placement.intent, str)
+        and placement.first + placement.count <= placement.total
+        and (temperature in {None, MIXED} or isinstance(temperature, int | float))
+    )
+
+
+def index_in(custom_id: str) -> int | None:
+    """Return the index at the end of a custom_id of a numbered batch."""
+    found = _LAST_NUMBER.search(custom_id)
+    return int(found[0]) if found else None
+
+
+def check_metadata(metadata: object) -> dict[str, str]:
+    """Return the caller's metadata, None as an empty dict.
+
+    Raises:
+        ValidationError: It is no dict of texts, or more than the API takes beside our two pairs.
+    """
+    if metadata is None:
+        return {}
+    check_mapping(metadata, "metadata")
+    pairs: Mapping[str, Any] = metadata  # type: ignore[assignment]  # just checked
+    if len(pairs) > _PAIRS - 2:
+        refuse("metadata", metadata, f"has {len(pairs)} pairs; a batch takes {_PAIRS}, and two are ours")
+    for key, value in pairs.items():
+        _check_pair(key, value)
+    return dict(pairs)
+
+
+def _check_pair(key: str, value: object) -> None:
+    name = f"metadata[{key!r}]"
+    check_text(key, "metadata")
+    if key in {INTENT, PART}:
+        refuse(name, value, "this key is ours", field="metadata")
+    if len(key) > _KEY:
+        refuse(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
+    if not isinstance(value, str):
+        refuse(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
+    if len(value) > _VALUE:
+        refuse(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")

@@ -1,0 +1,234 @@
+"""Requests through the Batch API until each has its outcome: submitted, held back, polled, settled."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+import re
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client import _batch_lines
+from openai_eval_client._batch_api import Order
+from openai_eval_client._batch_meta import Placement
+from openai_eval_client._batch_status import (
+    failure_of,
+    has_ended,
+    is_enqueued_limit,
+    request_counts,
+    state_of,
+    was_refused,
+)
+from openai_eval_client._retry import is_transient
+
+if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Awaitable, Callable
+
+    from openai.types import Batch
+
+    from openai_eval_client._batch_api import BatchApi
+    from openai_eval_client._batch_jobs import BatchJobs, Intent
+    from openai_eval_client._batch_lines import Part
+    from openai_eval_client._batch_results import Outcome
+    from openai_eval_client._tokens import TokenCounter
+
+logger = logging.getLogger("openai_eval_client")
+
+_LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
+_FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
+_JITTER = 0.1  # of the polling interval, either way
+_UNITS = {"h": 3600, "d": 86_400}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What all batches of a round have in common.
+
+    Attributes:
+        endpoint: Such as "/v1/chat/completions".
+        window: The completion window.
+        polling_interval: Seconds between two looks.
+        schema: The pydantic class the answers are to fit, where there is one.
+        save: Called whenever the intent has changed, before and after each step that costs.
+        tell: Called with the number of requests that are done.
+    """
+
+    endpoint: str
+    window: str
+    polling_interval: float
+    schema: Any
+    save: Callable[[], Awaitable[None]]
+    tell: Callable[[int], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Round:
+    """One pass of requests through the Batch API.
+
+    Attributes:
+        api: The endpoints.
+        jobs: Starts and settles batches.
+        counter: Counts the tokens of a part that is too large.
+        plan: What all batches have in common.
+        intent: Names them.
+        waiting: The parts not submitted yet.
+        running: Those submitted, by the id of their batch.
+        outcomes: One for each index that is settled.
+        failed: Why requests were never run: their batch was not created, or failed.
+        never_ran: How many requests that are.
+    """
+
+    api: BatchApi
+    jobs: BatchJobs
+    counter: TokenCounter
+    plan: Plan
+    intent: Intent
+    waiting: deque[Part]
+    running: dict[str, Part] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    failed: list[Exception] = field(default_factory=list)
+    never_ran: int = 0
+    _total: int = 0
+    _done: dict[str, int] = field(default_factory=dict)
+    _held: bool = False
+    _refused_alone: int = 0
+
+    async def run(self) -> dict[int, Outcome]:
+        """Return the outcome of each request, by index."""
+        self._total = sum(part.count for part in self.waiting)
+        give_up_at = time.monotonic() + _seconds(self.plan.window)
+        await self._save()
+        try:
+            while True:
+                await self._submit(patient=time.monotonic() < give_up_at)
+                if not self.running and not self.waiting:
+                    return self.outcomes
+                await asyncio.sleep(self._pause())
+                await self._poll()
+        finally:
+            _batch_lines.close([*self.waiting, *self.running.values()])
+
+    def _pause(self) -> float:
+        return self.plan.polling_interval * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
+
+    async def _save(self) -> None:
+        """Record which parts there are and which batches were made of them."""
+        parts = sorted([*self.waiting, *self.running.values()], key=lambda part: part.first)
+        self.intent.note_spans([(part.first, part.count) for part in parts])
+        await self.plan.save()
+
+    async def _submit(self, *, patient: bool) -> None:
+        """Submit the parts that wait, as long as the server takes them."""
+        while self.waiting and not self._held:
+            part = self.waiting.popleft()
+            order = Order(
+                Placement.of(part, self.intent.name, self._total), self.plan.endpoint, self.plan.window, {}
+            )
+            try:
+                batch = await self.jobs.start(part, order, self.intent)
+            except openai.OpenAIError as error:
+                await self._refused(part, error, patient=patient)
+            except BaseException:
+                self.waiting.appendleft(part)
+                raise
+            else:
+                self.running[batch.id] = part
+                self._refused_alone = 0
+                await self._save()
+
+    async def _refused(self, part: Part, error: openai.OpenAIError, *, patient: bool) -> None:
+        """Hold a part back whose batch was not created, or give it up."""
+        code, message = getattr(error, "code", None), getattr(error, "message", str(error))
+        if is_enqueued_limit(code, message) and patient:
+            await self._hold(part, message, error)
+        elif is_transient(error) and (self.running or self.outcomes):
+            logger.warning("%d requests could not be submitted (%s): later again", part.count, message)
+            self.waiting.appendleft(part)
+            self._held = True
+        else:
+            self._give_up(part, error)
+
+    def _give_up(self, part: Part, error: Exception) -> None:
+        self.failed.append(error)
+        self.never_ran += part.count
+        self.outcomes.update(dict.fromkeys(part.indexes, error))
+        part.file.close()
+
+    async def _hold(self, part: Part, message: str, error: Exception) -> None:
+        """Keep a part until there is room for it; cut it where there will never be."""
+        found = _LIMIT.search(message)
+        limit = int(found[1].replace(",", "")) if found else None
+        tokens = await self._tokens(part) if limit is not None else 0
+        if limit is not None and tokens > limit * _FILLED and part.count > 1:
+            await self._replace(part, pieces=-int(-tokens // (limit * _FILLED)))
+        elif limit is not None and tokens > limit:
+            self._give_up(part, error)
+        elif limit is None and self._refused_alone > 0 and part.count > 1 and not self.running:
+            await self._replace(part, pieces=2)
+        else:
+            self.waiting.appendleft(part)
+            self._refused_alone += not self.running
+            self._held = True
+            logger.info("%d requests held back: %s", part.count, message)
+
+    async def _replace(self, part: Part, *, pieces: int) -> None:
+        smaller = _batch_lines.cut(part, _batch_lines.even(part.count, pieces))
+        self.waiting.extendleft(reversed(smaller))
+        logger.info("%d requests cut into %d batches, to fit the enqueued limit", part.count, len(smaller))
+        await self._save()
+
+    async def _tokens(self, part: Part) -> int:
+        part.file.seek(0)
+        return sum([await self.counter.count_input(json.loads(line)["body"]) for line in part.file])
+
+    async def _poll(self) -> None:
+        """Look at each batch once, and settle those that have ended."""
+        if not self.running:
+            self._held = False
+        for batch_id, part in list(self.running.items()):
+            await self._look(batch_id, part)
+        await self.plan.tell(len(self.outcomes) + sum(self._done.values()))
+
+    async def _look(self, batch_id: str, part: Part) -> None:
+        try:
+            await self._take(await self.api.get(batch_id), part)
+        except openai.APIError as error:
+            if not is_transient(error):
+                raise
+            logger.warning("batch %s could not be read (%s): later again", batch_id, type(error).__name__)
+
+    async def _take(self, batch: Batch, part: Part) -> None:
+        """Take in what a batch has become."""
+        if not has_ended(batch):
+            _, completed, failed = request_counts(batch)
+            self._done[batch.id] = completed + failed
+            return
+        refusal = was_refused(batch)
+        if refusal is not None:
+            self._forget(batch)
+            self.intent.made.pop(part.key, None)
+            await self._hold(part, refusal.message, refusal)
+            await self._save()
+            return
+        settlement = await self.jobs.settle(batch, schema=self.plan.schema)
+        self._forget(batch)
+        self._held = False
+        part.file.close()
+        if state_of(batch) == "failed" and not settlement.lines:
+            self.failed.append(failure_of([batch]))
+            self.never_ran += part.count
+        self.outcomes.update(settlement.outcomes)
+
+    def _forget(self, batch: Batch) -> None:
+        self.running.pop(batch.id)
+        self._done.pop(batch.id, None)
+
+
+def _seconds(window: str) -> int:
+    return int(window[:-1]) * _UNITS[window[-1]]
