@@ -73,7 +73,9 @@ class SimulatedServer(Options):
     process: bool = False
     cpu: int | None = None
     _backend: ThreadBackend | ProcessBackend | None = field(default=None, init=False, repr=False)
-    _last: tuple[list[Call], dict[str, Any]] | None = field(default=None, init=False, repr=False)
+    _last: tuple[list[Call], dict[str, Any], list[dict[str, Any]]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +100,7 @@ class SimulatedServer(Options):
             return
         backend, self._backend = self._backend, None
         try:
-            self._last = backend.calls(), backend.state()
+            self._last = backend.calls(), backend.state(), backend.batches()
         finally:
             backend.stop()
 
@@ -125,6 +127,13 @@ class SimulatedServer(Options):
         if self._backend is None and self._last:
             return self._last[0]
         return self._running.calls()
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """The Batch objects as of now, oldest first; `reset()` leaves them alone."""
+        if self._backend is None and self._last:
+            return self._last[2]
+        return self._running.batches()
 
     @property
     def counts(self) -> Counter[str]:
