@@ -13,6 +13,7 @@ from ._errors import ApiError
 from ._plans import TERMINAL
 
 if TYPE_CHECKING:
+    import io
     from collections.abc import Awaitable, Callable, Sequence
     from random import Random
 
@@ -31,7 +32,7 @@ class Surroundings:
     Attributes:
         files: Where its files go.
         read: Reads its input.
-        refuse: Called with model and tokens when the input is read; returns the error that ends the batch, if any.
+        refuse: Called with the input once read; returns the error that ends the batch, if any.
         answer: Answers one request.
         outcomes: Draws what becomes of so many lines, in input order.
         random: Shuffles the lines.
@@ -185,14 +186,16 @@ class Batch:
         self._shown["output_file_id"] = self._write("output", lines.output, plan.output_file)
         self._shown["error_file_id"] = self._write("error", lines.failures, plan.error_file)
         self._shown["usage"] = lines.usage()
-        self._lines.output, self._lines.failures = [], []
         self._close(status)
 
-    def _write(self, name: str, lines: list[bytes], wanted: bool | str) -> str | None:
+    def _write(self, name: str, lines: io.BytesIO, wanted: bool | str) -> str | None:
         """The id of a file of these lines, where there are any and it is to be there."""
-        if wanted is False or not (lines or wanted == "empty"):
+        if wanted == "":
+            return ""
+        if wanted is False or not (lines.tell() or wanted == "empty"):
             return None
-        content = b"" if wanted == "empty" else b"".join(lines)
+        content = b"" if wanted == "empty" else lines.getvalue()
+        lines.truncate(0)  # the file alone holds them now
         written = self._around.files.write(content, f"{self.ident}_{name}.jsonl", self._around.expires_after)
         if wanted == "gone":
             self._around.files.forget(written.ident)

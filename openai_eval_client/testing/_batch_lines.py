@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -20,28 +21,27 @@ Json = dict[str, Any]
 UNANSWERED = {
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),
+    "timeout": ("request_timeout", "The request to the model timed out."),
 }
 ERRORS = ("400", "429", "500")
 encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Lines:
-    """What is written for one line after the other; `answer` makes a body.
+    """What is written for one line after the other.
 
     Attributes:
-        output: Lines of the output file.
-        failures: Lines of the error file.
+        output: The output file so far.
+        failures: The error file so far.
         completed: Lines answered.
         failed: Lines answered by an error.
-        usage: Tokens of the answers.
     """
 
     def __init__(self, answer: Callable[[Ask], Json]) -> None:
         self._answer = answer
-        self.output: list[bytes] = []
-        self.failures: list[bytes] = []
+        self.output, self.failures = io.BytesIO(), io.BytesIO()
         self.completed = self.failed = 0
-        self.input_tokens = self.output_tokens = 0
+        self._input_tokens = self._output_tokens = 0
 
     def run(self, task: Task, outcome: str) -> None:
         """Answer one line, or do not, as told."""
@@ -52,7 +52,7 @@ class Lines:
             self._fail(task, _told(outcome))
         elif outcome == "status_0":
             self.failed += 1
-            self.failures.append(_line(task.custom_id, _response(0, None)))
+            self.failures.write(_line(task.custom_id, _response(0, None)))
         elif isinstance(task.ask, ApiError):
             self._fail(task, task.ask)
         else:
@@ -61,21 +61,21 @@ class Lines:
     def leave(self, task: Task, reason: str) -> None:
         """Write that a line was never run."""
         code, message = UNANSWERED[reason]
-        self.failures.append(_line(task.custom_id, None, {"code": code, "message": message}))
+        self.failures.write(_line(task.custom_id, None, {"code": code, "message": message}))
 
     def usage(self) -> Json:
         """The tokens, as a Batch object shows them."""
         return {
-            "input_tokens": self.input_tokens,
+            "input_tokens": self._input_tokens,
             "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": self.output_tokens,
+            "output_tokens": self._output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": self.input_tokens + self.output_tokens,
+            "total_tokens": self._input_tokens + self._output_tokens,
         }
 
     def _fail(self, task: Task, error: ApiError) -> None:
         self.failed += 1
-        self.failures.append(_line(task.custom_id, _response(error.status, error.body)))
+        self.failures.write(_line(task.custom_id, _response(error.status, error.body)))
 
     def _complete(self, task: Task, ask: Ask, outcome: str) -> None:
         try:
@@ -87,8 +87,8 @@ class Lines:
             self._fail(task, server_error(f"The server had an error while answering: {problem!r}"))
             return
         self.completed += 1
-        self.input_tokens += ask.prompt_tokens
-        self.output_tokens += body["usage"]["total_tokens"] - ask.prompt_tokens
+        self._input_tokens += ask.prompt_tokens
+        self._output_tokens += body["usage"]["total_tokens"] - ask.prompt_tokens
         self._write(task, body, outcome)
 
     def _write(self, task: Task, body: Json, outcome: str) -> None:
@@ -96,13 +96,13 @@ class Lines:
         if outcome == "truncated":
             line = line[: len(line) // 2] + b"\n"
         if outcome != "missing":
-            self.output.append(line)
+            self.output.write(line)
         if outcome == "duplicate":
-            self.output.append(line)
+            self.output.write(line)
         if outcome == "duplicate_error":
-            self.failures.append(_line(task.custom_id, _response(500, _told("500").body)))
+            self.failures.write(_line(task.custom_id, _response(500, _told("500").body)))
         if outcome == "unknown_id":
-            self.output.append(_line(f"unknown-{uuid.uuid4().hex}", _response(200, body)))
+            self.output.write(_line(f"unknown-{uuid.uuid4().hex}", _response(200, body)))
 
 
 def _told(outcome: str) -> ApiError:

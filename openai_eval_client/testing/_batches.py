@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 ORGANIZATION = "org-simulated"
 MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
-CANNOT_FIND = (
-    "invalid_request",
-    f"Cannot find file, or organization {ORGANIZATION} does not have access to it.",
-    "file_id",
-)
 STAMPS = (
     "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",
 )  # fmt: skip
@@ -158,7 +153,8 @@ class Batches:
 
     async def _read(self, url: str, file: StoredFile | None) -> BatchInput:
         if file is None:
-            return BatchInput(errors=[error(*CANNOT_FIND)])
+            message = f"Cannot find file, or organization {ORGANIZATION} does not have access to it."
+            return BatchInput(errors=[error("invalid_request", message, "file_id")])
         return await Reader(url, _endpoint(url), self._count, self._know).all(file.content)
 
     def _over(self, read: BatchInput) -> Json | None:

@@ -10,11 +10,11 @@ from typing import Any
 
 OUTCOMES = (
     "ok", "400", "429", "500", "expired", "cancelled", "missing", "duplicate", "duplicate_error",
-    "unknown_id", "status_0", "truncated", "null_body", "no_usage", "garbage",
+    "unknown_id", "timeout", "status_0", "truncated", "null_body", "no_usage", "garbage",
 )  # fmt: skip
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 STATUSES = ("validating", "in_progress", "finalizing", "cancelling", *TERMINAL)
-FILES = (True, False, "empty", "gone")
+FILES = (True, False, "", "empty", "gone")
 COUNTS = ("total", "completed", "failed")
 CUT_SHORT = ("expired", "cancelled", "cancelling")
 
@@ -35,8 +35,8 @@ class Plan:
         seconds: From creation to the terminal state; None is the server's own.
         done: Share of the lines that get an answer.
         lines: Outcomes of the first lines in input order; None draws them at random.
-        output_file: Whether there is a file of answers: True, False, "empty", or "gone": an id that leads
-            nowhere.
+        output_file: Whether there is a file of answers, where there are answers. Instead, "" is shown as its
+            id, "empty" is a file of nothing, and "gone" an id that leads nowhere.
         error_file: The same for the file of failures.
         counts: Counts shown in place of the true ones.
         errors: Errors shown in place of the true ones.
@@ -107,8 +107,8 @@ NEEDS = {
     "seconds": "a number of seconds, not negative",
     "done": "a share from 0 to 1",
     "lines": f"outcomes, each one of {', '.join(OUTCOMES)}",
-    "output_file": 'True, False, "empty" or "gone"',
-    "error_file": 'True, False, "empty" or "gone"',
+    "output_file": 'True, False, "", "empty" or "gone"',
+    "error_file": 'True, False, "", "empty" or "gone"',
     "counts": f"a mapping of {', '.join(COUNTS)}",
     "errors": "mappings with code, message, param and line",
     "input_gone": "True or False",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Json = dict[str, Any]
 PIECE = 256 * 1024
+UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 
 
 class Storage:
@@ -57,14 +59,14 @@ class Storage:
         fault = exchange.fault = self._faults[name].draw()
         if fault in BEFORE:
             await self._break(exchange, str(fault))
-        if name == "content":
-            return await self._download(exchange, self._files.get(ident))
         done = await self._act(exchange, name, ident, sent)
         if fault in AFTER:
             await self._break(exchange, str(fault).removesuffix("_after"))
-        return done
+        return done if isinstance(done, dict) else await self._download(exchange, done)
 
-    async def _act(self, exchange: Exchange, name: str, ident: str, sent: Form | Json) -> Json:  # noqa: PLR0911
+    async def _act(  # noqa: PLR0911 - one for each endpoint
+        self, exchange: Exchange, name: str, ident: str, sent: Form | Json
+    ) -> Json | StoredFile:
         match name:
             case "upload" if isinstance(sent, Form):
                 return upload(sent, self._files).shown()
@@ -72,6 +74,8 @@ class Storage:
                 return self._files.list(exchange.request.query)
             case "retrieve_file":
                 return self._files.get(ident).shown()
+            case "content":
+                return self._files.get(ident)
             case "delete":
                 return self._files.delete(ident)
             case "list":
@@ -99,7 +103,7 @@ class Storage:
         whole = (first, end) == (0, len(file.content))
         response = web.StreamResponse(status=200 if whole else 206, headers=exchange.headers())
         response.content_type = "application/octet-stream"
-        response.headers["content-disposition"] = f'attachment; filename="{file.filename}"'
+        response.headers["content-disposition"] = f'attachment; filename="{UNSAFE.sub("_", file.filename)}"'
         response.content_length = end - first
         if self._options.ranges:
             response.headers["accept-ranges"] = "bytes"
