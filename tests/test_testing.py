@@ -405,7 +405,7 @@ def test_unknown_paths_and_methods(server):
     status, _, raw = send(server, path="/nowhere")
     assert status == 404
     assert error_of(raw)["message"] == "Invalid URL (POST /v1/nowhere)"
-    assert send(server, path="/files", method="GET", body=None)[0] == 404
+    assert send(server, path="/assistants", method="GET", body=None)[0] == 404
     assert send(server, method="GET", body=None)[0] == 405
 
 

@@ -111,6 +111,12 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         default=16,
         help="output tokens charged when the request sets no maximum",
     )
+    add(
+        "--enqueued-tokens",
+        type=int,
+        metavar="N",
+        help="prompt tokens of a model's batches under way at once",
+    )
     switch: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS}
     add("--no-headers", dest="headers", **switch, help="send no x-ratelimit-* headers")
     add("--no-retry-after", dest="retry_after", **switch, help="send no retry-after headers")
@@ -129,6 +135,7 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     add("--script", type=_names, metavar="A,B", help="faults, or ok, of the first generations")
     add("--unavailable-retry-after", type=float, metavar="S", help="retry-after seconds of fault 503")
     add("--output-tokens", type=int, metavar="N", help="completion tokens to report")
+    add("--batch-seconds", type=float, default=0.2, metavar="S", help="from a batch's creation to its end")
     add("--seed", type=int, default=0, help="of latencies and faults")
     add("--record", type=int, default=100_000, help="newest calls kept")
 

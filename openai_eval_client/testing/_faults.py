@@ -49,7 +49,7 @@ def check_script(script: Iterable[str]) -> None:
 class Faults:
     """Says which fault, if any, befalls the next generation."""
 
-    def __init__(self, faults: Mapping[str, float], script: Iterable[str], seed: int) -> None:
+    def __init__(self, faults: Mapping[str, float], script: Iterable[str], seed: int | str) -> None:
         self._bounds = tuple(zip(accumulate(faults.values()), faults, strict=True))
         self._script = deque(script)
         self._random = Random(f"faults {seed}")

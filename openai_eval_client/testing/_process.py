@@ -50,6 +50,11 @@ class ProcessBackend:
         """The calls recorded."""
         return [Call(**call) for call in self._ask("GET", "calls")]
 
+    def batches(self) -> list[dict[str, Any]]:
+        """The Batch objects, oldest first."""
+        batches: list[dict[str, Any]] = self._ask("GET", "batches")
+        return batches
+
     def state(self) -> dict[str, Any]:
         """Counters and gauges."""
         state: dict[str, Any] = self._ask("GET", "state")

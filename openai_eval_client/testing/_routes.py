@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._answers import Answer, Ask, Count, Json
 
 BASE = "/v1"
+UPLOAD = ("POST", f"{BASE}/files")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,12 +41,19 @@ class Lookup:
 
 
 @dataclass(frozen=True, slots=True)
+class Stored:
+    """An endpoint of files or batches, by its name in `endpoint_script`."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Route:
     """A method, a path below /v1 with its parameters in braces, and what answers there."""
 
     method: str
     path: str
-    endpoint: Generation | Lookup
+    endpoint: Generation | Lookup | Stored
 
     def match(self, path: str) -> dict[str, str] | None:
         """The path's parameters, or None where it is another path."""
@@ -84,6 +92,15 @@ ROUTES = (
     Route("POST", "/embeddings", Generation(read=_embeddings.read, write=_embeddings.write)),
     Route("GET", "/models", Lookup(list_models)),
     Route("GET", "/models/{model}", Lookup(one_model)),
+    Route("POST", "/files", Stored("upload")),
+    Route("GET", "/files", Stored("list_files")),
+    Route("GET", "/files/{id}/content", Stored("content")),
+    Route("GET", "/files/{id}", Stored("retrieve_file")),
+    Route("DELETE", "/files/{id}", Stored("delete")),
+    Route("POST", "/batches", Stored("create")),
+    Route("GET", "/batches", Stored("list")),
+    Route("POST", "/batches/{id}/cancel", Stored("cancel")),
+    Route("GET", "/batches/{id}", Stored("retrieve")),
 )
 EXACT = {(route.method, BASE + route.path): route for route in ROUTES}
 

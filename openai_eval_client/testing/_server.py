@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 class SimulatedServer(Options):
     """An OpenAI API on a real loopback socket: limits, latency and failures as told, answers of no worth.
 
-    Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings and /v1/models.
+    Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /v1/models, /v1/files and
+    /v1/batches. A batch spends a tenth of `batch_seconds` validating, eight tenths in progress and a tenth
+    finalizing, and more where its lines cannot be answered as fast. Its lines are answered as they are online,
+    but charged to no limit, and written in another order than they came.
     Start it with `with`, `async with` or `start()`. Once stopped, `calls` and the counters stay readable.
 
     ```python
@@ -62,6 +65,39 @@ class SimulatedServer(Options):
         count_tokens: Tokens of a text of the prompt; default a quarter of its UTF-8 bytes, at least 1.
             A chat request counts 3 more for each message and 3 for the reply.
         record: How many of the newest calls are kept.
+        batch_seconds: Seconds from a batch's creation to its end.
+        batch_plans: What becomes of the first batches, in the order of their creation; all others complete.
+            A plan may have:
+            "status": where the batch ends ("completed", "failed", "expired", "cancelled"), or stays for ever
+            ("validating", "in_progress", "finalizing", "cancelling"). "failed" ends it after validating,
+            unless the plan has "done" or "lines"; it is the default of a plan that has "errors".
+            "seconds": in place of `batch_seconds`.
+            "done": share of the lines that are run; 1, but 0.5 where the batch expires or is cancelled and the
+            plan has no "lines". The others are in the error file as expired or cancelled, and counted neither
+            as completed nor as failed.
+            "lines": outcomes of the first lines in input order; the others are "ok". In the output file: "ok",
+            "duplicate" (twice), "unknown_id" (and one more, under an id never sent), "truncated" (its first
+            half), "null_body" (status 200, body null), "no_usage", "garbage" (the body is HTML). In the error
+            file: "400", "429", "500" (the API's errors), "expired", "cancelled", "timeout" (no response but an
+            error), "status_0" (status 0, body null). In both: "duplicate_error". In neither: "missing".
+            "output_file", "error_file": False leaves the file out although there are lines for it, "" is shown
+            as its id, "empty" is a file of no bytes, "gone" an id that leads nowhere.
+            "counts", "errors": shown in place of the true request_counts and errors.data.
+            "input_gone": True deletes the input file at the end.
+        batch_faults: Probability of each of these outcomes for a line, where the plan has no "lines".
+        completion_windows: The windows accepted, such as "24h" or "7d".
+        enqueued_tokens: Prompt tokens that a model's batches under way may have; None is unlimited.
+        enqueued_refusal: A batch that would have more is refused with 429 ("create"), or fails after validating
+            ("later"); either way the code is token_limit_exceeded.
+        unknown_file: A batch whose file is unknown is refused with 400 ("create"), or fails after validating
+            ("later"), as it does at OpenAI.
+        file_lag: Seconds for which a file just uploaded cannot be found.
+        endpoint_script: What happens to the first calls of an endpoint, by its name: "upload", "list_files",
+            "retrieve_file", "delete", "content"; and of batches "create", "list", "retrieve", "cancel". "ok";
+            without effect "500", "503", "429", "drop", "hang"; with the effect, but without its answer
+            "500_after", "drop_after", "hang_after"; for "content" also "truncate" (closed mid-body).
+        endpoint_faults: Probabilities of the same, by endpoint, after the script.
+        ranges: Whether a download heeds "range: bytes=N-".
         process: Run in a process of its own instead of a thread of this one; `answer` and `count_tokens`
             cannot follow it there.
         cpu: Pin that process to this processor, where the system can.
@@ -73,7 +109,9 @@ class SimulatedServer(Options):
     process: bool = False
     cpu: int | None = None
     _backend: ThreadBackend | ProcessBackend | None = field(default=None, init=False, repr=False)
-    _last: tuple[list[Call], dict[str, Any]] | None = field(default=None, init=False, repr=False)
+    _last: tuple[list[Call], dict[str, Any], list[dict[str, Any]]] | None = field(
+        default=None, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +136,7 @@ class SimulatedServer(Options):
             return
         backend, self._backend = self._backend, None
         try:
-            self._last = backend.calls(), backend.state()
+            self._last = backend.calls(), backend.state(), backend.batches()
         finally:
             backend.stop()
 
@@ -125,6 +163,13 @@ class SimulatedServer(Options):
         if self._backend is None and self._last:
             return self._last[0]
         return self._running.calls()
+
+    @property
+    def batches(self) -> list[dict[str, Any]]:
+        """The Batch objects as of now, oldest first."""
+        if self._backend is None and self._last:
+            return self._last[2]
+        return self._running.batches()
 
     @property
     def counts(self) -> Counter[str]:
@@ -168,7 +213,10 @@ class SimulatedServer(Options):
             setattr(self, name, limit)
 
     def reset(self) -> None:
-        """Forget calls and counts and fill every bucket; faults, latencies and script go on."""
+        """Forget calls and counts and fill every bucket; faults, latencies and script go on.
+
+        Files and batches stay.
+        """
         self._running.reset()
 
     @property

@@ -16,8 +16,10 @@ from ._exchange import Exchange
 from ._faults import ERROR_STATUSES, Faults, Latency, fault_error, spoil_usage
 from ._limits import Limits
 from ._records import Recorder
-from ._routes import Generation, find
+from ._routes import UPLOAD, Generation, Stored, find
 from ._sse import dumps
+from ._storage import Storage
+from ._upload import Form, read_form
 from ._wire import JSON_TYPE, Delivery, deliver, drop, hang
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ class Simulation:
         self._started = time.monotonic()
         self.limits = Limits(options)
         self.recorder = Recorder(options.record)
+        self.storage = Storage(options, self._count, self._know)
         self.server = web.Server(self.handle, handler_cancellation=True, access_log=None)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -68,11 +71,17 @@ class Simulation:
 
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
+        if (request.method, request.path) == UPLOAD:
+            form = await read_form(request)
+            self._authorize(request)
+            return await self._stored(exchange, "upload", "", form)
         raw = await request.content.read()
         self._authorize(request)
         route, parameters = find(request.method, request.path)
         if isinstance(route.endpoint, Generation):
             return await self._generate(exchange, route.endpoint, raw)
+        if isinstance(route.endpoint, Stored):
+            return await self._stored(exchange, route.endpoint.name, parameters.get("id", ""), raw)
         if model := parameters.get("model"):
             self._know(model)
         return self._reply(exchange, 200, route.endpoint.answer(sorted(self._models), parameters), {})
@@ -89,6 +98,17 @@ class Simulation:
             self._models.add(model)
         elif model not in self._models:
             raise unknown_model(model)
+
+    async def _stored(
+        self, exchange: Exchange, name: str, ident: str, sent: Form | bytes
+    ) -> web.StreamResponse:
+        told: Form | dict[str, Any] = {}
+        if isinstance(sent, Form):
+            told = sent
+        elif name == "create":
+            told, exchange.raw = _parsed(sent), sent
+        answer = await self.storage.answer(exchange, name, ident, told)
+        return answer if isinstance(answer, web.StreamResponse) else self._reply(exchange, 200, answer, {})
 
     async def _generate(self, exchange: Exchange, endpoint: Generation, raw: bytes) -> web.StreamResponse:
         body = _parsed(raw)
@@ -175,6 +195,8 @@ class Simulation:
                 state = self.state()
                 # the connection that asks is none of the client's
                 return _control_reply({**state, "connections": state["connections"] - 1})
+            case "GET", "batches":
+                return _control_reply(self.storage.batches())
             case "GET", "calls":
                 return _control_reply([call.as_json() for call in self.recorder.calls()])
             case "POST", "reset":

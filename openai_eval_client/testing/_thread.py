@@ -41,6 +41,12 @@ class ThreadBackend:
         """The calls recorded."""
         return self._simulation.recorder.calls()
 
+    def batches(self) -> list[dict[str, Any]]:
+        """The Batch objects, oldest first."""
+        found: list[dict[str, Any]] = []
+        self._in_loop(lambda: found.extend(self._simulation.storage.batches()))
+        return found
+
     def state(self) -> dict[str, Any]:
         """Counters and gauges."""
         return self._simulation.state()

@@ -1,0 +1,131 @@
+"""The lines of a batch's output and error files."""
+
+from __future__ import annotations
+
+import io
+import json
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from ._errors import ApiError, server_error
+from ._faults import fault_error
+from ._wire import HTML
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ._answers import Ask
+    from ._batch_input import Task
+
+Json = dict[str, Any]
+UNANSWERED = {
+    "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
+    "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),
+    "timeout": ("request_timeout", "The request to the model timed out."),
+}
+ERRORS = ("400", "429", "500")
+encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Lines:
+    """What is written for one line after the other.
+
+    Attributes:
+        output: The output file so far.
+        failures: The error file so far.
+        completed: Lines answered.
+        failed: Lines answered by an error.
+    """
+
+    def __init__(self, answer: Callable[[Ask], Json]) -> None:
+        self._answer = answer
+        self.output, self.failures = io.BytesIO(), io.BytesIO()
+        self.completed = self.failed = 0
+        self._input_tokens = self._output_tokens = 0
+
+    def run(self, task: Task, outcome: str) -> None:
+        """Answer one line, or do not, as told."""
+        if outcome in UNANSWERED:
+            self.failed += 1
+            self.leave(task, outcome)
+        elif outcome in ERRORS:
+            self._fail(task, _told(outcome))
+        elif outcome == "status_0":
+            self.failed += 1
+            self.failures.write(_line(task.custom_id, _response(0, None)))
+        elif isinstance(task.ask, ApiError):
+            self._fail(task, task.ask)
+        else:
+            self._complete(task, task.ask, outcome)
+
+    def leave(self, task: Task, reason: str) -> None:
+        """Write that a line was never run."""
+        code, message = UNANSWERED[reason]
+        self.failures.write(_line(task.custom_id, None, {"code": code, "message": message}))
+
+    def usage(self) -> Json:
+        """The tokens, as a Batch object shows them."""
+        return {
+            "input_tokens": self._input_tokens,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": self._output_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self._input_tokens + self._output_tokens,
+        }
+
+    def _fail(self, task: Task, error: ApiError) -> None:
+        self.failed += 1
+        self.failures.write(_line(task.custom_id, _response(error.status, error.body)))
+
+    def _complete(self, task: Task, ask: Ask, outcome: str) -> None:
+        try:
+            body = self._answer(ask)
+        except ApiError as error:
+            self._fail(task, error)
+            return
+        except Exception as problem:  # noqa: BLE001 - what online is a 500 for any body that trips the simulation
+            self._fail(task, server_error(f"The server had an error while answering: {problem!r}"))
+            return
+        self.completed += 1
+        self._input_tokens += ask.prompt_tokens
+        self._output_tokens += body["usage"]["total_tokens"] - ask.prompt_tokens
+        self._write(task, body, outcome)
+
+    def _write(self, task: Task, body: Json, outcome: str) -> None:
+        line = _line(task.custom_id, _response(200, _spoilt(body, outcome)))
+        if outcome == "truncated":
+            line = line[: len(line) // 2] + b"\n"
+        if outcome != "missing":
+            self.output.write(line)
+        if outcome == "duplicate":
+            self.output.write(line)
+        if outcome == "duplicate_error":
+            self.failures.write(_line(task.custom_id, _response(500, _told("500").body)))
+        if outcome == "unknown_id":
+            self.output.write(_line(f"unknown-{uuid.uuid4().hex}", _response(200, body)))
+
+
+def _told(outcome: str) -> ApiError:
+    if outcome == "400":
+        return ApiError(400, "This request was refused, as the simulation was told.", code="invalid_value")
+    return fault_error(outcome, None)
+
+
+def _spoilt(body: Json, outcome: str) -> Any:
+    if outcome == "null_body":
+        return None
+    if outcome == "garbage":
+        return HTML.decode()
+    if outcome == "no_usage":
+        return {name: value for name, value in body.items() if name != "usage"}
+    return body
+
+
+def _response(status: int, body: Any) -> Json:
+    return {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
+
+
+def _line(custom_id: str, response: Json | None, error: Json | None = None) -> bytes:
+    ident = f"batch_req_{uuid.uuid4().hex}"
+    line = encode({"id": ident, "custom_id": custom_id, "response": response, "error": error})
+    return line.encode() + b"\n"
