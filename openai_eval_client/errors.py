@@ -122,7 +122,7 @@ class BatchError(openai.OpenAIError):
     Args:
         message: The reason, as the API words it.
         code: The API's code, for instance `token_limit_exceeded`.
-        line: The line of the input file, counted from 1, where one line is to blame.
+        line: The request to blame, where it is one: its position in the caller's list, counted from 1.
         param: The parameter at fault, where there is one.
     """
 
@@ -134,6 +134,11 @@ class BatchError(openai.OpenAIError):
         self.code = code
         self.line = line
         self.param = param
+
+    @property
+    def index(self) -> int | None:
+        """The request to blame, counted from 0."""
+        return None if self.line is None else self.line - 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return the four fields, as they stand in JSON."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Any, Literal
 
@@ -82,12 +83,15 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
     @property
     def raw(self) -> Any:
         """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
-        if self._body is None:
+        body = self._body
+        if body is None:
             return None
+        if isinstance(body, bytes):  # a line of a batch's results, kept as it came
+            body = json.loads(body)["response"]["body"]
         from openai import types  # heavy, and seldom asked for
 
-        kind: Any = types.chat.ChatCompletion if "choices" in self._body else types.responses.Response
-        return kind.construct(**self._body)
+        kind: Any = types.chat.ChatCompletion if "choices" in body else types.responses.Response
+        return kind.construct(**body)
 
     def __eq__(self, other: object) -> bool:  # mutable, as every pydantic model
         if not isinstance(other, ModelResponse):
