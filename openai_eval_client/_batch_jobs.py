@@ -95,8 +95,7 @@ class BatchJobs:
             manifest = await self._manifest(batch, offset)
             if manifest is None:
                 manifest = await asyncio.to_thread(guess_manifest, files, start=offset)
-            reader = Reader(api, schema, self._price)
-            settlement = await asyncio.to_thread(reader.read, files, manifest)
+            settlement = await asyncio.to_thread(self.reader(api, schema).read, files, manifest)
         self._compare(batch, settlement)
         reasons = Reasons(batch)
         for position, index in enumerate(manifest.indexes):
@@ -104,6 +103,10 @@ class BatchJobs:
                 settlement.outcomes[index] = reasons.of(position, index)
         await self._count_missing_usage(batch, settlement, manifest.indexes)
         return settlement
+
+    def reader(self, api: str, schema: Any) -> Reader:
+        """Return what reads the lines of results."""
+        return Reader(api, schema, self._price)
 
     async def indexes(self, batch: Batch, offset: int) -> Sequence[int]:
         """Return the index of each line's request, as far as it can be known."""
