@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._attempt import Refusals
     from openai_eval_client._batch_journal import Store
-    from openai_eval_client._pricing import Pricer
+    from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
     from openai_eval_client._runner import Progress
     from openai_eval_client._tokens import TokenCounter
@@ -57,10 +57,9 @@ class Batches:
     Args:
         config: Where the API is.
         batch: How to batch.
-        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
         sdk: An SDK client that does not retry.
+        governor: Keeps the bill and the statistics.
         counter: Counts tokens.
-        pricer: Knows the prices.
         refusals: What models are known to refuse.
     """
 
@@ -68,17 +67,16 @@ class Batches:
         self,
         config: OpenAIConfig,
         batch: BatchConfig,
-        max_wait: float,
         *,
         sdk: openai.AsyncOpenAI,
+        governor: Governor,
         counter: TokenCounter,
-        pricer: Pricer,
         refusals: Refusals,
     ) -> None:
         self._config = config
         self._batch = batch
-        self._api = BatchApi(sdk, config, max_wait)
-        self._jobs = BatchJobs(self._api, counter, pricer)
+        self._api = BatchApi(sdk, config, governor.config.max_wait)
+        self._jobs = BatchJobs(self._api, counter, governor)
         self._tools = Tools(self._api, self._jobs, counter, batch, refusals)
         self._store: Store | None = None
         self._submitted: Counter[str] = Counter()

@@ -137,14 +137,16 @@ class Caller:
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started
                 answer = _decode(reply, job.parameters.api)
+            counted = usage_of(answer)
             response = read_answer(
                 answer,
                 job.parameters,
+                usage=counted,
                 temperature=body.get("temperature"),
                 request_id=reply.headers.get("x-request-id"),
                 latency=latency,
             )
-            usage = usage_of(answer) or await self._estimate(answer, response, job.input_tokens)
+            usage = counted or await self._estimate(answer, response, job.input_tokens)
             outcome = Outcome(reply.status_code, reply.headers, usage)
         except openai.APIResponseValidationError as error:
             outcome = Outcome(usage=read_usage(error.response.content))

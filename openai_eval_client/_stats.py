@@ -105,6 +105,15 @@ class Recorder:
             self._totals.requests += 1
             self._totals.failures += 1
 
+    def settled(self, answered: int, failed: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the requests of a batch, and the tokens of its answers."""
+        with self._lock:
+            totals = self._totals
+            totals.requests += answered + failed
+            totals.failures += failed
+            totals.prompt_tokens += prompt_tokens
+            totals.completion_tokens += completion_tokens
+
     def snapshot(self, **details: Any) -> ClientStats:
         """Return the totals as they stand, with the details that others keep."""
         with self._lock:

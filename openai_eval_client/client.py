@@ -71,10 +71,9 @@ class OpenAIClient(BatchMethods):
         self._jobs = Batches(
             self._config,
             self._batch,
-            self._governor.config.max_wait,
             sdk=sdk,
+            governor=self._governor,
             counter=self._counter,
-            pricer=pricer,
             refusals=self._call.refusals,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from datetime import datetime
 from typing import Any, Literal
@@ -18,6 +19,25 @@ class _Model(BaseModel):
     """A model whose JSON reads back as it was, infinite log probabilities included."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
+
+    @classmethod
+    def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:
+        """Make one of values that are known to be right, in a fifth of the time, as unpickling does.
+
+        Args:
+            values: Of every field, or the model is not whole.
+            private: Of every private attribute.
+        """
+        made = cls.__new__(cls)
+        state = {"__dict__": values, "__pydantic_fields_set__": _names(cls)}
+        made.__setstate__({**state, "__pydantic_extra__": None, "__pydantic_private__": private})
+        return made
+
+
+@functools.cache
+def _names(cls: type[_Model]) -> set[str]:
+    """Return the names of all fields: one set for all instances of which all fields are set."""
+    return set(cls.model_fields)
 
 
 class TokenUsage(_Model):
