@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -93,4 +94,4 @@ def upload(form: Form, files: Files) -> StoredFile:
 
 def _kept_for(form: Form) -> int | None:
     seconds = form.fields.get("expires_after[seconds]", "")
-    return int(seconds) if seconds.isdecimal() else None
+    return int(seconds) if re.fullmatch(r"\d{1,9}", seconds) else None
