@@ -104,7 +104,10 @@ class Caller:
 
         Raises:
             openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
+            RuntimeError: The client was closed.
         """
+        if self._sdk.is_closed():
+            raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
         tokens = await self._counter.count_input(body)
         job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import openai
 
@@ -11,16 +11,14 @@ from openai_eval_client import _runner
 from openai_eval_client._batch_client import Batches
 from openai_eval_client._batch_methods import BatchMethods
 from openai_eval_client._caller import Caller
-from openai_eval_client._checks import check_callback, check_count, refuse
+from openai_eval_client._checks import check_callback, config_of
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
-from openai_eval_client._requests import Parameters, check_parameters, check_prompt
-from openai_eval_client._retry import is_doom, was_never_sent
-from openai_eval_client._tickets import Lane
+from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
+from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
-from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,12 +30,8 @@ if TYPE_CHECKING:
 
     Prompt = str | Sequence[Any]
 
-T = TypeVar("T")
 
-_READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
-
-
-class OpenAIClient(BatchMethods):
+class OpenAIClient(BatchMethods, StreamMethods):
     """Answers prompts within the rate limits, retried, priced, in order.
 
     One client may be shared by any number of tasks, threads and event loops, and used by several
@@ -59,9 +53,9 @@ class OpenAIClient(BatchMethods):
         batch: BatchConfig | None = None,
         http_client: Any = None,
     ) -> None:
-        self._config = _part("config", config, OpenAIConfig)
-        self._batch = _part("batch", batch, BatchConfig)
-        self._governor = Governor(_part("rate_limit", rate_limit, RateLimitConfig))
+        self._config = config_of("config", config, OpenAIConfig)
+        self._batch = config_of("batch", batch, BatchConfig)
+        self._governor = Governor(config_of("rate_limit", rate_limit, RateLimitConfig))
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
@@ -167,24 +161,16 @@ class OpenAIClient(BatchMethods):
                 names those not settled.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        if max_concurrent is not None:
-            check_count(max_concurrent, "max_concurrent")
+        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent)
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
-        listed = _checked(prompts)
+        listed = list_prompts(prompts)
         if use_batch_api and len(listed) >= self._batch.auto_batch_threshold:
             return await self._jobs.collect(
                 listed, parameters, progress=progress_callback, return_exceptions=return_exceptions
             )
-        lane = Lane(max_concurrent) if max_concurrent else None
         return await _runner.collect(
-            listed,
-            functools.partial(self._call, parameters=parameters, lane=lane),
-            width=_READ_AHEAD * (max_concurrent or self._governor.config.max_concurrent),
-            is_doom=functools.partial(is_doom, max_wait=self._governor.config.max_wait),
-            was_never_sent=was_never_sent,
-            progress=progress_callback,
-            return_exceptions=return_exceptions,
+            crew, listed, progress=progress_callback, return_exceptions=return_exceptions
         )
 
     @functools.cached_property
@@ -244,23 +230,3 @@ class OpenAIClient(BatchMethods):
             api=api,
             params=params,
         )
-
-
-def _part(name: str, given: T | None, kind: type[T]) -> T:
-    """Return a config as given, or one of the defaults; refuse anything else, without showing it."""
-    if given is None:
-        return kind()
-    if not isinstance(given, kind):
-        why = f"{name}: must be of class {kind.__name__}, not {type(given).__name__}"
-        raise ValidationError(why, field=name)
-    return given
-
-
-def _checked(prompts: Iterable[Prompt]) -> Sequence[Prompt]:
-    """Return the prompts as a list, every one of them checked before the first is sent."""
-    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
-        refuse("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
-    listed = list(prompts)
-    for index, prompt in enumerate(listed):
-        check_prompt(prompt, index)
-    return listed
