@@ -175,6 +175,8 @@ class ClientStats(_Model):
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
+        cache_hits: Prompts answered from the cache; they are among `requests`, and in nothing else here.
+        cache_writes: Answers kept in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
         latency_p99: 99th percentile of the same.
@@ -195,6 +197,8 @@ class ClientStats(_Model):
     completion_tokens: int = 0
     cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
+    cache_hits: int = 0
+    cache_writes: int = 0
     latency_p50: float | None = None
     latency_p95: float | None = None
     latency_p99: float | None = None

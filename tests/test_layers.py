@@ -23,7 +23,9 @@ LAYERS = [
     {
         "_bucket",
         "_checks",
+        "_database",
         "_exclusive",
+        "_forks",
         "_headers",
         "_loops",
         "_images",
@@ -32,9 +34,9 @@ LAYERS = [
         "_stats",
         "_wire",
     },
-    {"_attempt", "_belief", "_input", "_requests", "_retry"},
-    {"_answers", "_batch_lines", "_budget", "_tickets", "_tokens"},
-    {"_batch_journal", "_batch_meta", "_limiter"},
+    {"_attempt", "_background", "_belief", "_connection", "_input", "_locks", "_requests", "_retry"},
+    {"_answers", "_batch_lines", "_budget", "_keys", "_store", "_tickets", "_tokens"},
+    {"_batch_journal", "_batch_meta", "_cache", "_limiter"},
     {"_batch_status", "_governor"},
     {"_batch_api", "_batch_requests", "_batch_results", "_caller", "_http"},
     {"_batch_jobs"},
@@ -82,6 +84,7 @@ PUBLIC = [
     "BatchJobStatus",
     "BatchRequest",
     "BudgetExceededError",
+    "CacheConfig",
     "ClientStats",
     "ModelResponse",
     "OpenAIClient",
@@ -94,7 +97,7 @@ PUBLIC = [
     "TimeoutError",
     "TokenUsage",
     "ValidationError",
-]  # to come: CacheConfig, CostEstimate
+]  # to come: CostEstimate
 
 
 def only_for_types(tree):
