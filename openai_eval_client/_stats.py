@@ -51,6 +51,8 @@ class _Totals:
     wait_seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cache_hits: int = 0
+    cache_writes: int = 0
 
 
 class Recorder:
@@ -98,6 +100,17 @@ class Recorder:
         """Count one answered prompt."""
         with self._lock:
             self._totals.requests += 1
+
+    def cached(self) -> None:
+        """Count one prompt answered from the cache."""
+        with self._lock:
+            self._totals.requests += 1
+            self._totals.cache_hits += 1
+
+    def stored(self) -> None:
+        """Count one answer kept in the cache."""
+        with self._lock:
+            self._totals.cache_writes += 1
 
     def failed(self) -> None:
         """Count one prompt that failed for good."""

@@ -18,14 +18,16 @@ from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
 from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
-from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
+from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
 
+    from openai_eval_client._cache import Cache
     from openai_eval_client.models import ClientStats, ModelResponse
 
     Prompt = str | Sequence[Any]
@@ -41,6 +43,9 @@ class OpenAIClient(BatchMethods, StreamMethods):
         config: Where the API is; None: from the environment.
         rate_limit: The key's limits; None: the defaults of `RateLimitConfig`.
         batch: How the Batch API is used; None: the defaults of `BatchConfig`.
+        cache: A file, or its `CacheConfig`: answers are kept there before the call returns, and what was
+            asked before, by an earlier run for instance, is answered from there. None: no cache. Streams and
+            calls on `client.openai` are not kept.
         http_client: An HTTP client of your own, of either httpx family; None: aiohttp's speed through the
             SDK's own transport, or the SDK's default client where a proxy is set in the environment.
     """
@@ -51,6 +56,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         *,
         rate_limit: RateLimitConfig | None = None,
         batch: BatchConfig | None = None,
+        cache: CacheConfig | Path | str | None = None,
         http_client: Any = None,
     ) -> None:
         self._config = config_of("config", config, OpenAIConfig)
@@ -61,7 +67,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
         pricer = self._governor.ledger.pricer_for(self._config.base_url)
-        self._call = Caller(self._config, sdk, self._governor, self._counter, pricer)
+        self._cache = self._opened(cache)
+        self._call = Caller(self._config, sdk, self._governor, self._counter, pricer, cache=self._cache)
         self._jobs = Batches(
             self._config,
             self._batch,
@@ -69,6 +76,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
             governor=self._governor,
             counter=self._counter,
             refusals=self._call.refusals,
+            cache=self._cache,
         )
 
     def __repr__(self) -> str:
@@ -190,8 +198,12 @@ class OpenAIClient(BatchMethods, StreamMethods):
         return self._governor.stats
 
     async def close(self) -> None:
-        """Close the connections; the client cannot be used after this."""
-        await self._http.aclose()
+        """Close the connections and the cache; the client cannot be used after this."""
+        try:
+            await self._http.aclose()
+        finally:
+            if self._cache is not None:
+                await self._cache.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -200,6 +212,14 @@ class OpenAIClient(BatchMethods, StreamMethods):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _opened(self, cache: object) -> Cache | None:
+        if cache is None:
+            return None
+        from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
+
+        governor = self._governor
+        return open_cache(cache, self._config.base_url, governor.recorder, governor.ledger)
 
     def _account(self) -> dict[str, Any]:
         config = self._config

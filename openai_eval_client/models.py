@@ -104,15 +104,17 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
     @property
     def raw(self) -> Any:
         """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
-        body = self._body
+        body = self._decoded()
         if body is None:
             return None
-        if isinstance(body, bytes):  # a line of a batch's results, kept as it came
-            body = json.loads(body)["response"]["body"]
         from openai import types  # heavy, and seldom asked for
 
         kind: Any = types.chat.ChatCompletion if "choices" in body else types.responses.Response
         return kind.construct(**body)
+
+    def _decoded(self) -> Any:
+        """Return the body of the answer; of a batch the line of its results is kept, as it came."""
+        return json.loads(self._body)["response"]["body"] if isinstance(self._body, bytes) else self._body
 
     def __eq__(self, other: object) -> bool:  # mutable, as every pydantic model
         if not isinstance(other, ModelResponse):
@@ -195,6 +197,8 @@ class ClientStats(_Model):
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
+        cache_hits: Prompts answered from the cache; they are among `requests`, and in nothing else here.
+        cache_writes: Answers kept in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
         latency_p99: 99th percentile of the same.
@@ -215,6 +219,8 @@ class ClientStats(_Model):
     completion_tokens: int = 0
     cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
+    cache_hits: int = 0
+    cache_writes: int = 0
     latency_p50: float | None = None
     latency_p95: float | None = None
     latency_p99: float | None = None

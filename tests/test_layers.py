@@ -23,7 +23,9 @@ LAYERS = [
     {
         "_bucket",
         "_checks",
+        "_database",
         "_exclusive",
+        "_forks",
         "_headers",
         "_loops",
         "_images",
@@ -31,12 +33,22 @@ LAYERS = [
         "_stats",
         "_wire",
     },
-    {"_attempt", "_belief", "_input", "_ledger", "_requests", "_retry"},
-    {"_answers", "_batch_lines", "_budget", "_tickets", "_tokens"},
-    {"_batch_journal", "_batch_meta", "_limiter", "_runner"},
+    {
+        "_attempt",
+        "_background",
+        "_belief",
+        "_connection",
+        "_input",
+        "_ledger",
+        "_locks",
+        "_requests",
+        "_retry",
+    },
+    {"_answers", "_batch_lines", "_budget", "_keys", "_store", "_tickets", "_tokens"},
+    {"_batch_journal", "_batch_meta", "_cache", "_limiter", "_runner"},
     {"_batch_status", "_governor"},
     {"_batch_api", "_batch_requests", "_batch_results", "_caller", "_http"},
-    {"_batch_jobs"},
+    {"_batch_jobs", "_batch_kept"},
     {"_batch_round"},
     {"_batch_run"},
     {"_batch_client"},
@@ -81,6 +93,7 @@ PUBLIC = [
     "BatchJobStatus",
     "BatchRequest",
     "BudgetExceededError",
+    "CacheConfig",
     "ClientStats",
     "CostLedger",
     "ModelCost",
@@ -95,7 +108,7 @@ PUBLIC = [
     "TimeoutError",
     "TokenUsage",
     "ValidationError",
-]  # to come: CacheConfig, CostEstimate
+]  # to come: CostEstimate
 
 
 def only_for_types(tree):
