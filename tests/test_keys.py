@@ -201,7 +201,7 @@ def test_a_failed_sample_is_asked_for_again_by_another_call() -> None:
     )
 )
 def test_no_sample_is_asked_for_twice_unless_it_failed(steps) -> None:
-    """Whatever the order of calls and failures: what was answered is never given out again, and none is skipped."""
+    """Whatever the order of calls and failures: what was answered is not given out again, none is skipped."""
     samples, answered, given_out = Samples(), set(), {A: set(), B: set()}
     for name, call, fails in steps:
         number = samples.take(name, call)

@@ -30,7 +30,7 @@ from openai_eval_client.testing import SimulatedServer
 
 @dataclass
 class Verdict:
-    """What it came to; `twice` counts requests served beyond one for each prompt, `begun_twice` those sent."""
+    """What it came to; `twice`: served beyond once for each prompt, `begun_twice`: sent beyond that."""
 
     prompts: int
     kills: int
