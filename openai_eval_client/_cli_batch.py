@@ -52,8 +52,8 @@ class Api(str, Enum):
 def _batch() -> None:
     """Submit requests as jobs of the Batch API, at half the price, and collect their results.
 
-    Exit codes: 0 all answered, 1 some failed or the job has not ended, 2 bad input, 4 refused by the server
-    (key, model, quota, no such job), 130 interrupted.
+    Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
+    4 refused by the server (key, model, quota, no such job); 130 interrupted.
     """
 
 
@@ -102,7 +102,7 @@ def submit(
             )
         except ValidationError as error:
             fail(BAD_INPUT, _cli_rows.by_lines(error, numbers))
-        say(f"{job.request_count} requests submitted to {config.base_url}, to be answered within {window}")
+        say(f"requests submitted: {job.request_count}, to {config.base_url}, to be answered within {window}")
         typer.echo(job.job_id)
 
 
@@ -116,8 +116,8 @@ def status(
 ) -> None:
     """Show how far a job is.
 
-    With --wait the exit code says how it ended: 0 all answered, 1 some failed, 4 not one was run. Without,
-    it is 0 whatever the status.
+    With --wait the exit code says how it ended: 0 all answered, 1 some failed,
+    4 not one was run. Without, it is 0 whatever the status.
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
         found = run(
@@ -139,8 +139,9 @@ def results(
 ) -> None:
     """Write a job's results as JSON lines, one for each request, in the order of the input.
 
-    A line has the index, counted from 0, and the response or the error. The file gets its name when it is
-    whole. A job that has not ended is no result: exit code 1.
+    A line has the index, counted from 0, and the response or the error. A file
+    gets its name when it is whole. Of a job that has not ended nothing is
+    written, and the exit code is 1.
     """
     with exit_codes(), _opened(output) as file:
         outcomes = run(OpenAIConfig(), lambda client: _outcomes(client, job))
@@ -162,10 +163,10 @@ def cancel(job: Job, *, as_json: AsJson = False) -> None:
 @batch_app.command("list")
 def list_jobs(
     *,
-    limit: Annotated[int, typer.Option(min=1, help="How many, the newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """List the jobs that this program or its library submitted with this key's account."""
+    """List the jobs submitted by this program or its library, the newest first."""
     with exit_codes():
         jobs = run(OpenAIConfig(), lambda client: _newest(client, limit))
         _cli_tables.show_all(jobs, as_json=as_json)
@@ -209,7 +210,7 @@ async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
     except PartialFailureError as error:
         say(str(error), style="red")
         return [error.failures.get(index, found) for index, found in enumerate(error.responses)]
-    say(f"{len(outcomes)} requests answered, {_cost(outcomes)}")
+    say(f"requests answered: {len(outcomes)}, {_cost(outcomes)}")
     return outcomes
 
 
@@ -219,7 +220,7 @@ def _cost(responses: Sequence[ModelResponse]) -> str:
     if not known:
         return "at a price that is not known"
     unpriced = len(costs) - len(known)
-    return f"{sum(known):.4f} USD" + (f" and {unpriced} unpriced" if unpriced else "")
+    return f"at {sum(known):.6f} USD" + (f" and {unpriced} unpriced" if unpriced else "")
 
 
 async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _BOM = b"\xef\xbb\xbf"
-_INDEX = re.compile(r"requests\[(\d+)\]")
+_OTHER = re.compile(r"that of requests\[(\d+)\]")
 _OWN = re.compile(r"\Arequests\[\d+\][.:]? ?")
 # The names under which a line may say itself what an option is the default of.
 _NAMES = {
@@ -60,21 +60,22 @@ def read_requests(
 def by_lines(error: ValidationError, numbers: Sequence[int]) -> str:
     """Return an error's message with the lines of the input in place of the indexes of the requests."""
     message = str(error)
-    if error.index is not None and error.index < len(numbers):
-        message = f"line {numbers[error.index]}: {_OWN.sub('', message)}"
-    return _INDEX.sub(lambda found: f"line {numbers[int(found[1])]}", message)
+    if error.index is None:
+        return message
+    own = f"line {numbers[error.index]}: {_OWN.sub('', message)}"
+    return _OTHER.sub(lambda found: f"that of line {numbers[int(found[1])]}", own)
 
 
 def row_of(index: int, outcome: ModelResponse | Exception) -> bytes:
     """Return the line of one outcome."""
     if isinstance(outcome, ModelResponse):
-        return f'{{"index": {index}, "response": {outcome.model_dump_json()}}}\n'.encode()
+        return f'{{"index":{index},"response":{outcome.model_dump_json()}}}\n'.encode()
     error = {
         "type": type(outcome).__name__,
         "message": getattr(outcome, "message", str(outcome)),
         "code": getattr(outcome, "code", None),
     }
-    return json.dumps({"index": index, "error": error}).encode() + b"\n"
+    return json.dumps({"index": index, "error": error}, separators=(",", ":")).encode() + b"\n"
 
 
 @contextlib.contextmanager
