@@ -173,6 +173,11 @@ class BatchJobStatus(_Model):
     failed_count: int = 0
     errors: list[BatchError] = Field(default_factory=list)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will change any more: its results can be retrieved."""
+        return self.status in {"completed", "failed", "expired", "cancelled"}
+
 
 class ClientStats(_Model):
     """What a client has done so far.
