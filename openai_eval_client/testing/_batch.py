@@ -53,7 +53,8 @@ class Batch:
 
     def __init__(self, shown: Json, plan: Plan, seconds: float, around: Surroundings) -> None:
         self._shown, self._plan, self._around = shown, plan, around
-        self._seconds, self._created = seconds, time.monotonic()
+        self._clock = asyncio.get_running_loop().time
+        self._seconds, self._created = seconds, self._clock()
         self._lines = Lines(around.answer)
         self._left: list[tuple[Task, str]] = []
         self._total = 0
@@ -79,7 +80,8 @@ class Batch:
     def shown(self) -> Json:
         """The Batch object as of now."""
         counts = {"total": self._total, "completed": self._lines.completed, "failed": self._lines.failed}
-        return {**self._shown, "request_counts": {**counts, **self._plan.counts}}
+        told = self._plan.counts if self._total or self.over else {}
+        return {**self._shown, "request_counts": {**counts, **told}}
 
     def enqueue(self, read: BatchInput) -> None:
         """Count its tokens as enqueued until it is over."""
@@ -103,7 +105,7 @@ class Batch:
     async def _live(self) -> None:
         try:
             await self._pass()
-        except Exception as problem:  # noqa: BLE001 - the simulation's own fault must not look like a batch that takes long
+        except Exception as problem:  # noqa: BLE001 - a fault must not look like a batch that takes long
             self._fail([error("server_error", f"The simulation failed: {problem!r}")])
 
     async def _pass(self) -> None:
@@ -131,7 +133,7 @@ class Batch:
         """What ends the batch after its validation."""
         if read.errors:
             return read.errors
-        if self._plan.status == "failed" and not self._plan.answers:
+        if not self._plan.runs:
             return [error("server_error", "The batch failed, as the simulation was told.")]
         refusal = self._around.refuse(read)
         return [refusal] if refusal else []
@@ -142,7 +144,7 @@ class Batch:
         self._left = list(zip(tasks, self._around.outcomes(len(tasks)), strict=True))
         tasks.clear()  # each goes as it is answered
         self._around.random.shuffle(self._left)
-        many = round(self._plan.done * self._total)
+        many = round(self._plan.share * self._total)
         due = time.monotonic() + SLICE
         for number in range(1, many + 1):
             moment = VALIDATED + (ANSWERED - VALIDATED) * number / many
@@ -159,7 +161,7 @@ class Batch:
 
     def _wait(self, share: float) -> float:
         """Seconds until this share of the batch's time is over."""
-        return self._created + share * self._seconds - time.monotonic()
+        return self._created + share * self._seconds - self._clock()
 
     async def _until(self, share: float) -> None:
         await asyncio.sleep(max(0.0, self._wait(share)))

@@ -73,14 +73,6 @@ class Reader:
 
     async def all(self, content: bytes) -> BatchInput:
         """Read a file, a few milliseconds at a time."""
-        lines = content.count(b"\n") + (not content.endswith(b"\n"))
-        if (
-            lines > MOST_LINES
-            and (tasks := sum(1 for line in io.BytesIO(content) if line.strip())) > MOST_LINES
-        ):
-            message = f"The batch input file contains {tasks} requests, but at most {MOST_LINES} are allowed."
-            self.read.errors.append(error("too_many_tasks", message))
-            return self.read
         await in_slices(self._steps(content))
         if not self.read.tasks and not self.read.errors:
             message = "The batch input file is empty. Please ensure that it contains at least one request."
@@ -88,9 +80,13 @@ class Reader:
         return self.read
 
     def _steps(self, content: bytes) -> Iterator[None]:
-        for number, line in enumerate(io.BytesIO(content), start=1):
-            if line.strip():
-                self._line(number, line)
+        lines = ((number, line) for number, line in enumerate(io.BytesIO(content), start=1) if line.strip())
+        for many, (number, line) in enumerate(lines, start=1):
+            if many > MOST_LINES:
+                message = f"The batch input file contains more than {MOST_LINES:,} requests."
+                self.read.errors[:] = [error("too_many_tasks", message)]
+                return
+            self._line(number, line)
             yield
 
     def _line(self, number: int, line: bytes) -> None:
@@ -115,7 +111,7 @@ class Reader:
             return self.endpoint.read(body, self.count)
         except ApiError as refusal:
             return refusal
-        except Exception as problem:  # noqa: BLE001 - what online is a 500 for any body that trips the simulation
+        except Exception as problem:  # noqa: BLE001 - a body that trips the simulation is a 500 online, too
             return server_error(f"The server had an error while reading the request: {problem!r}")
 
     def _wrong(self, request: Json) -> Iterator[tuple[str, str, str]]:

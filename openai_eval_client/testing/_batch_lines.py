@@ -83,7 +83,7 @@ class Lines:
         except ApiError as error:
             self._fail(task, error)
             return
-        except Exception as problem:  # noqa: BLE001 - what online is a 500 for any body that trips the simulation
+        except Exception as problem:  # noqa: BLE001 - a body that trips the simulation is a 500 online, too
             self._fail(task, server_error(f"The server had an error while answering: {problem!r}"))
             return
         self.completed += 1

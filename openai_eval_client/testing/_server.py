@@ -25,8 +25,8 @@ class SimulatedServer(Options):
 
     Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /v1/models, /v1/files and
     /v1/batches. A batch spends a tenth of `batch_seconds` validating, eight tenths in progress and a tenth
-    finalizing, and more where its lines cannot be answered as fast. Its lines are answered as they are online,
-    but charged to no limit, and written in another order than they came.
+    finalizing, and more where its lines cannot be answered as fast. Its lines are answered as they are
+    online, but charged to no limit, and written in another order than they came.
     Start it with `with`, `async with` or `start()`. Once stopped, `calls` and the counters stay readable.
 
     ```python
@@ -72,25 +72,26 @@ class SimulatedServer(Options):
             ("validating", "in_progress", "finalizing", "cancelling"). "failed" ends it after validating,
             unless the plan has "done" or "lines"; it is the default of a plan that has "errors".
             "seconds": in place of `batch_seconds`.
-            "done": share of the lines that are run; 1, but 0.5 where the batch expires or is cancelled and the
-            plan has no "lines". The others are in the error file as expired or cancelled, and counted neither
-            as completed nor as failed.
-            "lines": outcomes of the first lines in input order; the others are "ok". In the output file: "ok",
-            "duplicate" (twice), "unknown_id" (and one more, under an id never sent), "truncated" (its first
-            half), "null_body" (status 200, body null), "no_usage", "garbage" (the body is HTML). In the error
-            file: "400", "429", "500" (the API's errors), "expired", "cancelled", "timeout" (no response but an
-            error), "status_0" (status 0, body null). In both: "duplicate_error". In neither: "missing".
-            "output_file", "error_file": False leaves the file out although there are lines for it, "" is shown
-            as its id, "empty" is a file of no bytes, "gone" an id that leads nowhere.
+            "done": share of the lines that are run; 1, but 0.5 where the batch expires or is cancelled and
+            the plan has no "lines". The others are in the error file as expired or cancelled, and counted
+            neither as completed nor as failed.
+            "lines": outcomes of the first lines in input order; the others are "ok". In the output file:
+            "ok", "duplicate" (twice), "unknown_id" (and one more, under an id never sent), "truncated" (its
+            first half), "null_body" (status 200, body null), "no_usage", "garbage" (the body is HTML). In
+            the error file: "400", "429", "500" (the API's errors), "expired", "cancelled", "timeout" (no
+            response but an error), "status_0" (status 0, body null). In both: "duplicate_error". In neither:
+            "missing".
+            "output_file", "error_file": False leaves the file out although there are lines for it, "" is
+            shown as its id, "empty" is a file of no bytes, "gone" an id that leads nowhere.
             "counts", "errors": shown in place of the true request_counts and errors.data.
             "input_gone": True deletes the input file at the end.
         batch_faults: Probability of each of these outcomes for a line, where the plan has no "lines".
         completion_windows: The windows accepted, such as "24h" or "7d".
         enqueued_tokens: Prompt tokens that a model's batches under way may have; None is unlimited.
-        enqueued_refusal: A batch that would have more is refused with 429 ("create"), or fails after validating
-            ("later"); either way the code is token_limit_exceeded.
-        unknown_file: A batch whose file is unknown is refused with 400 ("create"), or fails after validating
-            ("later"), as it does at OpenAI.
+        enqueued_refusal: A batch that would have more is refused with 429 ("create"), or fails after
+            validating ("later"); either way the code is token_limit_exceeded.
+        unknown_file: A batch whose file is unknown is refused with 400 ("create"), or fails after
+            validating ("later"), as it does at OpenAI.
         file_lag: Seconds for which a file just uploaded cannot be found.
         endpoint_script: What happens to the first calls of an endpoint, by its name: "upload", "list_files",
             "retrieve_file", "delete", "content"; and of batches "create", "list", "retrieve", "cancel". "ok";

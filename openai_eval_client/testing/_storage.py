@@ -131,7 +131,6 @@ class Storage:
             return 0, size
         first, end, _ = wanted.indices(size)
         if first >= end:
-            raise ApiError(
-                416, "The range is beyond the end of the file.", headers={"content-range": f"bytes */{size}"}
-            )
+            beyond = {"content-range": f"bytes */{size}"}
+            raise ApiError(416, "The range is beyond the end of the file.", headers=beyond)
         return first, end
