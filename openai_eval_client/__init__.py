@@ -3,6 +3,7 @@
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
+from openai_eval_client.costs import CostLedger, ModelCost
 from openai_eval_client.errors import (
     APIError,
     BatchError,
@@ -33,6 +34,8 @@ __all__ = [
     "BatchRequest",
     "BudgetExceededError",
     "ClientStats",
+    "CostLedger",
+    "ModelCost",
     "ModelResponse",
     "OpenAIClient",
     "OpenAIConfig",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._pricing import PricedUsage
-from openai_eval_client._wire import token_count, usage_counts
+from openai_eval_client._wire import Usage, token_count, usage_of
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def read_answer(
     """
     fields = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
     response = ModelResponse(
-        usage=_read_usage(body.get("usage")),
+        usage=_read_usage(body),
         model=_text(body.get("model")) or parameters.model,
         request_id=request_id or _text(body.get("id")),
         latency_ms=latency * 1000,
@@ -63,12 +62,14 @@ def read_answer(
     return response
 
 
-def priced_usage(usage: TokenUsage) -> PricedUsage:
-    """Return what the price depends on."""
-    return PricedUsage(
+def priced_usage(usage: TokenUsage) -> Usage:
+    """Return what the price depends on, as far as the user is told it."""
+    return Usage(
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
         cached_tokens=usage.cached_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
+        estimated=usage.estimated,
     )
 
 
@@ -114,18 +115,17 @@ def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
     return "tool_calls" if calls else "stop"
 
 
-def _read_usage(usage: Any) -> TokenUsage:
-    counts = usage_counts(usage)
-    if counts is None:
+def _read_usage(body: Mapping[str, Any]) -> TokenUsage:
+    usage = usage_of(body)
+    if usage is None:
         return TokenUsage(prompt_tokens=0, completion_tokens=0, total_tokens=0, estimated=True)
-    given = _dict(usage.get("prompt_tokens_details") or usage.get("input_tokens_details"))
-    made = _dict(usage.get("completion_tokens_details") or usage.get("output_tokens_details"))
+    both = usage.prompt_tokens + usage.completion_tokens
     return TokenUsage(
-        prompt_tokens=counts[0],
-        completion_tokens=counts[1],
-        total_tokens=token_count(usage.get("total_tokens")) or sum(counts),
-        cached_tokens=token_count(given.get("cached_tokens")) or 0,
-        reasoning_tokens=token_count(made.get("reasoning_tokens")) or 0,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        total_tokens=token_count(body["usage"].get("total_tokens")) or both,
+        cached_tokens=usage.cached_tokens,
+        reasoning_tokens=usage.reasoning_tokens,
     )
 
 

@@ -77,14 +77,13 @@ class BatchApi:
         uploaded = await self._repeated(attempt, part.size / _SLOWEST)
         return str(uploaded.id)
 
-    async def create(self, order: Order, file_id: str, *, since: float, unclear: bool = False) -> Batch:
+    async def create(self, order: Order, file_id: str, *, since: float) -> Batch:
         """Create a batch, once: after an unclear failure it is looked for before it is created again.
 
         Args:
             order: What to create it with.
             file_id: Its input.
             since: Time (seconds since the epoch) before which it was certainly not created.
-            unclear: Whether an attempt to create it may have been made before.
 
         Returns:
             The batch.
@@ -93,21 +92,21 @@ class BatchApi:
             QuotaError: Too many tokens are enqueued already.
             ValidationError: The server refuses the completion window.
         """
-        unclear_now = unclear
+        unclear = False
 
         async def attempt() -> Any:
-            nonlocal unclear_now
-            if unclear_now:
+            nonlocal unclear
+            if unclear:
                 found = await self.find(order.placement, since=since)
                 if found is not None:
                     return found
-            unclear_now = True
+            unclear = True
             try:
                 batch = await self._create(order, file_id)
             except openai.APIStatusError as error:
-                unclear_now = is_transient(error) and not isinstance(error, openai.RateLimitError)
+                unclear = is_transient(error) and not isinstance(error, openai.RateLimitError)
                 raise
-            unclear_now = False
+            unclear = False
             return batch
 
         made: Batch = await _once_known(file_id, functools.partial(self._repeated, attempt))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -12,11 +14,12 @@ import openai
 from openai_eval_client import _batch_lines
 from openai_eval_client._attempt import forget_key
 from openai_eval_client._batch_api import BatchApi, Order
-from openai_eval_client._batch_jobs import BatchJobs, Intent
+from openai_eval_client._batch_jobs import BatchJobs
+from openai_eval_client._batch_journal import Intent, Journal
 from openai_eval_client._batch_lines import ENDPOINTS
 from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
 from openai_eval_client._batch_requests import checked, is_numbered, listed, refuse_online_only
-from openai_eval_client._batch_run import BatchRun
+from openai_eval_client._batch_run import BatchRun, NothingKept, Tools
 from openai_eval_client._batch_status import (
     SEPARATOR,
     Grouping,
@@ -38,8 +41,10 @@ if TYPE_CHECKING:
     from openai.types import Batch
 
     from openai_eval_client._attempt import Refusals
+    from openai_eval_client._batch_journal import Store
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._runner import Progress
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig, OpenAIConfig
 
@@ -74,14 +79,26 @@ class Batches:
         self._batch = batch
         self._api = BatchApi(sdk, config, max_wait)
         self._jobs = BatchJobs(self._api, counter, pricer)
-        self._run = BatchRun(self._api, self._jobs, counter, batch, refusals)
+        self._tools = Tools(self._api, self._jobs, counter, batch, refusals)
+        self._store: Store | None = None
+        self._submitted: Counter[str] = Counter()
 
-    async def collect(self, prompts: Sequence[Any], parameters: Parameters, **options: Any) -> list[Any]:
+    async def collect(
+        self,
+        prompts: Sequence[Any],
+        parameters: Parameters,
+        *,
+        progress: Progress | None,
+        return_exceptions: bool,
+    ) -> list[Any]:
         """Answer prompts by batches, with the contract of `batch_generate`."""
-        refuse_online_only({**parameters.body, "extra_headers": parameters.headers or None})
-        refuse_online_only({"extra_query": parameters.query or None})
+        headers, query = parameters.headers or None, parameters.query or None
+        refuse_online_only({**parameters.body, "extra_headers": headers, "extra_query": query})
+        kept = NothingKept()
+        journal = Journal(self._store, f"batch {kept.name}")
+        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept)
         with self._keyless():
-            return await self._run.collect(prompts, parameters, **options)
+            return await run.collect(return_exceptions=return_exceptions)
 
     async def submit(self, requests: object, *, api: str, window: str | None, metadata: object) -> BatchJob:
         """Check all requests, upload them, and create the batches: all of them or none."""
@@ -153,32 +170,55 @@ class Batches:
     async def _start_all(
         self, parts: list[_batch_lines.Part], endpoint: str, window: str, metadata: dict[str, str]
     ) -> list[Batch]:
-        intent, total = Intent(), sum(part.count for part in parts)
-        made: list[Batch] = []
+        """Create the batch of each part; where a program was killed at it, only those it had not."""
+        asked = (self._config.base_url, endpoint, window, sorted(metadata.items()))
+        name = hashlib.sha256(repr((asked, [part.digest.hexdigest() for part in parts])).encode()).hexdigest()
+        journal = Journal(self._store, f"submit {name} {self._submitted[name]}")
+        self._submitted[name] += 1
         try:
-            for part in parts:
-                placement = Placement.of(part, intent.name, total)
-                made.append(
-                    await self._jobs.start(part, Order(placement, endpoint, window, metadata), intent)
-                )
-        except BaseException as error:
-            await self._undo(made, error)
-            raise
+            async with journal.exclusive():
+                record = await journal.load()
+                intent = Intent.recover(record) if record else Intent()
+                batches = await self._create_all(parts, intent, journal, (endpoint, window, metadata))
+                if record and not any(map(_is_of_use, batches)):
+                    batches = await self._create_all(parts, Intent(), journal, (endpoint, window, metadata))
+                return batches
         finally:
             _batch_lines.close(parts)
+
+    async def _create_all(
+        self,
+        parts: list[_batch_lines.Part],
+        intent: Intent,
+        journal: Journal,
+        options: tuple[str, str, dict[str, str]],
+    ) -> list[Batch]:
+        total = sum(part.count for part in parts)
+        made: list[Batch] = []
+        await journal.save(intent.to_dict())
+        try:
+            for part in parts:
+                order = Order(Placement.of(part, intent.name, total), *options)
+                made.append(await self._jobs.start(part, order, intent))
+                await journal.save(intent.to_dict())
+        except Exception as error:
+            await self._undo(made, order, intent, error)
+            await journal.forget()
+            raise
+        except BaseException as error:
+            _name_made(made, error)
+            raise
         return made
 
-    async def _undo(self, made: list[Batch], error: BaseException) -> None:
-        """Cancel the batches of a job that could not be created whole; name them, since they may cost."""
-        if not made:
-            return
-        job_id = SEPARATOR.join(batch.id for batch in made)
-        error.__dict__["job_id"] = job_id
-        logger.warning("job not submitted whole (%s): cancelling %s", type(error).__name__, job_id)
-        if isinstance(error, Exception):
-            for batch in made:
-                with contextlib.suppress(openai.OpenAIError):
-                    await self._api.cancel(batch.id)
+    async def _undo(self, made: list[Batch], last: Order, intent: Intent, error: Exception) -> None:
+        """Cancel the batches of a job that could not be created whole; the last may have been created."""
+        with contextlib.suppress(openai.OpenAIError):
+            found = await self._api.find(last.placement, since=intent.since)
+            made += [found] if found is not None else []
+        _name_made(made, error)
+        for batch in made:
+            with contextlib.suppress(openai.OpenAIError):
+                await self._api.cancel(batch.id)
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         outcomes: dict[int, Any] = {}
@@ -210,6 +250,17 @@ class Batches:
         except openai.APIError as error:
             forget_key(error, self._config.api_key)
             raise
+
+
+def _name_made(made: list[Batch], error: BaseException) -> None:
+    """Name the batches of a job that was not created whole: they may cost."""
+    if made:
+        job_id = error.__dict__["job_id"] = SEPARATOR.join(batch.id for batch in made)
+        logger.warning("job not submitted whole (%s): created were %s", type(error).__name__, job_id)
+
+
+def _is_of_use(batch: Batch) -> bool:
+    return not has_ended(batch) or state_of(batch) == "completed" or request_counts(batch)[1] > 0
 
 
 def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
-import uuid
-from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
@@ -27,11 +24,12 @@ from openai_eval_client._batch_status import Reasons, request_counts
 from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from openai.types import Batch
 
     from openai_eval_client._batch_api import BatchApi, Order
+    from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_meta import Placement
     from openai_eval_client._pricing import Pricer
@@ -39,29 +37,6 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse, TokenUsage
 
 logger = logging.getLogger("openai_eval_client")
-
-
-@dataclass(slots=True)
-class Intent:
-    """The wish to have requests run: named before the first step on the network, so that none is done twice.
-
-    Attributes:
-        name: Stands in the metadata of every batch made of it.
-        since: When it was first wished for, in seconds since the epoch.
-        made: The id of the batch of each part, by the part's key.
-        spans: First line and count of each part, where parts were cut.
-        recovered: Whether an earlier program may have created batches that are not in `made`.
-    """
-
-    name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    since: float = field(default_factory=time.time)
-    made: dict[str, str] = field(default_factory=dict)
-    spans: dict[int, int] = field(default_factory=dict)
-    recovered: bool = False
-
-    def note_spans(self, spans: Iterable[tuple[int, int]]) -> None:
-        """Remember how the parts are cut now."""
-        self.spans.update(spans)
 
 
 class BatchJobs:
@@ -82,7 +57,8 @@ class BatchJobs:
         """Upload a part and create its batch, unless that was done before."""
         known = intent.made.get(part.key)
         if known is not None:
-            return await self._api.get(known)
+            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
+                return await self._api.get(known)
         batch = await self._api.find(order.placement, since=intent.since) if intent.recovered else None
         if batch is None:
             file_id = await self._api.upload(part)
@@ -119,8 +95,7 @@ class BatchJobs:
             manifest = await self._manifest(batch, offset)
             if manifest is None:
                 manifest = await asyncio.to_thread(guess_manifest, files, start=offset)
-            reader = Reader(api, schema, self._price)
-            settlement = await asyncio.to_thread(reader.read, files, manifest)
+            settlement = await asyncio.to_thread(self.reader(api, schema).read, files, manifest)
         self._compare(batch, settlement)
         reasons = Reasons(batch)
         for position, index in enumerate(manifest.indexes):
@@ -128,6 +103,10 @@ class BatchJobs:
                 settlement.outcomes[index] = reasons.of(position, index)
         await self._count_missing_usage(batch, settlement, manifest.indexes)
         return settlement
+
+    def reader(self, api: str, schema: Any) -> Reader:
+        """Return what reads the lines of results."""
+        return Reader(api, schema, self._price)
 
     async def indexes(self, batch: Batch, offset: int) -> Sequence[int]:
         """Return the index of each line's request, as far as it can be known."""

@@ -153,6 +153,19 @@ def cut(part: Part, counts: Sequence[int]) -> list[Part]:
     return smaller
 
 
+def recut(parts: Iterable[Part], spans: Iterable[tuple[int, int]]) -> list[Part]:
+    """Cut parts as they were cut before, by the first line and the count of each piece."""
+    counts = dict(spans)
+    pieces: list[Part] = []
+    for part in parts:
+        firsts = [first for first in counts if part.first <= first < part.first + part.count]
+        exact = sum(counts[first] for first in firsts) == part.count
+        pieces += (
+            cut(part, [counts[first] for first in sorted(firsts)]) if len(firsts) > 1 and exact else [part]
+        )
+    return pieces
+
+
 def even(count: int, pieces: int) -> list[int]:
     """Return `count` as a sum of so many whole numbers of about the same size, none of them 0."""
     pieces = max(1, min(pieces, count))

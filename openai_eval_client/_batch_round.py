@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from openai.types import Batch
 
     from openai_eval_client._batch_api import BatchApi
-    from openai_eval_client._batch_jobs import BatchJobs, Intent
+    from openai_eval_client._batch_jobs import BatchJobs
+    from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_results import Outcome
     from openai_eval_client._tokens import TokenCounter
@@ -56,6 +57,7 @@ class Plan:
         polling_interval: Seconds between two looks.
         schema: The pydantic class the answers are to fit, where there is one.
         save: Called whenever the intent has changed, before and after each step that costs.
+        keep: Called with the outcomes of each batch, before they are handed on.
         tell: Called with the number of requests that are done.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     polling_interval: float
     schema: Any
     save: Callable[[], Awaitable[None]]
+    keep: Callable[[dict[int, Outcome]], Awaitable[None]]
     tell: Callable[[int], Awaitable[None]]
 
 
@@ -119,8 +122,7 @@ class Round:
 
     async def _save(self) -> None:
         """Record which parts there are and which batches were made of them."""
-        parts = sorted([*self.waiting, *self.running.values()], key=lambda part: part.first)
-        self.intent.note_spans([(part.first, part.count) for part in parts])
+        self.intent.note([*self.waiting, *self.running.values()])
         await self.plan.save()
 
     async def _submit(self, *, patient: bool) -> None:
@@ -217,6 +219,7 @@ class Round:
             await self._save()
             return
         settlement = await self.jobs.settle(batch, schema=self.plan.schema)
+        await self.plan.keep(settlement.outcomes)
         self._forget(batch)
         self._held = False
         part.file.close()

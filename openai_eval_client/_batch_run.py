@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import openai
 
-from openai_eval_client._batch_jobs import Intent
-from openai_eval_client._batch_lines import ENDPOINTS, Item, number, write_parts
+from openai_eval_client._batch_journal import Intent, Journal, runs, unrolled
+from openai_eval_client._batch_lines import ENDPOINTS, Item, number, recut, write_parts
 from openai_eval_client._batch_results import is_curable
 from openai_eval_client._batch_round import Plan, Round
 from openai_eval_client._batch_status import SEPARATOR
@@ -19,7 +20,7 @@ from openai_eval_client.errors import PartialFailureError
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
     from openai_eval_client._attempt import Refusals
     from openai_eval_client._batch_api import BatchApi
@@ -31,10 +32,31 @@ if TYPE_CHECKING:
     from openai_eval_client.config import BatchConfig
 
 
-class BatchRun:
-    """Answers prompts by batches: at most two rounds, the second for what expired or failed by chance.
+class Kept(Protocol):
+    """The answers of one call that are kept from earlier runs, and where new ones are kept."""
 
-    Args:
+    name: str
+    found: Mapping[int, ModelResponse]
+
+    async def keep(self, responses: Mapping[int, ModelResponse]) -> None:
+        """Keep new answers, by the index of their prompt."""
+
+
+class NothingKept:
+    """A call without a cache."""
+
+    name = ""
+    found: Mapping[int, ModelResponse] = {}  # never written
+
+    async def keep(self, responses: Mapping[int, ModelResponse]) -> None:
+        """Keep nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What a run works with.
+
+    Attributes:
         api: The endpoints.
         jobs: Starts and settles batches.
         counter: Counts tokens.
@@ -42,29 +64,41 @@ class BatchRun:
         refusals: What models are known to refuse.
     """
 
-    def __init__(
-        self, api: BatchApi, jobs: BatchJobs, counter: TokenCounter, config: BatchConfig, refusals: Refusals
-    ) -> None:
-        self._api = api
-        self._jobs = jobs
-        self._counter = counter
-        self._config = config
-        self._refusals = refusals
+    api: BatchApi
+    jobs: BatchJobs
+    counter: TokenCounter
+    config: BatchConfig
+    refusals: Refusals
 
-    async def collect(
-        self,
-        prompts: Sequence[Any],
-        parameters: Parameters,
-        *,
-        progress: Progress | None,
-        return_exceptions: bool,
-    ) -> list[Any]:
-        """Answer all prompts and return the responses in input order.
+
+@dataclass(slots=True)
+class BatchRun:
+    """Answers the prompts of one call: at most two rounds, the second for what expired or failed by chance.
+
+    Attributes:
+        tools: What it works with.
+        prompts: The prompts, checked.
+        parameters: What is asked, checked.
+        progress: Called with the finished fraction.
+        journal: The record by which a killed run goes on.
+        kept: The answers kept from earlier runs.
+    """
+
+    tools: Tools
+    prompts: Sequence[Any]
+    parameters: Parameters
+    progress: Progress | None
+    journal: Journal
+    kept: Kept
+    _rounds: list[Round] = field(default_factory=list)
+    _recorded: list[dict[str, Any]] = field(default_factory=list)
+    _known: list[dict[str, Any]] = field(default_factory=list)
+    _told: float = 0.0
+
+    async def collect(self, *, return_exceptions: bool) -> list[Any]:
+        """Return the responses in input order.
 
         Args:
-            prompts: The prompts, checked.
-            parameters: What is asked, checked.
-            progress: Called with the finished fraction.
             return_exceptions: Put a failed prompt's exception in its place, instead of raising at the end.
 
         Returns:
@@ -77,99 +111,95 @@ class BatchRun:
                 what was settled, and `.job_id` names the batches that are left.
             asyncio.CancelledError: The run was cancelled; it has both, too.
         """
-        rounds: list[Round] = []
-        steps = _Steps(progress, len(prompts))
         try:
-            await self._run(prompts, parameters, rounds, steps)
+            async with self.journal.exclusive():
+                self._known = (await self.journal.load()).get("rounds", [])
+                await self._run()
+                await self.journal.forget()
         except (openai.OpenAIError, asyncio.CancelledError) as error:
-            left = [batch_id for each in rounds for batch_id in each.running]
+            left = [batch_id for each in self._rounds for batch_id in each.running]
             error.__dict__["job_id"] = SEPARATOR.join(left) or None
-            attach(error, _in_order(_merged(rounds), len(prompts)))
+            attach(error, self._responses())
             raise
-        outcomes = _merged(rounds)
-        failures = {index: error for index, error in outcomes.items() if isinstance(error, Exception)}
-        await report(progress, 1.0)
+        outcomes = self._outcomes()
+        await report(self.progress, 1.0)
+        failures = {n: outcome for n, outcome in sorted(outcomes.items()) if isinstance(outcome, Exception)}
         if failures and not return_exceptions:
-            raise PartialFailureError(_in_order(outcomes, len(prompts)), dict(sorted(failures.items())))
-        return [outcomes[index] for index in range(len(prompts))]
+            raise PartialFailureError(self._responses(), failures)
+        return [outcomes[index] for index in range(len(self.prompts))]
 
-    async def _run(
-        self, prompts: Sequence[Any], parameters: Parameters, rounds: list[Round], steps: _Steps
-    ) -> None:
-        outcomes = await self._round(range(len(prompts)), prompts, parameters, rounds, steps)
-        if rounds[0].never_ran == len(prompts):
-            raise rounds[0].failed[0]
-        again = [index for index, outcome in sorted(outcomes.items()) if self._is_worth(outcome, parameters)]
-        if again:
-            steps.before = len(prompts) - len(again)
-            await self._round(again, prompts, parameters, rounds, steps)
+    async def _run(self) -> None:
+        missing = [index for index in range(len(self.prompts)) if index not in self.kept.found]
+        if missing or self._known:
+            await self._round(missing)
+            first = self._rounds[0]
+            if first.failed and first.never_ran == len(first.outcomes):
+                await self.journal.forget()
+                raise first.failed[0]
+        outcomes = self._outcomes()
+        again = [index for index in missing if self._is_worth(outcomes.get(index))]
+        if again or len(self._known) > 1:
+            await self._round(again)
 
-    async def _round(
-        self,
-        indexes: Iterable[int],
-        prompts: Sequence[Any],
-        parameters: Parameters,
-        rounds: list[Round],
-        steps: _Steps,
-    ) -> dict[int, Outcome]:
-        adapted = dataclasses.replace(parameters, body=self._refusals.adapted(parameters.body))
-        items = (Item(index, number(index), adapted, prompts[index]) for index in indexes)
-        parts = await asyncio.to_thread(write_parts, items, most_lines=self._config.max_batch_size)
+    async def _round(self, wanted: list[int]) -> None:
+        """Run requests through the Batch API; where a round was recorded, that one instead."""
+        place = len(self._rounds)
+        known = self._known[place] if place < len(self._known) else None
+        indexes = unrolled(known["indexes"]) if known else wanted
+        intent = Intent.recover(known["intent"]) if known else Intent()
+        body = known["body"] if known else self.tools.refusals.adapted(self.parameters.body)
+        adapted = dataclasses.replace(self.parameters, body=body)
+        items = (Item(index, number(index), adapted, self.prompts[index]) for index in indexes)
+        parts = await asyncio.to_thread(write_parts, items, most_lines=self.tools.config.max_batch_size)
+        done = len(self.prompts) - len(indexes)
         plan = Plan(
-            endpoint=ENDPOINTS[parameters.api],
-            window=self._config.completion_window,
-            polling_interval=self._config.polling_interval,
-            schema=parameters.schema,
-            save=_nothing,
-            tell=steps.tell,
+            endpoint=ENDPOINTS[self.parameters.api],
+            window=self.tools.config.completion_window,
+            polling_interval=self.tools.config.polling_interval,
+            schema=self.parameters.schema,
+            save=self._save,
+            keep=self._keep,
+            tell=lambda more: self._tell((done + more) / len(self.prompts)),
         )
-        intent = Intent()
-        rounds.append(Round(self._api, self._jobs, self._counter, plan, intent, deque(parts)))
-        return await rounds[-1].run()
+        self._recorded.append({"indexes": runs(indexes), "body": body, "intent": intent.to_dict()})
+        waiting = deque(recut(parts, intent.spans))
+        tools = self.tools
+        self._rounds.append(Round(tools.api, tools.jobs, tools.counter, plan, intent, waiting))
+        await self._rounds[-1].run()
 
-    def _is_worth(self, outcome: Outcome, parameters: Parameters) -> bool:
-        """Return whether a request that failed is to be submitted once more."""
-        if isinstance(outcome, ModelResponse):
-            return False
-        if isinstance(outcome, openai.BadRequestError):
-            return self._refusals.learn(outcome, parameters.body)
-        return is_curable(outcome)
+    async def _save(self) -> None:
+        """Record all rounds so far."""
+        for recorded, each in zip(self._recorded, self._rounds, strict=True):
+            recorded["intent"] = each.intent.to_dict()
+        await self.journal.save({"rounds": self._recorded})
 
+    async def _keep(self, outcomes: dict[int, Outcome]) -> None:
+        await self.kept.keep({n: each for n, each in outcomes.items() if isinstance(each, ModelResponse)})
 
-@dataclasses.dataclass(slots=True)
-class _Steps:
-    """Turns the number of requests done into progress that only grows, and ends before 1.
-
-    Attributes:
-        progress: Called with the fraction.
-        total: Requests of the run.
-        before: Of which so many were done before this round.
-    """
-
-    progress: Progress | None
-    total: int
-    before: int = 0
-    _told: float = 0.0
-
-    async def tell(self, done: int) -> None:
-        """Report so many requests of this round as done."""
-        fraction = (self.before + done) / self.total
+    async def _tell(self, fraction: float) -> None:
+        """Report progress that only grows, and ends before 1."""
         if self._told < fraction < 1:
             self._told = fraction
             await report(self.progress, fraction)
 
+    def _is_worth(self, outcome: Outcome | None) -> bool:
+        """Return whether a request is to be submitted once more."""
+        if outcome is None:
+            return True
+        if isinstance(outcome, ModelResponse):
+            return False
+        if isinstance(outcome, openai.BadRequestError):
+            return self.tools.refusals.learn(outcome, self.parameters.body)
+        return is_curable(outcome)
 
-def _merged(rounds: Iterable[Round]) -> dict[int, Outcome]:
-    merged: dict[int, Outcome] = {}
-    for each in rounds:
-        merged.update(each.outcomes)
-    return merged
+    def _outcomes(self) -> dict[int, Outcome]:
+        """Return what is known so far, the later round's word before the first's."""
+        merged: dict[int, Outcome] = dict(self.kept.found)
+        for each in self._rounds:
+            merged.update(each.outcomes)
+        return merged
 
-
-def _in_order(outcomes: dict[int, Outcome], count: int) -> list[ModelResponse | None]:
-    found = (outcomes.get(index) for index in range(count))
-    return [outcome if isinstance(outcome, ModelResponse) else None for outcome in found]
-
-
-async def _nothing() -> None:
-    pass
+    def _responses(self) -> list[ModelResponse | None]:
+        outcomes = self._outcomes()
+        found = (outcomes.get(index) for index in range(len(self.prompts)))
+        return [outcome if isinstance(outcome, ModelResponse) else None for outcome in found]

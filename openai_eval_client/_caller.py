@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._answers import is_answer, priced_usage, read_answer
+from openai_eval_client._answers import is_answer, read_answer
 from openai_eval_client._attempt import Refusals, deadline, forget_key
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
-from openai_eval_client._wire import Demand, Outcome, max_output, usage_counts
+from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_usage, usage_of
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if TYPE_CHECKING:
@@ -109,15 +109,15 @@ class Caller:
         tokens = await self._counter.count_input(body)
         job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending)
         try:
-            response: ModelResponse = await self._retrying(job)
+            response, usage = await self._retrying(job)
         except openai.OpenAIError as error:
             self._governor.recorder.failed()
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
             raise
-        return await self._account(response, tokens)
+        return await self._account(response, usage)
 
-    async def _attempt(self, job: _Job) -> ModelResponse:
+    async def _attempt(self, job: _Job) -> tuple[ModelResponse, Usage]:
         """Send once; and once more for each parameter the model turns out to refuse."""
         while True:
             body = self.refusals.adapted(job.body)
@@ -127,7 +127,7 @@ class Caller:
                 if not self.refusals.learn(error, body):
                     raise
 
-    async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
+    async def _send(self, job: _Job, body: dict[str, Any]) -> tuple[ModelResponse, Usage]:
         demand = Demand(body["model"], job.input_tokens, max_output(body))
         admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
         started, outcome = time.perf_counter(), Outcome(sent=False)
@@ -137,7 +137,18 @@ class Caller:
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started
                 answer = _decode(reply, job.parameters.api)
-            outcome = Outcome(reply.status_code, reply.headers, usage_counts(answer.get("usage")))
+            response = read_answer(
+                answer,
+                job.parameters,
+                temperature=body.get("temperature"),
+                request_id=reply.headers.get("x-request-id"),
+                latency=latency,
+            )
+            usage = usage_of(answer) or await self._estimate(answer, response, job.input_tokens)
+            outcome = Outcome(reply.status_code, reply.headers, usage)
+        except openai.APIResponseValidationError as error:
+            outcome = Outcome(usage=read_usage(error.response.content))
+            raise
         except openai.APIStatusError as error:
             outcome = Outcome(
                 error.status_code, error.response.headers, message=f"{error.code} {error.message}"
@@ -148,11 +159,23 @@ class Caller:
             raise
         finally:
             admission.settle(outcome)
-        request_id = reply.headers.get("x-request-id")
-        if outcome.usage is not None:
-            self._counter.observe(body["model"], job.input_tokens, outcome.usage[0])
-        sent = body.get("temperature")
-        return read_answer(answer, job.parameters, temperature=sent, request_id=request_id, latency=latency)
+        if not usage.estimated:
+            self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
+        return response, usage
+
+    async def _estimate(self, answer: dict[str, Any], response: ModelResponse, input_tokens: int) -> Usage:
+        """Fill in usage where the server sent none, and return it."""
+        texts, tier, usage = "\n".join(response.choices), answer.get("service_tier"), response.usage
+        usage.prompt_tokens = input_tokens
+        usage.completion_tokens = await self._counter.count_text(texts, response.model) if texts else 0
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+        return Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            model=response.model,
+            service_tier=tier if isinstance(tier, str) else None,
+            estimated=True,
+        )
 
     async def _post(self, parameters: Parameters, body: dict[str, Any]) -> Any:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
@@ -174,20 +197,12 @@ class Caller:
     def _request(self, path: str) -> Any:
         return sdk_httpx().Request("POST", str(self._sdk.base_url).rstrip("/") + path)
 
-    async def _account(self, response: ModelResponse, input_tokens: int) -> ModelResponse:
-        """Fill in usage where the server sent none, price it, and count it."""
-        usage = response.usage
-        if usage.estimated:
-            texts = "\n".join(response.choices)
-            usage.prompt_tokens = input_tokens
-            usage.completion_tokens = await self._counter.count_text(texts, response.model) if texts else 0
-            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+    async def _account(self, response: ModelResponse, usage: Usage) -> ModelResponse:
+        """Price an answer, and count it; the ledger has it already, as every attempt that was billed."""
         await self._pricer.ready()
-        tier = response._body.get("service_tier")  # noqa: SLF001  # the tier that served, not the one asked for
-        tier = tier if isinstance(tier, str) else None
-        cost = self._pricer.cost(response.model, priced_usage(usage), service_tier=tier)
-        usage.estimated_cost = None if cost is None else float(cost)
-        self._governor.recorder.answered(cost)
+        cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
+        response.usage.estimated_cost = None if cost is None else float(cost)
+        self._governor.recorder.answered()
         return response
 
 

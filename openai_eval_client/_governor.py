@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
+from openai_eval_client._ledger import Ledger
 from openai_eval_client._limiter import Gate
 from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
 from openai_eval_client._stats import Recorder
@@ -48,6 +49,7 @@ class Governor:
     def __init__(self, config: RateLimitConfig | None = None, *, clock: Clock | None = None) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self.recorder = Recorder()
+        self.ledger = Ledger()
         self._bounded = config is not None
         self._clock: Clock = clock or Monotonic()
         self._lock = Exclusive()
@@ -75,7 +77,8 @@ class Governor:
                 "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
                 "output_length": {str(gate.model): gate.output_length() for gate in gates},
             }
-        return self.recorder.snapshot(**details)
+        cost = self.ledger.snapshot()
+        return self.recorder.snapshot(**details, cost=cost, unpriced=cost.unpriced)
 
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""
@@ -105,12 +108,13 @@ class Governor:
         if waiter is not None:
             await self._wait(gate, ticket, waiter)
         self.recorder.admitted(ticket.tokens, ticket.granted_at - ticket.asked_at)
-        return Admission(self, gate, ticket)
+        return Admission(self, gate, ticket, demand)
 
-    def settle(self, gate: Gate, ticket: Ticket, outcome: Outcome) -> None:
+    def settle(self, gate: Gate, ticket: Ticket, demand: Demand, outcome: Outcome) -> None:
         """Free the slot of an attempt, replace its estimate by what it came to, and heed the server."""
-        self._lock.when_free(lambda: self._settle(gate, ticket, outcome))
+        self._lock.when_free(lambda: self._settle(gate, ticket, demand, outcome))
         self._log_notes()
+        self.ledger.keep_up()
 
     def hear(self, gate: Gate, ticket: Ticket, headers: Mapping[str, str]) -> None:
         """Heed the headers of an answer whose body is still to come."""
@@ -118,9 +122,11 @@ class Governor:
             gate.hear(ticket, read_quotas(headers))
             self._pump(gate)
 
-    def _settle(self, gate: Gate, ticket: Ticket, outcome: Outcome) -> None:
+    def _settle(self, gate: Gate, ticket: Ticket, demand: Demand, outcome: Outcome) -> None:
         if ticket.state is not State.GRANTED:
             return
+        self.recorder.called(demand, outcome)
+        self.ledger.settled(demand, outcome, ticket.tokens)
         try:
             if not outcome.sent:
                 gate.withdraw(ticket)
@@ -130,13 +136,13 @@ class Governor:
                 gate.served(ticket)
             elif outcome.is_refusal and not outcome.is_congestion:
                 gate.tokens.give_back(ticket.tokens)
-            if outcome.usage is not None:
-                gate.observe_output(outcome.usage[1])
+            if outcome.counted is not None:
+                gate.observe_output(outcome.counted.completion_tokens)
             if outcome.headers is not None:
                 self._heed(gate, ticket, outcome, outcome.headers)
         finally:
             self._pump(gate)
-        self.recorder.attempt(outcome.status, self._clock.time() - ticket.granted_at, outcome.usage)
+        self.recorder.attempt(outcome, self._clock.time() - ticket.granted_at)
 
     def _log_notes(self) -> None:
         """Log what was noted under the lock: a log handler has a lock of its own."""
@@ -257,12 +263,13 @@ class Governor:
 class Admission:
     """The right to send one attempt; settle it exactly once, whatever comes of the attempt."""
 
-    __slots__ = ("_gate", "_governor", "_ticket")
+    __slots__ = ("_gate", "_governor", "_ticket", "demand")
 
-    def __init__(self, governor: Governor, gate: Gate, ticket: Ticket) -> None:
+    def __init__(self, governor: Governor, gate: Gate, ticket: Ticket, demand: Demand) -> None:
         self._governor = governor
         self._gate = gate
         self._ticket = ticket
+        self.demand = demand
 
     def hear(self, headers: Mapping[str, str]) -> None:
         """Heed the headers of an answer whose body is still to come."""
@@ -270,7 +277,7 @@ class Admission:
 
     def settle(self, outcome: Outcome) -> None:
         """Hand the slot back and account for what the attempt came to; a second call does nothing."""
-        self._governor.settle(self._gate, self._ticket, outcome)
+        self._governor.settle(self._gate, self._ticket, self.demand, outcome)
 
 
 def _spent(outcome: Outcome) -> float | None:
@@ -281,4 +288,5 @@ def _spent(outcome: Outcome) -> float | None:
     """
     if outcome.is_refusal:
         return 0.0
-    return None if outcome.usage is None else float(sum(outcome.usage))
+    used = outcome.counted
+    return None if used is None else float(used.prompt_tokens + used.completion_tokens)

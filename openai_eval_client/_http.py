@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 import openai
 
 from openai_eval_client._retry import was_never_sent
-from openai_eval_client._wire import Demand, Outcome, Tail, is_metered, max_output, read_usage
+from openai_eval_client._wire import Demand, Outcome, Tail, is_free, is_metered, max_output, read_usage
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
@@ -174,9 +174,9 @@ class _Governed:
         except BaseException as error:
             admission.settle(Outcome(sent=not was_never_sent(error)))
             raise
-        outcome = _outcome(response.status_code, response.headers, response.content)
+        outcome = _outcome(demand, response.status_code, response.headers, response.content)
         if outcome.usage is not None and demand.model is not None:
-            self.counter.observe(demand.model, demand.input_tokens, outcome.usage[0])
+            self.counter.observe(demand.model, demand.input_tokens, outcome.usage.prompt_tokens)
         admission.settle(outcome)
         return response
 
@@ -189,8 +189,9 @@ async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
     path = request.url.path
     if not is_metered(request.method, path):
         return Demand(None)
+    retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
     if not request.headers.get("content-type", "").startswith(_JSON):
-        return Demand(path.rpartition("/")[2], max_output=0)  # a form: its model is not at hand
+        return Demand(path.rpartition("/")[2], max_output=0, retry=retry)  # a form: its model is not at hand
     try:
         body = json.loads(request.content)
     except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
@@ -198,12 +199,14 @@ async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
     model = body.get("model") if isinstance(body, dict) else None
     if not isinstance(model, str):
         return Demand(None)
-    return Demand(model, await counter.count_input(body), max_output(body, path))
+    tokens = await counter.count_input(body)
+    return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path))
 
 
-def _outcome(status: int, headers: Any, tail: bytes) -> Outcome:
+def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
     message = "" if status < _BAD_REQUEST else tail.decode(errors="replace")
-    return Outcome(status, headers, read_usage(tail), message)
+    usage = None if demand.model is None else read_usage(tail)  # a file may well hold that of others
+    return Outcome(status, headers, usage, message)
 
 
 @functools.lru_cache(maxsize=8)
@@ -239,7 +242,8 @@ class _MeteredStream:
             self._settle()
 
     def _settle(self) -> None:
-        self._admission.settle(_outcome(self._status, self._headers, self._tail.read()))
+        admission = self._admission
+        admission.settle(_outcome(admission.demand, self._status, self._headers, self._tail.read()))
 
     def __del__(self) -> None:
         """Hand the slot back where the caller dropped the stream without closing it."""

@@ -80,6 +80,7 @@ class AsyncOpenAI(openai.AsyncOpenAI):
             if hasattr(plain, "send"):  # anything else is for the SDK to refuse
                 plain = govern(plain, self._governor, self._counter)
             super().__init__(http_client=plain, **options)
+            self._governor.ledger.pricer_for(str(self.base_url))
 
         __init__.__signature__ = _signature()
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from genai_prices.types import ModelInfo, ModelPrice, PriceCalculation, TieredPrices
+
+    from openai_eval_client._wire import Usage
 
 _Steps: TypeAlias = tuple[tuple[int, Decimal], ...]
 
@@ -37,7 +41,7 @@ _COUNTED = frozenset(
         "output_audio_mtok",
     }
 )
-_UNCOUNTED = frozenset(  # prices of kinds of tokens that PricedUsage cannot tell apart
+_UNCOUNTED = frozenset(  # prices of kinds of tokens that Usage cannot tell apart
     {
         "input_image_mtok",
         "output_image_mtok",
@@ -49,27 +53,6 @@ _UNCOUNTED = frozenset(  # prices of kinds of tokens that PricedUsage cannot tel
 )
 _VALID_SECONDS = 900  # prices start on given days, or change at full quarters of an hour
 _MODELS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class PricedUsage:
-    """The tokens of one answer, by price.
-
-    Attributes:
-        prompt_tokens: All input tokens, those of the next three fields included.
-        completion_tokens: All output tokens, reasoning and audio included.
-        cached_tokens: Input read from the prompt cache.
-        cache_write_tokens: Input written to the prompt cache, where that has a price of its own.
-        audio_input_tokens: Input that was sound.
-        audio_output_tokens: Output that is sound.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
-    audio_input_tokens: int = 0
-    audio_output_tokens: int = 0
 
 
 class Pricer:
@@ -85,15 +68,25 @@ class Pricer:
         self._lock = threading.Lock()
         self._provider: str | None = None
         self._unpriced: set[tuple[str, bool, str | None]] = set()
+        self._unsaid: deque[tuple[str, bool, str | None]] = deque()
         self._rates = lru_cache(maxsize=_MODELS)(self._look_up)
 
+    @property
+    def loaded(self) -> bool:
+        """Whether the price list is at hand, so that a cost takes microseconds."""
+        return self._provider is not None
+
+    def load(self) -> None:
+        """Imports genai-prices, which takes half a second; without it, the first cost does."""
+        self._provider_id()
+
     async def ready(self) -> None:
-        """Imports genai-prices in a thread; without it, the first cost takes half a second."""
-        if self._provider is None:
-            await asyncio.to_thread(self._provider_id)
+        """Loads the price list in a thread."""
+        if not self.loaded:
+            await asyncio.to_thread(self.load)
 
     def cost(
-        self, model: str, usage: PricedUsage, *, batch: bool = False, service_tier: str | None = None
+        self, model: str, usage: Usage, *, batch: bool = False, service_tier: str | None = None
     ) -> Decimal | None:
         """Prices one answer.
 
@@ -111,26 +104,48 @@ class Pricer:
         Returns:
             US dollars; None where the price is unknown, also that of one tier, of batches, or of sound.
         """
-        tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
-        rates = self._rates(model, batch, tier, int(time.time()) // _VALID_SECONDS)
+        rates = self.rates(model, batch=batch, service_tier=service_tier, at=time.time())
+        self.say_unpriced()
         return None if rates is None else rates.price(usage)
 
-    def _look_up(self, model: str, batch: bool, tier: str | None, _quarter: int) -> _Rates | None:
-        rates = self._find_rates(model, batch, tier)
+    def rates(self, model: str, *, batch: bool, service_tier: str | None, at: float) -> Rates | None:
+        """Finds what the tokens of a model cost, and says nothing where that is not known.
+
+        Args:
+            model: The model that answered.
+            batch: Whether through the Batch API.
+            service_tier: The answer's service_tier.
+            at: When it answered, in seconds since the epoch.
+
+        Returns:
+            The rates; None where the price is unknown.
+        """
+        tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
+        return self._rates(model, batch, tier, int(at) // _VALID_SECONDS)
+
+    def say_unpriced(self) -> None:
+        """Logs, once each, what was found to have no price."""
+        while self._unsaid:
+            with contextlib.suppress(IndexError):  # another thread says it
+                self._log_unpriced(self._unsaid.popleft())
+
+    def _look_up(self, model: str, batch: bool, tier: str | None, quarter: int) -> Rates | None:
+        rates = self._find_rates(model, batch, tier, quarter * _VALID_SECONDS)
         if rates is None:
-            self._say_unpriced((model, batch, tier))
+            self._unsaid.append((model, batch, tier))
         return rates
 
-    def _find_rates(self, model: str, batch: bool, tier: str | None) -> _Rates | None:
+    def _find_rates(self, model: str, batch: bool, tier: str | None, at: float) -> Rates | None:
         context = {"processing": "batch"} if batch else {"service_tier": tier} if tier else {}
-        found = _calculate(model, self._provider_id(), context)
+        moment = datetime.fromtimestamp(at, tz=timezone.utc)
+        found = _calculate(model, self._provider_id(), context, moment)
         if found is None:
             return None
         own = any(found.model is known for known in found.provider.models)  # else another provider's price
-        if not context or (own and _has_variant(found.model, context)):
-            return _Rates.of(found.model_price, _ONE)
+        if not context or (own and _has_variant(found.model, context, moment)):
+            return Rates.of(found.model_price, _ONE)
         discounted = batch and found.provider.id == _OPENAI
-        return _Rates.of(found.model_price, _BATCH_DISCOUNT) if discounted else None
+        return Rates.of(found.model_price, _BATCH_DISCOUNT) if discounted else None
 
     def _provider_id(self) -> str:
         if self._provider is None:
@@ -142,7 +157,7 @@ class Pricer:
                 self._provider = _OPENAI
         return self._provider
 
-    def _say_unpriced(self, case: tuple[str, bool, str | None]) -> None:
+    def _log_unpriced(self, case: tuple[str, bool, str | None]) -> None:
         with self._lock:
             if case in self._unpriced or len(self._unpriced) >= _MODELS:
                 return
@@ -153,7 +168,7 @@ class Pricer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rates:
+class Rates:
     """What each kind of token costs; None where the data does not say.
 
     A price is a tuple of steps, the highest first: the input tokens that must be exceeded, dollars a token.
@@ -168,7 +183,7 @@ class _Rates:
     audio_output: _Steps | None
 
     @classmethod
-    def of(cls, prices: ModelPrice, factor: Decimal) -> _Rates | None:
+    def of(cls, prices: ModelPrice, factor: Decimal) -> Rates | None:
         """Takes the prices of tokens, times a factor, if tokens of these kinds are all that is charged."""
         known: dict[str, Any] = {key: price for key, price in vars(prices).items() if price is not None}
         if known.keys() & _UNCOUNTED or "input_mtok" not in known:
@@ -184,8 +199,8 @@ class _Rates:
             audio_output=steps.get("output_audio_mtok"),
         )
 
-    def price(self, usage: PricedUsage) -> Decimal | None:
-        """Adds up what each kind of token costs."""
+    def price(self, usage: Usage) -> Decimal | None:
+        """Adds up what each kind of token costs, in dollars; None where one of them has no price."""
         prompt = usage.prompt_tokens
         cached = min(usage.cached_tokens, prompt)
         written = min(usage.cache_write_tokens, prompt - cached)
@@ -200,9 +215,10 @@ class _Rates:
             (usage.completion_tokens - spoken, self.output),
             (spoken, self.audio_output),
         ):
-            if tokens and steps is None:
-                return None
-            total += tokens * _at(steps, prompt) if steps else _FREE
+            if tokens:
+                if steps is None:
+                    return None
+                total += tokens * _at(steps, prompt)
         return total
 
 
@@ -216,26 +232,34 @@ def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:
 
 def _at(steps: _Steps, prompt_tokens: int) -> Decimal:
     """Finds the price that a prompt of this length has."""
-    return next((each for start, each in steps if prompt_tokens > start), _FREE)
+    for start, each in steps:
+        if prompt_tokens > start:
+            return each
+    return _FREE
 
 
-def _calculate(model: str, provider_id: str, context: Mapping[str, str]) -> PriceCalculation | None:
-    """Has genai-prices find the prices of a model that apply now."""
+def _calculate(
+    model: str, provider_id: str, context: Mapping[str, str], moment: datetime
+) -> PriceCalculation | None:
+    """Has genai-prices find the prices of a model that applied at a moment."""
     import genai_prices
 
     name = model.removeprefix("openai/") if provider_id == _OPENAI else model  # as proxies write it
     try:
         return genai_prices.calc_price(
-            genai_prices.Usage(), name, provider_id=provider_id, price_context=context
+            genai_prices.Usage(),
+            name,
+            provider_id=provider_id,
+            genai_request_timestamp=moment,
+            price_context=context,
         )
     except LookupError:
         return None
 
 
-def _has_variant(model: ModelInfo, context: Mapping[str, str]) -> bool:
+def _has_variant(model: ModelInfo, context: Mapping[str, str], moment: datetime) -> bool:
     """Tells a price made for this context from the ordinary one, which genai-prices gives without a word."""
-    now = datetime.now(tz=timezone.utc)
     return any(
-        variant.when == context and (variant.constraint is None or variant.constraint.active(now))
+        variant.when == context and (variant.constraint is None or variant.constraint.active(moment))
         for variant in model.price_variants or ()
     )

@@ -6,12 +6,15 @@ import math
 import threading
 from collections import Counter
 from dataclasses import asdict, dataclass
-from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openai_eval_client.models import ClientStats
 
-_BAD_REQUEST, _TOO_MANY_REQUESTS = 400, 429
+if TYPE_CHECKING:
+    from openai_eval_client._wire import Demand, Outcome
+
+_TOO_MANY_REQUESTS = 429
+_RETRIED_BY_SDK = frozenset({408, 409, 429})  # of the 4xx
 _STEP = math.log(1.02)  # histogram classes 2% wide: percentiles are off by 1% at most
 
 
@@ -48,7 +51,6 @@ class _Totals:
     wait_seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    unpriced: int = 0
 
 
 class Recorder:
@@ -57,7 +59,6 @@ class Recorder:
     def __init__(self) -> None:
         self._lock = threading.RLock()  # re-entrant: a collected stream may settle inside a locked region
         self._totals = _Totals()
-        self._cost = Decimal(0)
         self._latency = Histogram()
 
     def admitted(self, tokens: float, waited: float) -> None:
@@ -66,31 +67,37 @@ class Recorder:
             self._totals.reserved_tokens += round(tokens)
             self._totals.wait_seconds += waited
 
-    def attempt(self, status: int | None, seconds: float, usage: tuple[int, int] | None) -> None:
-        """Count one HTTP attempt: status (None: no answer), duration, input and output tokens."""
+    def attempt(self, outcome: Outcome, seconds: float) -> None:
+        """Count one HTTP attempt that was sent, and how long it took."""
         with self._lock:
             totals = self._totals
             totals.attempts += 1
-            totals.rate_limited += status == _TOO_MANY_REQUESTS
-            if status is not None and status < _BAD_REQUEST:
+            totals.rate_limited += outcome.status == _TOO_MANY_REQUESTS
+            if outcome.ok:
                 self._latency.add(seconds)
-            if usage is not None:
-                totals.prompt_tokens += usage[0]
-                totals.completion_tokens += usage[1]
+            used = outcome.counted
+            if used is not None:
+                totals.prompt_tokens += used.prompt_tokens
+                totals.completion_tokens += used.completion_tokens
+
+    def called(self, demand: Demand, outcome: Outcome) -> None:
+        """Count the calls and retries of somebody who does not count them: the SDK."""
+        if demand.retry is None:
+            return
+        with self._lock:
+            self._totals.requests += not demand.retry
+            self._totals.retries += demand.retry
+            self._totals.failures += _is_refused_for_good(outcome)
 
     def retry(self) -> None:
         """Count one more attempt for the same prompt."""
         with self._lock:
             self._totals.retries += 1
 
-    def answered(self, cost: Decimal | None) -> None:
-        """Count one answered prompt and what it cost in USD."""
+    def answered(self) -> None:
+        """Count one answered prompt."""
         with self._lock:
             self._totals.requests += 1
-            if cost is None:
-                self._totals.unpriced += 1
-            else:
-                self._cost += cost
 
     def failed(self) -> None:
         """Count one prompt that failed for good."""
@@ -104,4 +111,11 @@ class Recorder:
             percentiles: dict[str, Any] = {
                 f"latency_p{n}": self._latency.percentile(n / 100) for n in (50, 95, 99)
             }
-            return ClientStats(**asdict(self._totals), **percentiles, **details, cost=float(self._cost))
+            return ClientStats(**asdict(self._totals), **percentiles, **details)
+
+
+def _is_refused_for_good(outcome: Outcome) -> bool:
+    """Return whether the SDK will not repeat a refused attempt; of other failures only itself knows."""
+    if not outcome.is_refusal or outcome.status in _RETRIED_BY_SDK:
+        return False
+    return (outcome.headers or {}).get("x-should-retry") != "true"

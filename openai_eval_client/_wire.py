@@ -20,11 +20,16 @@ _UNMETERED = frozenset(
 )  # fmt: skip
 _BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
 FOR_GOOD = ("insufficient_quota", "Request too large")  # 429s that waiting does not cure
-_NO_OUTPUT = ("/embeddings", "/moderations")
+_FREE = "/moderations"  # https://platform.openai.com/docs/guides/moderation
+_NO_OUTPUT = ("/embeddings", _FREE)
 _OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _MOST = 10**12  # tokens: more than any limit; larger numbers would not fit a float
 _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
+_MODEL_BEFORE = re.compile(rb'(?<!\\)"model"\s*:\s*"([^"\\]*)"\s*,\s*$')
+_TIER = re.compile(rb'(?<!\\)"service_tier"\s*:\s*"(\w+)"')
+_LONGEST_NAME = 500  # bytes
+_DETAILS = "_tokens_details", "_token_details"  # transcriptions say it in the singular
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +40,44 @@ class Demand:
         model: Whose budgets it spends; None: only the concurrency bound applies.
         input_tokens: Of its input.
         max_output: Output tokens it may use at most; None: what this model's answers usually take.
+        retry: Whether it repeats a failed attempt; None: whoever asks counts its calls itself.
+        free: Whether its endpoint costs nothing.
     """
 
     model: str | None
     input_tokens: int = 0
     max_output: int | None = None
+    retry: bool | None = None
+    free: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one answer used, and who gave it: all that its price depends on.
+
+    Attributes:
+        prompt_tokens: All input tokens, those of the next three fields included.
+        completion_tokens: All output tokens, reasoning and audio included.
+        cached_tokens: Input read from the prompt cache.
+        cache_write_tokens: Input written to the prompt cache, where that has a price of its own.
+        audio_input_tokens: Input that was sound.
+        audio_output_tokens: Output that is sound.
+        reasoning_tokens: Output spent on reasoning.
+        model: The model that answered, as the server names it; None where it does not say.
+        service_tier: The tier that served, likewise.
+        estimated: True where the server sent no usage and the counts are ours.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+    reasoning_tokens: int = 0
+    model: str | None = None
+    service_tier: str | None = None
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +87,14 @@ class Outcome:
     Attributes:
         status: The HTTP status; None where no answer came.
         headers: Of the answer.
-        usage: Input and output tokens as the server counted them; None where it did not say.
+        usage: What it used; None where the server did not say, and nobody estimated it.
         message: Of the error, where it is one.
         sent: False where no connection came about, so that nothing was spent.
     """
 
     status: int | None = None
     headers: Mapping[str, str] | None = None
-    usage: tuple[int, int] | None = None
+    usage: Usage | None = None
     message: str = ""
     sent: bool = True
 
@@ -64,6 +102,11 @@ class Outcome:
     def ok(self) -> bool:
         """Whether it was answered."""
         return self.status is not None and self.status < _BAD_REQUEST
+
+    @property
+    def counted(self) -> Usage | None:
+        """What it used by the server's own count."""
+        return None if self.usage is None or self.usage.estimated else self.usage
 
     @property
     def is_refusal(self) -> bool:
@@ -81,6 +124,11 @@ def is_metered(method: str, path: str) -> bool:
     return method == "POST" and path.rpartition("/")[2] not in _UNMETERED
 
 
+def is_free(path: str) -> bool:
+    """Return whether requests to this endpoint cost nothing."""
+    return path.endswith(_FREE)
+
+
 def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
     """Return the output tokens a request may use at most, all choices together; None: no bound."""
     if path.endswith(_NO_OUTPUT):
@@ -90,14 +138,41 @@ def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
     return min(caps[0] * choices, _MOST) if caps else None
 
 
-def usage_counts(usage: object) -> tuple[int, int] | None:
-    """Return input and output tokens of a `usage` object of any endpoint; None where it holds none."""
+def usage_of(body: Mapping[str, Any]) -> Usage | None:
+    """Return what the answer of any endpoint used, from its decoded body; None where it does not say."""
+    usage = body.get("usage")
     if not isinstance(usage, dict):
         return None
-    given = usage.get("prompt_tokens", usage.get("input_tokens"))
-    made = usage.get("completion_tokens", usage.get("output_tokens"))
-    counted = token_count(given)
-    return None if counted is None else (counted, token_count(made) or 0)
+    given = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    if given is None:
+        return None
+    made = token_count(usage.get("completion_tokens", usage.get("output_tokens"))) or 0
+    heard, said = _details(usage, "prompt", "input"), _details(usage, "completion", "output")
+    return Usage(
+        prompt_tokens=given,
+        completion_tokens=made,
+        cached_tokens=token_count(heard.get("cached_tokens")) or 0,
+        cache_write_tokens=token_count(heard.get("cache_write_tokens")) or 0,
+        audio_input_tokens=token_count(heard.get("audio_tokens")) or 0,
+        audio_output_tokens=token_count(said.get("audio_tokens")) or 0,
+        reasoning_tokens=token_count(said.get("reasoning_tokens")) or 0,
+        model=_name(body.get("model")),
+        service_tier=_name(body.get("service_tier")),
+    )
+
+
+def _details(usage: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """Return the parts that a count is made of."""
+    for name in names:
+        for ending in _DETAILS:
+            details = usage.get(name + ending)
+            if isinstance(details, dict):
+                return details
+    return {}
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def token_count(value: object) -> int | None:
@@ -107,17 +182,53 @@ def token_count(value: object) -> int | None:
     return min(value, _MOST)
 
 
-def read_usage(tail: bytes) -> tuple[int, int] | None:
-    """Return input and output tokens from the last `usage` object in the end of a body or stream."""
+def read_usage(tail: bytes) -> Usage | None:
+    """Return what an answer used, from its body or the end of it, or the end of a stream.
+
+    It is the last `usage` object that counts. Where the object round it is not there as a whole, its model is
+    known only if it stands right before, as with embeddings.
+    """
+    whole = _decoded(tail) if len(tail) <= _TAIL and tail.lstrip().startswith(b"{") else {}
+    usage = usage_of(whole)
+    if usage is not None:
+        return usage
     for match in reversed(list(_USAGE.finditer(tail))):
-        try:
-            usage, _ = json.JSONDecoder().raw_decode(tail[match.end() :].decode(errors="replace"))
-        except (ValueError, RecursionError):
-            continue
-        counts = usage_counts(usage)
-        if counts is not None:
-            return counts
+        usage = _read_event(tail, match.start()) or _read_cut(tail, match)
+        if usage is not None:
+            return usage
     return None
+
+
+def _read_event(tail: bytes, position: int) -> Usage | None:
+    """Return what the event of a stream that stands at a position says, where it is whole."""
+    start, end = tail.rfind(b"\n", 0, position) + 1, tail.find(b"\n", position)
+    field, _, data = tail[start : end if end >= 0 else len(tail)].partition(b":")
+    event = _decoded(data) if field == b"data" else {}
+    within = event.get("response")
+    return usage_of(within if isinstance(within, dict) else event)
+
+
+def _read_cut(tail: bytes, match: re.Match[bytes]) -> Usage | None:
+    """Return what a `usage` object says whose surroundings are cut or unknown."""
+    try:
+        usage, _ = json.JSONDecoder().raw_decode(tail[match.end() :].decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    named = _MODEL_BEFORE.search(tail, max(0, match.start() - _LONGEST_NAME), match.start())
+    tiers = list(_TIER.finditer(tail, 0, match.start())) or list(_TIER.finditer(tail, match.end()))
+    said = {"model": named, "service_tier": tiers[-1] if tiers else None}
+    return usage_of(
+        {"usage": usage, **{key: found and found[1].decode(errors="replace") for key, found in said.items()}}
+    )
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one where there is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class Tail:

@@ -15,7 +15,6 @@ from openai_eval_client._checks import check_callback, check_count, refuse
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
-from openai_eval_client._pricing import Pricer
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt
 from openai_eval_client._retry import is_doom, was_never_sent
 from openai_eval_client._tickets import Lane
@@ -67,7 +66,7 @@ class OpenAIClient(BatchMethods):
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
-        pricer = Pricer(base_url=self._config.base_url)
+        pricer = self._governor.ledger.pricer_for(self._config.base_url)
         self._call = Caller(self._config, sdk, self._governor, self._counter, pricer)
         self._jobs = Batches(
             self._config,

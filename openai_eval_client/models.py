@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from openai_eval_client.costs import CostLedger
 from openai_eval_client.errors import BatchError
 
 __all__ = ["BatchJob", "BatchJobStatus", "BatchRequest", "ClientStats", "ModelResponse", "TokenUsage"]
@@ -155,10 +156,12 @@ class ClientStats(_Model):
     """What a client has done so far.
 
     Attributes:
-        requests: Prompts answered or failed for good.
-        failures: Those that failed for good.
-        attempts: HTTP requests sent, by whatever road.
-        retries: Attempts after a prompt's first.
+        requests: Prompts answered or failed for good, and the calls made through the drop-in client so far.
+        failures: Those that failed for good. Of the drop-in client's calls only those refused with a 4xx that
+            the SDK does not retry: where its retries end, it alone knows.
+        attempts: HTTP requests sent, by whatever road, also those that run no model (files, batches), which
+            are in no other count.
+        retries: Attempts after a prompt's or a call's first.
         rate_limited: Answers with status 429.
         reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts
             `max_tokens` up front.
@@ -170,7 +173,7 @@ class ClientStats(_Model):
         output_length: By model, "mean" and "spread" (standard deviation) of its latest answers, in tokens.
         prompt_tokens: Input tokens as the server counted them.
         completion_tokens: Output tokens likewise.
-        cost: USD of all priced answers.
+        cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
@@ -190,7 +193,7 @@ class ClientStats(_Model):
     output_length: dict[str, dict[str, float]] = Field(default_factory=dict)
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float = 0.0
+    cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
     latency_p50: float | None = None
     latency_p95: float | None = None

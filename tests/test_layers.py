@@ -34,7 +34,7 @@ LAYERS = [
     },
     {"_attempt", "_belief", "_input", "_requests", "_retry"},
     {"_answers", "_batch_lines", "_budget", "_tickets", "_tokens"},
-    {"_batch_meta", "_limiter"},
+    {"_batch_journal", "_batch_meta", "_limiter"},
     {"_batch_status", "_governor"},
     {"_batch_api", "_batch_requests", "_batch_results", "_caller", "_http"},
     {"_batch_jobs"},

@@ -1,0 +1,110 @@
+"""What is recorded of a batch job before and after each step that costs, so that a killed program goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from openai_eval_client._batch_lines import Part
+
+
+class Store(Protocol):
+    """Where records are kept; each is on disk when the call returns."""
+
+    async def journal_get(self, key: str) -> dict[str, Any] | None:
+        """Return a record."""
+
+    async def journal_put(self, key: str, value: dict[str, Any]) -> None:
+        """Keep a record."""
+
+    async def journal_delete(self, key: str) -> None:
+        """Forget a record."""
+
+    def exclusive(self, name: str) -> contextlib.AbstractAsyncContextManager[Any]:
+        """Wait until nobody else holds this name, in any process, and hold it."""
+
+
+@dataclass(slots=True)
+class Intent:
+    """The wish to have requests run: named before the first step on the network, so that none is done twice.
+
+    Attributes:
+        name: Stands in the metadata of every batch made of it.
+        since: When it was first wished for, in seconds since the epoch.
+        made: The id of the batch of each part, by the part's key.
+        spans: The count of each part by its first line, where parts were cut.
+        recovered: Whether an earlier program may have created batches that are not in `made`.
+    """
+
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    since: float = field(default_factory=time.time)
+    made: dict[str, str] = field(default_factory=dict)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    recovered: bool = False
+
+    def note(self, parts: Iterable[Part]) -> None:
+        """Remember how the parts are cut now."""
+        spans = dict(self.spans)
+        spans.update((part.first, part.count) for part in parts)
+        self.spans = sorted(spans.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as it is recorded."""
+        recorded = dataclasses.asdict(self)
+        del recorded["recovered"]
+        return recorded
+
+    @classmethod
+    def recover(cls, record: dict[str, Any]) -> Intent:
+        """Return one that an earlier program recorded."""
+        spans = [(first, count) for first, count in record["spans"]]
+        return cls(record["name"], record["since"], dict(record["made"]), spans, recovered=True)
+
+
+class Journal:
+    """The records under one name; without a store, nothing is kept and nothing found."""
+
+    def __init__(self, store: Store | None, name: str) -> None:
+        self._store = store
+        self._name = name
+
+    def exclusive(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """Wait until no other process works under this name, and keep others waiting."""
+        return contextlib.nullcontext() if self._store is None else self._store.exclusive(self._name)
+
+    async def load(self) -> dict[str, Any]:
+        """Return the record; an empty one where there is none."""
+        return (await self._store.journal_get(self._name) if self._store else None) or {}
+
+    async def save(self, record: dict[str, Any]) -> None:
+        """Keep a record."""
+        if self._store is not None:
+            await self._store.journal_put(self._name, record)
+
+    async def forget(self) -> None:
+        """Forget the record."""
+        if self._store is not None:
+            await self._store.journal_delete(self._name)
+
+
+def runs(indexes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return rising numbers as runs of consecutive ones: first and count of each."""
+    found: list[tuple[int, int]] = []
+    for index in indexes:
+        if found and index == sum(found[-1]):
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((index, 1))
+    return found
+
+
+def unrolled(found: Iterable[Sequence[int]]) -> list[int]:
+    """Return the numbers that `runs` was given."""
+    return [index for first, count in found for index in range(first, first + count)]

@@ -1,0 +1,136 @@
+"""What it cost: the bill of a client, by model, road and service tier, exact to the last digit."""
+
+from __future__ import annotations
+
+import operator
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CostLedger", "ModelCost"]
+
+_NOTHING = Decimal(0)
+_ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv
+
+
+class ModelCost(BaseModel):
+    """What one model came to by one road and in one service tier.
+
+    Attributes:
+        model: The model, as the server names it; as it was asked for where the server does not say.
+        road: "online", or "batch" for the Batch API.
+        service_tier: The tier that served, "default" where nothing else was said.
+        calls: Answers that were billed.
+        input_tokens: Their input, cached tokens included.
+        cached_tokens: The part of the input that the provider had cached.
+        output_tokens: Their output, reasoning included.
+        reasoning_tokens: The part of the output spent on reasoning.
+        unpriced: Calls whose price is not known.
+        cost: USD of the others by the published price list; None where no call has a known price.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: str
+    road: Literal["online", "batch"]
+    service_tier: str
+    calls: int
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    reasoning_tokens: int
+    unpriced: int
+    cost: Decimal | None
+
+
+def _compared(compare: Callable[[Any, Any], Any]) -> Any:
+    """Return a method that compares the total with a number or with another ledger's."""
+
+    def method(self: CostLedger, other: object) -> Any:
+        return compare(*_alike(self, other))
+
+    return method
+
+
+def _computed(compute: Callable[[Any, Any], Any]) -> Any:
+    """Return an operator on the total whose result is a float: a Decimal only where one goes in."""
+
+    def method(self: CostLedger, other: object) -> Any:
+        result = compute(*_alike(self, other))
+        return float(result) if isinstance(other, CostLedger) else result
+
+    return method
+
+
+def _swapped(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda own, other: compute(other, own)
+
+
+def _alike(ledger: CostLedger, other: Any) -> tuple[Any, Any]:
+    """Return two amounts that go together: Decimal and float do not."""
+    if isinstance(other, CostLedger):
+        return ledger.total, other.total
+    return (ledger.total if isinstance(other, Decimal) else float(ledger.total)), other
+
+
+class CostLedger(BaseModel):  # noqa: PLW1641  # mutable, as every pydantic model
+    """Everything that was billed so far, and what was not.
+
+    It stands for its total wherever a number is wanted: `float(cost)`, `f"{cost:.2f}"`, `cost < 5`,
+    `cost - before`. Two ledgers are equal when all their fields are.
+
+    Attributes:
+        total: USD of all calls whose price is known, by the published price list.
+        rows: What it is the sum of.
+        unpriced: Calls whose price is not known, not in `total`.
+        retried: Attempts that were billed without bringing an answer, in `rows` and `total`.
+        unaccounted: Attempts that the provider may have billed but did not say so, not in `total`: they timed
+            out, were cut off or cancelled, or the answer (most streams, if not asked to) came without usage.
+        unaccounted_cost: USD these come to if each used all the tokens that were reserved for it.
+        saved_by_cache: USD that the answers taken from the local cache would have cost.
+    """
+
+    total: Decimal = _NOTHING
+    rows: list[ModelCost] = Field(default_factory=list)
+    unpriced: int = 0
+    retried: int = 0
+    unaccounted: int = 0
+    unaccounted_cost: Decimal = _NOTHING
+    saved_by_cache: Decimal = _NOTHING
+
+    @property
+    def by_model(self) -> dict[str, Decimal | None]:
+        """USD by model, all roads and tiers together; None where no call of it has a known price."""
+        costs: dict[str, Decimal | None] = {}
+        for row in self.rows:
+            before = costs.get(row.model)
+            costs[row.model] = before if row.cost is None else row.cost + (before or _NOTHING)
+        return costs
+
+    def __float__(self) -> float:
+        return float(self.total)
+
+    def __bool__(self) -> bool:
+        return bool(self.total)
+
+    def __str__(self) -> str:
+        return f"{self.total.normalize():f}"
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else str(self)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(float(self), digits)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, CostLedger):
+            return self.__dict__ == other.__dict__
+        return bool(operator.eq(*_alike(self, other)))
+
+    __lt__, __le__, __gt__, __ge__ = map(_compared, (operator.lt, operator.le, operator.gt, operator.ge))
+    __add__, __sub__, __mul__, __truediv__ = map(_computed, _ARITHMETIC)
+    __radd__, __rsub__, __rmul__, __rtruediv__ = map(_computed, map(_swapped, _ARITHMETIC))

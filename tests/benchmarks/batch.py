@@ -1,0 +1,128 @@
+"""The Batch API at size: memory of a job of 120,000 requests, CPU of its lines beside plain JSON.
+
+    python tests/benchmarks/batch.py
+
+Submits 120,000 requests (three files) to the simulated server, settles a file of 50,000 results and then the
+whole job, and prints the peak memory of each step above that of the imports; then the CPU time of building
+and reading 50,000 lines, as a ratio to json.dumps and json.loads of the same lines in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from openai_eval_client import BatchConfig, BatchRequest, OpenAIClient, OpenAIConfig
+from openai_eval_client._batch_lines import close, write_parts
+from openai_eval_client._batch_requests import checked
+from openai_eval_client._batch_results import Manifest
+from openai_eval_client.testing import SimulatedServer
+
+TEXT = "Write a function that returns the sum of all even numbers below its argument, naïvely. " * 5
+MEGABYTE = 1e6
+
+
+def peak() -> float:
+    """Return the most memory this process ever had, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
+
+
+def requests(count: int) -> list[BatchRequest]:
+    """Make requests of about 450 characters."""
+    return [BatchRequest(prompt=f"{n} {TEXT}", temperature=0.5, max_tokens=200) for n in range(count)]
+
+
+async def memory(count: int, per_file: int) -> dict[str, float]:
+    """Return the peak memory of submitting, of settling one file, and of settling all."""
+    with SimulatedServer(batch_seconds=1, process=True) as server:
+        config = OpenAIConfig(api_key="any", base_url=server.base_url, default_model="gpt-4o-mini")
+        async with OpenAIClient(config, batch=BatchConfig(max_batch_size=per_file)) as client:
+            await client.generate_response("warm")  # so that all is imported
+            base = peak()
+            job = await client.submit_batch_job(requests(count))
+            figures = {"submitted": peak() - base}
+            gc.collect()
+            while (await client.get_batch_status(job.job_id)).status != "completed":
+                await asyncio.sleep(0.2)
+            first = await client.retrieve_batch_results(job.job_id.split("+")[0])
+            figures["one file settled"] = peak() - base
+            one = len(first)
+            del first
+            gc.collect()
+            responses = await client.retrieve_batch_results(job.job_id)
+            figures["all settled"] = peak() - base
+    in_order = all(response.content.startswith(f"echo: {n} ") for n, response in enumerate(responses))
+    return {"requests": count, "one file": one, "answered": len(responses), "in order": in_order, **figures}
+
+
+def cpu(action: Any, *args: Any, **options: Any) -> tuple[float, Any]:
+    """Return the CPU seconds of a call, and what it returns."""
+    gc.collect()
+    start = time.process_time()
+    result = action(*args, **options)
+    return time.process_time() - start, result
+
+
+def build_ratio(count: int) -> tuple[float, float]:
+    """Return the CPU seconds of checking and building lines, and their ratio to plain json.dumps."""
+    given = requests(count)
+    items = checked(given, api="chat", default_model="gpt-4o-mini")
+    ours, parts = cpu(write_parts, items, most_lines=count)
+    parts[0].file.seek(0)
+    objects = [json.loads(line) for line in parts[0].file]
+    close(parts)
+    plain, _ = cpu(lambda: [json.dumps(each) for each in objects])
+    return ours, ours / plain
+
+
+async def read_ratio(count: int) -> tuple[float, float]:
+    """Return the CPU seconds of reading results into responses, and their ratio to plain json.loads."""
+    with SimulatedServer(batch_seconds=0.5, process=True) as server:
+        config = OpenAIConfig(api_key="any", base_url=server.base_url, default_model="gpt-4o-mini")
+        async with OpenAIClient(config) as client:
+            job = await client.submit_batch_job(requests(count))
+            while (await client.get_batch_status(job.job_id)).status != "completed":
+                await asyncio.sleep(0.2)
+            batch = await client.openai.batches.retrieve(job.job_id)
+            await client.retrieve_batch_results(job.job_id)  # so that the prices are loaded
+            api = client._jobs._api
+            file: IO[bytes] = await api.download(str(batch.output_file_id))
+            reader = client._jobs._jobs.reader("chat", None)
+    with file:
+        ours, settlement = cpu(reader.read, [file], Manifest(range(count), temperature=0.5))
+        file.seek(0)
+        plain, _ = cpu(lambda: [json.loads(line) for line in file])
+    if settlement.answered != count:
+        raise SystemExit(f"{settlement.answered} of {count} results were read")
+    return ours, ours / plain
+
+
+def measure(count: int = 120_000, per_file: int = 50_000) -> dict[str, Any]:
+    """Return all figures."""
+    figures: dict[str, Any] = asyncio.run(memory(count, per_file))
+    figures["build s"], figures["build ratio"] = build_ratio(per_file)
+    figures["read s"], figures["read ratio"] = asyncio.run(read_ratio(per_file))
+    return figures
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--count", type=int, default=120_000)
+    parser.add_argument("--per-file", type=int, default=50_000)
+    options = parser.parse_args()
+    for name, figure in measure(options.count, options.per_file).items():
+        print(f"{name:>18}: {figure:,.2f}" if isinstance(figure, float) else f"{name:>18}: {figure}")
+
+
+if __name__ == "__main__":
+    main()
