@@ -963,6 +963,10 @@ def test_the_command_serves_until_told_to_end(end):
         "ok,500",
         "--models",
         "m,x",
+        "--batch-seconds",
+        "1",
+        "--enqueued-tokens",
+        "1000",
     ]
     with run_python("-m", testing_package.__name__, *flags) as process:
         server = SimpleNamespace(base_url=process.stdout.readline().strip())

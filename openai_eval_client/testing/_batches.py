@@ -238,4 +238,7 @@ def _short(name: str, what: str, text: str, most: int) -> None:
 
 def _kept_for(body: Json) -> int | None:
     after = body.get("output_expires_after")
-    return after.get("seconds") if isinstance(after, dict) else None
+    seconds = after.get("seconds") if isinstance(after, dict) else None
+    if after is not None and not isinstance(seconds, int):
+        raise wrong_type("output_expires_after.seconds", "an integer")
+    return seconds

@@ -73,8 +73,8 @@ def plan_of(told: Mapping[str, Any]) -> Plan:
 
 def check_plans(plans: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError naming the first thing in a plan that makes no sense."""
-    if isinstance(plans, str | Mapping):
-        raise ValueError(f"batch_plans must be several mappings, not {plans!r}")  # noqa: TRY004
+    if not _several(plans):
+        raise ValueError(f"batch_plans must be several mappings, not {plans!r}")
     for number, told in enumerate(plans):
         if not isinstance(told, Mapping):
             raise ValueError(f"batch_plans[{number}] must be a mapping, not {told!r}")  # noqa: TRY004
@@ -102,7 +102,11 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "lines": lambda value: _several(value) and all(outcome in OUTCOMES for outcome in value),
     "output_file": lambda value: value in FILES,
     "error_file": lambda value: value in FILES,
-    "counts": lambda value: isinstance(value, Mapping) and set(value) <= {*COUNTS},
+    "counts": lambda value: (
+        isinstance(value, Mapping)
+        and set(value) <= {*COUNTS}
+        and all(isinstance(count, int) for count in value.values())
+    ),
     "errors": lambda value: _several(value) and all(isinstance(error, Mapping) for error in value),
     "input_gone": lambda value: isinstance(value, bool),
 }
@@ -113,7 +117,7 @@ NEEDS = {
     "lines": f"outcomes, each one of {', '.join(OUTCOMES)}",
     "output_file": 'True, False, "", "empty" or "gone"',
     "error_file": 'True, False, "", "empty" or "gone"',
-    "counts": f"a mapping of {', '.join(COUNTS)}",
+    "counts": f"integers by name: {', '.join(COUNTS)}",
     "errors": "mappings with code, message, param and line",
     "input_gone": "True or False",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import Future
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from ._simulation import Simulation
@@ -45,7 +46,7 @@ class ThreadBackend:
         """The Batch objects, oldest first."""
         found: list[dict[str, Any]] = []
         self._in_loop(lambda: found.extend(self._simulation.storage.batches()))
-        return found
+        return deepcopy(found)
 
     def state(self) -> dict[str, Any]:
         """Counters and gauges."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ async def read_form(request: web.BaseRequest) -> Form:
     try:
         async for part in await request.multipart():
             await _take(form, part)
-    except (ValueError, AssertionError):  # what the reader raises for a body that is no multipart form
+    except Exception:  # noqa: BLE001 - the reader has many ways to say that this is no form
         form.refusal = ApiError(400, "Could not parse multipart form")
     async for _ in request.content.iter_chunked(CHUNK):
         pass
@@ -93,4 +94,4 @@ def upload(form: Form, files: Files) -> StoredFile:
 
 def _kept_for(form: Form) -> int | None:
     seconds = form.fields.get("expires_after[seconds]", "")
-    return int(seconds) if seconds.isdecimal() else None
+    return int(seconds) if re.fullmatch(r"\d{1,9}", seconds) else None
