@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from openai_eval_client.config import OpenAIConfig
 
 _NOT_THERE = frozenset({400, 404})
-_FILE_LAG = 60.0  # seconds for which an uploaded file may be unknown
+_FILE_LAG = 60.0  # seconds for which a new file may be unknown
 _SLOWEST = 50_000  # bytes a second: the deadline of an upload
 _PARTIAL = 206
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
@@ -109,7 +110,7 @@ class BatchApi:
             unclear = False
             return batch
 
-        made: Batch = await _once_known(file_id, functools.partial(self._repeated, attempt))
+        made: Batch = await _once_known(file_id, functools.partial(self._repeated, attempt), _FILE_LAG)
         return made
 
     async def find(self, placement: Placement, *, since: float) -> Batch | None:
@@ -156,8 +157,12 @@ class BatchApi:
             return await self.get(batch_id)
         return cancelled
 
-    async def download(self, file_id: str) -> IO[bytes]:
+    async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start.
+
+        Args:
+            file_id: The file.
+            made_at: When it was made, in seconds since the epoch: for a moment after, it may be unknown.
 
         Returns:
             An unnamed file at its start, to be closed by the caller.
@@ -165,7 +170,8 @@ class BatchApi:
         file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
         try:
             fetch = functools.partial(self._fetch, file_id, file)
-            await _once_known(file_id, functools.partial(self._repeated, fetch, None))
+            patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
+            await _once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
         except BaseException:
             file.close()
             raise
@@ -251,10 +257,10 @@ def _object(answer: Any) -> Any:
     return answer
 
 
-async def _once_known(file_id: str, action: Callable[[], Awaitable[Any]]) -> Any:
-    """Do something with a file, again while the server does not know of it yet."""
+async def _once_known(file_id: str, action: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+    """Do something with a file, again for so many seconds while the server does not know of it yet."""
     unknown = functools.partial(_is_unknown_file, file_id=file_id)
-    return await patient(action, is_worth=unknown, seconds=_FILE_LAG)()
+    return await patient(action, is_worth=unknown, seconds=seconds)()
 
 
 def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 INTENT = "openai_eval_client_intent"
 PART = "openai_eval_client_part"
 _PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-reference/batch/create
-_LAST_NUMBER = re.compile(r"\d+\Z", re.ASCII)
+_NUMBERED = re.compile(r"(?:\Arequest-|#)(\d{1,18})\Z", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ def _is_sound(placement: Placement) -> bool:
 
 
 def index_in(custom_id: str) -> int | None:
-    """Return the index at the end of a custom_id of a numbered batch."""
-    found = _LAST_NUMBER.search(custom_id)
-    return int(found[0]) if found else None
+    """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
+    found = _NUMBERED.search(custom_id)
+    return int(found[1]) if found else None
 
 
 def check_metadata(metadata: object) -> dict[str, str]:
