@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
-import json
 import tempfile
+import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
 from openai_eval_client._attempt import deadline
+from openai_eval_client._batch_calls import Repeated, no_object, object_of, once_known
 from openai_eval_client._batch_meta import Placement, read_placement
-from openai_eval_client._batch_status import is_enqueued_limit, was_refused
-from openai_eval_client._checks import shown
-from openai_eval_client._retry import is_transient, patient, retrying
-from openai_eval_client.errors import QuotaError, TimeoutError, ValidationError, sdk_httpx
+from openai_eval_client._batch_status import was_refused
+from openai_eval_client._retry import is_transient
+from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator
 
     from openai.types import Batch
 
     from openai_eval_client._batch_lines import Part
     from openai_eval_client.config import OpenAIConfig
 
-_NOT_THERE = frozenset({400, 404})
-_FILE_LAG = 60.0  # seconds for which an uploaded file may be unknown
+_FILE_LAG = 60.0  # seconds for which a new file may be unknown
 _SLOWEST = 50_000  # bytes a second: the deadline of an upload
-_PARTIAL = 206
+_PARTIAL, _NO_SUCH_RANGE = 206, 416
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
 
 
@@ -63,8 +61,7 @@ class BatchApi:
     def __init__(self, sdk: openai.AsyncOpenAI, config: OpenAIConfig, max_wait: float) -> None:
         self._sdk = sdk
         self._timeout = config.timeout
-        self._retries = config.max_retries
-        self._max_wait = max_wait
+        self._repeated = Repeated(config, max_wait)
 
     async def upload(self, part: Part) -> str:
         """Upload the lines of a part and return the file's id."""
@@ -72,7 +69,7 @@ class BatchApi:
 
         async def attempt() -> Any:
             part.file.seek(0)
-            return _object(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
+            return object_of(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
 
         uploaded = await self._repeated(attempt, part.size / _SLOWEST)
         return str(uploaded.id)
@@ -109,7 +106,7 @@ class BatchApi:
             unclear = False
             return batch
 
-        made: Batch = await _once_known(file_id, functools.partial(self._repeated, attempt))
+        made: Batch = await once_known(file_id, functools.partial(self._repeated, attempt), _FILE_LAG)
         return made
 
     async def find(self, placement: Placement, *, since: float) -> Batch | None:
@@ -125,8 +122,7 @@ class BatchApi:
         """Yield the account's batches, the newest first, back to a time (seconds since the epoch)."""
         after: dict[str, Any] = {}
         while True:
-            listing = functools.partial(self._sdk.batches.list, limit=100, timeout=None, **after)
-            page = await self._repeated(listing)
+            page = await self._repeated(functools.partial(self._page, after))
             for batch in page.data:
                 if batch.created_at < since - _CLOCKS_APART:
                     return
@@ -135,11 +131,18 @@ class BatchApi:
                 return
             after = {"after": page.data[-1].id}
 
+    async def _page(self, after: dict[str, Any]) -> Any:
+        try:
+            page = await self._sdk.batches.list(limit=100, timeout=None, **after)
+        except AttributeError as error:  # the SDK takes the page of something in between for a list
+            raise no_object(error) from error
+        return page if isinstance(page.data, list) else object_of(None)
+
     async def get(self, batch_id: str) -> Batch:
         """Look a batch up."""
 
         async def attempt() -> Any:
-            return _object(await self._sdk.batches.retrieve(batch_id, timeout=None))
+            return object_of(await self._sdk.batches.retrieve(batch_id, timeout=None))
 
         batch: Batch = await self._repeated(attempt)
         return batch
@@ -148,7 +151,7 @@ class BatchApi:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
 
         async def attempt() -> Any:
-            return _object(await self._sdk.batches.cancel(batch_id, timeout=None))
+            return object_of(await self._sdk.batches.cancel(batch_id, timeout=None))
 
         try:
             cancelled: Batch = await self._repeated(attempt)
@@ -156,8 +159,12 @@ class BatchApi:
             return await self.get(batch_id)
         return cancelled
 
-    async def download(self, file_id: str) -> IO[bytes]:
+    async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start.
+
+        Args:
+            file_id: The file.
+            made_at: When it was made, in seconds since the epoch: for a moment after, it may be unknown.
 
         Returns:
             An unnamed file at its start, to be closed by the caller.
@@ -165,7 +172,8 @@ class BatchApi:
         file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
         try:
             fetch = functools.partial(self._fetch, file_id, file)
-            await _once_known(file_id, functools.partial(self._repeated, fetch, None))
+            patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
+            await once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
         except BaseException:
             file.close()
             raise
@@ -178,12 +186,18 @@ class BatchApi:
         content = self._sdk.files.with_streaming_response.content
         async with contextlib.AsyncExitStack() as stack:
             async with deadline(self._timeout):
-                response = await stack.enter_async_context(
-                    content(file_id, extra_headers=headers, timeout=None)
-                )
-            whole = response.status_code != _PARTIAL
-            if whole or not response.headers.get("content-range", "").startswith(f"bytes {had}-"):
+                try:
+                    response = await stack.enter_async_context(
+                        content(file_id, extra_headers=headers, timeout=None)
+                    )
+                except openai.APIStatusError as error:
+                    if error.status_code == _NO_SUCH_RANGE:  # all of it was there, or never was
+                        raise _from_the_start(file, error.request) from error
+                    raise
+            if response.status_code != _PARTIAL:
                 _empty(file)
+            elif not response.headers.get("content-range", "").startswith(f"bytes {had}-"):
+                raise _from_the_start(file, response.http_request)
             chunks = response.iter_bytes()
             while True:
                 async with deadline(self._timeout):
@@ -196,7 +210,7 @@ class BatchApi:
         metadata = {**order.metadata, **order.placement.metadata()}
         window, endpoint = order.window, order.endpoint
         try:
-            made: Batch = _object(
+            made: Batch = object_of(
                 await self._sdk.batches.create(
                     completion_window=window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
                     endpoint=endpoint,  # type: ignore[arg-type]
@@ -206,70 +220,21 @@ class BatchApi:
                 )
             )
         except openai.APIStatusError as error:
-            if is_enqueued_limit(error.code, error.message):
-                raise QuotaError(error.message, response=error.response, body=error.body) from None
             if error.param == "completion_window" or (
                 isinstance(error, openai.BadRequestError) and "completion_window" in error.message
             ):
                 why = f"completion_window={window!r}: the server refuses it: {error.message}"
-                raise ValidationError(why, field="completion_window") from error
+                raise ValidationError(why, field="completion_window") from None
             raise
         return made
 
-    async def _repeated(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None = 0.0) -> Any:
-        """Make an attempt, and further ones where they may help.
 
-        Args:
-            attempt: Calls the SDK.
-            seconds: For each attempt, besides the config's timeout; None: no deadline.
-        """
-        limit = None if seconds is None else self._timeout + seconds
-        once = functools.partial(self._attempted, attempt, limit)
-        more = retrying(once, max_retries=self._retries, max_wait=self._max_wait, on_retry=_nothing)
-        return await more()
-
-    async def _attempted(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
-        """Make one attempt; whatever the connection does is one of the SDK's errors."""
-        request = sdk_httpx().Request("GET", str(self._sdk.base_url))
-        try:
-            async with deadline(seconds):
-                return await attempt()
-        except asyncio.TimeoutError as error:
-            raise TimeoutError(f"no answer within {seconds or self._timeout:g} s", request=request) from error
-        except openai.APITimeoutError as error:  # the SDK has no timeout here: the connection failed
-            message = f"connection failed: {error.__cause__ or error}"
-            raise openai.APIConnectionError(message=message, request=error.request) from error
-        except (json.JSONDecodeError, sdk_httpx().TransportError) as error:  # in the middle of an answer
-            raise openai.APIConnectionError(message=f"answer cut short: {error}", request=request) from error
-
-
-def _object(answer: Any) -> Any:
-    """Return an object of the API; not the garbage of something in between, which the SDK returns as text."""
-    if not isinstance(getattr(answer, "id", None), str):
-        request = sdk_httpx().Request("GET", "https://client.invalid/")
-        raise openai.APIConnectionError(message=f"no object of the API: {shown(answer)}", request=request)
-    return answer
-
-
-async def _once_known(file_id: str, action: Callable[[], Awaitable[Any]]) -> Any:
-    """Do something with a file, again while the server does not know of it yet."""
-    unknown = functools.partial(_is_unknown_file, file_id=file_id)
-    return await patient(action, is_worth=unknown, seconds=_FILE_LAG)()
-
-
-def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
-    said = error.message.lower()
-    return (
-        error.status_code in _NOT_THERE
-        and "file" in said
-        and (file_id.lower() in said or "no such" in said or "not found" in said)
-    )
+def _from_the_start(file: IO[bytes], request: Any) -> openai.APIConnectionError:
+    """Empty a file whose rest cannot be had, and return the error that has it downloaded once more."""
+    _empty(file)
+    return openai.APIConnectionError(message="the rest of the file could not be had", request=request)
 
 
 def _empty(file: IO[bytes]) -> None:
     file.seek(0)
     file.truncate()
-
-
-def _nothing() -> None:
-    pass

@@ -31,6 +31,7 @@ from openai_eval_client._batch_status import (
     request_counts,
     state_of,
     stated_errors,
+    with_index,
 )
 from openai_eval_client._checks import check_window, refuse
 from openai_eval_client.errors import BatchError, PartialFailureError
@@ -226,24 +227,26 @@ class Batches:
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         outcomes: dict[int, Any] = {}
+        unplaced: list[BatchError] = []
         lines = 0
-        for batch, offset in _with_offsets(batches):
-            settlement = await self._jobs.settle(batch, offset=offset)
+        for batch in batches:
+            settlement = await self._jobs.settle(batch, offset=len(outcomes) + len(unplaced))
             lines += settlement.lines
             outcomes.update(settlement.outcomes)
+            unplaced += settlement.unplaced
         if not lines and all(state_of(batch) == "failed" for batch in batches):
             raise failure_of(batches)
+        free = [index for index in range(len(outcomes) + len(unplaced)) if index not in outcomes]
+        outcomes.update(
+            (index, with_index(error, index)) for index, error in zip(free, unplaced, strict=False)
+        )
         return [outcome for _, outcome in sorted(outcomes.items())]
 
     async def _status_of(self, batches: list[Batch]) -> BatchJobStatus:
         errors: list[BatchError] = []
         for batch, offset in _with_offsets(batches):
             said = stated_errors(batch)
-            lines = [error.line for error in said if error.line is not None]
-            indexes = await self._jobs.indexes(batch, offset) if lines else ()
-            for error in said:
-                if error.line is not None and error.line <= len(indexes):
-                    error.line = indexes[error.line - 1] + 1
+            await self._jobs.name_requests(batch, said, offset)
             errors += said
         return job_status(batches, errors)
 

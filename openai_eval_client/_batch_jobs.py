@@ -20,7 +20,7 @@ from openai_eval_client._batch_results import (
     read_bodies,
     read_manifest,
 )
-from openai_eval_client._batch_status import Reasons, request_counts
+from openai_eval_client._batch_status import Reasons, ended_at, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
 from openai_eval_client.errors import BatchError
@@ -71,11 +71,14 @@ class BatchJobs:
         logger.info("batch %s created: %d requests of %s", batch.id, part.count, part.model)
         return batch
 
-    async def settle(self, batch: Batch, *, offset: int = 0, schema: Any = None) -> Settlement:
+    async def settle(
+        self, batch: Batch, *, part: Part | None = None, offset: int = 0, schema: Any = None
+    ) -> Settlement:
         """Read the results of a batch that has ended.
 
         Args:
             batch: The batch.
+            part: What it was made of, where that is still there.
             offset: The index of its first request, where nothing else tells.
             schema: The pydantic class the answers are to fit, where there is one.
 
@@ -99,16 +102,13 @@ class BatchJobs:
                 for file_id in (batch.output_file_id, batch.error_file_id)
                 if file_id and (file := await self._result_file(batch, file_id)) is not None
             ]
-            manifest = await self._manifest(batch, offset)
+            manifest = await self._manifest(batch, offset) if part is None else _of_part(part)
             if manifest is None:
-                manifest = await asyncio.to_thread(guess_manifest, files, start=offset)
+                manifest = await asyncio.to_thread(_guessed, batch, files, offset)
             reader = self.reader(api, schema, book=book)
             settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
         self._compare(batch, settlement)
-        reasons = Reasons(batch)
-        for position, index in enumerate(manifest.indexes):
-            if index not in settlement.outcomes:
-                settlement.outcomes[index] = reasons.of(position, index)
+        _explain_missing(batch, settlement, manifest)
         await self._count_missing_usage(batch, settlement, manifest.indexes, book=book)
         if book:
             self._recorder.settled(*settlement.counts())
@@ -118,10 +118,15 @@ class BatchJobs:
         """Return what reads the lines of results, and enters them in the bill or not."""
         return Reader(api, schema, functools.partial(self._price, book=book))
 
-    async def indexes(self, batch: Batch, offset: int) -> Sequence[int]:
-        """Return the index of each line's request, as far as it can be known."""
-        manifest = await self._manifest(batch, offset)
-        return range(offset, offset) if manifest is None else manifest.indexes
+    async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
+        """Turn the lines of a batch's file, in its errors, into positions in the caller's list."""
+        named = [error for error in errors if error.line is not None]
+        manifest = await self._manifest(batch, offset) if named else None
+        if manifest is None:
+            return
+        for error in named:
+            index = manifest.index_at(error.line or 0)
+            error.line = None if index is None else index + 1
 
     async def _manifest(self, batch: Batch, offset: int) -> Manifest | None:
         """Return what a batch was asked; None where its input file is gone and nothing else tells."""
@@ -146,7 +151,7 @@ class BatchJobs:
 
     async def _result_file(self, batch: Batch, file_id: str) -> IO[bytes] | None:
         try:
-            return await self._api.download(file_id)
+            return await self._api.download(file_id, made_at=ended_at(batch) or 0)
         except openai.NotFoundError:
             logger.warning("batch %s: its result file %s is gone", batch.id, file_id)
             return None
@@ -163,10 +168,10 @@ class BatchJobs:
         for what, times in settlement.oddities.items():
             if times:
                 logger.warning("batch %s: %d %s in its result files", batch.id, times, what)
-        _, completed, _ = request_counts(batch)
-        if completed != settlement.answered:
+        said = batch.request_counts
+        if said is not None and (said.completed or 0) != settlement.answered:
             text = "batch %s: the API counts %d completed requests, its files hold %d answers"
-            logger.warning(text, batch.id, completed, settlement.answered)
+            logger.warning(text, batch.id, said.completed or 0, settlement.answered)
 
     async def _count_missing_usage(
         self, batch: Batch, settlement: Settlement, indexes: Sequence[int], *, book: bool
@@ -205,8 +210,40 @@ def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: Manifest
         return reader.read(files, manifest)
 
 
+def _of_part(part: Part) -> Manifest:
+    """Return the manifest of a part, whose requests all have one temperature."""
+    return Manifest(part.indexes, temperature=_shared(part.temperature))
+
+
 def _consecutive(placement: Placement) -> Manifest:
     """Return the manifest of a batch whose metadata say all."""
     start = placement.start or 0
-    temperature = None if isinstance(placement.temperature, str) else placement.temperature
-    return Manifest(range(start, start + placement.count), temperature=temperature)
+    return Manifest(range(start, start + placement.count), temperature=_shared(placement.temperature))
+
+
+def _shared(temperature: float | str | None) -> float | None:
+    return None if isinstance(temperature, str) else temperature
+
+
+def _guessed(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> Manifest:
+    """Return the manifest of a batch whose input file is gone, as far as its results tell."""
+    placement = read_placement(batch.metadata)
+    count = request_counts(batch)[0]
+    if placement is not None and placement.numbered:
+        manifest = guess_manifest(files, numbered=True, start=0, count=count)
+    else:
+        logger.warning("batch %s: the order of its requests is not known any more", batch.id)
+        start = offset if placement is None or placement.start is None else placement.start
+        manifest = guess_manifest(files, numbered=False, start=start, count=count)
+    manifest.temperature = None if placement is None else _shared(placement.temperature)
+    return manifest
+
+
+def _explain_missing(batch: Batch, settlement: Settlement, manifest: Manifest) -> None:
+    """Give each request without a result the reason."""
+    reasons = Reasons(batch, manifest.index_at)
+    for index in manifest.indexes:
+        if index not in settlement.outcomes:
+            settlement.outcomes[index] = reasons.of(index)
+    unknown = request_counts(batch)[0] - len(manifest.indexes)
+    settlement.unplaced = [reasons.of_any()] * unknown

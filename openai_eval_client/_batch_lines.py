@@ -9,7 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from openai_eval_client._checks import refuse, shown
+from openai_eval_client._checks import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -95,9 +95,11 @@ def _is_sound(placement: Placement) -> bool:
 
 
 def index_in(custom_id: str) -> int | None:
-    """Return the index at the end of a custom_id of a numbered batch."""
-    digits = custom_id[len(custom_id.rstrip("0123456789")) :]
-    return int(digits) if digits and len(digits) < _DIGITS else None
+    """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
+    stem = custom_id.rstrip("0123456789")
+    digits = custom_id[len(stem) :]
+    numbered = 0 < len(digits) < _DIGITS and (stem == "request-" or stem.endswith("#"))
+    return int(digits) if numbered else None
 
 
 def check_metadata(metadata: object) -> dict[str, str]:

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from openai_eval_client.errors import BatchError, QuotaError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from openai_eval_client._wire import Usage
 
@@ -54,12 +55,20 @@ class Manifest:
         by_name: The index of each custom_id; None where it ends with the index.
         temperatures: What each request asked, where they differ.
         temperature: What all of them asked; None: nothing.
+        empty: The numbers of the empty lines between them, rising.
     """
 
     indexes: Any  # a sequence of int
     by_name: dict[str, int] | None = None
     temperatures: dict[int, float | None] | None = None
     temperature: float | None = None
+    empty: Sequence[int] = ()
+
+    def index_at(self, line: int) -> int | None:
+        """Return whose request a line of the input file is, counted from 1; None where it is nobody's."""
+        position = line - 1 - bisect_left(self.empty, line)
+        known = 0 <= position < len(self.indexes) and line not in self.empty
+        return int(self.indexes[position]) if known else None
 
     def index_of(self, custom_id: str | None) -> int | None:
         """Return whose result a line is; None where nobody's here."""
@@ -80,11 +89,13 @@ class Settlement:
         outcomes: One for each index.
         oddities: How often each thing happened that should not.
         lines: How many lines the files have.
+        unplaced: The errors of requests without a result of which even the index is not known.
     """
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     oddities: Counter[str] = field(default_factory=Counter)
     lines: int = 0
+    unplaced: list[BatchError] = field(default_factory=list)
 
     @property
     def answered(self) -> int:
@@ -110,27 +121,43 @@ def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Mani
         The manifest.
     """
     indexes, by_name, temperatures = array("L"), dict[str, int](), dict[int, float | None]()
-    for position, raw in enumerate(lines):
+    empty = array("L")
+    for number, raw in enumerate(lines, start=1):
+        if raw.isspace():
+            empty.append(number)
+            continue
         line = _parsed(raw) or {}
         name, body = str(line.get("custom_id")), line.get("body")
         known = index_in(name) if numbered else None
-        index = start + position if known is None else known
+        index = start + len(indexes) if known is None else known
         indexes.append(index)
         by_name[name] = index
         temperatures[index] = body.get("temperature") if isinstance(body, dict) else None
-    return Manifest(indexes, by_name, temperatures)
+    return Manifest(indexes, by_name, temperatures, empty=empty)
 
 
-def guess_manifest(files: Iterable[IO[bytes]], *, start: int) -> Manifest:
-    """Make up the manifest of a batch whose input is not known: its results in the order they stand in."""
+def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> Manifest:
+    """Make up the manifest of a batch whose input file is gone, from its results.
+
+    Args:
+        files: Its result files.
+        numbered: Whether each custom_id ends with the request's index.
+        start: The index of the first request where it does not: the order is then that of the results.
+        count: How many requests it has.
+
+    Returns:
+        The manifest; where the custom_ids are numbered, without the requests that have no result.
+    """
     names: dict[str, int] = {}
     for file in files:
         for raw in file:
             name = _name_of(_parsed(raw), raw)
-            if name is not None:
-                names.setdefault(name, start + len(names))
+            index = None if name is None else index_in(name) if numbered else start + len(names)
+            if name is not None and index is not None:
+                names.setdefault(name, index)
         file.seek(0)
-    return Manifest(list(names.values()), names)
+    indexes = sorted(set(names.values())) if numbered else range(start, start + max(count, len(names)))
+    return Manifest(indexes, names)
 
 
 def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, Any]:
@@ -138,12 +165,13 @@ def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, 
 
     Args:
         lines: The file's lines.
-        wanted: The index of each, by its line counted from 0.
+        wanted: The index of each, by its position among all requests.
 
     Returns:
         The bodies, by index.
     """
-    found = {wanted[position]: _parsed(raw) for position, raw in enumerate(lines) if position in wanted}
+    present = (raw for raw in lines if not raw.isspace())
+    found = {wanted[position]: _parsed(raw) for position, raw in enumerate(present) if position in wanted}
     return {
         index: line["body"] for index, line in found.items() if line and isinstance(line.get("body"), dict)
     }

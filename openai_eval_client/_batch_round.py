@@ -218,7 +218,7 @@ class Round:
             await self._hold(part, refusal.message, refusal)
             await self._save()
             return
-        settlement = await self.jobs.settle(batch, schema=self.plan.schema)
+        settlement = await self.jobs.settle(batch, part=part, schema=self.plan.schema)
         await self.plan.keep(settlement.outcomes)
         self._forget(batch)
         self._held = False

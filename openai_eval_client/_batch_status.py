@@ -10,7 +10,7 @@ from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJobStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from openai.types import Batch
 
@@ -154,22 +154,30 @@ def is_enqueued_limit(code: object, message: str) -> bool:
 
 
 class Reasons:
-    """Why requests of a batch that has ended have no line in any of its files."""
+    """Why requests of a batch that has ended have no line in any of its files.
 
-    def __init__(self, batch: Batch) -> None:
+    Args:
+        batch: The batch.
+        index_at: Tells the index of the request in a line of its input file, counted from 1.
+    """
+
+    def __init__(self, batch: Batch, index_at: Callable[[int], int | None]) -> None:
         errors = stated_errors(batch)
-        self._of_line = {error.line: error for error in errors if error.line is not None}
+        self._of_index = {index_at(error.line): error for error in errors if error.line is not None}
         self._general = _general(batch, errors)
 
-    def of(self, position: int, index: int) -> BatchError:
-        """Return the error of one request.
+    def of(self, index: int) -> BatchError:
+        """Return the error of one request, by its position in the caller's list."""
+        return with_index(self._of_index.get(index, self._general), index)
 
-        Args:
-            position: Its line in the input file, counted from 0.
-            index: Its position in the caller's list.
-        """
-        found = self._of_line.get(position + 1, self._general)
-        return BatchError(found.message, code=found.code, line=index + 1, param=found.param)
+    def of_any(self) -> BatchError:
+        """Return the error of a request whose position is not known."""
+        return self._general
+
+
+def with_index(error: BatchError, index: int) -> BatchError:
+    """Return the same error for the request at this position in the caller's list."""
+    return BatchError(error.message, code=error.code, line=index + 1, param=error.param)
 
 
 def _general(batch: Batch, errors: Sequence[BatchError]) -> BatchError:

@@ -33,6 +33,7 @@ def retrying(
     max_retries: int,
     max_wait: float,
     on_retry: Callable[[], None],
+    governed: bool = True,
 ) -> Callable[..., Awaitable[Any]]:
     """Return `attempt`, tried again where that may help.
 
@@ -41,6 +42,7 @@ def retrying(
         max_retries: Attempts after the first.
         max_wait: Seconds beyond which a wait asked for by the server is not waited for.
         on_retry: Called before each further attempt.
+        governed: Whether an attempt itself waits for as long as the server asked after a 429.
 
     Returns:
         The same callable, raising the last attempt's error.
@@ -63,6 +65,7 @@ def retrying(
         on_backoff=before_retry,
         jitter=None,
         logger=None,
+        governed=governed,
     )(attempt)
 
 
@@ -137,11 +140,12 @@ def asked_wait(error: Exception) -> float | None:
     )
 
 
-def delays() -> Generator[float, Any, None]:
+def delays(*, governed: bool = True) -> Generator[float, Any, None]:
     """Yield the seconds to wait after each error sent in: the server's, else exponential with full jitter.
 
-    After a 429 whose wait is known there is none here: the whole model pauses, and the request queues for
-    it in its old place. https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+    After a 429 whose wait is known there is none here for a governed attempt: the whole model pauses, and the
+    request queues for it in its old place.
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     """
     ceilings = backoff.expo(base=2, factor=_FIRST_DELAY, max_value=_LONGEST_DELAY)
     next(ceilings)
@@ -152,4 +156,4 @@ def delays() -> Generator[float, Any, None]:
         if not asked:
             delay = backoff.full_jitter(ceiling)
         else:
-            delay = 0.0 if isinstance(error, openai.RateLimitError) else asked
+            delay = 0.0 if governed and isinstance(error, openai.RateLimitError) else asked

@@ -5,6 +5,7 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
+import certifi
 import pytest
 
 VOCABULARIES = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
@@ -23,6 +24,18 @@ def vocabularies(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def few_certificates(tmp_path_factory):
+    """One root certificate instead of a hundred and fifty: parsing them is half the time of a short test."""
+    end = "-----END CERTIFICATE-----\n"
+    first = Path(certifi.where()).read_text("ascii").partition(end)[0]
+    path = tmp_path_factory.mktemp("certificates") / "one.pem"
+    path.write_text(first + end)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_CERT_FILE", str(path))
+        yield
 
 
 @pytest.fixture
