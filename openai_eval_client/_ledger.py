@@ -150,6 +150,7 @@ class Ledger:
         """Return the bill as it stands; loads the price list where there is something to price."""
         if self._pending:
             self._catch_up()
+        self.pricer_for(None).say_unpriced()  # of a batch
         with self._alone(), exact():
             return CostLedger(
                 total=sum((row.cost for row in self._rows.values()), _NOTHING),

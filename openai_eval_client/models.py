@@ -186,8 +186,8 @@ class ClientStats(_Model):
         requests: Prompts answered or failed for good, and the calls made through the drop-in client so far.
         failures: Those that failed for good. Of the drop-in client's calls only those refused with a 4xx that
             the SDK does not retry: where its retries end, it alone knows.
-        attempts: HTTP requests sent, by whatever road, also those that run no model (files, batches), which
-            are in no other count.
+        attempts: HTTP requests sent, by whatever road; also those that run no model (files, batches), and are
+            not among `requests` and `retries`.
         retries: Attempts after a prompt's or a call's first.
         rate_limited: Answers with status 429.
         reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts
