@@ -46,12 +46,3 @@ def test_every_name_the_readme_imports_is_public() -> None:
 def test_lines_fit_an_editor() -> None:
     """No line of prose or code is longer than 130 characters."""
     assert max(map(len, README.splitlines())) <= 130
-
-
-def test_the_drawing_has_every_module() -> None:
-    """Who looks for something finds out where it is."""
-    (drawing,) = re.findall(r"^```text\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    drawn = [name for line in drawing.splitlines() for name in line.partition("  ")[0].split()]
-    package = Path(__file__).parents[1] / "openai_eval_client"
-    modules = {path.stem for path in package.glob("*.py")} - {"__init__", "__main__"}
-    assert sorted(drawn) == sorted({*modules, "testing"})
