@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -142,6 +142,20 @@ class BatchRequest(_Model):
     temperature: float | None = None
     max_tokens: int | None = None
     custom_id: str | None = None
+
+    if TYPE_CHECKING:  # type checkers do not see that other parameters are allowed
+
+        def __init__(
+            self,
+            *,
+            prompt: str | list[dict[str, Any]] | None = None,
+            messages: list[dict[str, Any]] | None = None,
+            model: str | None = None,
+            temperature: float | None = None,
+            max_tokens: int | None = None,
+            custom_id: str | None = None,
+            **params: Any,
+        ) -> None: ...
 
     @model_validator(mode="after")
     def _one_input(self) -> BatchRequest:

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -162,6 +163,23 @@ def test_no_import_climbs(name):
     running = {other: RANK[other] for other in inner(imports(TREES[name], running=True)) - {"testing"}}
     assert {other for other, rank in known.items() if rank > own} == set()
     assert {other for other, rank in running.items() if rank == own > 0} == set()
+
+
+def test_the_readme_draws_every_module():
+    """Who looks for something finds out where it is, and imports come from its line or those above."""
+    readme = (ROOT.parent / "README.md").read_text("utf-8")
+    (drawing,) = re.findall(r"^```text\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.partition("  ")[0].split() for line in drawing.splitlines()]
+    drawn = {name: number for number, names in enumerate(lines) for name in names}
+    assert drawn.keys() == {*MODULES, "testing"} - {"__init__", "__main__"}
+    assert len(drawn) == sum(map(len, lines))
+    climbing = {
+        (name, other)
+        for name in drawn.keys() - USES_TESTING - {"testing"}
+        for other in inner(imports(TREES[name], running=True))
+        if drawn[other] > drawn[name]
+    }
+    assert climbing == set()
 
 
 def test_the_lowest_layer_has_an_order_of_its_own():
