@@ -2,7 +2,7 @@
 
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client.client import OpenAIClient
-from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
+from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 from openai_eval_client.costs import CostLedger, ModelCost
 from openai_eval_client.errors import (
     APIError,
@@ -33,6 +33,7 @@ __all__ = [
     "BatchJobStatus",
     "BatchRequest",
     "BudgetExceededError",
+    "CacheConfig",
     "ClientStats",
     "CostLedger",
     "ModelCost",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._wire import Usage, token_count, usage_of
+from openai_eval_client._wire import token_count
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._wire import Usage
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -32,6 +33,7 @@ def read_answer(
     body: Mapping[str, Any],
     parameters: Parameters,
     *,
+    usage: Usage | None,
     temperature: float | None,
     request_id: str | None,
     latency: float,
@@ -41,6 +43,7 @@ def read_answer(
     Args:
         body: What the server sent, checked by `is_answer`.
         parameters: What was asked.
+        usage: What `usage_of` reads from the body.
         temperature: What was sent; None: the API's default applied.
         request_id: The x-request-id header.
         latency: Seconds of the attempt.
@@ -48,42 +51,36 @@ def read_answer(
     Returns:
         The response, not priced yet; its usage is zero where the server sent none.
     """
-    fields = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
-    response = ModelResponse(
-        usage=_read_usage(body),
-        model=_text(body.get("model")) or parameters.model,
-        request_id=request_id or _text(body.get("id")),
-        latency_ms=latency * 1000,
-        temperature=DEFAULT_TEMPERATURE if temperature is None else temperature,
-        **fields,
-    )
-    response._body = body  # noqa: SLF001  # private extras, outside the JSON round trip
-    response._parsed = _parse(response, parameters.schema)  # noqa: SLF001
+    values = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
+    values |= {
+        "usage": _token_usage(body, usage),
+        "model": _text(body.get("model")) or parameters.model,
+        "request_id": request_id or _text(body.get("id")),
+        "latency_ms": latency * 1000,
+        "temperature": DEFAULT_TEMPERATURE if temperature is None else float(temperature),
+        "cached": False,
+    }
+    response: ModelResponse = ModelResponse._of(values, {"_parsed": None, "_body": body})  # noqa: SLF001
+    if parameters.schema is not None:
+        response._parsed = _parse(response, parameters.schema)  # noqa: SLF001
     return response
-
-
-def priced_usage(usage: TokenUsage) -> Usage:
-    """Return what the price depends on, as far as the user is told it."""
-    return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        cached_tokens=usage.cached_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
-        estimated=usage.estimated,
-    )
 
 
 def _chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     choices = _dicts(body["choices"])
-    messages = [_dict(choice.get("message")) for choice in choices]
-    first, message = (choices[0], messages[0]) if choices else ({}, {})
+    first = choices[0] if choices else {}
+    message = _dict(first.get("message"))
+    content = _text(message.get("content"))
+    calls, logprobs = message.get("tool_calls"), first.get("logprobs")
     return {
-        "content": _text(message.get("content")),
-        "choices": [_text(each.get("content")) for each in messages],
+        "content": content,
+        "choices": [
+            content if each is first else _text(_dict(each.get("message")).get("content")) for each in choices
+        ],
         "finish_reason": _text(first.get("finish_reason")),
-        "tool_calls": _clean(_dicts(message.get("tool_calls"))),
+        "tool_calls": _clean(_dicts(calls)) if calls else [],
         "refusal": _text(message.get("refusal")) or None,
-        "logprobs": _clean(_dict(first.get("logprobs"))) or None,
+        "logprobs": _clean(_dict(logprobs)) or None if logprobs else None,
     }
 
 
@@ -115,17 +112,19 @@ def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
     return "tool_calls" if calls else "stop"
 
 
-def _read_usage(body: Mapping[str, Any]) -> TokenUsage:
-    usage = usage_of(body)
-    if usage is None:
-        return TokenUsage(prompt_tokens=0, completion_tokens=0, total_tokens=0, estimated=True)
-    both = usage.prompt_tokens + usage.completion_tokens
-    return TokenUsage(
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        total_tokens=token_count(body["usage"].get("total_tokens")) or both,
-        cached_tokens=usage.cached_tokens,
-        reasoning_tokens=usage.reasoning_tokens,
+def _token_usage(body: Mapping[str, Any], usage: Usage | None) -> TokenUsage:
+    given, made = (0, 0) if usage is None else (usage.prompt_tokens, usage.completion_tokens)
+    total = None if usage is None else token_count(body["usage"].get("total_tokens"))
+    return TokenUsage._of(  # type: ignore[no-any-return]  # noqa: SLF001
+        {
+            "prompt_tokens": given,
+            "completion_tokens": made,
+            "total_tokens": total or given + made,
+            "estimated_cost": None,
+            "cached_tokens": 0 if usage is None else usage.cached_tokens,
+            "reasoning_tokens": 0 if usage is None else usage.reasoning_tokens,
+            "estimated": usage is None,
+        }
     )
 
 
@@ -152,7 +151,11 @@ def _text(value: object) -> str:
     """Return a text that is valid Unicode: half a surrogate pair, as a cut emoji leaves it, is U+FFFD."""
     if not isinstance(value, str):
         return ""
-    return value if value.isascii() else value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        value.isascii() or value.encode()
+    except UnicodeEncodeError:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value
 
 
 def _clean(value: Any) -> Any:

@@ -16,10 +16,11 @@ from openai_eval_client._attempt import forget_key
 from openai_eval_client._batch_api import BatchApi, Order
 from openai_eval_client._batch_jobs import BatchJobs
 from openai_eval_client._batch_journal import Intent, Journal
+from openai_eval_client._batch_kept import Kept
 from openai_eval_client._batch_lines import ENDPOINTS
 from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
 from openai_eval_client._batch_requests import checked, is_numbered, listed, refuse_online_only
-from openai_eval_client._batch_run import BatchRun, NothingKept, Tools
+from openai_eval_client._batch_run import BatchRun, Tools
 from openai_eval_client._batch_status import (
     SEPARATOR,
     Grouping,
@@ -43,7 +44,8 @@ if TYPE_CHECKING:
 
     from openai_eval_client._attempt import Refusals
     from openai_eval_client._batch_journal import Store
-    from openai_eval_client._pricing import Pricer
+    from openai_eval_client._cache import Cache
+    from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
     from openai_eval_client._runner import Progress
     from openai_eval_client._tokens import TokenCounter
@@ -58,30 +60,31 @@ class Batches:
     Args:
         config: Where the API is.
         batch: How to batch.
-        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
         sdk: An SDK client that does not retry.
+        governor: Keeps the bill and the statistics.
         counter: Counts tokens.
-        pricer: Knows the prices.
         refusals: What models are known to refuse.
+        cache: Keeps answers and the journal of jobs.
     """
 
     def __init__(
         self,
         config: OpenAIConfig,
         batch: BatchConfig,
-        max_wait: float,
         *,
         sdk: openai.AsyncOpenAI,
+        governor: Governor,
         counter: TokenCounter,
-        pricer: Pricer,
         refusals: Refusals,
+        cache: Cache | None,
     ) -> None:
         self._config = config
         self._batch = batch
-        self._api = BatchApi(sdk, config, max_wait)
-        self._jobs = BatchJobs(self._api, counter, pricer)
+        self._api = BatchApi(sdk, config, governor.config.max_wait)
+        self._jobs = BatchJobs(self._api, counter, governor)
         self._tools = Tools(self._api, self._jobs, counter, batch, refusals)
-        self._store: Store | None = None
+        self._cache = cache
+        self._store: Store | None = None if cache is None else cache.journal
         self._submitted: Counter[str] = Counter()
 
     async def collect(
@@ -95,7 +98,8 @@ class Batches:
         """Answer prompts by batches, with the contract of `batch_generate`."""
         headers, query = parameters.headers or None, parameters.query or None
         refuse_online_only({**parameters.body, "extra_headers": headers, "extra_query": query})
-        kept = NothingKept()
+        kept = Kept(self._cache, parameters)
+        await kept.take(prompts)
         journal = Journal(self._store, f"batch {kept.name}")
         run = BatchRun(self._tools, prompts, parameters, progress, journal, kept)
         with self._keyless():

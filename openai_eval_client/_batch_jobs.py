@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._answers import priced_usage
 from openai_eval_client._batch_lines import ENDPOINTS, MIXED
 from openai_eval_client._batch_meta import read_placement
 from openai_eval_client._batch_results import (
@@ -21,6 +21,8 @@ from openai_eval_client._batch_results import (
     read_manifest,
 )
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
+from openai_eval_client._ledger import exact
+from openai_eval_client._wire import Usage
 from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_meta import Placement
-    from openai_eval_client._pricing import Pricer
+    from openai_eval_client._governor import Governor
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client.models import ModelResponse, TokenUsage
+    from openai_eval_client.models import ModelResponse
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -45,13 +47,15 @@ class BatchJobs:
     Args:
         api: The endpoints.
         counter: Counts tokens where a result has no usage.
-        pricer: Knows the prices.
+        governor: Keeps the bill and the statistics.
     """
 
-    def __init__(self, api: BatchApi, counter: TokenCounter, pricer: Pricer) -> None:
+    def __init__(self, api: BatchApi, counter: TokenCounter, governor: Governor) -> None:
         self._api = api
         self._counter = counter
-        self._pricer = pricer
+        self._ledger = governor.ledger
+        self._recorder = governor.recorder
+        self._booked: set[str] = set()
 
     async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
         """Upload a part and create its batch, unless that was done before."""
@@ -88,7 +92,10 @@ class BatchJobs:
         if api is None:
             message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
             raise BatchError(message, code="unsupported_endpoint")
-        await self._pricer.ready()
+        pricer = self._ledger.pricer_for(None)
+        await pricer.ready()
+        book = batch.id not in self._booked
+        self._booked.add(batch.id)
         async with contextlib.AsyncExitStack() as stack:
             files = [
                 stack.enter_context(file)
@@ -98,15 +105,18 @@ class BatchJobs:
             manifest = await self._manifest(batch, offset) if part is None else _of_part(part)
             if manifest is None:
                 manifest = await asyncio.to_thread(_guessed, batch, files, offset)
-            settlement = await asyncio.to_thread(self.reader(api, schema).read, files, manifest)
+            reader = self.reader(api, schema, book=book)
+            settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
         self._compare(batch, settlement)
         _explain_missing(batch, settlement, manifest)
-        await self._count_missing_usage(batch, settlement, manifest.indexes)
+        await self._count_missing_usage(batch, settlement, manifest.indexes, book=book)
+        if book:
+            self._recorder.settled(*settlement.counts())
         return settlement
 
-    def reader(self, api: str, schema: Any) -> Reader:
-        """Return what reads the lines of results."""
-        return Reader(api, schema, self._price)
+    def reader(self, api: str, schema: Any, *, book: bool) -> Reader:
+        """Return what reads the lines of results, and enters them in the bill or not."""
+        return Reader(api, schema, functools.partial(self._price, book=book))
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
         """Turn the lines of a batch's file, in its errors, into positions in the caller's list."""
@@ -146,8 +156,11 @@ class BatchJobs:
             logger.warning("batch %s: its result file %s is gone", batch.id, file_id)
             return None
 
-    def _price(self, model: str, usage: TokenUsage) -> float | None:
-        cost = self._pricer.cost(model, priced_usage(usage), batch=True)
+    def _price(self, model: str, usage: Usage, *, book: bool) -> float | None:
+        if book:
+            cost = self._ledger.price_batch(model, usage)
+        else:  # settled before: the bill has it
+            cost = self._ledger.pricer_for(None).cost(model, usage, batch=True)
         return None if cost is None else float(cost)
 
     def _compare(self, batch: Batch, settlement: Settlement) -> None:
@@ -161,7 +174,7 @@ class BatchJobs:
             logger.warning(text, batch.id, said.completed or 0, settlement.answered)
 
     async def _count_missing_usage(
-        self, batch: Batch, settlement: Settlement, indexes: Sequence[int]
+        self, batch: Batch, settlement: Settlement, indexes: Sequence[int], *, book: bool
     ) -> None:
         """Estimate the usage that the server left out, as for answers online."""
         bare: dict[int, ModelResponse] = {
@@ -179,7 +192,9 @@ class BatchJobs:
             usage.prompt_tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
             usage.completion_tokens = await self._counter.count_text(text, response.model) if text else 0
             usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-            usage.estimated_cost = self._price(response.model, usage)
+            estimate = Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
+            with exact():
+                usage.estimated_cost = self._price(response.model, estimate, book=book)
 
     async def _bodies(self, batch: Batch, lines: Mapping[int, int]) -> dict[int, Any]:
         """Return the body of each of these requests, by index, where the input file is still there."""
@@ -188,6 +203,11 @@ class BatchJobs:
             return {}
         with file:
             return await asyncio.to_thread(read_bodies, file, lines)
+
+
+def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: Manifest) -> Settlement:
+    with exact():
+        return reader.read(files, manifest)
 
 
 def _of_part(part: Part) -> Manifest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 INTENT = "openai_eval_client_intent"
 PART = "openai_eval_client_part"
 _PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-reference/batch/create
-_NUMBERED = re.compile(r"(?:\Arequest-|#)(\d{1,18})\Z", re.ASCII)
+_DIGITS = 19  # more than any index has
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +96,10 @@ def _is_sound(placement: Placement) -> bool:
 
 def index_in(custom_id: str) -> int | None:
     """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
-    found = _NUMBERED.search(custom_id)
-    return int(found[1]) if found else None
+    name = custom_id.rstrip("0123456789")
+    digits = custom_id[len(name) :]
+    ours = name == "request-" or name.endswith("#")
+    return int(digits) if ours and 0 < len(digits) < _DIGITS else None
 
 
 def check_metadata(metadata: object) -> dict[str, str]:

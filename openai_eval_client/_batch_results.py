@@ -18,13 +18,14 @@ from openai_eval_client._batch_meta import index_in
 from openai_eval_client._batch_status import EXPIRED, MISSING
 from openai_eval_client._requests import Parameters
 from openai_eval_client._retry import is_transient
+from openai_eval_client._wire import usage_of
 from openai_eval_client.errors import BatchError, QuotaError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from openai_eval_client.models import TokenUsage
+    from openai_eval_client._wire import Usage
 
     Outcome = ModelResponse | Exception
 
@@ -100,6 +101,12 @@ class Settlement:
     def answered(self) -> int:
         """How many requests have a response."""
         return sum(isinstance(outcome, ModelResponse) for outcome in self.outcomes.values())
+
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return how many requests were answered and how many failed, and the answers' tokens in and out."""
+        usages = [each.usage for each in self.outcomes.values() if isinstance(each, ModelResponse)]
+        tokens = [sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)]
+        return len(usages), len(self.outcomes) - len(usages), tokens[0], tokens[1]
 
 
 def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Manifest:
@@ -179,7 +186,7 @@ class Reader:
         price: Prices an answer by its model and usage.
     """
 
-    def __init__(self, api: str, schema: Any, price: Callable[[str, TokenUsage], float | None]) -> None:
+    def __init__(self, api: str, schema: Any, price: Callable[[str, Usage], float | None]) -> None:
         self._parameters = Parameters(api=api, model="", timeout=0.0, body={}, schema=schema)
         self._price = price
 
@@ -237,9 +244,13 @@ class Reader:
         self, body: dict[str, Any], raw: bytes, temperature: float | None, request_id: Any
     ) -> ModelResponse:
         name = request_id if isinstance(request_id, str) else None
-        response = read_answer(body, self._parameters, temperature=temperature, request_id=name, latency=0.0)
+        usage = usage_of(body)
+        response = read_answer(
+            body, self._parameters, usage=usage, temperature=temperature, request_id=name, latency=0.0
+        )
         response._body = raw  # noqa: SLF001  # a tenth of the parsed body's memory
-        response.usage.estimated_cost = self._price(response.model, response.usage)
+        if usage is not None:
+            response.usage.estimated_cost = self._price(response.model, usage)
         return response
 
 

@@ -6,11 +6,11 @@ import asyncio
 import dataclasses
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batch_journal import Intent, Journal, runs, unrolled
+from openai_eval_client._batch_journal import Intent, runs, unrolled
 from openai_eval_client._batch_lines import ENDPOINTS, Item, number, recut, write_parts
 from openai_eval_client._batch_results import is_curable
 from openai_eval_client._batch_round import Plan, Round
@@ -20,36 +20,18 @@ from openai_eval_client.errors import PartialFailureError
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from openai_eval_client._attempt import Refusals
     from openai_eval_client._batch_api import BatchApi
     from openai_eval_client._batch_jobs import BatchJobs
+    from openai_eval_client._batch_journal import Journal
+    from openai_eval_client._batch_kept import Kept
     from openai_eval_client._batch_results import Outcome
     from openai_eval_client._requests import Parameters
     from openai_eval_client._runner import Progress
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig
-
-
-class Kept(Protocol):
-    """The answers of one call that are kept from earlier runs, and where new ones are kept."""
-
-    name: str
-    found: Mapping[int, ModelResponse]
-
-    async def keep(self, responses: Mapping[int, ModelResponse]) -> None:
-        """Keep new answers, by the index of their prompt."""
-
-
-class NothingKept:
-    """A call without a cache."""
-
-    name = ""
-    found: Mapping[int, ModelResponse] = {}  # never written
-
-    async def keep(self, responses: Mapping[int, ModelResponse]) -> None:
-        """Keep nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +95,7 @@ class BatchRun:
         """
         try:
             async with self.journal.exclusive():
+                await self.kept.look_up()
                 self._known = (await self.journal.load()).get("rounds", [])
                 await self._run()
                 await self.journal.forget()
@@ -121,6 +104,8 @@ class BatchRun:
             error.__dict__["job_id"] = SEPARATOR.join(left) or None
             attach(error, self._responses())
             raise
+        finally:
+            self.kept.give_back({n: each for n, each in enumerate(self._responses()) if each is not None})
         outcomes = self._outcomes()
         await report(self.progress, 1.0)
         failures = {n: outcome for n, outcome in sorted(outcomes.items()) if isinstance(outcome, Exception)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import time
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from openai_eval_client._cache import Cache
     from openai_eval_client._governor import Governor
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._requests import Parameters
@@ -60,6 +62,7 @@ class Caller:
         governor: Admits every attempt.
         counter: Counts the tokens of the input.
         pricer: Knows the prices.
+        cache: Answers what was answered before; None: everything is sent.
     """
 
     def __init__(
@@ -69,12 +72,15 @@ class Caller:
         governor: Governor,
         counter: TokenCounter,
         pricer: Pricer,
+        *,
+        cache: Cache | None = None,
     ) -> None:
         self._key = config.api_key
         self._sdk = sdk
         self._governor = governor
         self._counter = counter
         self._pricer = pricer
+        self._cache = cache
         self.refusals = Refusals()
         self._retrying = retrying(
             self._attempt,
@@ -104,8 +110,22 @@ class Caller:
 
         Raises:
             openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
+            RuntimeError: The client was closed.
         """
+        if self._sdk.is_closed():
+            raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
+        send = functools.partial(self._answer, body, parameters, lane, sending)
+        return await (send() if self._cache is None else self._cache.answer(body, parameters, send))
+
+    async def _answer(
+        self,
+        body: dict[str, Any],
+        parameters: Parameters,
+        lane: Lane | None,
+        sending: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> ModelResponse:
+        """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         tokens = await self._counter.count_input(body)
         job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending)
         try:
@@ -137,14 +157,16 @@ class Caller:
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started
                 answer = _decode(reply, job.parameters.api)
+            counted = usage_of(answer)
             response = read_answer(
                 answer,
                 job.parameters,
+                usage=counted,
                 temperature=body.get("temperature"),
                 request_id=reply.headers.get("x-request-id"),
                 latency=latency,
             )
-            usage = usage_of(answer) or await self._estimate(answer, response, job.input_tokens)
+            usage = counted or await self._estimate(answer, response, job.input_tokens)
             outcome = Outcome(reply.status_code, reply.headers, usage)
         except openai.APIResponseValidationError as error:
             outcome = Outcome(usage=read_usage(error.response.content))

@@ -6,12 +6,14 @@ import inspect
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+T = TypeVar("T")
 
 _SHOWN = 80  # characters of a value: one line of a terminal
 
@@ -35,6 +37,16 @@ def shown(value: object) -> str:
 def _leading(number: int) -> str:
     digits = int(number.bit_length() * math.log10(2))
     return str(number // 10 ** max(0, digits - 20))
+
+
+def config_of(name: str, given: T | None, kind: type[T]) -> T:
+    """Return a config as given, or one of the defaults; refuse anything else, without showing it."""
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        why = f"{name}: must be of class {kind.__name__}, not {type(given).__name__}"
+        raise ValidationError(why, field=name)
+    return given
 
 
 def check_text(text: object, name: str, *, field: str | None = None, index: int | None = None) -> None:

@@ -98,6 +98,18 @@ class Ledger:
         """
         self._note("answered", model, usage, batch=batch)
 
+    def price_batch(self, model: str, usage: Usage) -> Decimal | None:
+        """Enter an answer of a batch at once, within `exact()`; the price list must be loaded.
+
+        Returns:
+            Its price in USD; None where that is not known.
+        """
+        rates = self.pricer_for(None).rates(model, batch=True, service_tier=None, at=time.time())
+        cost = None if rates is None else rates.price(usage)
+        with self._lock:
+            self._row(model, None, batch=True).add(usage, cost)
+        return cost
+
     def saved(self, model: str, usage: Usage, *, batch: bool = False) -> None:
         """Enter an answer that the local cache gave, and that would have used this much."""
         self._note("saved", model, usage, batch=batch)
@@ -136,7 +148,7 @@ class Ledger:
         """Return the bill as it stands; loads the price list where there is something to price."""
         if self._pending:
             self._catch_up()
-        with self._lock, localcontext(_EXACT):
+        with self._lock, exact():
             return CostLedger(
                 total=sum((row.cost for row in self._rows.values()), _NOTHING),
                 rows=[row.public() for row in self._rows.values()],
@@ -168,7 +180,7 @@ class Ledger:
     def _book_all(self) -> None:
         self._booking = True
         try:
-            with localcontext(_EXACT):
+            with exact():
                 for _ in range(len(self._pending)):
                     self._enter(self._pending.popleft())
         finally:
@@ -194,6 +206,11 @@ class Ledger:
             road = "batch" if batch else "online"
             row = self._rows[model, batch, tier] = _Row(_valid(model), road, _valid(tier))
         return row
+
+
+def exact() -> contextlib.AbstractContextManager[Context]:
+    """Return what makes sums exact, whatever precision the program has set."""
+    return localcontext(_EXACT)
 
 
 def _valid(name: str) -> str:

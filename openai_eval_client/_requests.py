@@ -22,7 +22,7 @@ from openai_eval_client._checks import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
 _OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
@@ -137,6 +137,25 @@ def check_prompt(prompt: object, index: int | None = None) -> None:
     else:
         why = f"must be a str or a list of messages, not {type(prompt).__name__}"
         refuse(name, prompt, why, field="prompt", index=index)
+
+
+def list_prompts(prompts: Iterable[Any]) -> list[Any]:
+    """Return prompts as a list, every one of them checked.
+
+    Raises:
+        ValidationError: Names the index of the first that no API would take.
+    """
+    check_iterable(prompts, "__iter__")
+    listed = list(prompts)
+    for index, prompt in enumerate(listed):
+        check_prompt(prompt, index)
+    return listed
+
+
+def check_iterable(prompts: object, *methods: str) -> None:
+    """Refuse what cannot be iterated by one of these methods, and a text or dict, which are no prompts."""
+    if isinstance(prompts, str | bytes | dict) or not any(hasattr(prompts, name) for name in methods):
+        refuse("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
 
 
 def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> None:

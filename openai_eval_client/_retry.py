@@ -106,11 +106,17 @@ def is_transient(error: Exception) -> bool:
     return error.status_code in _TRANSIENT or error.status_code >= _SERVER_ERROR
 
 
-def is_doom(error: Exception, max_wait: float) -> bool:
-    """Return whether an error would meet every other prompt too: key, model, credit, or a very long pause."""
+def is_doom(error: Exception, max_wait: float, *, answered: bool = True) -> bool:
+    """Return whether an error would meet every other prompt too.
+
+    So it is for key, model, credit, a very long pause, a closed client; and for no connection, as long as no
+    prompt was `answered`.
+    """
+    if not answered and was_never_sent(error):
+        return True
     if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:
         return True
-    return isinstance(error, _DOOMED)
+    return isinstance(error, _DOOMED) or type(error) is RuntimeError
 
 
 def was_never_sent(error: BaseException | None) -> bool:

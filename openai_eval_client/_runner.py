@@ -1,19 +1,26 @@
-"""Many prompts online: a bounded number of workers, results as they finish."""
+"""Many prompts online: a bounded number at work, outcomes as they come."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import inspect
+import itertools
 import logging
+from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from openai_eval_client._checks import check_count
+from openai_eval_client._requests import check_prompt
+from openai_eval_client._retry import is_doom
+from openai_eval_client._tickets import Lane
 from openai_eval_client.errors import PartialFailureError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 
+    from openai_eval_client._requests import Parameters
+    from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
     Progress = Callable[[float], Any]
@@ -21,21 +28,75 @@ if TYPE_CHECKING:
 logger = logging.getLogger("openai_eval_client")
 
 T = TypeVar("T")
-R = TypeVar("R")
 E = TypeVar("E", bound=BaseException)
+
+_READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
 
 
 class Crew:
-    """The workers of one run, some of them with a request in flight."""
+    """The items of one run that are at work, some of them with a request in flight.
 
-    def __init__(self) -> None:
-        self._tasks: list[asyncio.Task[None]] = []
+    Args:
+        work: Called with an item's position, the item, and `sending`, to be entered for as long as a request
+            is in flight. An exception it raises becomes the item's outcome.
+        width: Items taken and not yet consumed, at most.
+        is_doom: Whether an error would meet every other item, too; called with it, and with whether any item
+            was answered so far.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., Awaitable[Any]],
+        *,
+        width: int,
+        is_doom: Callable[[Exception, bool], bool],
+    ) -> None:
+        self.error: BaseException | None = None
+        self._work = work
+        self._is_doom = is_doom
+        self._room = asyncio.Semaphore(width)
+        self._outcomes: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[asyncio.Task[Any] | None] = set()
+        self._answered = False
         self._stopped = False
+
+    async def run(self, items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
+        """Work on the items, and yield each outcome as it comes.
+
+        No more items are taken than there is room for, and an item takes up room until the consumer comes
+        back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
+        work, before this generator does.
+
+        Args:
+            items: What to work on, taken one by one. The iterable's own exception ends the run like its end
+                does, and is raised once all that was taken has been yielded.
+
+        Yields:
+            The item's position and its outcome, a result or an exception.
+        """
+        self._start(self._take(items))
+        try:
+            while (outcome := await self._outcomes.get()) is not None:
+                yield outcome
+                self._room.release()
+        finally:
+            self._stopped = True
+            left = [task for task in self._tasks if task.cancel()]
+            await asyncio.gather(*left, return_exceptions=True)
+        if self.error is not None:
+            raise self.error
+
+    def unclaimed(self) -> Iterator[tuple[int, Any]]:
+        """Yield the outcomes that the consumer left behind."""
+        while not self._outcomes.empty():
+            outcome = self._outcomes.get_nowait()
+            if outcome is not None:
+                yield outcome
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
-        """Say that the running worker has a request in flight; once answered, until its outcome is out."""
+        """Say that the running item has a request in flight; once answered, until its outcome is out."""
         task = asyncio.current_task()
         if self._stopped:
             raise asyncio.CancelledError
@@ -51,98 +112,110 @@ class Crew:
         if self._stopped and task is not None:
             task.cancel()  # no further attempt
 
-    def stop(self) -> None:
-        """Take no more items, and let only what is in flight, and perhaps paid for, finish."""
+    def _stop(self, error: BaseException) -> None:
+        """Let only what is in flight, and perhaps paid for, finish; then the error is raised."""
+        self.error = (
+            self.error if self._stopped else error
+        )  # the first that stops it, before its source's own
         self._stopped = True
-        for task in self._tasks:
-            if task not in self._sending:
-                task.cancel()
+        for task in self._tasks - self._sending - {asyncio.current_task()}:
+            task.cancel()
 
-    async def run(
-        self, items: Iterable[T], work: Callable[[T], Awaitable[R]], *, width: int
-    ) -> AsyncGenerator[tuple[int, R | Exception], None]:
-        """Do the work on each item, `width` at a time, and yield each outcome as it comes.
-
-        No more items are taken than there are workers, and no more outcomes kept than that: a slow consumer
-        slows the work down. When the consumer ends, so do the workers, before this generator does.
-
-        Args:
-            items: What to work on, taken one by one.
-            work: Called with each item; an exception it raises becomes the item's outcome.
-            width: Workers.
-
-        Yields:
-            The item's position and its outcome.
-        """
-        outcomes: asyncio.Queue[tuple[int, R | Exception] | asyncio.Task[None]] = asyncio.Queue()
-        room = asyncio.Semaphore(width)
-        numbered = enumerate(items)
-        self._tasks = [
-            asyncio.create_task(self._worker(numbered, work, room, outcomes)) for _ in range(width)
-        ]
-        for task in self._tasks:
-            task.add_done_callback(outcomes.put_nowait)
-        try:
-            busy = width
-            while busy:
-                outcome = await outcomes.get()
-                if isinstance(outcome, asyncio.Task):
-                    self._ended(outcome)
-                    busy -= 1
-                else:
-                    yield outcome
-                    room.release()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Raise what the items' own iterator raised; a worker that was stopped just ends."""
-        if not (self._stopped and task.cancelled()):
-            task.result()
+        """Forget a task; after the last one nothing more comes."""
+        self._tasks.discard(task)
+        self._sending.discard(task)
+        if not task.cancelled():
+            self.error = task.exception() if self.error is None else self.error
+        elif not self._stopped:  # by somebody else: no item is dropped in silence
+            self._stop(asyncio.CancelledError())
+        if not self._tasks:
+            self._outcomes.put_nowait(None)
 
-    async def _worker(
-        self,
-        numbered: Iterator[tuple[int, T]],
-        work: Callable[[T], Awaitable[R]],
-        room: asyncio.Semaphore,
-        outcomes: asyncio.Queue[Any],
-    ) -> None:
-        """Take items until there are none; each takes up room until its outcome was consumed."""
-        while not self._stopped:
-            await room.acquire()
-            index, item = next(numbered, (-1, None))
-            if index < 0:
-                room.release()
-                return
-            try:
-                outcome: R | Exception = await work(item)  # type: ignore[arg-type]  # an item, see above
-            except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
-                outcome = error
-            outcomes.put_nowait((index, outcome))
-            self._sending.discard(asyncio.current_task())
+    async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
+        async with contextlib.aclosing(each(items)) as source:
+            for index in itertools.count():
+                await self._room.acquire()
+                try:
+                    item = await anext(source)
+                except StopAsyncIteration:
+                    return
+                self._start(self._one(index, item))
+
+    async def _one(self, index: int, item: object) -> None:
+        try:
+            outcome = await self._work(index, item, sending=self.sending)
+        except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
+            self._outcomes.put_nowait((index, error))
+            if self._is_doom(error, self._answered):
+                self._stop(error)
+        else:
+            self._answered = True
+            self._outcomes.put_nowait((index, outcome))
+
+
+async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+    """Yield from an iterable of either kind; an async generator is closed in the end, as nobody else may."""
+    if not isinstance(items, AsyncIterable):
+        for item in items:
+            yield item
+        return
+    source = aiter(items)
+    try:
+        async for item in source:
+            yield item
+    finally:
+        if isinstance(source, AsyncGenerator):
+            await source.aclose()
+
+
+def crew(
+    call: Callable[..., Awaitable[ModelResponse]],
+    parameters: Parameters,
+    limits: RateLimitConfig,
+    max_concurrent: int | None,
+) -> Crew:
+    """Return the crew that answers prompts.
+
+    Args:
+        call: Answers one.
+        parameters: What all of them share.
+        limits: The client's limits.
+        max_concurrent: Requests in flight at once; None: what the limits say.
+
+    Returns:
+        The crew, for one run.
+
+    Raises:
+        ValidationError: `max_concurrent` is no count.
+    """
+    if max_concurrent is not None:
+        check_count(max_concurrent, "max_concurrent")
+    lane = Lane(max_concurrent) if max_concurrent else None
+
+    async def answer(index: int, prompt: Any, *, sending: Any) -> ModelResponse:
+        check_prompt(prompt, index)
+        return await call(prompt, parameters, lane=lane, sending=sending)
+
+    def dooms(error: Exception, answered: bool) -> bool:
+        return is_doom(error, limits.max_wait, answered=answered)
+
+    return Crew(answer, width=_READ_AHEAD * (max_concurrent or limits.max_concurrent), is_doom=dooms)
 
 
 async def collect(
-    prompts: Sequence[T],
-    work: Callable[..., Awaitable[ModelResponse]],
-    *,
-    width: int,
-    is_doom: Callable[[Exception], bool],
-    was_never_sent: Callable[[Exception], bool],
-    progress: Progress | None,
-    return_exceptions: bool,
+    crew: Crew, prompts: Sequence[Any], *, progress: Progress | None, return_exceptions: bool
 ) -> list[Any]:
     """Answer all prompts and return the responses in input order.
 
     Args:
+        crew: Answers them.
         prompts: The prompts.
-        work: Answers one; called with it and the keyword `sending`.
-        width: How many are worked on at a time.
-        is_doom: Whether an error would meet every other prompt too.
-        was_never_sent: Whether an error says that no connection came about, which dooms a run as long as
-            nothing was answered.
         progress: Called with the finished fraction after each.
         return_exceptions: Put a failed prompt's exception in its place, instead of raising at the end.
 
@@ -151,40 +224,33 @@ async def collect(
 
     Raises:
         PartialFailureError: Some failed, and `return_exceptions` is False.
-        openai.APIError: An error that dooms all prompts alike; `.responses` holds what was answered before.
+        openai.APIError: An error that dooms all prompts alike; `.responses` holds what was answered.
         asyncio.CancelledError: The run was cancelled; it too has `.responses`.
     """
-    results: list[Any] = [None] * len(prompts)
-    failures: dict[int, Exception] = {}
-    doom: Exception | None = None
-    crew = Crew()
+    outcomes: list[Any] = [None] * len(prompts)
     if not prompts:
         await report(progress, 1.0)
-    one = functools.partial(work, sending=crew.sending)
-    stream = crew.run(prompts, one, width=min(width, len(prompts)))
-    done = 0
     try:
-        async with contextlib.aclosing(stream):
+        async with contextlib.aclosing(crew.run(prompts)) as stream:
+            done = 0
             async for index, outcome in stream:
-                if isinstance(outcome, Exception):
-                    failures[index] = outcome
-                    hopeless = is_doom(outcome) or (was_never_sent(outcome) and len(failures) > done)
-                    if doom is None and hopeless:
-                        doom = outcome
-                        crew.stop()
-                else:
-                    results[index] = outcome
+                outcomes[index] = outcome
                 done += 1
-                if doom is None:
+                if crew.error is None:
                     await report(progress, done / len(prompts))
-    except asyncio.CancelledError as cancelled:
-        attach(cancelled, results)
+    except (Exception, asyncio.CancelledError) as error:
+        for index, outcome in crew.unclaimed():
+            outcomes[index] = outcome
+        attach(error, _answered(outcomes))
         raise
-    if doom is not None:
-        raise attach(doom, results)
+    failures = {index: error for index, error in enumerate(outcomes) if isinstance(error, Exception)}
     if failures and not return_exceptions:
-        raise PartialFailureError(results, failures)
-    return [failures.get(index, result) for index, result in enumerate(results)]
+        raise PartialFailureError(_answered(outcomes), failures)
+    return outcomes
+
+
+def _answered(outcomes: Sequence[ModelResponse | Exception | None]) -> list[ModelResponse | None]:
+    return [None if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
 
 def attach(error: E, responses: Sequence[ModelResponse | None]) -> E:

@@ -51,6 +51,8 @@ class _Totals:
     wait_seconds: float = 0.0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    cache_hits: int = 0
+    cache_writes: int = 0
 
 
 class Recorder:
@@ -99,11 +101,31 @@ class Recorder:
         with self._lock:
             self._totals.requests += 1
 
+    def cached(self) -> None:
+        """Count one prompt answered from the cache."""
+        with self._lock:
+            self._totals.requests += 1
+            self._totals.cache_hits += 1
+
+    def stored(self) -> None:
+        """Count one answer kept in the cache."""
+        with self._lock:
+            self._totals.cache_writes += 1
+
     def failed(self) -> None:
         """Count one prompt that failed for good."""
         with self._lock:
             self._totals.requests += 1
             self._totals.failures += 1
+
+    def settled(self, answered: int, failed: int, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count the requests of a batch, and the tokens of its answers."""
+        with self._lock:
+            totals = self._totals
+            totals.requests += answered + failed
+            totals.failures += failed
+            totals.prompt_tokens += prompt_tokens
+            totals.completion_tokens += completion_tokens
 
     def snapshot(self, **details: Any) -> ClientStats:
         """Return the totals as they stand, with the details that others keep."""

@@ -29,7 +29,14 @@ _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
 _MODEL_BEFORE = re.compile(rb'(?<!\\)"model"\s*:\s*"([^"\\]*)"\s*,\s*$')
 _TIER = re.compile(rb'(?<!\\)"service_tier"\s*:\s*"(\w+)"')
 _LONGEST_NAME = 500  # bytes
-_DETAILS = "_tokens_details", "_token_details"  # transcriptions say it in the singular
+# Transcriptions say it in the singular.
+_HEARD = ("prompt_tokens_details", "prompt_token_details", "input_tokens_details", "input_token_details")
+_SAID = (
+    "completion_tokens_details",
+    "completion_token_details",
+    "output_tokens_details",
+    "output_token_details",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,28 +154,32 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     if given is None:
         return None
     made = token_count(usage.get("completion_tokens", usage.get("output_tokens"))) or 0
-    heard, said = _details(usage, "prompt", "input"), _details(usage, "completion", "output")
+    heard, said = _details(usage, _HEARD), _details(usage, _SAID)
     return Usage(
         prompt_tokens=given,
         completion_tokens=made,
-        cached_tokens=token_count(heard.get("cached_tokens")) or 0,
-        cache_write_tokens=token_count(heard.get("cache_write_tokens")) or 0,
-        audio_input_tokens=token_count(heard.get("audio_tokens")) or 0,
-        audio_output_tokens=token_count(said.get("audio_tokens")) or 0,
-        reasoning_tokens=token_count(said.get("reasoning_tokens")) or 0,
+        cached_tokens=_part(heard, "cached_tokens"),
+        cache_write_tokens=_part(heard, "cache_write_tokens"),
+        audio_input_tokens=_part(heard, "audio_tokens"),
+        audio_output_tokens=_part(said, "audio_tokens"),
+        reasoning_tokens=_part(said, "reasoning_tokens"),
         model=_name(body.get("model")),
         service_tier=_name(body.get("service_tier")),
     )
 
 
-def _details(usage: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+def _details(usage: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
     """Return the parts that a count is made of."""
     for name in names:
-        for ending in _DETAILS:
-            details = usage.get(name + ending)
-            if isinstance(details, dict):
-                return details
+        details = usage.get(name)
+        if details and isinstance(details, dict):
+            return details
     return {}
+
+
+def _part(details: Mapping[str, Any], name: str) -> int:
+    value = details.get(name)
+    return (token_count(value) or 0) if value else 0
 
 
 def _name(value: object) -> str | None:
@@ -177,7 +188,7 @@ def _name(value: object) -> str | None:
 
 def token_count(value: object) -> int | None:
     """Return a plausible number of tokens, None for anything else."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+    if type(value) is not int or value < 0:  # a bool is none
         return None
     return min(value, _MOST)
 

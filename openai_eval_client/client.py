@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import openai
 
@@ -11,33 +11,29 @@ from openai_eval_client import _runner
 from openai_eval_client._batch_client import Batches
 from openai_eval_client._batch_methods import BatchMethods
 from openai_eval_client._caller import Caller
-from openai_eval_client._checks import check_callback, check_count, refuse
+from openai_eval_client._checks import check_callback, config_of
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
-from openai_eval_client._requests import Parameters, check_parameters, check_prompt
-from openai_eval_client._retry import is_doom, was_never_sent
-from openai_eval_client._tickets import Lane
+from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
+from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
-from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
-from openai_eval_client.errors import ValidationError
+from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
     from types import TracebackType
 
     from typing_extensions import Self
 
+    from openai_eval_client._cache import Cache
     from openai_eval_client.models import ClientStats, ModelResponse
 
     Prompt = str | Sequence[Any]
 
-T = TypeVar("T")
 
-_READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
-
-
-class OpenAIClient(BatchMethods):
+class OpenAIClient(BatchMethods, StreamMethods):
     """Answers prompts within the rate limits, retried, priced, in order.
 
     One client may be shared by any number of tasks, threads and event loops, and used by several
@@ -47,6 +43,9 @@ class OpenAIClient(BatchMethods):
         config: Where the API is; None: from the environment.
         rate_limit: The key's limits; None: the defaults of `RateLimitConfig`.
         batch: How the Batch API is used; None: the defaults of `BatchConfig`.
+        cache: A file, or its `CacheConfig`: answers are kept there before the call returns, and what was
+            asked before, by an earlier run for instance, is answered from there. None: no cache. Streams and
+            calls on `client.openai` are not kept.
         http_client: An HTTP client of your own, of either httpx family; None: aiohttp's speed through the
             SDK's own transport, or the SDK's default client where a proxy is set in the environment.
     """
@@ -57,25 +56,27 @@ class OpenAIClient(BatchMethods):
         *,
         rate_limit: RateLimitConfig | None = None,
         batch: BatchConfig | None = None,
+        cache: CacheConfig | Path | str | None = None,
         http_client: Any = None,
     ) -> None:
-        self._config = _part("config", config, OpenAIConfig)
-        self._batch = _part("batch", batch, BatchConfig)
-        self._governor = Governor(_part("rate_limit", rate_limit, RateLimitConfig))
+        self._config = config_of("config", config, OpenAIConfig)
+        self._batch = config_of("batch", batch, BatchConfig)
+        self._governor = Governor(config_of("rate_limit", rate_limit, RateLimitConfig))
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
         pricer = self._governor.ledger.pricer_for(self._config.base_url)
-        self._call = Caller(self._config, sdk, self._governor, self._counter, pricer)
+        self._cache = self._opened(cache)
+        self._call = Caller(self._config, sdk, self._governor, self._counter, pricer, cache=self._cache)
         self._jobs = Batches(
             self._config,
             self._batch,
-            self._governor.config.max_wait,
             sdk=sdk,
+            governor=self._governor,
             counter=self._counter,
-            pricer=pricer,
             refusals=self._call.refusals,
+            cache=self._cache,
         )
 
     def __repr__(self) -> str:
@@ -168,24 +169,16 @@ class OpenAIClient(BatchMethods):
                 names those not settled.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        if max_concurrent is not None:
-            check_count(max_concurrent, "max_concurrent")
+        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent)
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
-        listed = _checked(prompts)
+        listed = list_prompts(prompts)
         if use_batch_api and len(listed) >= self._batch.auto_batch_threshold:
             return await self._jobs.collect(
                 listed, parameters, progress=progress_callback, return_exceptions=return_exceptions
             )
-        lane = Lane(max_concurrent) if max_concurrent else None
         return await _runner.collect(
-            listed,
-            functools.partial(self._call, parameters=parameters, lane=lane),
-            width=_READ_AHEAD * (max_concurrent or self._governor.config.max_concurrent),
-            is_doom=functools.partial(is_doom, max_wait=self._governor.config.max_wait),
-            was_never_sent=was_never_sent,
-            progress=progress_callback,
-            return_exceptions=return_exceptions,
+            crew, listed, progress=progress_callback, return_exceptions=return_exceptions
         )
 
     @functools.cached_property
@@ -205,8 +198,12 @@ class OpenAIClient(BatchMethods):
         return self._governor.stats
 
     async def close(self) -> None:
-        """Close the connections; the client cannot be used after this."""
-        await self._http.aclose()
+        """Close the connections and the cache; the client cannot be used after this."""
+        try:
+            await self._http.aclose()
+        finally:
+            if self._cache is not None:
+                await self._cache.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -215,6 +212,14 @@ class OpenAIClient(BatchMethods):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    def _opened(self, cache: object) -> Cache | None:
+        if cache is None:
+            return None
+        from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
+
+        governor = self._governor
+        return open_cache(cache, self._config.base_url, governor.recorder, governor.ledger)
 
     def _account(self) -> dict[str, Any]:
         config = self._config
@@ -245,23 +250,3 @@ class OpenAIClient(BatchMethods):
             api=api,
             params=params,
         )
-
-
-def _part(name: str, given: T | None, kind: type[T]) -> T:
-    """Return a config as given, or one of the defaults; refuse anything else, without showing it."""
-    if given is None:
-        return kind()
-    if not isinstance(given, kind):
-        why = f"{name}: must be of class {kind.__name__}, not {type(given).__name__}"
-        raise ValidationError(why, field=name)
-    return given
-
-
-def _checked(prompts: Iterable[Prompt]) -> Sequence[Prompt]:
-    """Return the prompts as a list, every one of them checked before the first is sent."""
-    if isinstance(prompts, str | bytes | dict) or not hasattr(prompts, "__iter__"):
-        refuse("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
-    listed = list(prompts)
-    for index, prompt in enumerate(listed):
-        check_prompt(prompt, index)
-    return listed

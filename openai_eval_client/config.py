@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-__all__ = ["BatchConfig", "OpenAIConfig", "RateLimitConfig"]
+__all__ = ["BatchConfig", "CacheConfig", "OpenAIConfig", "RateLimitConfig"]
 
 _HIDDEN = "[hidden]"
 _SECRET = frozenset({"api_key"})
@@ -182,3 +183,31 @@ class BatchConfig(_Config):
     polling_interval: Seconds = 60.0
     completion_window: Annotated[str, Field(pattern=r"^[1-9]\d*[hd]$")] = "24h"
     max_batch_size: Annotated[int, Field(strict=True, gt=0, le=50_000)] = 50_000
+
+
+class CacheConfig(_Config):
+    """Where answers are kept, and what may be done with them.
+
+    Args:
+        path: The file, an SQLite database; made, for its owner alone, where there is none.
+        ttl: Seconds for which an answer may be used again; None: for ever.
+        read: Answer from it. False: ask again, and keep the new answers in place of the old.
+        write: Keep answers. False: the file is only read, and must exist.
+        store_incomplete: Keep answers that were cut short, by their length or by a content filter, too.
+    """
+
+    path: str | Path
+    ttl: Seconds | None = None
+    read: bool = True
+    write: bool = True
+    store_incomplete: bool = True
+
+    @field_validator("path", mode="after")
+    @classmethod
+    def _usable_path(cls, path: str | Path) -> str | Path:
+        text = str(path)
+        if not text.strip() or "\0" in text:
+            raise ValueError("must be the path of a file")
+        if text == ":memory:":
+            raise ValueError("must be a file: what is kept in memory is gone with the process")
+        return path

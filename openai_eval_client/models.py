@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from datetime import datetime
 from typing import Any, Literal
@@ -18,6 +19,25 @@ class _Model(BaseModel):
     """A model whose JSON reads back as it was, infinite log probabilities included."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
+
+    @classmethod
+    def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:
+        """Make one of values that are known to be right, in a fifth of the time, as unpickling does.
+
+        Args:
+            values: Of every field, or the model is not whole.
+            private: Of every private attribute.
+        """
+        made = cls.__new__(cls)
+        state = {"__dict__": values, "__pydantic_fields_set__": _names(cls)}
+        made.__setstate__({**state, "__pydantic_extra__": None, "__pydantic_private__": private})
+        return made
+
+
+@functools.cache
+def _names(cls: type[_Model]) -> set[str]:
+    """Return the names of all fields: one set for all instances of which all fields are set."""
+    return set(cls.model_fields)
 
 
 class TokenUsage(_Model):
@@ -84,15 +104,17 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
     @property
     def raw(self) -> Any:
         """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
-        body = self._body
+        body = self._decoded()
         if body is None:
             return None
-        if isinstance(body, bytes):  # a line of a batch's results, kept as it came
-            body = json.loads(body)["response"]["body"]
         from openai import types  # heavy, and seldom asked for
 
         kind: Any = types.chat.ChatCompletion if "choices" in body else types.responses.Response
         return kind.construct(**body)
+
+    def _decoded(self) -> Any:
+        """Return the body of the answer; of a batch the line of its results is kept, as it came."""
+        return json.loads(self._body)["response"]["body"] if isinstance(self._body, bytes) else self._body
 
     def __eq__(self, other: object) -> bool:  # mutable, as every pydantic model
         if not isinstance(other, ModelResponse):
@@ -175,6 +197,8 @@ class ClientStats(_Model):
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
+        cache_hits: Prompts answered from the cache; they are among `requests`, and in nothing else here.
+        cache_writes: Answers kept in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
         latency_p99: 99th percentile of the same.
@@ -195,6 +219,8 @@ class ClientStats(_Model):
     completion_tokens: int = 0
     cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
+    cache_hits: int = 0
+    cache_writes: int = 0
     latency_p50: float | None = None
     latency_p95: float | None = None
     latency_p99: float | None = None

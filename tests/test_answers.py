@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from openai_eval_client import ModelResponse, OpenAIClient, OpenAIConfig, RateLimitConfig
-from openai_eval_client._answers import is_answer, priced_usage, read_answer
+from openai_eval_client._answers import is_answer, read_answer
 from openai_eval_client._pricing import Pricer
 from openai_eval_client._requests import check_parameters
+from openai_eval_client._wire import Usage, usage_of
 from openai_eval_client.testing import SimulatedServer
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
@@ -32,7 +33,10 @@ def asked(api="chat", **params):
 
 def read(body, api="chat", *, request_id="req_1", temperature=None, **params):
     parameters = asked(api, **params)
-    return read_answer(body, parameters, temperature=temperature, request_id=request_id, latency=0.25)
+    usage = usage_of(body)
+    return read_answer(
+        body, parameters, usage=usage, temperature=temperature, request_id=request_id, latency=0.25
+    )
 
 
 def chat(message=None, **fields):
@@ -295,12 +299,10 @@ def test_usage_is_read(usage, counts):
 
 def test_the_price_depends_on_input_output_and_cached_tokens():
     """Cached input is cheaper."""
-    usage = read(chat(usage={"prompt_tokens": 10, "completion_tokens": 20})).usage
-    cached = usage.model_copy(update={"cached_tokens": 10})
+    usage = Usage(10, 20)
+    cached = Usage(10, 20, cached_tokens=10)
     pricer = Pricer()
-    assert (
-        pricer.cost("gpt-4o", priced_usage(usage)) > pricer.cost("gpt-4o", priced_usage(cached)) > Decimal(0)
-    )
+    assert pricer.cost("gpt-4o", usage) > pricer.cost("gpt-4o", cached) > Decimal(0)
 
 
 @pytest.mark.parametrize("fault", ["null_usage", "no_usage"])

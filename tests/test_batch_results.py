@@ -271,17 +271,23 @@ def test_a_guessed_manifest() -> None:
 
 # --- anything at all ---------------------------------------------------------------------------------------
 
-names = st.sampled_from(["request-0", "request-1", "request-2", "x#1", "nobody", "", None, 3, "#" + "9" * 5000])
+names = st.sampled_from(
+    ["request-0", "request-1", "request-2", "x#1", "nobody", "", None, 3, "#" + "9" * 5000]
+)
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters())
 values = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
 )
 errors = values | st.fixed_dictionaries(
     {"message": values, "code": values}, optional={"param": values, "type": values}
 )
 statuses = st.sampled_from([200, 400, 404, 429, 500, 0, 10**30]) | values
 bodies = values | st.just(body_of("hi")) | st.fixed_dictionaries({"error": errors})
-bodies |= st.fixed_dictionaries({"choices": st.lists(values, max_size=2)}, optional={"usage": values, "model": values})
+bodies |= st.fixed_dictionaries(
+    {"choices": st.lists(values, max_size=2)}, optional={"usage": values, "model": values}
+)
 responses = values | st.fixed_dictionaries(
     {}, optional={"status_code": statuses, "body": bodies, "request_id": values}
 )
@@ -311,7 +317,9 @@ def test_any_bytes_give_typed_outcomes(output: list[bytes], failures: list[bytes
             outcome.model_dump_json()
 
 
-@given(st.permutations([answer("request-0"), answer("request-1", "b"), unrun("request-2", FAILED), answer("x")]))
+@given(
+    st.permutations([answer("request-0"), answer("request-1", "b"), unrun("request-2", FAILED), answer("x")])
+)
 def test_the_order_of_the_lines_does_not_matter(lines: list[bytes]) -> None:
     """The outcomes are the same in any order, in one file or two."""
     for cut in range(len(lines) + 1):

@@ -13,7 +13,7 @@ from virtual import VirtualLoop
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
 from openai_eval_client._governor import Admission, Governor
 from openai_eval_client._tickets import Lane
-from openai_eval_client._wire import Demand, Outcome
+from openai_eval_client._wire import Demand, Outcome, Usage
 
 
 def in_virtual_time(scenario, config: RateLimitConfig | None) -> Governor:
@@ -35,7 +35,7 @@ def limits(rpm: int | None = None, tpm: int | None = None, **options: object) ->
 
 
 DEMAND = Demand("m", 100, 0)
-OK = Outcome(200, {}, (100, 0))
+OK = Outcome(200, {}, Usage(100, 0))
 
 
 async def send(governor: Governor, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
@@ -326,7 +326,7 @@ def test_waits_are_told_apart_by_their_cause() -> None:
 
     async def scenario(governor: Governor, loop: VirtualLoop) -> None:
         await asyncio.gather(*[send(governor, Demand("by requests", 1, 0)) for _ in range(61)])
-        large = Outcome(200, {}, (5000, 0))
+        large = Outcome(200, {}, Usage(5000, 0))
         await asyncio.gather(*[send(governor, Demand("by tokens", 5000, 0), large) for _ in range(2)])
         held = await governor.admit(Demand("by slot"), lane=(lane := Lane(1)))
         loop.call_later(3, held.settle, OK)
@@ -441,7 +441,7 @@ def test_a_guess_does_not_make_a_request_too_large() -> None:
     headers = {"x-ratelimit-limit-tokens": "10000", "x-ratelimit-remaining-tokens": "10000"}
 
     async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, outcome=Outcome(200, headers, (100, 9000)))
+        await send(governor, outcome=Outcome(200, headers, Usage(100, 9000)))
         await send(governor, Demand("m", 8000))
         with pytest.raises(RequestTooLargeError, match="11,000 tokens is too large for the limit of 10,000"):
             await governor.admit(Demand("m", 8000, 3000))

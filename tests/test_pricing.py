@@ -25,7 +25,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import _pricing
-from openai_eval_client._pricing import PricedUsage, Pricer
+from openai_eval_client._pricing import Pricer
+from openai_eval_client._wire import Usage
 
 PRICER = Pricer()
 COUNTS = st.integers(0, 2_000_000)
@@ -50,7 +51,7 @@ def by_genai_prices(model, usage, context=None, provider="openai"):
 def usages(draw, output=COUNTS):
     prompt = draw(COUNTS)
     cached = draw(st.integers(0, prompt))
-    return PricedUsage(prompt, draw(output), cached, draw(st.integers(0, prompt - cached)))
+    return Usage(prompt, draw(output), cached, draw(st.integers(0, prompt - cached)))
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def model_info(name, variants=(), **prices):
 @given(st.sampled_from([*UNTIERED, *TIERED]), usages())
 def test_a_price_is_what_genai_prices_computes(model, usage):
     output = 0 if model.startswith("text-embedding") else usage.completion_tokens
-    usage = PricedUsage(usage.prompt_tokens, output, usage.cached_tokens, usage.cache_write_tokens)
+    usage = Usage(usage.prompt_tokens, output, usage.cached_tokens, usage.cache_write_tokens)
     assert PRICER.cost(model, usage) == by_genai_prices(model, usage)
 
 
@@ -84,7 +85,7 @@ def test_a_price_is_what_genai_prices_computes(model, usage):
 )
 def test_every_model_has_genai_prices_price_or_none(known):
     """None where there is no price of text, or tokens cost by a kind that usage does not tell."""
-    usage = PricedUsage(1000, 0, cached_tokens=100)
+    usage = Usage(1000, 0, cached_tokens=100)
     prices = known.get_prices(datetime.now(tz=timezone.utc))
     name = f"{known.id}-2024-08-06:org::1" if known.id.startswith("ft:") else known.id
     cost = PRICER.cost(name, usage)
@@ -95,14 +96,14 @@ def test_every_model_has_genai_prices_price_or_none(known):
 
 
 def test_a_known_answer_costs_what_the_price_list_says():
-    usage = PricedUsage(1_000_000, 100_000, cached_tokens=200_000)
+    usage = Usage(1_000_000, 100_000, cached_tokens=200_000)
     assert PRICER.cost("gpt-4o-2024-08-06", usage) == Decimal("3.25")
-    assert PRICER.cost("gpt-4o", PricedUsage(0, 0)) == 0
+    assert PRICER.cost("gpt-4o", Usage(0, 0)) == 0
 
 
 @pytest.mark.parametrize("model", TIERED)
 def test_a_long_prompt_has_another_price_for_all_of_it(model):
-    short, long = PricedUsage(272_000, 10), PricedUsage(272_001, 10)
+    short, long = Usage(272_000, 10), Usage(272_001, 10)
     assert PRICER.cost(model, short) == by_genai_prices(model, short)
     assert PRICER.cost(model, long) == by_genai_prices(model, long)
     assert PRICER.cost(model, long) > PRICER.cost(model, short) * Decimal("1.9")
@@ -114,19 +115,19 @@ def test_the_highest_tier_passed_is_the_price(made_up):
     pricer = Pricer()
     million = Decimal(1_000_000)
     for tokens, price in ((0, 2), (100, 2), (101, 4), (200, 4), (201, 8)):
-        assert pricer.cost("t", PricedUsage(tokens, 1)) == (tokens * price + 8) / million
+        assert pricer.cost("t", Usage(tokens, 1)) == (tokens * price + 8) / million
 
 
 @given(st.sampled_from(UNTIERED[:-1]), usages(), usages(), st.booleans())
 def test_without_tiers_costs_add_up(model, one, other, batch):
-    both = PricedUsage(*(getattr(one, name) + getattr(other, name) for name in PricedUsage.__slots__))
+    both = Usage(*(getattr(one, name) + getattr(other, name) for name in Usage.__slots__[:6]))
     costs = [PRICER.cost(model, usage, batch=batch) for usage in (one, other)]
     assert PRICER.cost(model, both, batch=batch) == sum(costs)
 
 
 @given(st.sampled_from(UNTIERED[:-1]), usages(), COUNTS, COUNTS)
 def test_more_tokens_never_cost_less(model, usage, prompt, completion):
-    more = PricedUsage(
+    more = Usage(
         usage.prompt_tokens + prompt,
         usage.completion_tokens + completion,
         usage.cached_tokens,
@@ -139,31 +140,31 @@ def test_more_tokens_never_cost_less(model, usage, prompt, completion):
 def test_cached_input_never_costs_more(model, prompt, completion, data):
     cached = data.draw(st.integers(0, prompt))
     for batch in (False, True):
-        uncached = PRICER.cost(model, PricedUsage(prompt, completion), batch=batch)
-        assert PRICER.cost(model, PricedUsage(prompt, completion, cached), batch=batch) <= uncached
+        uncached = PRICER.cost(model, Usage(prompt, completion), batch=batch)
+        assert PRICER.cost(model, Usage(prompt, completion, cached), batch=batch) <= uncached
 
 
 @pytest.mark.parametrize("model", ["gpt-3.5-turbo", "gpt-4o", "gpt-5", "gpt-5.4", "gpt-4o-search-preview"])
 def test_a_batch_costs_half(model):
     """With a batch price in the data, or without: gpt-4o-search-preview."""
-    usage = PricedUsage(1000, 500)
+    usage = Usage(1000, 500)
     assert PRICER.cost(model, usage, batch=True) * 2 == PRICER.cost(model, usage)
     assert PRICER.cost(model, usage, batch=True, service_tier="flex") * 2 == PRICER.cost(model, usage)
 
 
 def test_embeddings_cost_half_in_a_batch():
-    usage = PricedUsage(1_000_000, 0)
+    usage = Usage(1_000_000, 0)
     assert PRICER.cost("text-embedding-3-small", usage) == Decimal("0.02")
     assert PRICER.cost("text-embedding-3-small", usage, batch=True) == Decimal("0.01")
 
 
 def test_output_of_a_model_without_a_price_for_it_is_unpriced():
-    assert PRICER.cost("text-embedding-3-small", PricedUsage(1000, 1)) is None
+    assert PRICER.cost("text-embedding-3-small", Usage(1000, 1)) is None
 
 
 def test_a_batch_price_of_the_data_wins_over_the_flat_discount():
     """One model's batch price equals its ordinary one."""
-    usage = PricedUsage(1000, 500)
+    usage = Usage(1000, 500)
     assert PRICER.cost("gpt-3.5-turbo-1106", usage, batch=True) == PRICER.cost("gpt-3.5-turbo-1106", usage)
 
 
@@ -171,7 +172,7 @@ def test_a_batch_price_of_the_data_wins_over_the_flat_discount():
     ("model", "tier"), [("gpt-5", "flex"), ("gpt-5", "priority"), ("gpt-4o", "priority")]
 )
 def test_a_service_tier_has_its_own_price(model, tier):
-    usage = PricedUsage(1000, 500, cached_tokens=100)
+    usage = Usage(1000, 500, cached_tokens=100)
     assert PRICER.cost(model, usage, service_tier=tier) == by_genai_prices(
         model, usage, {"service_tier": tier}
     )
@@ -180,13 +181,13 @@ def test_a_service_tier_has_its_own_price(model, tier):
 
 @pytest.mark.parametrize("tier", [None, "auto", "default"])
 def test_the_ordinary_tiers_have_the_ordinary_price(tier):
-    usage = PricedUsage(1000, 500)
+    usage = Usage(1000, 500)
     assert PRICER.cost("gpt-4o", usage, service_tier=tier) == by_genai_prices("gpt-4o", usage)
 
 
 @pytest.mark.parametrize(("model", "tier"), [("gpt-4o", "flex"), ("gpt-4", "priority"), ("gpt-4o", "scale")])
 def test_a_tier_without_a_price_is_unpriced(model, tier):
-    assert PRICER.cost(model, PricedUsage(1000, 500), service_tier=tier) is None
+    assert PRICER.cost(model, Usage(1000, 500), service_tier=tier) is None
 
 
 def test_a_variant_that_has_not_begun_is_no_price(made_up):
@@ -194,9 +195,9 @@ def test_a_variant_that_has_not_begun_is_no_price(made_up):
     never = TimeOfDateConstraint(start_time=now, end_time=now)
     prices = ModelPrice(input_mtok=Decimal(1))
     made_up(model_info("v", [PriceVariant({"service_tier": "flex"}, prices, never)]))
-    assert Pricer().cost("v", PricedUsage(1000, 0), service_tier="flex") is None
+    assert Pricer().cost("v", Usage(1000, 0), service_tier="flex") is None
     made_up(model_info("v", [PriceVariant({"service_tier": "flex"}, prices)]))
-    assert Pricer().cost("v", PricedUsage(1000, 0), service_tier="flex") == Decimal("0.001")
+    assert Pricer().cost("v", Usage(1000, 0), service_tier="flex") == Decimal("0.001")
 
 
 def test_prices_that_change_are_looked_up_again(made_up, monkeypatch):
@@ -204,7 +205,7 @@ def test_prices_that_change_are_looked_up_again(made_up, monkeypatch):
     now = [9000.0]
     monkeypatch.setattr(_pricing.time, "time", lambda: now[0])
     pricer = Pricer()
-    usage = PricedUsage(1_000_000, 0)
+    usage = Usage(1_000_000, 0)
     assert pricer.cost("p", usage) == 2
     made_up(model_info("p", input_mtok=Decimal(3)))
     assert pricer.cost("p", usage) == 2
@@ -219,34 +220,34 @@ def test_a_price_is_looked_up_once(monkeypatch):
     monkeypatch.setattr(genai_prices, "calc_price", lambda *a, **k: calls.append(a) or calc_price(*a, **k))
     pricer = Pricer()
     for _ in range(5):
-        pricer.cost("gpt-4o", PricedUsage(1, 1))
-        pricer.cost("unknown-model", PricedUsage(1, 1))
+        pricer.cost("gpt-4o", Usage(1, 1))
+        pricer.cost("unknown-model", Usage(1, 1))
     assert len(calls) == 2
 
 
 def test_sound_has_its_own_price_or_none():
-    usage = PricedUsage(1000, 500, audio_input_tokens=600, audio_output_tokens=400)
+    usage = Usage(1000, 500, audio_input_tokens=600, audio_output_tokens=400)
     assert PRICER.cost("gpt-audio", usage) == by_genai_prices("gpt-audio", usage)
-    assert PRICER.cost("gpt-audio", usage) > PRICER.cost("gpt-audio", PricedUsage(1000, 500))
+    assert PRICER.cost("gpt-audio", usage) > PRICER.cost("gpt-audio", Usage(1000, 500))
     assert PRICER.cost("gpt-4o-audio-preview", usage) is None
-    assert PRICER.cost("gpt-4o-audio-preview", PricedUsage(1000, 500)) == Decimal("0.0075")
+    assert PRICER.cost("gpt-4o-audio-preview", Usage(1000, 500)) == Decimal("0.0075")
 
 
 @pytest.mark.parametrize("model", ["gpt-image-1", "tts-1", "whisper-1", "no-such-model", ""])
 def test_what_tokens_cannot_price_is_unpriced(model):
-    assert PRICER.cost(model, PricedUsage(1000, 500)) is None
+    assert PRICER.cost(model, Usage(1000, 500)) is None
 
 
 def test_a_fee_for_each_request_is_counted():
     pricer = Pricer("https://api.perplexity.ai")
-    usage = PricedUsage(1000, 500)
+    usage = Usage(1000, 500)
     assert pricer.cost("sonar", usage) == by_genai_prices("sonar", usage, provider="perplexity")
     assert pricer.cost("sonar-deep-research", usage) is None
 
 
 def test_parts_that_exceed_their_whole_are_cut_to_it():
-    excessive = PricedUsage(10, 5, cached_tokens=100, cache_write_tokens=100, audio_input_tokens=9)
-    assert PRICER.cost("gpt-4o", excessive) == PRICER.cost("gpt-4o", PricedUsage(10, 5, cached_tokens=10))
+    excessive = Usage(10, 5, cached_tokens=100, cache_write_tokens=100, audio_input_tokens=9)
+    assert PRICER.cost("gpt-4o", excessive) == PRICER.cost("gpt-4o", Usage(10, 5, cached_tokens=10))
 
 
 @pytest.mark.parametrize(
@@ -263,30 +264,30 @@ def test_parts_that_exceed_their_whole_are_cut_to_it():
 )
 def test_the_host_decides_whose_prices(base_url, priced, unpriced):
     pricer = Pricer(base_url)
-    assert pricer.cost(priced, PricedUsage(1000, 500)) > 0
-    assert pricer.cost(unpriced, PricedUsage(1000, 500)) is None
+    assert pricer.cost(priced, Usage(1000, 500)) > 0
+    assert pricer.cost(unpriced, Usage(1000, 500)) is None
 
 
 def test_the_flat_discount_is_openai_s_alone(made_up):
     made_up(model_info("m"), provider="elsewhere")
     pricer = Pricer("https://elsewhere.test/v1")
-    assert pricer.cost("m", PricedUsage(1000, 500)) == Decimal("0.006")
-    assert pricer.cost("m", PricedUsage(1000, 500), batch=True) is None
+    assert pricer.cost("m", Usage(1000, 500)) == Decimal("0.006")
+    assert pricer.cost("m", Usage(1000, 500), batch=True) is None
 
 
 def test_another_provider_s_price_has_no_variants():
     """Azure's prices are OpenAI's where the data has none of its own: not its batches and tiers."""
     azure = Pricer("https://mine.openai.azure.com/openai")
     for more in ({"batch": True}, {"service_tier": "priority"}):
-        assert azure.cost("gpt-4o", PricedUsage(1000, 500), **more) is None
+        assert azure.cost("gpt-4o", Usage(1000, 500), **more) is None
 
 
 def test_an_unpriced_model_is_said_once(caplog):
     caplog.set_level(logging.INFO, "openai_eval_client")
     pricer = Pricer()
     for _ in range(3):
-        pricer.cost("unheard-of", PricedUsage(1, 1))
-        pricer.cost("gpt-4o", PricedUsage(1, 1), service_tier="flex")
+        pricer.cost("unheard-of", Usage(1, 1))
+        pricer.cost("gpt-4o", Usage(1, 1), service_tier="flex")
     assert [record.getMessage() for record in caplog.records] == [
         "genai-prices has no price for 'unheard-of': its cost is unknown",
         "genai-prices has no flex price for 'gpt-4o': its cost is unknown",
@@ -295,7 +296,7 @@ def test_an_unpriced_model_is_said_once(caplog):
 
 def test_threads_share_a_pricer():
     pricer = Pricer()
-    usage = PricedUsage(1000, 500)
+    usage = Usage(1000, 500)
     expected = [by_genai_prices(model, usage) for model in UNTIERED[:-1]] * 50
     results = []
 
@@ -312,15 +313,15 @@ def test_threads_share_a_pricer():
 
 def test_ready_imports_in_a_thread_what_cost_would_import_on_demand():
     program = (
-        "import asyncio, sys; from openai_eval_client._pricing import PricedUsage, Pricer; pricer = Pricer();"
+        "import asyncio, sys; from openai_eval_client._wire import Usage; from openai_eval_client._pricing import Pricer; pricer = Pricer();"
         "before = 'genai_prices' in sys.modules; asyncio.run(pricer.ready());"
-        "print(before, 'genai_prices.data' in sys.modules, pricer.cost('gpt-4o', PricedUsage(1000, 0)))"
+        "print(before, 'genai_prices.data' in sys.modules, pricer.cost('gpt-4o', Usage(1000, 0)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True", "0.00250000"]
+    assert done.stdout.split() == ["False", "True", "0.0025000"]
 
 
 async def test_ready_may_be_awaited_by_many():
     pricer = Pricer()
     await asyncio.gather(*(pricer.ready() for _ in range(10)))
-    assert pricer.cost("gpt-4o", PricedUsage(1000, 0)) == Decimal("0.0025")
+    assert pricer.cost("gpt-4o", Usage(1000, 0)) == Decimal("0.0025")

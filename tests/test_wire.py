@@ -1,6 +1,7 @@
 """What is read from the JSON on the wire: what is metered, what it may use, what it used."""
 
 import json
+from dataclasses import replace
 
 import openai
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI
-from openai_eval_client._wire import _TAIL, Tail, is_metered, max_output, read_usage, usage_counts
+from openai_eval_client._wire import _TAIL, Tail, Usage, is_metered, max_output, read_usage, usage_of
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -126,7 +127,14 @@ def test_no_request_reserves_less_than_nothing(limit, choices):
 )
 def test_usage_of_any_endpoint(usage, counts):
     """Chat and completions, responses, embeddings; None where the counts are not there."""
-    assert usage_counts(usage) == counts
+    used = usage_of({"usage": usage})
+    assert (used and (used.prompt_tokens, used.completion_tokens)) == counts
+
+
+def counts_in(tail):
+    """Input and output tokens."""
+    used = read_usage(tail)
+    return used and (used.prompt_tokens, used.completion_tokens)
 
 
 USAGE = {"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}
@@ -173,7 +181,7 @@ def chunks(*events):
 )
 def test_usage_at_the_end_of_a_body_or_stream(tail, counts):
     """The last one that is whole, wherever it stands; what is inside a text is not one."""
-    assert read_usage(tail) == counts
+    assert counts_in(tail) == counts
 
 
 TEXTS = st.text(alphabet='"\\usage: {}1,') | st.just(json.dumps({"usage": USAGE})) | st.text()
@@ -187,7 +195,7 @@ TEXTS = st.text(alphabet='"\\usage: {}1,') | st.just(json.dumps({"usage": USAGE}
 def test_no_text_is_mistaken_for_usage(content):
     """Whatever an answer says, the usage after it is the one that is read."""
     body = json.dumps({"content": content, "usage": USAGE}).encode()
-    assert read_usage(body) == (11, 22)
+    assert counts_in(body) == (11, 22)
 
 
 @given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
@@ -196,13 +204,13 @@ def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
     usage = {"prompt_tokens": given_, "completion_tokens": made}
     body = json.dumps({"content": content, "usage": usage}).encode()
     for end in range(len(body)):
-        assert read_usage(body[:end]) in {None, (given_, made)}
+        assert counts_in(body[:end]) in {None, (given_, made)}
 
 
 @given(st.binary())
 def test_garbage_has_no_usage(garbage):
     """No bytes raise."""
-    assert read_usage(garbage) is None
+    assert counts_in(garbage) is None
 
 
 def fed(data, cuts):
@@ -219,7 +227,7 @@ def test_how_a_stream_is_cut_does_not_matter(data, padding, later):
     empty = {"choices": [], "usage": None}
     stream = chunks(*[{"x": "y" * padding}] * 3, {"choices": [], "usage": USAGE}, *[empty] * later)
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12))
-    assert read_usage(fed(stream, cuts).read()) == (11, 22)
+    assert counts_in(fed(stream, cuts).read()) == (11, 22)
 
 
 @given(st.integers(0, 12), st.lists(st.integers(0, 300_000), max_size=8))
@@ -227,15 +235,87 @@ def test_a_long_stream_ends_with_its_usage(length, cuts):
     """However long the answer before it, and in bounded memory."""
     stream = chunks({"text": "\N{SNOWMAN} " * 2_000 * length}, {"usage": USAGE})
     tail = fed(stream, [cut for cut in cuts if cut < len(stream)])
-    assert read_usage(tail.read()) == (11, 22)
+    assert counts_in(tail.read()) == (11, 22)
     assert len(tail._data) <= 2 * _TAIL
 
 
 def test_usage_out_of_reach_is_unknown():
     """Only the end is remembered, whatever the chunks were."""
     stream = chunks({"usage": USAGE}, {"text": "x" * _TAIL})
-    assert read_usage(fed(stream, []).read()) is None
-    assert read_usage(fed(stream, range(0, len(stream), 100)).read()) is None
+    assert counts_in(fed(stream, []).read()) is None
+    assert counts_in(fed(stream, range(0, len(stream), 100)).read()) is None
+
+
+CHAT_USAGE = {
+    "prompt_tokens": 11,
+    "completion_tokens": 22,
+    "prompt_tokens_details": {"cached_tokens": 5, "audio_tokens": 1},
+    "completion_tokens_details": {"reasoning_tokens": 6, "audio_tokens": 2},
+}
+RESPONSE_USAGE = {
+    "input_tokens": 11,
+    "output_tokens": 22,
+    "input_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 3},
+    "output_tokens_details": {"reasoning_tokens": 6},
+}
+CHAT = {"model": "gpt-4o-2024-08-06", "choices": [], "usage": CHAT_USAGE, "service_tier": "flex"}
+RESPONSE = {"model": "gpt-5", "output": [], "service_tier": "priority", "tools": [], "usage": RESPONSE_USAGE}
+OF_CHAT = Usage(11, 22, 5, 0, 1, 2, 6, "gpt-4o-2024-08-06", "flex")
+OF_RESPONSE = Usage(11, 22, 5, 3, 0, 0, 6, "gpt-5", "priority")
+
+
+@pytest.mark.parametrize(
+    ("tail", "used"),
+    [
+        (json.dumps(CHAT).encode(), OF_CHAT),
+        (json.dumps(CHAT, indent=2).encode() + b"\n", OF_CHAT),
+        (chunks({**CHAT, "usage": None}, CHAT), OF_CHAT),
+        (chunks(CHAT, {"id": "a later one of none"}), OF_CHAT),
+        (json.dumps(RESPONSE).encode(), OF_RESPONSE),
+        (chunks({"type": "response.completed", "response": RESPONSE}), OF_RESPONSE),
+        (b"data:" + json.dumps(CHAT).encode() + b"\r\n\r\ndata: [DONE]\r\n\r\n", OF_CHAT),
+        (
+            json.dumps({**CHAT, "model": None, "service_tier": 5}).encode(),
+            replace(OF_CHAT, model=None, service_tier=None),
+        ),
+    ],
+)
+def test_who_answered_stands_beside_the_usage(tail, used):
+    """Model, tier and kinds of tokens, of a body and of a stream of either API."""
+    assert read_usage(tail) == used
+
+
+@pytest.mark.parametrize("size", [0, 100, 2 * _TAIL])
+def test_a_long_answer_is_of_the_model_that_was_asked(size):
+    """Its head is out of reach or costly to read; the tier is not, and no tool's model is mistaken for its own."""
+    item = {"type": "message", "content": [{"text": "x" * (2 * _TAIL)}]}
+    tools = [{"type": "image_generation", "model": "gpt-image-1", "description": "y" * size}]
+    long = {**RESPONSE, "output": [item], "tools": tools}
+    stream = fed(chunks({"type": "response.completed", "response": long}), range(0, 9 * _TAIL, 1000)).read()
+    tier = "priority" if size < _TAIL else None
+    assert read_usage(stream) == replace(OF_RESPONSE, model=None, service_tier=tier)
+    assert read_usage(json.dumps(long).encode()) == replace(OF_RESPONSE, model=None)
+    chat = {**CHAT, "choices": [{"message": {"content": "x" * (2 * _TAIL)}}]}
+    assert read_usage(json.dumps(chat).encode()) == replace(OF_CHAT, model=None)
+
+
+def test_large_embeddings_name_their_model():
+    """It stands right before the usage."""
+    body = {"data": ["x" * (2 * _TAIL)], "model": "text-embedding-3-small", "usage": {"prompt_tokens": 9}}
+    for indent in (None, 2):
+        used = read_usage(json.dumps(body, indent=indent).encode())
+        assert used == Usage(9, 0, model="text-embedding-3-small")
+
+
+def test_transcriptions_name_details_in_the_singular():
+    """As the API reference has it."""
+    usage = {
+        "type": "tokens",
+        "input_tokens": 14,
+        "output_tokens": 45,
+        "input_token_details": {"audio_tokens": 13},
+    }
+    assert usage_of({"text": "hello", "usage": usage}) == Usage(14, 45, audio_input_tokens=13)
 
 
 def test_an_empty_stream_has_no_end():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._governor import Governor
 from openai_eval_client._tickets import Lane
-from openai_eval_client._wire import Demand, Outcome
+from openai_eval_client._wire import Demand, Outcome, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -111,7 +111,7 @@ class VirtualServer:
         await asyncio.sleep(self.latency * self.random.lognormvariate(-0.03, 0.25))
         self.served += 1
         return Outcome(
-            200, early if self.stamp == "admission" else self.stamped(loop.time()), (int(tokens), 0)
+            200, early if self.stamp == "admission" else self.stamped(loop.time()), Usage(int(tokens), 0)
         )
 
     def stamped(self, time: float) -> dict[str, str]:

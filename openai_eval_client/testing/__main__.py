@@ -135,6 +135,7 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     add("--script", type=_names, metavar="A,B", help="faults, or ok, of the first generations")
     add("--unavailable-retry-after", type=float, metavar="S", help="retry-after seconds of fault 503")
     add("--output-tokens", type=int, metavar="N", help="completion tokens to report")
+    add("--cached-tokens", type=int, default=0, metavar="N", help="prompt tokens to report as cached")
     add("--batch-seconds", type=float, default=0.2, metavar="S", help="from a batch's creation to its end")
     add("--seed", type=int, default=0, help="of latencies and faults")
     add("--record", type=int, default=100_000, help="newest calls kept")

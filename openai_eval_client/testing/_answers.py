@@ -95,6 +95,14 @@ def compose(ask: Ask, prompt: str, options: Options) -> Answer:
     return Answer("".join(pieces[: ask.cap]), ask.cap, cut=True)
 
 
+def mark_cached(usage: Json, prompt_tokens: int, cached: int) -> Json:
+    """The usage with so many tokens of the prompt reported as cached, where it reports them at all."""
+    for name in usage.keys() & {"prompt_tokens_details", "input_tokens_details"}:
+        details = {**usage[name], "cached_tokens": min(prompt_tokens, cached)}
+        return {**usage, name: details}
+    return usage
+
+
 def _said(ask: Ask, prompt: str, options: Options) -> str:
     if ask.tool:
         return json.dumps(minimal(ask.tool.parameters))

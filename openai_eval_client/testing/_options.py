@@ -23,7 +23,7 @@ CALLABLES = ("answer", "count_tokens")
 POSITIVE = ("rpm", "tpm", "window")
 NOT_NEGATIVE = (
     "port", "default_output", "quota_exhausted_after", "latency", "latency_sigma", "unavailable_retry_after",
-    "output_tokens", "record", "batch_seconds", "enqueued_tokens", "file_lag",
+    "output_tokens", "cached_tokens", "record", "batch_seconds", "enqueued_tokens", "file_lag",
 )  # fmt: skip
 WHEN = ("create", "later")
 CHOICES = {
@@ -61,6 +61,7 @@ class Options:
     seed: int = 0
     answer: Callable[[dict[str, Any]], str] | None = None
     output_tokens: int | None = None
+    cached_tokens: int = 0
     count_tokens: Callable[[str], int] | None = None
     record: int = 100_000
     batch_seconds: float = 0.2

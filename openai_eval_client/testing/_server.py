@@ -62,6 +62,7 @@ class SimulatedServer(Options):
             Default: "echo: " and the last user message; a minimal instance where a JSON schema is asked for.
         output_tokens: Completion tokens to report for every answer; None counts the answer's words.
             The text itself does not change, and the request's own maximum still cuts.
+        cached_tokens: Prompt tokens to report as cached; all of a shorter prompt.
         count_tokens: Tokens of a text of the prompt; default a quarter of its UTF-8 bytes, at least 1.
             A chat request counts 3 more for each message and 3 for the reply.
         record: How many of the newest calls are kept.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import collections
 import gc
 import json
 import resource
@@ -80,7 +81,7 @@ def build_ratio(count: int) -> tuple[float, float]:
     parts[0].file.seek(0)
     objects = [json.loads(line) for line in parts[0].file]
     close(parts)
-    plain, _ = cpu(lambda: [json.dumps(each) for each in objects])
+    plain, _ = cpu(lambda: collections.deque(map(json.dumps, objects), maxlen=0))
     return ours, ours / plain
 
 
@@ -96,11 +97,11 @@ async def read_ratio(count: int) -> tuple[float, float]:
             await client.retrieve_batch_results(job.job_id)  # so that the prices are loaded
             api = client._jobs._api
             file: IO[bytes] = await api.download(str(batch.output_file_id))
-            reader = client._jobs._jobs.reader("chat", None)
+            reader = client._jobs._jobs.reader("chat", None, book=False)
     with file:
         ours, settlement = cpu(reader.read, [file], Manifest(range(count), temperature=0.5))
         file.seek(0)
-        plain, _ = cpu(lambda: [json.loads(line) for line in file])
+        plain, _ = cpu(lambda: collections.deque(map(json.loads, file), maxlen=0))
     if settlement.answered != count:
         raise SystemExit(f"{settlement.answered} of {count} results were read")
     return ours, ours / plain

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 import openai
@@ -23,6 +24,8 @@ from openai_eval_client import (
     BatchRequest,
     BudgetExceededError,
     ClientStats,
+    CostLedger,
+    ModelCost,
     ModelResponse,
     OpenAIClient,
     OpenAIConfig,
@@ -135,7 +138,14 @@ async def life() -> None:
         assert_type(client, OpenAIClient)
         assert_type(client.openai, AsyncOpenAI)
         assert_type(client.stats, ClientStats)
-        assert_type(client.stats.cost, float)
+        assert_type(client.stats.cost, CostLedger)
+        assert_type(float(client.stats.cost), float)
+        assert_type(f"{client.stats.cost:.4f}", str)
+        assert_type(client.stats.cost.total, Decimal)
+        assert_type(client.stats.cost.rows, list[ModelCost])
+        assert_type(client.stats.cost.by_model, dict[str, Decimal | None])
+        assert_type(client.stats.cost.saved_by_cache, Decimal)
+        print(client.stats.cost < 5, client.stats.cost - client.stats.cost, 2 * client.stats.cost)
         assert_type(client.stats.latency_p50, float | None)
     await OpenAIClient().close()
 

@@ -1,0 +1,216 @@
+"""One SQLite file of ours: made whole, recognised before it is touched, opened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import sqlite3
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from openai_eval_client.errors import ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+APPLICATION_ID = int.from_bytes(b"OEvC", "big")  # https://www.sqlite.org/pragma.html#pragma_application_id
+SCHEMA_VERSION = 1
+_COLUMNS = "key BLOB PRIMARY KEY, created REAL NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL"
+_TABLES = {name: f"CREATE TABLE {name} ({_COLUMNS})" for name in ("answers", "journal")}
+
+_BUSY_TIMEOUT = 5.0  # seconds SQLite itself waits for another process
+_PATIENCE = 60.0  # seconds until we give up
+_PAUSE = 0.02
+# What passes by itself: SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL. Python 3.10 has no error codes.
+_PASSING = ("database is locked", "database table is locked", "locking protocol")
+
+
+class Database:
+    """A file that holds our tables, and nothing else ever.
+
+    Args:
+        path: Where it is.
+        read_only: Never write to it.
+    """
+
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self.name = os.fspath(path)
+        self.path = Path(os.path.realpath(path))
+        self.read_only = read_only
+
+    def prepare(self) -> None:
+        """Make the file where there is none; else see that it is ours.
+
+        Raises:
+            ValidationError: It is not ours, damaged, of a newer version, or cannot be used. It is left alone.
+        """
+        try:
+            if not self.path.exists():
+                self._create()
+            self._recognise()
+            with contextlib.closing(patiently(self.connect)) as connection:
+                self._check_writable(connection)
+        except sqlite3.OperationalError as error:
+            raise self.unusable(f"cannot be used: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise self.damaged(error) from None
+        except OSError as error:
+            raise self.unusable(f"cannot be used: {error.strerror or error}") from None
+
+    def connect(self) -> sqlite3.Connection:
+        """Open the file, which exists.
+
+        Raises:
+            sqlite3.Error: It cannot be opened.
+            ValidationError: It is not as we made it.
+        """
+        try:
+            return self._open("mode=rw")
+        except sqlite3.OperationalError:
+            if not self.read_only or not self._is_at_rest():
+                raise
+        return self._open("immutable=1")  # in a directory where SQLite cannot make its side files
+
+    def unusable(self, why: str) -> ValidationError:
+        """Return the error that says so, naming the file."""
+        return ValidationError(f"cache={self.name!r}: {why}", field="cache")
+
+    def damaged(self, error: object) -> ValidationError:
+        """Return the error for a file that SQLite cannot make sense of, or not as we made it."""
+        return self.unusable(
+            f"damaged, or no cache of this package ({error}). It was left as it is: move or restore it"
+        )
+
+    def identity(self) -> tuple[int, int]:
+        """Return what tells this file from another that takes its place."""
+        status = self.path.stat()
+        return status.st_dev, status.st_ino
+
+    def _create(self) -> None:
+        """Make the file under another name and then give it its own: nobody ever sees half of it."""
+        if self.read_only:
+            raise self.unusable("does not exist, and write=False")
+        new = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.new")
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        try:
+            new.chmod(0o600)  # whatever the umask; SQLite gives its side files the same mode
+            with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
+                connection.execute("BEGIN")
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                for table in _TABLES.values():
+                    connection.execute(table)
+                connection.execute("COMMIT")
+                connection.execute("PRAGMA journal_mode = WAL")
+            self._give_name(new)
+        finally:
+            new.unlink(missing_ok=True)
+
+    def _give_name(self, new: Path) -> None:
+        try:
+            os.link(new, self.path)
+        except FileExistsError:
+            return  # another process was faster; theirs is as good
+        except OSError:  # a file system without hard links
+            if not os.path.lexists(self.path):
+                new.rename(self.path)
+
+    def _recognise(self) -> None:
+        """See whose file it is, without leaving a trace on one that is not ours."""
+        status = self.path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise self.unusable("is not a regular file")
+        if not status.st_size:
+            raise self.unusable("is empty, which a cache never is: delete it to start a new one")
+        try:
+            application, version = self._marks("immutable=1")
+        except sqlite3.DatabaseError:  # also where another process just moves its pages
+            application, version = self._marks("mode=ro")
+        self._check_marks(application, version)
+
+    def _marks(self, mode: str) -> tuple[int, int]:
+        with contextlib.closing(self._raw(mode)) as connection:
+            return _pragma(connection, "application_id"), _pragma(connection, "user_version")
+
+    def _check_marks(self, application: int, version: int) -> None:
+        if application != APPLICATION_ID:
+            raise self.unusable("is an SQLite database of another program; it was left as it is")
+        if version > SCHEMA_VERSION:
+            raise self.unusable(
+                f"was made by a newer version of this package (format {version}, this one knows "
+                f"{SCHEMA_VERSION}); it was left as it is"
+            )
+
+    def _open(self, mode: str) -> sqlite3.Connection:
+        connection = self._raw(mode)
+        try:
+            connection.execute("PRAGMA synchronous = FULL")  # committed also means: survives a power cut
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA cell_size_check = ON")
+            connection.execute(f"PRAGMA query_only = {int(self.read_only)}")
+            self._check_marks(_pragma(connection, "application_id"), _pragma(connection, "user_version"))
+            self._check_tables(connection)
+        except BaseException:
+            connection.close()
+            raise
+        connection.text_factory = bytes  # where damage makes a text of a value, it need not decode
+        return connection
+
+    def _check_tables(self, connection: sqlite3.Connection) -> None:
+        tables = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+        if dict(tables.fetchall()) != _TABLES:
+            raise self.damaged("its tables are not as they were made")
+
+    def _raw(self, mode: str) -> sqlite3.Connection:
+        return sqlite3.connect(
+            f"{self.path.as_uri()}?{mode}",
+            uri=True,
+            isolation_level=None,
+            timeout=_BUSY_TIMEOUT,
+            check_same_thread=False,
+        )
+
+    def _check_writable(self, connection: sqlite3.Connection) -> None:
+        if self.read_only:
+            return
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not is_passing(error):
+                raise self.unusable(
+                    f"cannot be written ({error}); CacheConfig(write=False) only reads it"
+                ) from None
+        else:
+            connection.execute("ROLLBACK")
+
+    def _is_at_rest(self) -> bool:
+        """Return whether all there is stands in the file itself, and nothing in the log beside it."""
+        log = Path(f"{self.path}-wal")
+        return not log.exists() or not log.stat().st_size
+
+
+def patiently(action: Callable[[], T]) -> T:
+    """Do it again for as long as another process is in the way."""
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return action()
+        except sqlite3.OperationalError as error:
+            if not is_passing(error) or time.monotonic() > give_up:
+                raise
+        time.sleep(_PAUSE)
+
+
+def is_passing(error: sqlite3.Error) -> bool:
+    """Return whether only another process was in the way."""
+    return any(text in str(error) for text in _PASSING)
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    (value,) = connection.execute(f"PRAGMA {name}").fetchone()
+    return int(value)

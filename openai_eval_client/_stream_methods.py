@@ -1,0 +1,73 @@
+"""The methods of the evaluation client for any number of prompts, in bounded memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client import _runner
+from openai_eval_client._requests import check_iterable
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+
+    from openai_eval_client._caller import Caller
+    from openai_eval_client._governor import Governor
+    from openai_eval_client._requests import Parameters
+    from openai_eval_client.models import ModelResponse
+
+    Prompt = str | Sequence[Any]
+
+
+class StreamMethods:
+    """Prompts from any iterable: answered as they come, or counted before they are sent."""
+
+    _call: Caller
+    _governor: Governor
+
+    if TYPE_CHECKING:
+
+        def _parameters(self, *given: Any) -> Parameters: ...
+
+    def as_completed(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        timeout: float | None = None,
+        system: str | None = None,
+        api: str = "chat",
+        max_concurrent: int | None = None,
+        **chat_params: Any,
+    ) -> AsyncGenerator[tuple[int, ModelResponse | Exception], None]:
+        """Answer prompts and yield each outcome as it comes, in bounded memory however many there are.
+
+        At most twice `max_concurrent` prompts are taken and not yet consumed, so a slow consumer slows their
+        source down. Ending the loop early (`break`, `aclose`, cancellation) ends what is in flight.
+
+        Args:
+            prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
+                the event loop, so one that blocks holds it up. An async generator is closed in the end.
+            model: The model; None: the config's default.
+            temperature: Sampling temperature; not sent when None.
+            max_tokens: Output tokens at most; not sent when None.
+            timeout: Seconds for one attempt; None: the config's.
+            system: A system prompt for all of them.
+            api: "chat" for chat completions, "responses" for the Responses API.
+            max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
+            **chat_params: Any other parameter of the API, as for `generate_response`.
+
+        Yields:
+            The prompt's position, from 0, and its response or the exception it failed with: a ValidationError
+            for a prompt that is wrong.
+
+        Raises:
+            ValidationError: A parameter is wrong; raised by the call itself.
+            APIError: An error that all prompts would meet, as for `batch_generate`; raised after what was in
+                flight has been yielded. An exception of `prompts` itself is raised after all it gave.
+        """
+        parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
+        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent)
+        check_iterable(prompts, "__iter__", "__aiter__")
+        return crew.run(prompts)
