@@ -11,15 +11,9 @@ from typing import IO, TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batch_lines import ENDPOINTS, MIXED
+from openai_eval_client._batch_manifest import Manifest, guess_manifest, read_bodies, read_manifest
 from openai_eval_client._batch_meta import read_placement
-from openai_eval_client._batch_results import (
-    Manifest,
-    Reader,
-    Settlement,
-    guess_manifest,
-    read_bodies,
-    read_manifest,
-)
+from openai_eval_client._batch_results import Reader, Settlement
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
