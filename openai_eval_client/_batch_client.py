@@ -17,9 +17,8 @@ from openai_eval_client._batch_api import BatchApi, Order
 from openai_eval_client._batch_jobs import BatchJobs
 from openai_eval_client._batch_journal import Intent, Journal
 from openai_eval_client._batch_kept import Kept
-from openai_eval_client._batch_lines import ENDPOINTS
 from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
-from openai_eval_client._batch_requests import checked, is_numbered, listed, refuse_online_only
+from openai_eval_client._batch_requests import checked, endpoint_of, is_numbered, listed, refuse_online_only
 from openai_eval_client._batch_run import BatchRun, Tools
 from openai_eval_client._batch_status import (
     SEPARATOR,
@@ -109,7 +108,7 @@ class Batches:
         """Check all requests, upload them, and create the batches: all of them or none."""
         if window is not None:
             check_window(window, "completion_window")
-        order = (ENDPOINTS.get(api, ""), window or self._batch.completion_window, check_metadata(metadata))
+        order = (endpoint_of(api), window or self._batch.completion_window, check_metadata(metadata))
         given = listed(requests)
         items = checked(given, api=api, default_model=self._config.default_model)
         most = self._batch.max_batch_size
