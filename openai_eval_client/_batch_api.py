@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._attempt import deadline
-from openai_eval_client._batch_calls import Repeated, no_object, object_of, once_known
+from openai_eval_client._batch_calls import Calls, no_object, object_of, once_known
 from openai_eval_client._batch_meta import Placement, read_placement
 from openai_eval_client._batch_status import was_refused
 from openai_eval_client._retry import is_transient
@@ -61,7 +61,7 @@ class BatchApi:
     def __init__(self, sdk: openai.AsyncOpenAI, config: OpenAIConfig, max_wait: float) -> None:
         self._sdk = sdk
         self._timeout = config.timeout
-        self._repeated = Repeated(config, max_wait)
+        self._repeated = Calls(config, max_wait).repeated
 
     async def upload(self, part: Part) -> str:
         """Upload the lines of a part and return the file's id."""

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _NOT_THERE = frozenset({400, 404})
 
 
-class Repeated:
-    """Makes a call, and again where that may help.
+class Calls:
+    """Makes calls, and makes them again where that may help.
 
     Args:
         config: How long an attempt may take, and how often to retry.
@@ -37,7 +37,7 @@ class Repeated:
         self._retries = config.max_retries
         self._max_wait = max_wait
 
-    async def __call__(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None = 0.0) -> Any:
+    async def repeated(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None = 0.0) -> Any:
         """Make the attempts.
 
         Args:

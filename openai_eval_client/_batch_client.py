@@ -17,9 +17,8 @@ from openai_eval_client._batch_api import BatchApi, Order
 from openai_eval_client._batch_jobs import BatchJobs
 from openai_eval_client._batch_journal import Intent, Journal
 from openai_eval_client._batch_kept import Kept
-from openai_eval_client._batch_lines import ENDPOINTS
 from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
-from openai_eval_client._batch_requests import checked, is_numbered, listed, refuse_online_only
+from openai_eval_client._batch_requests import checked, endpoint_of, is_numbered, listed, refuse_online_only
 from openai_eval_client._batch_run import BatchRun, Tools
 from openai_eval_client._batch_status import (
     SEPARATOR,
@@ -80,6 +79,7 @@ class Batches:
     ) -> None:
         self._config = config
         self._batch = batch
+        self._is_closed = sdk.is_closed
         self._api = BatchApi(sdk, config, governor.config.max_wait)
         self._jobs = BatchJobs(self._api, counter, governor)
         self._tools = Tools(self._api, self._jobs, counter, batch, refusals)
@@ -102,18 +102,18 @@ class Batches:
         await kept.take(prompts)
         journal = Journal(self._store, f"batch {kept.name}")
         run = BatchRun(self._tools, prompts, parameters, progress, journal, kept)
-        with self._keyless():
+        with self._usable():
             return await run.collect(return_exceptions=return_exceptions)
 
     async def submit(self, requests: object, *, api: str, window: str | None, metadata: object) -> BatchJob:
         """Check all requests, upload them, and create the batches: all of them or none."""
         if window is not None:
             check_window(window, "completion_window")
-        order = (ENDPOINTS.get(api, ""), window or self._batch.completion_window, check_metadata(metadata))
+        order = (endpoint_of(api), window or self._batch.completion_window, check_metadata(metadata))
         given = listed(requests)
         items = checked(given, api=api, default_model=self._config.default_model)
         most = self._batch.max_batch_size
-        with self._keyless():
+        with self._usable():
             parts = await asyncio.to_thread(_batch_lines.write_parts, items, most_lines=most)
             numbered = is_numbered(given, default_model=self._config.default_model)
             for part in parts:
@@ -128,12 +128,12 @@ class Batches:
 
     async def status(self, job_id: str) -> BatchJobStatus:
         """Look at every batch of a job."""
-        with self._keyless():
+        with self._usable():
             return await self._status_of(await self._all(job_id))
 
     async def results(self, job_id: str, *, return_exceptions: bool) -> list[Any]:
         """Settle every batch of a job that has ended."""
-        with self._keyless():
+        with self._usable():
             batches = await self._all(job_id)
             running = [batch for batch in batches if not has_ended(batch)]
             if running:
@@ -149,7 +149,7 @@ class Batches:
 
     async def cancel(self, job_id: str) -> BatchJobStatus:
         """Cancel what still runs of a job."""
-        with self._keyless():
+        with self._usable():
             batches = await self._all(job_id)
             after = [batch if has_ended(batch) else await self._api.cancel(batch.id) for batch in batches]
             return await self._status_of(after)
@@ -157,7 +157,7 @@ class Batches:
     async def jobs(self) -> AsyncIterator[BatchJobStatus]:
         """Yield the account's jobs that this package submitted, the newest first."""
         grouping = Grouping()
-        with self._keyless():
+        with self._usable():
             async with contextlib.aclosing(self._api.all_batches()) as batches:
                 async for batch in batches:
                     job = grouping.add(batch)
@@ -251,7 +251,10 @@ class Batches:
         return job_status(batches, errors)
 
     @contextlib.contextmanager
-    def _keyless(self) -> Iterator[None]:
+    def _usable(self) -> Iterator[None]:
+        """Refuse where the client was closed, and take the key out of errors."""
+        if self._is_closed():
+            raise RuntimeError("this client was closed")
         try:
             yield
         except openai.APIError as error:

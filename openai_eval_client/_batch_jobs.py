@@ -11,15 +11,9 @@ from typing import IO, TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batch_lines import ENDPOINTS, MIXED
+from openai_eval_client._batch_manifest import Manifest, guess_manifest, read_bodies, read_manifest
 from openai_eval_client._batch_meta import read_placement
-from openai_eval_client._batch_results import (
-    Manifest,
-    Reader,
-    Settlement,
-    guess_manifest,
-    read_bodies,
-    read_manifest,
-)
+from openai_eval_client._batch_results import Reader, Settlement
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
@@ -63,10 +57,13 @@ class BatchJobs:
         if known is not None:
             with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
                 return await self._api.get(known)
-        batch = await self._api.find(order.placement, since=intent.since) if intent.recovered else None
+        recovered = intent.recovered
+        batch = await self._api.find(order.placement, since=intent.since) if recovered else None
         if batch is None:
             file_id = await self._api.upload(part)
+            intent.recovered = True  # until it is known whether there is a batch
             batch = await self._api.create(order, file_id, since=intent.since)
+            intent.recovered = recovered
         intent.made[part.key] = batch.id
         logger.info("batch %s created: %d requests of %s", batch.id, part.count, part.model)
         return batch

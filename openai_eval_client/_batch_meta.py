@@ -78,28 +78,34 @@ def read_placement(metadata: object) -> Placement | None:
     try:
         values = json.loads(metadata[PART])
         placement = Placement(intent=metadata[INTENT], **{name: values[name] for name in _FIELDS})
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return placement if _is_sound(placement) else None
 
 
 def _is_sound(placement: Placement) -> bool:
-    whole = (placement.total, placement.first, placement.count, placement.start or 0)
+    whole = (
+        placement.total,
+        placement.first,
+        placement.count,
+        0 if placement.start is None else placement.start,
+    )
     temperature = placement.temperature
     return (
         all(type(number) is int and number >= 0 for number in whole)
         and isinstance(placement.intent, str)
+        and isinstance(placement.numbered, bool)
         and placement.first + placement.count <= placement.total
-        and (temperature in {None, MIXED} or isinstance(temperature, int | float))
+        and (temperature is None or temperature == MIXED or type(temperature) in {int, float})
     )
 
 
 def index_in(custom_id: str) -> int | None:
     """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
-    stem = custom_id.rstrip("0123456789")
-    digits = custom_id[len(stem) :]
-    numbered = 0 < len(digits) < _DIGITS and (stem == "request-" or stem.endswith("#"))
-    return int(digits) if numbered else None
+    name = custom_id.rstrip("0123456789")
+    digits = custom_id[len(name) :]
+    ours = name == "request-" or name.endswith("#")
+    return int(digits) if ours and 0 < len(digits) < _DIGITS else None
 
 
 def check_metadata(metadata: object) -> dict[str, str]:
@@ -128,5 +134,15 @@ def _check_pair(key: str, value: object) -> None:
         refuse(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
     if not isinstance(value, str):
         refuse(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
+    if not _is_unicode(value):
+        refuse(name, value, "holds a lone surrogate: not valid Unicode", field="metadata")
     if len(value) > _VALUE:
         refuse(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

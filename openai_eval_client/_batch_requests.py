@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._batch_lines import Item, naming
+from openai_eval_client._batch_lines import ENDPOINTS, Item, naming
 from openai_eval_client._checks import check_text, refuse
 from openai_eval_client._requests import check_parameters, check_prompt
 from openai_eval_client.errors import ValidationError
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 _ONLINE_ONLY = ("extra_headers", "extra_query", "timeout")
 _TIERS = frozenset({None, "auto", "default"})  # a batch is a tier of its own
+
+
+def endpoint_of(api: object) -> str:
+    """Return the endpoint of an api, "chat" or "responses".
+
+    Raises:
+        ValidationError: It is neither.
+    """
+    if not isinstance(api, str) or api not in ENDPOINTS:
+        refuse("api", api, "must be 'chat' or 'responses'")
+    return ENDPOINTS[api]
 
 
 def listed(requests: object) -> list[BatchRequest]:
@@ -64,7 +75,7 @@ def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -
             parameters = known.get(key)
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
-            prompt: Any = request.messages if request.prompt is None else request.prompt
+            prompt = _prompt_of(request)
             check_prompt(prompt)
         except ValidationError as error:
             message = f"requests[{index}]: {error}"
@@ -91,7 +102,15 @@ def _model_of(request: BatchRequest) -> str | None:
     """Return the model that a request names."""
     extra = (request.model_extra or {}).get("extra_body")
     named = extra.get("model") if isinstance(extra, dict) else None
-    return named if isinstance(named, str) else request.model
+    given = named if isinstance(named, str) else request.model
+    return given if isinstance(given, str) else None  # refused by and by
+
+
+def _prompt_of(request: BatchRequest) -> Any:
+    """Return its prompt or messages; a request may have been changed since it was made."""
+    if request.prompt is not None and request.messages is not None:
+        refuse("messages", request.messages, "give either prompt or messages")
+    return request.messages if request.prompt is None else request.prompt
 
 
 def _parameters(request: BatchRequest, api: str, default_model: str) -> Parameters:
@@ -112,6 +131,10 @@ def _key(request: BatchRequest) -> Hashable:
     """Return what tells the parameters of two requests apart; most of a job share theirs."""
     named = (request.model, request.temperature, type(request.temperature), request.max_tokens)
     extra = request.model_extra
+    try:
+        hash(named)
+    except TypeError:  # refused by and by
+        return id(request)
     return (*named, _frozen(extra)) if extra else named
 
 

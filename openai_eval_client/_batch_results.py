@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
-import re
-from array import array
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import openai
 
 from openai_eval_client._answers import is_answer, read_answer
-from openai_eval_client._batch_meta import index_in
+from openai_eval_client._batch_manifest import name_of, parsed
 from openai_eval_client._batch_status import EXPIRED, MISSING
+from openai_eval_client._checks import is_header_text
 from openai_eval_client._requests import Parameters
 from openai_eval_client._retry import is_transient
 from openai_eval_client._wire import usage_of
@@ -23,13 +20,12 @@ from openai_eval_client.errors import BatchError, QuotaError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable
 
+    from openai_eval_client._batch_manifest import Manifest
     from openai_eval_client._wire import Usage
 
     Outcome = ModelResponse | Exception
-
-logger = logging.getLogger("openai_eval_client")
 
 _OK, _BAD_REQUEST, _SERVER_ERROR = 200, 400, 500
 _BY_STATUS: dict[int, type[openai.APIStatusError]] = {
@@ -41,44 +37,9 @@ _BY_STATUS: dict[int, type[openai.APIStatusError]] = {
     422: openai.UnprocessableEntityError,
     429: openai.RateLimitError,
 }
-_NAME = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')  # in a line that is cut short
 _UNREADABLE, _NO_ANSWER = "unreadable_result", "no_answer"
-_TRANSIENT = frozenset({EXPIRED, MISSING, _UNREADABLE, _NO_ANSWER})
-
-
-@dataclass(slots=True)
-class Manifest:
-    """What a batch was asked, as far as it is known.
-
-    Attributes:
-        indexes: The index of each line's request, in the order of the lines.
-        by_name: The index of each custom_id; None where it ends with the index.
-        temperatures: What each request asked, where they differ.
-        temperature: What all of them asked; None: nothing.
-        empty: The numbers of the empty lines between them, rising.
-    """
-
-    indexes: Any  # a sequence of int
-    by_name: dict[str, int] | None = None
-    temperatures: dict[int, float | None] | None = None
-    temperature: float | None = None
-    empty: Sequence[int] = ()
-
-    def index_at(self, line: int) -> int | None:
-        """Return whose request a line of the input file is, counted from 1; None where it is nobody's."""
-        position = line - 1 - bisect_left(self.empty, line)
-        known = 0 <= position < len(self.indexes) and line not in self.empty
-        return int(self.indexes[position]) if known else None
-
-    def index_of(self, custom_id: str | None) -> int | None:
-        """Return whose result a line is; None where nobody's here."""
-        if custom_id is None:
-            return None
-        return index_in(custom_id) if self.by_name is None else self.by_name.get(custom_id)
-
-    def temperature_of(self, index: int) -> float | None:
-        """Return what a request asked."""
-        return self.temperature if self.temperatures is None else self.temperatures.get(index)
+_TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
+_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, _UNREADABLE, _NO_ANSWER})
 
 
 @dataclass(slots=True)
@@ -107,74 +68,6 @@ class Settlement:
         usages = [each.usage for each in self.outcomes.values() if isinstance(each, ModelResponse)]
         tokens = [sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)]
         return len(usages), len(self.outcomes) - len(usages), tokens[0], tokens[1]
-
-
-def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Manifest:
-    """Read what a batch was asked from its input file.
-
-    Args:
-        lines: The file's lines.
-        numbered: Whether each custom_id ends with the request's index.
-        start: The index of the first line where it does not.
-
-    Returns:
-        The manifest.
-    """
-    indexes, by_name, temperatures = array("L"), dict[str, int](), dict[int, float | None]()
-    empty = array("L")
-    for number, raw in enumerate(lines, start=1):
-        if raw.isspace():
-            empty.append(number)
-            continue
-        line = _parsed(raw) or {}
-        name, body = str(line.get("custom_id")), line.get("body")
-        known = index_in(name) if numbered else None
-        index = start + len(indexes) if known is None else known
-        indexes.append(index)
-        by_name[name] = index
-        temperatures[index] = body.get("temperature") if isinstance(body, dict) else None
-    return Manifest(indexes, by_name, temperatures, empty=empty)
-
-
-def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> Manifest:
-    """Make up the manifest of a batch whose input file is gone, from its results.
-
-    Args:
-        files: Its result files.
-        numbered: Whether each custom_id ends with the request's index.
-        start: The index of the first request where it does not: the order is then that of the results.
-        count: How many requests it has.
-
-    Returns:
-        The manifest; where the custom_ids are numbered, without the requests that have no result.
-    """
-    names: dict[str, int] = {}
-    for file in files:
-        for raw in file:
-            name = _name_of(_parsed(raw), raw)
-            index = None if name is None else index_in(name) if numbered else start + len(names)
-            if name is not None and index is not None:
-                names.setdefault(name, index)
-        file.seek(0)
-    indexes = sorted(set(names.values())) if numbered else range(start, start + max(count, len(names)))
-    return Manifest(indexes, names)
-
-
-def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, Any]:
-    """Return the bodies of some requests of an input file.
-
-    Args:
-        lines: The file's lines.
-        wanted: The index of each, by its position among all requests.
-
-    Returns:
-        The bodies, by index.
-    """
-    present = (raw for raw in lines if not raw.isspace())
-    found = {wanted[position]: _parsed(raw) for position, raw in enumerate(present) if position in wanted}
-    return {
-        index: line["body"] for index, line in found.items() if line and isinstance(line.get("body"), dict)
-    }
 
 
 class Reader:
@@ -208,20 +101,20 @@ class Reader:
     def _take(
         self, raw: bytes, manifest: Manifest, expected: frozenset[int] | None, settlement: Settlement
     ) -> None:
-        line = _parsed(raw)
+        line = parsed(raw)
         if line is None:
             settlement.oddities["unreadable lines"] += 1
-        index = manifest.index_of(_name_of(line, raw))
+        index = manifest.index_of(name_of(line, raw))
         if index is None or (expected is not None and index not in expected):
             settlement.oddities["lines of no request of this job"] += line is not None
             return
-        outcome = self._outcome(line, raw, index, manifest.temperature_of(index))
         before = settlement.outcomes.get(index)
-        if before is not None:
-            settlement.oddities["second lines of one request"] += 1
-            if isinstance(before, ModelResponse) or not isinstance(outcome, ModelResponse):
-                return
-        settlement.outcomes[index] = outcome
+        settlement.oddities["second lines of one request"] += before is not None
+        if isinstance(before, ModelResponse):  # not read: it would be priced twice
+            return
+        outcome = self._outcome(line, raw, index, manifest.temperature_of(index))
+        if before is None or isinstance(outcome, ModelResponse):
+            settlement.outcomes[index] = outcome
 
     def _outcome(
         self, line: dict[str, Any] | None, raw: bytes, index: int, temperature: float | None
@@ -261,22 +154,6 @@ def is_curable(error: Exception) -> bool:
     return is_transient(error)
 
 
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
-
-
-def _name_of(line: dict[str, Any] | None, raw: bytes) -> str | None:
-    if line is None:
-        found = _NAME.search(raw)
-        line = _parsed(b'{"custom_id":%b}' % found[1]) or {} if found else {}
-    name = line.get("custom_id")
-    return name if isinstance(name, str) else None
-
-
 def _line_error(error: Any, index: int) -> BatchError:
     """Return the error of a request that the API never ran."""
     given = error if isinstance(error, dict) else {}
@@ -292,15 +169,19 @@ def _line_error(error: Any, index: int) -> BatchError:
 def _status_error(status: int, body: Any, request_id: Any) -> openai.APIStatusError:
     """Return the SDK's own error for a line that was refused."""
     details = body.get("error", body) if isinstance(body, dict) else body
-    message = details.get("message") if isinstance(details, dict) else None
-    codes = {details.get("code"), details.get("type")} if isinstance(details, dict) else set()
+    given = details if isinstance(details, dict) else {}
+    message = given.get("message")
     kind: Any = _BY_STATUS.get(status)
     if kind is None:
         kind = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
-    if status == 429 and "insufficient_quota" in codes:  # noqa: PLR2004
+    if status == 429 and "insufficient_quota" in (given.get("code"), given.get("type")):  # noqa: PLR2004
         kind = QuotaError
-    headers = {"x-request-id": request_id} if isinstance(request_id, str) else {}
+    headers = {"content-type": "application/json"}
+    if isinstance(request_id, str) and is_header_text(request_id):
+        headers["x-request-id"] = request_id
     request = sdk_httpx().Request("POST", "https://batch.invalid/")
-    answer = sdk_httpx().Response(status, headers=headers, json=body, request=request)
-    error: openai.APIStatusError = kind(message or f"status {status}", response=answer, body=details)
+    content = json.dumps(body).encode()  # half a surrogate pair stays escaped
+    answer = sdk_httpx().Response(status, headers=headers, content=content, request=request)
+    text = message if isinstance(message, str) and message else f"status {status}"
+    error: openai.APIStatusError = kind(text, response=answer, body=details)
     return error

@@ -38,11 +38,13 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_results import Outcome
     from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.errors import BatchError
 
 logger = logging.getLogger("openai_eval_client")
 
 _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
+_ALONE = 1  # refusals of a part that is not cut yet, with no other of ours enqueued
 _JITTER = 0.1  # of the polling interval, either way
 _UNITS = {"h": 3600, "d": 86_400}
 
@@ -98,18 +100,21 @@ class Round:
     failed: list[Exception] = field(default_factory=list)
     never_ran: int = 0
     _total: int = 0
+    _give_up_at: float = 0.0
     _done: dict[str, int] = field(default_factory=dict)
+    _tokens_of: dict[str, int] = field(default_factory=dict)
     _held: bool = False
+    _paused: bool = False
     _refused_alone: int = 0
 
     async def run(self) -> dict[int, Outcome]:
         """Return the outcome of each request, by index."""
         self._total = sum(part.count for part in self.waiting)
-        give_up_at = time.monotonic() + _seconds(self.plan.window)
-        await self._save()
+        self._give_up_at = time.monotonic() + _seconds(self.plan.window)
         try:
+            await self._save()
             while True:
-                await self._submit(patient=time.monotonic() < give_up_at)
+                await self._submit()
                 if not self.running and not self.waiting:
                     return self.outcomes
                 await asyncio.sleep(self._pause())
@@ -125,72 +130,83 @@ class Round:
         self.intent.note([*self.waiting, *self.running.values()])
         await self.plan.save()
 
-    async def _submit(self, *, patient: bool) -> None:
+    async def _submit(self) -> None:
         """Submit the parts that wait, as long as the server takes them."""
-        while self.waiting and not self._held:
-            part = self.waiting.popleft()
+        while self.waiting and not self._held and not self._paused:
+            part = self.waiting[0]
             order = Order(
                 Placement.of(part, self.intent.name, self._total), self.plan.endpoint, self.plan.window, {}
             )
             try:
                 batch = await self.jobs.start(part, order, self.intent)
             except openai.OpenAIError as error:
-                await self._refused(part, error, patient=patient)
-            except BaseException:
-                self.waiting.appendleft(part)
-                raise
+                await self._refused(error)
             else:
-                self.running[batch.id] = part
-                self._refused_alone = 0
+                self.running[batch.id] = self.waiting.popleft()
                 await self._save()
 
-    async def _refused(self, part: Part, error: openai.OpenAIError, *, patient: bool) -> None:
-        """Hold a part back whose batch was not created, or give it up."""
-        code, message = getattr(error, "code", None), getattr(error, "message", str(error))
-        if is_enqueued_limit(code, message) and patient:
-            await self._hold(part, message, error)
-        elif is_transient(error) and (self.running or self.outcomes):
-            logger.warning("%d requests could not be submitted (%s): later again", part.count, message)
-            self.waiting.appendleft(part)
-            self._held = True
-        else:
-            self._give_up(part, error)
+    @property
+    def _patient(self) -> bool:
+        return time.monotonic() < self._give_up_at
 
-    def _give_up(self, part: Part, error: Exception) -> None:
+    async def _refused(self, error: openai.OpenAIError) -> None:
+        """Hold the first part back, whose batch was not created, or give it up."""
+        code, message = getattr(error, "code", None), getattr(error, "message", str(error))
+        if is_enqueued_limit(code, message):
+            await self._hold(message, error)
+        elif is_transient(error) and self._patient and (self.running or self.outcomes):
+            logger.warning(
+                "%d requests could not be submitted (%s): later again", self.waiting[0].count, message
+            )
+            self._paused = True
+        else:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Give the first part up."""
+        part = self.waiting.popleft()
         self.failed.append(error)
         self.never_ran += part.count
         self.outcomes.update(dict.fromkeys(part.indexes, error))
         part.file.close()
 
-    async def _hold(self, part: Part, message: str, error: Exception) -> None:
-        """Keep a part until there is room for it; cut it where there will never be."""
+    async def _hold(self, message: str, error: Exception) -> None:
+        """Keep the first part until there is room for it; cut it where there will never be."""
+        part = self.waiting[0]
         found = _LIMIT.search(message)
         limit = int(found[1].replace(",", "")) if found else None
         tokens = await self._tokens(part) if limit is not None else 0
-        if limit is not None and tokens > limit * _FILLED and part.count > 1:
-            await self._replace(part, pieces=-int(-tokens // (limit * _FILLED)))
-        elif limit is not None and tokens > limit:
-            self._give_up(part, error)
-        elif limit is None and self._refused_alone > 0 and part.count > 1 and not self.running:
-            await self._replace(part, pieces=2)
+        often = _ALONE if limit is None else 2 * _ALONE  # others may have used it up; or it counts otherwise
+        if not self._patient or (limit is not None and tokens > limit and part.count == 1):
+            self._give_up(error)
+        elif limit is not None and tokens > limit * _FILLED and part.count > 1:
+            await self._replace(pieces=-int(-tokens // (limit * _FILLED)))
+        elif self._refused_alone >= often and part.count > 1 and not self.running:
+            await self._replace(pieces=2)
         else:
-            self.waiting.appendleft(part)
             self._refused_alone += not self.running
             self._held = True
             logger.info("%d requests held back: %s", part.count, message)
 
-    async def _replace(self, part: Part, *, pieces: int) -> None:
+    async def _replace(self, *, pieces: int) -> None:
+        """Cut the first part."""
+        part = self.waiting[0]
         smaller = _batch_lines.cut(part, _batch_lines.even(part.count, pieces))
+        self.waiting.popleft()
         self.waiting.extendleft(reversed(smaller))
         logger.info("%d requests cut into %d batches, to fit the enqueued limit", part.count, len(smaller))
         await self._save()
 
     async def _tokens(self, part: Part) -> int:
-        part.file.seek(0)
-        return sum([await self.counter.count_input(json.loads(line)["body"]) for line in part.file])
+        if part.key not in self._tokens_of:
+            part.file.seek(0)
+            counts = [await self.counter.count_input(json.loads(line)["body"]) for line in part.file]
+            self._tokens_of[part.key] = sum(counts)
+        return self._tokens_of[part.key]
 
     async def _poll(self) -> None:
         """Look at each batch once, and settle those that have ended."""
+        self._paused = False
         if not self.running:
             self._held = False
         for batch_id, part in list(self.running.items()):
@@ -210,23 +226,30 @@ class Round:
         if not has_ended(batch):
             _, completed, failed = request_counts(batch)
             self._done[batch.id] = completed + failed
+            self._refused_alone *= state_of(batch) == "validating"
             return
         refusal = was_refused(batch)
         if refusal is not None:
-            self._forget(batch)
-            self.intent.made.pop(part.key, None)
-            await self._hold(part, refusal.message, refusal)
-            await self._save()
+            await self._requeue(batch, part, refusal)
             return
         settlement = await self.jobs.settle(batch, part=part, schema=self.plan.schema)
         await self.plan.keep(settlement.outcomes)
         self._forget(batch)
         self._held = False
+        self._refused_alone = 0
         part.file.close()
         if state_of(batch) == "failed" and not settlement.lines:
             self.failed.append(failure_of([batch]))
             self.never_ran += part.count
         self.outcomes.update(settlement.outcomes)
+
+    async def _requeue(self, batch: Batch, part: Part, refusal: BatchError) -> None:
+        """Have a part wait again whose batch was created, and refused when it was validated."""
+        self._forget(batch)
+        self.waiting.appendleft(part)
+        self.intent.made.pop(part.key, None)
+        await self._hold(refusal.message, refusal)
+        await self._save()
 
     def _forget(self, batch: Batch) -> None:
         self.running.pop(batch.id)

@@ -99,7 +99,7 @@ class BatchRun:
                 self._known = (await self.journal.load()).get("rounds", [])
                 await self._run()
                 await self.journal.forget()
-        except (openai.OpenAIError, asyncio.CancelledError) as error:
+        except BaseException as error:
             left = [batch_id for each in self._rounds for batch_id in each.running]
             error.__dict__["job_id"] = SEPARATOR.join(left) or None
             attach(error, self._responses())

@@ -213,7 +213,9 @@ def _rebuild(
 
 
 def _kept_state(error: BaseException) -> dict[str, Any]:
-    return {name: error.__dict__[name] for name in ("responses", "__notes__") if name in error.__dict__}
+    return {
+        name: error.__dict__[name] for name in ("responses", "job_id", "__notes__") if name in error.__dict__
+    }
 
 
 # --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------

@@ -13,23 +13,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from openai_eval_client import BatchError, ModelResponse, QuotaError
+from openai_eval_client._batch_manifest import Manifest, guess_manifest, read_bodies, read_manifest
 from openai_eval_client._batch_meta import index_in
-from openai_eval_client._batch_results import (
-    Manifest,
-    Reader,
-    guess_manifest,
-    is_curable,
-    read_bodies,
-    read_manifest,
-)
+from openai_eval_client._batch_results import Reader, is_curable
 
 if TYPE_CHECKING:
-    from openai_eval_client import TokenUsage
+    from openai_eval_client._wire import Usage
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
-def price(model: str, usage: TokenUsage) -> float:
+def price(model: str, usage: Usage) -> float:
     return 0.5
 
 
@@ -107,7 +101,7 @@ def test_a_refused_line_is_the_sdks_own_error(status: int, case: str) -> None:
     assert (error.status_code, error.request_id) == (status, "r2")
     assert message is None or error.message == message.format(status)
     assert code is None or error.code == code
-    again = pickle.loads(pickle.dumps(error))
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert (type(again), str(again), again.status_code) == (type(error), str(error), status)
 
 
@@ -311,7 +305,7 @@ def test_any_bytes_give_typed_outcomes(output: list[bytes], failures: list[bytes
     assert set(settlement.outcomes) <= {0, 1, 2}
     for outcome in settlement.outcomes.values():
         assert isinstance(outcome, ModelResponse | BatchError | openai.APIStatusError)
-        pickle.loads(pickle.dumps(outcome))
+        pickle.loads(pickle.dumps(outcome))  # noqa: S301
         str(outcome)
         if isinstance(outcome, ModelResponse):
             outcome.model_dump_json()
