@@ -888,6 +888,18 @@ def test_a_download_breaks_off_and_is_resumed():
         assert server.in_flight == 0
 
 
+async def test_a_client_may_leave_a_download(server, caplog):
+    _, _, raw = send(server, "/files", "POST", form(bytes(20_000_000)), content_type=MULTIPART)
+    url, path = urlsplit(server.base_url), f"/v1/files/{json.loads(raw)['id']}/content"
+    with socket.create_connection((url.hostname, url.port)) as leaving:
+        leaving.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nauthorization: Bearer k\r\n\r\n".encode())
+        assert leaving.recv(100).startswith(b"HTTP/1.1 200")
+    while server.connections or server.in_flight:
+        await asyncio.sleep(0)
+    assert server.counts == {"200": 2}
+    assert caplog.records == []
+
+
 # --- faults of endpoints
 
 

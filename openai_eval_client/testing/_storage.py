@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
@@ -113,10 +114,11 @@ class Storage:
         await response.prepare(exchange.request)
         stop = first + (end - first) // 2 if exchange.fault == "truncate" else end
         content = memoryview(file.content)
-        for start in range(first, stop, PIECE):
-            if start + PIECE >= stop:
-                exchange.leave()
-            await response.write(content[start : min(start + PIECE, stop)])
+        with suppress(ConnectionResetError):  # the client has left
+            for start in range(first, stop, PIECE):
+                if start + PIECE >= stop:
+                    exchange.leave()
+                await response.write(content[start : min(start + PIECE, stop)])
         if stop < end:
             await drop(exchange)
         return response
