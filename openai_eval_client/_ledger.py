@@ -80,6 +80,7 @@ class Ledger:
         self._pending: deque[_Entry] = deque()
         self._lock = threading.RLock()  # re-entrant: a signal handler may read what it interrupts
         self._held = self._loading = False
+        self._loaders: set[int] = set()
         self._rows: dict[tuple[str, bool, str], _Row] = {}
         self._retried = self._unaccounted = 0
         self._unaccounted_cost = self._saved = _NOTHING
@@ -166,7 +167,15 @@ class Ledger:
         self._pending.append(_Entry(kind, usage.model or model, usage, batch, time.time()))
 
     def _catch_up(self) -> None:
-        self.pricer_for(None).load()
+        """Price all entries; the price list may have to be loaded for it."""
+        me = threading.get_ident()
+        if me in self._loaders:
+            return  # this interrupts the same thread at it, and a module cannot be imported within its import
+        self._loaders.add(me)
+        try:
+            self.pricer_for(None).load()
+        finally:
+            self._loaders.discard(me)
         self._book(len(self._pending), wait=True)
 
     def _book(self, most: int, *, wait: bool) -> None:

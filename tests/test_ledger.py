@@ -530,6 +530,23 @@ def test_a_ledger_that_interrupts_itself_loses_nothing() -> None:
     assert reads == sorted(reads)
 
 
+def test_a_reading_that_interrupts_the_loading_shows_what_is_priced() -> None:
+    """A signal handler that reads while the price list is imported: the import goes on, nothing is lost."""
+    ledger, seen = Ledger(), []
+
+    class Interrupted(Pricer):
+        """Loads while somebody reads."""
+
+        def load(self) -> None:
+            seen.append(ledger.snapshot().total)
+            super().load()
+
+    ledger._pricer = Interrupted()
+    ledger.add("gpt-4o", Usage(1000, 0))
+    assert ledger.snapshot().total == listed("gpt-4o", 1000)
+    assert seen == [0]
+
+
 def test_a_forgotten_stream_is_on_the_bill() -> None:
     """Dropped without being closed: settled by the collector, once."""
 
