@@ -17,7 +17,7 @@ import pytest
 from openai_eval_client import BatchJobStatus, ModelResponse
 from openai_eval_client.testing import SimulatedServer
 
-COMMAND = [sys.executable, "-W", "error", "-m", "openai_eval_client", "batch"]
+COMMAND = [sys.executable, "-W", "error::ResourceWarning", "-m", "openai_eval_client", "batch"]
 KEY = "sk-right-0123456789"
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -40,6 +40,7 @@ def batch(server, *arguments, given="", key=KEY):
         check=False,
     )
     assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
     assert KEY not in done.stderr + done.stdout
     return done
 
@@ -302,10 +303,7 @@ def test_no_such_job():
 def test_nobody_listens():
     """1, and a sentence."""
     with SimulatedServer() as server:
-        pass
-    server.start()
-    gone = environment(server)
-    server.stop()
+        gone = environment(server)
     done = subprocess.run([*COMMAND, "list"], env=gone, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "connect" in done.stderr
