@@ -64,7 +64,7 @@ class BatchApi:
         self._repeated = Calls(config, max_wait).repeated
 
     async def upload(self, part: Part) -> str:
-        """Upload the lines of a part and return the file's id."""
+        """Upload the lines of a part and return the file's id, once the server knows it."""
         file = ("requests.jsonl", part.file, "application/jsonl")
 
         async def attempt() -> Any:
@@ -72,6 +72,9 @@ class BatchApi:
             return object_of(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
 
         uploaded = await self._repeated(attempt, part.size / _SLOWEST)
+        look = functools.partial(self._sdk.files.retrieve, uploaded.id, timeout=None)
+        with contextlib.suppress(openai.APIError):  # some servers have no such endpoint
+            await once_known(uploaded.id, functools.partial(self._repeated, look), _FILE_LAG)
         return str(uploaded.id)
 
     async def create(self, order: Order, file_id: str, *, since: float) -> Batch:
