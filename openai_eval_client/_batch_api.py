@@ -154,13 +154,13 @@ class BatchApi:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
 
         async def attempt() -> Any:
-            return object_of(await self._sdk.batches.cancel(batch_id, timeout=None))
+            try:
+                return object_of(await self._sdk.batches.cancel(batch_id, timeout=None))
+            except (openai.BadRequestError, openai.ConflictError):  # it has ended
+                return None
 
-        try:
-            cancelled: Batch = await self._repeated(attempt)
-        except (openai.BadRequestError, openai.ConflictError):  # it has ended
-            return await self.get(batch_id)
-        return cancelled
+        cancelled: Batch | None = await self._repeated(attempt)
+        return cancelled or await self.get(batch_id)
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start.

@@ -122,6 +122,10 @@ class Spoiling:
 
         self.client = module.AsyncClient(transport=Transport())
 
+    def spoil_next(self, spoil: Any) -> None:
+        """Spoil the next of these calls."""
+        self._left.append(spoil)
+
     async def _handle(self, inner: Any, request: Any) -> Any:
         hit = request.method == self._method and request.url.path.endswith(self._path) and self._left
         spoil = self._left.popleft() if hit else None

@@ -11,7 +11,6 @@ import pytest
 from aiohttp import web
 from batches import (
     KEY,
-    SOON,
     Spoiling,
     asked,
     connect,
@@ -28,15 +27,6 @@ from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
-
-
-@pytest.fixture
-def no_pauses(monkeypatch):
-    """Retries follow at once: their waits have tests of their own."""
-    from openai_eval_client import _retry
-
-    monkeypatch.setattr(_retry, "_FIRST_DELAY", SOON)
-    monkeypatch.setattr(_retry, "_LONGEST_DELAY", SOON)
 
 
 async def answers(client: Any, job_id: str) -> list[str]:
