@@ -11,6 +11,8 @@ def main() -> None:
         from openai_eval_client.cli import app  # an extra, which may not be there
     except ModuleNotFoundError as error:
         sys.exit(f"{error.name} is missing: pip install 'openai-eval-client[cli]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
     app()
 
 

@@ -34,6 +34,8 @@ def read_answer(
     parameters: Parameters,
     *,
     usage: Usage | None,
+    cost: float | None = None,
+    kept: bytes | None = None,
     temperature: float | None,
     request_id: str | None,
     latency: float,
@@ -44,6 +46,8 @@ def read_answer(
         body: What the server sent, checked by `is_answer`.
         parameters: What was asked.
         usage: What `usage_of` reads from the body.
+        cost: In USD, where it is known already.
+        kept: What to keep for `ModelResponse.raw`; None: the body.
         temperature: What was sent; None: the API's default applied.
         request_id: The x-request-id header.
         latency: Seconds of the attempt.
@@ -53,14 +57,14 @@ def read_answer(
     """
     values = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
     values |= {
-        "usage": _token_usage(body, usage),
+        "usage": _token_usage(body, usage, cost),
         "model": _text(body.get("model")) or parameters.model,
         "request_id": request_id or _text(body.get("id")),
         "latency_ms": latency * 1000,
         "temperature": DEFAULT_TEMPERATURE if temperature is None else float(temperature),
         "cached": False,
     }
-    response: ModelResponse = ModelResponse._of(values, {"_parsed": None, "_body": body})  # noqa: SLF001
+    response: ModelResponse = ModelResponse._of(values, {"_parsed": None, "_body": kept or body})  # noqa: SLF001
     if parameters.schema is not None:
         response._parsed = _parse(response, parameters.schema)  # noqa: SLF001
     return response
@@ -112,7 +116,7 @@ def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
     return "tool_calls" if calls else "stop"
 
 
-def _token_usage(body: Mapping[str, Any], usage: Usage | None) -> TokenUsage:
+def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | None) -> TokenUsage:
     given, made = (0, 0) if usage is None else (usage.prompt_tokens, usage.completion_tokens)
     total = None if usage is None else token_count(body["usage"].get("total_tokens"))
     return TokenUsage._of(  # type: ignore[no-any-return]  # noqa: SLF001
@@ -120,7 +124,7 @@ def _token_usage(body: Mapping[str, Any], usage: Usage | None) -> TokenUsage:
             "prompt_tokens": given,
             "completion_tokens": made,
             "total_tokens": total or given + made,
-            "estimated_cost": None,
+            "estimated_cost": cost,
             "cached_tokens": 0 if usage is None else usage.cached_tokens,
             "reasoning_tokens": 0 if usage is None else usage.reasoning_tokens,
             "estimated": usage is None,

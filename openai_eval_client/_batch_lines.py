@@ -9,7 +9,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from openai_eval_client._checks import refuse, shown
+from openai_eval_client._checks import refuse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -206,5 +206,5 @@ def naming(custom_ids: Sequence[str | None], *, several_models: bool) -> Iterato
         name = number(index) if own is None else own
         if named and seen.setdefault(name, index) != index:
             why = f"the same as that of requests[{seen[name]}]: each must be another"
-            refuse(f"requests[{index}].custom_id", shown(name), why, field="custom_id", index=index)
+            refuse(f"requests[{index}].custom_id", name, why, field="custom_id", index=index)
         yield f"{own}#{index}" if several_models and own is not None else name

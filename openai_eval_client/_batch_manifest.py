@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from bisect import bisect_left
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from openai_eval_client._batch_meta import index_in
+from openai_eval_client._wire import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -123,7 +123,7 @@ def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, 
 def parsed(raw: bytes) -> dict[str, Any] | None:
     """Return a line as an object; None where it is none, or cut short."""
     try:
-        line = json.loads(raw)
+        line = read_json(raw)
     except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None

@@ -136,15 +136,17 @@ class Reader:
     def _answer(
         self, body: dict[str, Any], raw: bytes, temperature: float | None, request_id: Any
     ) -> ModelResponse:
-        name = request_id if isinstance(request_id, str) else None
         usage = usage_of(body)
-        response = read_answer(
-            body, self._parameters, usage=usage, temperature=temperature, request_id=name, latency=0.0
+        return read_answer(
+            body,
+            self._parameters,
+            usage=usage,
+            cost=None if usage is None else self._price(usage.model or "", usage),
+            kept=raw,  # a tenth of the parsed body's memory
+            temperature=temperature,
+            request_id=request_id if isinstance(request_id, str) else None,
+            latency=0.0,
         )
-        response._body = raw  # noqa: SLF001  # a tenth of the parsed body's memory
-        if usage is not None:
-            response.usage.estimated_cost = self._price(response.model, usage)
-        return response
 
 
 def is_curable(error: Exception) -> bool:

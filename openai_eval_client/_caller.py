@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from openai_eval_client._answers import is_answer, read_answer
 from openai_eval_client._attempt import Refusals, deadline, forget_key
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
-from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_usage, usage_of
+from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_json, read_usage, usage_of
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if TYPE_CHECKING:
@@ -235,7 +234,7 @@ def _decode(reply: Any, api: str) -> dict[str, Any]:
         openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
     """
     try:
-        body = json.loads(reply.content)
+        body = read_json(reply.content)
     except (ValueError, RecursionError):
         body = None
     if not is_answer(body, api):

@@ -27,7 +27,6 @@ class Connection:
         self._database = database
         self._lock = threading.Lock()
         self._open: list[sqlite3.Connection] = []  # one at most
-        self._identity = (0, 0)
         weakref.finalize(self, _close, self._open)  # also at the interpreter's end
         mind_forks(self)
 
@@ -56,15 +55,10 @@ class Connection:
         self._lock.release()
 
     def _current(self) -> sqlite3.Connection:
-        try:
-            identity = self._database.identity()
-        except OSError:
-            raise sqlite3.OperationalError("the file is gone") from None
-        if identity != self._identity:  # another file has taken its place
-            _close(self._open)
+        if not self._database.is_there():
+            raise sqlite3.OperationalError("the file is gone, or another is in its place")
         if not self._open:
             self._open.append(self._database.connect())
-            self._identity = identity
         return self._open[0]
 
 

@@ -42,6 +42,8 @@ class Database:
         self.name = os.fspath(path)
         self.path = Path(os.path.realpath(path))
         self.read_only = read_only
+        self._log = Path(f"{self.path}-wal")
+        self._status: os.stat_result
 
     def prepare(self) -> None:
         """Make the file where there is none; else see that it is ours.
@@ -52,7 +54,7 @@ class Database:
         try:
             if not self.path.exists():
                 self._create()
-            self._recognise()
+            self._status = self._recognised()
             with contextlib.closing(patiently(self.connect)) as connection:
                 self._check_writable(connection)
         except sqlite3.OperationalError as error:
@@ -86,15 +88,23 @@ class Database:
             f"damaged, or no cache of this package ({error}). It was left as it is: move or restore it"
         )
 
-    def identity(self) -> tuple[int, int]:
-        """Return what tells this file from another that takes its place."""
-        status = self.path.stat()
-        return status.st_dev, status.st_ino
+    def is_there(self) -> bool:
+        """Return whether the file is still the one that was looked at first.
+
+        SQLite would apply the log of the old file to one that took its place.
+        """
+        try:
+            return os.path.samestat(self.path.stat(), self._status)
+        except OSError:
+            return False
 
     def _create(self) -> None:
         """Make the file under another name and then give it its own: nobody ever sees half of it."""
         if self.read_only:
             raise self.unusable("does not exist, and write=False")
+        if _size(self._log) and not self.path.exists():  # SQLite would take it for the new file's
+            why = f"is gone, but not what {self._log} still holds of it: bring it back, or delete that file"
+            raise self.unusable(why)
         new = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.new")
         os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         try:
@@ -120,7 +130,7 @@ class Database:
             if not os.path.lexists(self.path):
                 new.rename(self.path)
 
-    def _recognise(self) -> None:
+    def _recognised(self) -> os.stat_result:
         """See whose file it is, without leaving a trace on one that is not ours."""
         status = self.path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -132,6 +142,7 @@ class Database:
         except sqlite3.DatabaseError:  # also where another process just moves its pages
             application, version = self._marks("mode=ro")
         self._check_marks(application, version)
+        return status
 
     def _marks(self, mode: str) -> tuple[int, int]:
         with contextlib.closing(self._raw(mode)) as connection:
@@ -179,19 +190,16 @@ class Database:
         if self.read_only:
             return
         try:
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("DELETE FROM journal WHERE key IS NULL")  # none: it only takes the lock
         except sqlite3.OperationalError as error:
             if not is_passing(error):
                 raise self.unusable(
                     f"cannot be written ({error}); CacheConfig(write=False) only reads it"
                 ) from None
-        else:
-            connection.execute("ROLLBACK")
 
     def _is_at_rest(self) -> bool:
         """Return whether all there is stands in the file itself, and nothing in the log beside it."""
-        log = Path(f"{self.path}-wal")
-        return not log.exists() or not log.stat().st_size
+        return not _size(self._log)
 
 
 def patiently(action: Callable[[], T]) -> T:
@@ -209,6 +217,14 @@ def patiently(action: Callable[[], T]) -> T:
 def is_passing(error: sqlite3.Error) -> bool:
     """Return whether only another process was in the way."""
     return any(text in str(error) for text in _PASSING)
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:

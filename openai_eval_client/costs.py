@@ -90,7 +90,8 @@ class CostLedger(BaseModel):  # noqa: PLW1641  # mutable, as every pydantic mode
         retried: Attempts that were billed without bringing an answer, in `rows` and `total`.
         unaccounted: Attempts that the provider may have billed but did not say so, not in `total`: they timed
             out, were cut off or cancelled, or the answer (most streams, if not asked to) came without usage.
-        unaccounted_cost: USD these come to if each used all the tokens that were reserved for it.
+        unaccounted_cost: USD these come to if each used all the tokens that were reserved for it, which for
+            those without a maximum is the usual length of an answer.
         saved_by_cache: USD that the answers taken from the local cache would have cost.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from datetime import datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
@@ -143,6 +143,20 @@ class BatchRequest(_Model):
     max_tokens: int | None = None
     custom_id: str | None = None
 
+    if TYPE_CHECKING:  # type checkers do not see that other parameters are allowed
+
+        def __init__(
+            self,
+            *,
+            prompt: str | list[dict[str, Any]] | None = None,
+            messages: list[dict[str, Any]] | None = None,
+            model: str | None = None,
+            temperature: float | None = None,
+            max_tokens: int | None = None,
+            custom_id: str | None = None,
+            **params: Any,
+        ) -> None: ...
+
     @model_validator(mode="after")
     def _one_input(self) -> BatchRequest:
         if (self.prompt is None) == (self.messages is None):
@@ -173,6 +187,11 @@ class BatchJobStatus(_Model):
     failed_count: int = 0
     errors: list[BatchError] = Field(default_factory=list)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will change any more: its results can be retrieved."""
+        return self.status in {"completed", "failed", "expired", "cancelled"}
+
 
 class ClientStats(_Model):
     """What a client has done so far.
@@ -181,8 +200,8 @@ class ClientStats(_Model):
         requests: Prompts answered or failed for good, and the calls made through the drop-in client so far.
         failures: Those that failed for good. Of the drop-in client's calls only those refused with a 4xx that
             the SDK does not retry: where its retries end, it alone knows.
-        attempts: HTTP requests sent, by whatever road, also those that run no model (files, batches), which
-            are in no other count.
+        attempts: HTTP requests sent, by whatever road; also those that run no model (files, batches), and are
+            not among `requests` and `retries`.
         retries: Attempts after a prompt's or a call's first.
         rate_limited: Answers with status 429.
         reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts

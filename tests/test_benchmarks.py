@@ -48,3 +48,13 @@ async def test_a_short_soak_leaves_nothing_behind() -> None:
         verdict = await soak.soak(server, 20, batch=100)
     assert verdict.clean, verdict
     assert verdict.answered >= 100
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_run_pays_only_for_the_rest(tmp_path: Path) -> None:
+    """Killed three times and started anew: all answered, twice at most what was in flight at each kill."""
+    resume = load("resume")
+    options = resume.parsed(["--prompts", "300", "--kills", "3", "--in-flight", "20", "--latency", "0.1"])
+    verdict = resume.measure(options, tmp_path / "runs.sqlite")
+    assert verdict.clean, verdict
+    assert verdict.from_cache > 0

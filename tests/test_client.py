@@ -17,6 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from openai_eval_client import (
+    BatchConfig,
     ModelResponse,
     OpenAIClient,
     OpenAIConfig,
@@ -34,9 +35,14 @@ KEY = "sk-secret-1234567890"
 WIDE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
 
 
-def connect(server: SimulatedServer, rate_limit: RateLimitConfig = WIDE, **options: object) -> OpenAIClient:
+def connect(
+    server: SimulatedServer,
+    rate_limit: RateLimitConfig = WIDE,
+    batch: BatchConfig | None = None,
+    **options: object,
+) -> OpenAIClient:
     settings = {"api_key": KEY, "base_url": server.base_url, "default_model": "gpt-4o-mini", **options}
-    return OpenAIClient(OpenAIConfig(**settings), rate_limit=rate_limit)
+    return OpenAIClient(OpenAIConfig(**settings), rate_limit=rate_limit, batch=batch)
 
 
 @contextlib.contextmanager
@@ -445,14 +451,21 @@ async def test_a_million_prompts_are_not_a_million_tasks() -> None:
     assert most <= 2 * 10 + 15  # its workers, and what aiohttp has for connections
 
 
-async def test_too_many_prompts_for_the_batch_api_are_refused_for_now() -> None:
-    """use_batch_api=True below the threshold runs online; above it says that it cannot yet."""
-    with SimulatedServer() as server:
-        async with connect(server) as client:
-            assert len(await client.batch_generate(["x"] * 3, use_batch_api=True)) == 3
-            with pytest.raises(ValidationError, match="use_batch_api=True"):
-                await client.batch_generate(["x"] * 100, use_batch_api=True)
-        assert len(server.calls) == 3
+async def test_many_prompts_go_through_the_batch_api_where_that_is_wanted() -> None:
+    """use_batch_api=True below the threshold runs online, from it on as a batch; the answers are the same."""
+    batch = BatchConfig(auto_batch_threshold=4, polling_interval=0.02)
+    with SimulatedServer(batch_seconds=0.1) as server:
+        async with connect(server, batch=batch) as client:
+            few = await client.batch_generate(["a", "b", "c"], use_batch_api=True, max_tokens=5)
+            assert server.batches == []
+            many = await client.batch_generate(["a", "b", "c", "d"], use_batch_api=True, max_tokens=5)
+            assert [each["request_counts"]["total"] for each in server.batches] == [4]
+            await client.batch_generate(["a"] * 5, use_batch_api=False)
+        assert len(server.batches) == 1
+    assert [response.content for response in many[:3]] == [response.content for response in few]
+    assert sum(response.usage.estimated_cost for response in many[:3]) == pytest.approx(
+        sum(response.usage.estimated_cost for response in few) / 2
+    )
 
 
 # --- the limits ------------------------------------------------------------------------------------------

@@ -212,6 +212,17 @@ def test_the_api_has_these_statuses(status):
     assert (made.completed_count, made.failed_count, made.errors) == (0, 0, [])
 
 
+def test_a_job_ends_in_four_ways():
+    """Everything else changes yet."""
+    now = datetime.now(timezone.utc)
+    ended = {
+        status
+        for status in STATUSES
+        if BatchJobStatus(job_id="j", status=status, created_at=now, request_count=1).has_ended
+    }
+    assert ended == {"completed", "failed", "expired", "cancelled"}
+
+
 def test_another_status_is_refused():
     """The message names the field and the value."""
     with pytest.raises(PydanticError, match=r"(?s)status.*'done'"):

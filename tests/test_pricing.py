@@ -313,7 +313,8 @@ def test_threads_share_a_pricer():
 
 def test_ready_imports_in_a_thread_what_cost_would_import_on_demand():
     program = (
-        "import asyncio, sys; from openai_eval_client._wire import Usage; from openai_eval_client._pricing import Pricer; pricer = Pricer();"
+        "import asyncio, sys; from openai_eval_client._wire import Usage;"
+        "from openai_eval_client._pricing import Pricer; pricer = Pricer();"
         "before = 'genai_prices' in sys.modules; asyncio.run(pricer.ready());"
         "print(before, 'genai_prices.data' in sys.modules, pricer.cost('gpt-4o', Usage(1000, 0)))"
     )

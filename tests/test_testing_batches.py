@@ -179,7 +179,7 @@ async def test_lines_are_answered_as_they_are_online():
         asking(2, response_format={"type": "json_schema", "json_schema": schema}),
     )
     async with (
-        SimulatedServer(batch_seconds=0, rpm=1, tpm=1, output_tokens=7) as server,
+        SimulatedServer(batch_seconds=0, rpm=1, tpm=1, output_tokens=7, cached_tokens=2) as server,
         client(server) as sdk,
     ):
         batch = await finished(sdk, content)
@@ -190,6 +190,8 @@ async def test_lines_are_answered_as_they_are_online():
     assert bodies["r0"]["choices"][0]["finish_reason"] == "length"
     assert [choice["index"] for choice in bodies["r1"]["choices"]] == [0, 1]
     assert bodies["r1"]["usage"]["completion_tokens"] == 14
+    assert bodies["r1"]["usage"]["prompt_tokens_details"]["cached_tokens"] == 2
+    assert batch.usage.input_tokens_details.cached_tokens == 6
     assert Leaf.model_validate_json(bodies["r2"]["choices"][0]["message"]["content"])
     saying = SimulatedServer(batch_seconds=0, answer=lambda body: body["seed"] * "x")
     async with saying as server, client(server) as sdk:

@@ -287,7 +287,7 @@ def test_who_answered_stands_beside_the_usage(tail, used):
 
 @pytest.mark.parametrize("size", [0, 100, 2 * _TAIL])
 def test_a_long_answer_is_of_the_model_that_was_asked(size):
-    """Its head is out of reach or costly to read; the tier is not, and no tool's model is mistaken for its own."""
+    """Its head is out of reach, or costly to read; no tool's model is mistaken for its own."""
     item = {"type": "message", "content": [{"text": "x" * (2 * _TAIL)}]}
     tools = [{"type": "image_generation", "model": "gpt-image-1", "description": "y" * size}]
     long = {**RESPONSE, "output": [item], "tools": tools}

@@ -41,7 +41,7 @@ class Lines:
         self._answer = answer
         self.output, self.failures = io.BytesIO(), io.BytesIO()
         self.completed = self.failed = 0
-        self._input_tokens = self._output_tokens = 0
+        self._input_tokens = self._cached_tokens = self._output_tokens = 0
 
     def run(self, task: Task, outcome: str) -> None:
         """Answer one line, or do not, as told."""
@@ -67,7 +67,7 @@ class Lines:
         """The tokens, as a Batch object shows them."""
         return {
             "input_tokens": self._input_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._cached_tokens},
             "output_tokens": self._output_tokens,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self._input_tokens + self._output_tokens,
@@ -87,8 +87,11 @@ class Lines:
             self._fail(task, server_error(f"The server had an error while answering: {problem!r}"))
             return
         self.completed += 1
+        usage = body["usage"]
+        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
         self._input_tokens += ask.prompt_tokens
-        self._output_tokens += body["usage"]["total_tokens"] - ask.prompt_tokens
+        self._cached_tokens += details.get("cached_tokens", 0)
+        self._output_tokens += usage["total_tokens"] - ask.prompt_tokens
         self._write(task, body, outcome)
 
     def _write(self, task: Task, body: Json, outcome: str) -> None:

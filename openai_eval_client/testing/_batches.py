@@ -10,7 +10,7 @@ from itertools import accumulate, chain, repeat
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from ._answers import Answer, Ask, compose, required
+from ._answers import required
 from ._batch import Batch, Surroundings
 from ._batch_input import NAMES, BatchInput, Reader, error
 from ._errors import ApiError, wrong_type
@@ -22,7 +22,7 @@ from ._routes import EXACT, Generation
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from ._answers import Count
+    from ._answers import Ask, Count
     from ._files import Files, StoredFile
     from ._options import Options
 
@@ -172,10 +172,7 @@ class Batches:
         return error("token_limit_exceeded", message)
 
     def _answer(self, endpoint: Generation, ask: Ask) -> Json:
-        def author(prompt: str) -> Answer:
-            return compose(ask, prompt, self._options)
-
-        return endpoint.write(ask, author, uuid.uuid4().hex)
+        return endpoint.answer(ask, uuid.uuid4().hex, self._options)
 
     def _outcomes(self, plan: Plan, random: Random, many: int) -> Sequence[str]:
         if plan.lines is not None:

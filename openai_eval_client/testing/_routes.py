@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from . import _chat, _completions, _embeddings, _responses
+from ._answers import compose, mark_cached
 from ._errors import unknown_url, wrong_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ._answers import Answer, Ask, Count, Json
+    from ._options import Options
 
 BASE = "/v1"
 UPLOAD = ("POST", f"{BASE}/files")
@@ -31,6 +34,11 @@ class Generation:
     read: Callable[[Json, Count], Ask]
     write: Callable[[Ask, Callable[[str], Answer], str], Json]
     stream: Callable[[Ask, Json], list[bytes]] | None = None
+
+    def answer(self, ask: Ask, ident: str, options: Options) -> Json:
+        """The whole answer as the options want it."""
+        body = self.write(ask, partial(compose, ask, options=options), ident)
+        return {**body, "usage": mark_cached(body["usage"], ask.prompt_tokens, options.cached_tokens)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 
-from ._answers import Ask, compose, mark_cached, quarter_bytes
+from ._answers import Ask, quarter_bytes
 from ._errors import ApiError, missing_key, quota_exhausted, unknown_model, unreadable_body, wrong_key
 from ._exchange import Exchange
 from ._faults import ERROR_STATUSES, Faults, Latency, fault_error, spoil_usage
@@ -161,9 +161,8 @@ class Simulation:
 
     def _written(self, exchange: Exchange, endpoint: Generation, ask: Ask) -> dict[str, Any]:
         """The answer, counted and charged."""
-        author = partial(compose, ask, options=self._options)
-        body = endpoint.write(ask, author, exchange.ident)
-        usage = body["usage"] = mark_cached(body["usage"], ask.prompt_tokens, self._options.cached_tokens)
+        body = endpoint.answer(ask, exchange.ident, self._options)
+        usage = body["usage"]
         exchange.completion_tokens = usage["total_tokens"] - ask.prompt_tokens
         self._settle(exchange, usage["total_tokens"])
         self.recorder.generations += 1

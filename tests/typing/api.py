@@ -195,8 +195,33 @@ def jobs(status: BatchJobStatus, job: BatchJob) -> None:
     )
     assert_type(status.completed_at, datetime | None)
     assert_type(status.errors, list[BatchError])
+    assert_type(status.has_ended, bool)
     request = BatchRequest(prompt="hello", temperature=0.5)
     assert_type(request.prompt, str | list[dict[str, Any]] | None)
+
+
+async def batches(client: OpenAIClient, requests: Iterator[BatchRequest]) -> None:
+    """A job, from its requests to its results."""
+    job = await client.submit_batch_job(
+        requests, completion_window="24h", metadata={"run": "7"}, api="responses"
+    )
+    assert_type(job, BatchJob)
+    await client.submit_batch_job([BatchRequest(messages=[{"role": "user", "content": "hello"}], seed=7)])
+    assert_type(await client.get_batch_status(job.job_id), BatchJobStatus)
+    assert_type(await client.cancel_batch_job(job.job_id), BatchJobStatus)
+    assert_type(await client.retrieve_batch_results(job.job_id), list[ModelResponse])
+    await client.retrieve_batch_results(job.job_id, return_exceptions=True)
+    async for each in client.list_batch_jobs():
+        assert_type(each, BatchJobStatus)
+
+
+async def wrong_batches(client: OpenAIClient) -> None:
+    """What is refused when run is refused when checked."""
+    await client.submit_batch_job(["hello"])  # type: ignore[list-item]
+    await client.submit_batch_job([BatchRequest(prompt="hello")], "24h")  # type: ignore[call-arg]
+    await client.submit_batch_job([BatchRequest(prompt="hello")], metadata={"run": 7})  # type: ignore[dict-item]
+    BatchRequest(prompt=7)  # type: ignore[arg-type]
+    await client.get_batch_status(7)  # type: ignore[arg-type]
 
 
 def caught(error: Exception) -> None:

@@ -1,0 +1,248 @@
+"""The commands for jobs of the Batch API."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from enum import Enum
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import openai
+import typer
+
+from openai_eval_client import _cli_rows, _cli_tables
+from openai_eval_client._checks import check_number
+from openai_eval_client._cli_common import (
+    BAD_INPUT,
+    REFUSED,
+    SOME_FAILED,
+    exit_codes,
+    fail,
+    is_refusal,
+    run,
+    say,
+)
+from openai_eval_client._retry import is_transient
+from openai_eval_client.config import BatchConfig, OpenAIConfig
+from openai_eval_client.errors import PartialFailureError, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from openai_eval_client.client import OpenAIClient
+    from openai_eval_client.models import BatchJobStatus, ModelResponse
+
+batch_app = typer.Typer(no_args_is_help=True)
+
+_DEFAULTS = BatchConfig()
+
+Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+class Api(str, Enum):
+    """The endpoints that a request may be for."""
+
+    chat = "chat"
+    responses = "responses"
+
+
+@batch_app.callback()
+def _batch() -> None:
+    """Submit requests as jobs of the Batch API, at half the price, and collect their results.
+
+    Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
+    4 refused by the server (key, model, quota, no such job); 130 interrupted.
+    """
+
+
+@batch_app.command()
+def submit(
+    source: Annotated[
+        typer.FileBinaryRead,
+        typer.Argument(
+            metavar="INPUT",
+            help="JSON lines, - for standard input: each a text, or an object with prompt or messages and "
+            "any parameter of the API.",
+        ),
+    ],
+    *,
+    model: Annotated[str | None, typer.Option(help="The model of lines that name none.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="The temperature of lines that give none.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Output tokens at most, for lines that give no number.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt of lines that have none.")] = None,
+    api: Annotated[Api, typer.Option(help="Chat completions, or the Responses API.")] = Api.chat,
+    window: Annotated[
+        str, typer.Option(help="What the provider may take: 24h, or 7d where it has that.")
+    ] = _DEFAULTS.completion_window,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Kept with the job by the provider; up to 14 of them."),
+    ] = None,
+) -> None:
+    """Submit requests as a job and print its id, which is all that the other commands need."""
+    pairs = _pairs(metadata or [])
+    given = {"temperature": temperature, "max_tokens": max_tokens, "system": system}
+    defaults = {name: value for name, value in given.items() if value is not None}
+    interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
+    with exit_codes(interrupted=interrupted):
+        config = OpenAIConfig() if model is None else OpenAIConfig(default_model=model)
+        requests, numbers = _cli_rows.read_requests(source, defaults)
+        try:
+            job = run(
+                config,
+                lambda client: client.submit_batch_job(
+                    requests, completion_window=window, metadata=pairs, api=api.value
+                ),
+            )
+        except ValidationError as error:
+            fail(BAD_INPUT, _cli_rows.by_lines(error, numbers))
+        say(f"requests submitted: {job.request_count}, to {config.base_url}, to be answered within {window}")
+        typer.echo(job.job_id)
+
+
+@batch_app.command()
+def status(
+    job: Job,
+    *,
+    wait: Annotated[bool, typer.Option("--wait", help="Look again until it has ended.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = _DEFAULTS.polling_interval,
+    as_json: AsJson = False,
+) -> None:
+    """Show how far a job is.
+
+    With --wait the exit code says how it ended: 0 all answered, 1 some failed,
+    4 not one was run. Without, it is 0 whatever the status.
+    """
+    with exit_codes(interrupted="interrupted; the job goes on"):
+        found = run(
+            OpenAIConfig(),
+            lambda client: _waited(client, job, interval) if wait else client.get_batch_status(job),
+        )
+        _cli_tables.show(found, as_json=as_json)
+    if wait:
+        sys.exit(_code_of(found))
+
+
+@batch_app.command()
+def results(
+    job: Job,
+    *,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where to; - is standard output.")
+    ] = "-",
+) -> None:
+    """Write a job's results as JSON lines, one for each request, in the order of the input.
+
+    A line has the index, counted from 0, and the response or the error. A file
+    gets its name when it is whole. Of a job that has not ended nothing is
+    written, and the exit code is 1.
+    """
+    with exit_codes(), _opened(output) as file:
+        outcomes = run(OpenAIConfig(), lambda client: _outcomes(client, job))
+        for index, outcome in enumerate(outcomes):
+            file.write(_cli_rows.row_of(index, outcome))
+    failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    if failures:
+        refused = len(failures) == len(outcomes) and all(map(is_refusal, failures))
+        sys.exit(REFUSED if refused else SOME_FAILED)
+
+
+@batch_app.command()
+def cancel(job: Job, *, as_json: AsJson = False) -> None:
+    """Cancel a job; what is answered already stays, and is paid."""
+    with exit_codes():
+        _cli_tables.show(run(OpenAIConfig(), lambda client: client.cancel_batch_job(job)), as_json=as_json)
+
+
+@batch_app.command("list")
+def list_jobs(
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """List the jobs submitted by this program or its library, the newest first."""
+    with exit_codes():
+        jobs = run(OpenAIConfig(), lambda client: _newest(client, limit))
+        _cli_tables.show_all(jobs, as_json=as_json)
+
+
+def _pairs(metadata: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in metadata:
+        key, equals, value = text.partition("=")
+        if not equals or key in pairs:
+            why = "not KEY=VALUE" if not equals else "this key was given before"
+            raise typer.BadParameter(f"{text!r}: {why}", param_hint="--metadata")
+        pairs[key] = value
+    return pairs
+
+
+async def _waited(client: OpenAIClient, job: str, interval: float) -> BatchJobStatus:
+    """Look at a job until it has ended; once it was there, no outage of the server ends the wait."""
+    check_number(interval, "interval", above=0)
+    found = await client.get_batch_status(job)
+    told = ""
+    while not found.has_ended:
+        line = f"{found.status}: {found.completed_count} of {found.request_count} answered"
+        line += f", {found.failed_count} failed" if found.failed_count else ""
+        if line != told:
+            told = line
+            say(line)
+        await asyncio.sleep(interval)
+        try:
+            found = await client.get_batch_status(job)
+        except openai.APIError as error:
+            if not is_transient(error):
+                raise
+            say(f"no answer ({error}): again in {interval:g} s", style="yellow")
+    return found
+
+
+async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
+    try:
+        outcomes: list[Any] = await client.retrieve_batch_results(job)
+    except PartialFailureError as error:
+        say(str(error), style="red")
+        return [error.failures.get(index, found) for index, found in enumerate(error.responses)]
+    say(f"requests answered: {len(outcomes)}, {_cost(outcomes)}")
+    return outcomes
+
+
+def _cost(responses: Sequence[ModelResponse]) -> str:
+    costs = [response.usage.estimated_cost for response in responses]
+    known = [cost for cost in costs if cost is not None]
+    if not known:
+        return "at a price that is not known"
+    unpriced = len(costs) - len(known)
+    return f"at {sum(known):.6f} USD" + (f" and {unpriced} unpriced" if unpriced else "")
+
+
+async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
+    found: list[BatchJobStatus] = []
+    async for job in client.list_batch_jobs():
+        found.append(job)
+        if len(found) == limit:
+            break
+    return found
+
+
+def _code_of(found: BatchJobStatus) -> int:
+    if found.status == "failed" and not found.completed_count:
+        return REFUSED
+    return 0 if found.completed_count == found.request_count else SOME_FAILED
+
+
+@contextlib.contextmanager
+def _opened(output: str) -> Iterator[IO[bytes]]:
+    if output == "-":
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()  # a pipe that was closed is found out here
+    else:
+        with _cli_rows.replacing(output) as file:
+            yield file

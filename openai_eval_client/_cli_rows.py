@@ -1,0 +1,145 @@
+"""JSON lines: requests read from an input, outcomes written to an output that is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import uuid
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn
+
+import pydantic
+
+from openai_eval_client._checks import shown
+from openai_eval_client.errors import ValidationError
+from openai_eval_client.models import BatchRequest, ModelResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+_BOM = b"\xef\xbb\xbf"
+_OTHER = re.compile(r"that of requests\[(\d+)\]")
+_OWN = re.compile(r"\Arequests\[\d+\][.:]? ?")
+# The names under which a line may say itself what an option is the default of.
+_NAMES = {
+    "temperature": {"temperature"},
+    "max_tokens": {"max_tokens", "max_completion_tokens", "max_output_tokens"},
+    "system": {"system", "instructions"},
+}
+_SYSTEM_ROLES = frozenset({"system", "developer"})
+
+
+def read_requests(
+    lines: Iterable[bytes], defaults: Mapping[str, Any]
+) -> tuple[list[BatchRequest], list[int]]:
+    """Read one request from each line that is not blank.
+
+    Args:
+        lines: Each a JSON text, or an object with "prompt" or "messages" and any parameter of the API.
+        defaults: "temperature", "max_tokens" and "system" for the lines that say nothing of it.
+
+    Returns:
+        The requests, and the number of each one's line, counted from 1.
+
+    Raises:
+        ValidationError: Names the line, and the key and value in it.
+    """
+    requests: list[BatchRequest] = []
+    numbers: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        text = line.removeprefix(_BOM) if number == 1 else line
+        if text.strip():
+            requests.append(_request(_row(text, number), defaults, number))
+            numbers.append(number)
+    if not requests:
+        raise ValidationError("the input is empty: give a request a line", field="requests")
+    return requests, numbers
+
+
+def by_lines(error: ValidationError, numbers: Sequence[int]) -> str:
+    """Return an error's message with the lines of the input in place of the indexes of the requests."""
+    message = str(error)
+    if error.index is None:
+        return message
+    own = f"line {numbers[error.index]}: {_OWN.sub('', message)}"
+    return _OTHER.sub(lambda found: f"that of line {numbers[int(found[1])]}", own)
+
+
+def row_of(index: int, outcome: ModelResponse | Exception) -> bytes:
+    """Return the line of one outcome."""
+    if isinstance(outcome, ModelResponse):
+        return f'{{"index":{index},"response":{outcome.model_dump_json()}}}\n'.encode()
+    error = {
+        "type": type(outcome).__name__,
+        "message": getattr(outcome, "message", str(outcome)),
+        "code": getattr(outcome, "code", None),
+    }
+    return json.dumps({"index": index, "error": error}, separators=(",", ":")).encode() + b"\n"
+
+
+@contextlib.contextmanager
+def replacing(name: str) -> Iterator[IO[bytes]]:
+    """Open a file that takes its name when all is written: until then, what had the name keeps it.
+
+    Args:
+        name: The file; what is there and no regular file (a pipe, /dev/null) is written to as it is.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path = Path(name).resolve()
+    is_special = path.exists() and not path.is_file()
+    target = path if is_special else path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.part")
+    try:
+        file = target.open("wb" if is_special else "xb")
+    except OSError as error:
+        error.filename = name
+        raise
+    if is_special:
+        with file:
+            yield file
+        return
+    try:
+        with file:
+            yield file
+        target.replace(path)
+    finally:
+        target.unlink(missing_ok=True)
+
+
+def _row(line: bytes, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        _refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
+    except (ValueError, RecursionError) as error:
+        _refuse(number, f"not JSON: {error}: {shown(line.decode().strip())}")
+    if isinstance(row, str):
+        return {"prompt": row}
+    if not isinstance(row, dict):
+        _refuse(number, f'{shown(row)}: must be a text, or an object with "prompt" or "messages"')
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _request(row: dict[str, Any], defaults: Mapping[str, Any], number: int) -> BatchRequest:
+    added = {name: value for name, value in defaults.items() if not _NAMES[name] & row.keys()}
+    if _has_system_message(row):
+        added.pop("system", None)
+    try:
+        return BatchRequest.model_validate({**added, **row}, strict=True)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        why = problem["msg"].removeprefix("Value error, ")
+        _refuse(number, f"{problem['loc'][0]}={shown(problem['input'])}: {why}" if problem["loc"] else why)
+
+
+def _has_system_message(row: Mapping[str, Any]) -> bool:
+    messages = row.get("messages", row.get("prompt"))
+    return isinstance(messages, list) and any(
+        isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES for message in messages
+    )
+
+
+def _refuse(number: int, why: str) -> NoReturn:
+    raise ValidationError(f"line {number}: {why}", field="requests")
