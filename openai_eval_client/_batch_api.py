@@ -64,7 +64,7 @@ class BatchApi:
         self._repeated = Calls(config, max_wait).repeated
 
     async def upload(self, part: Part) -> str:
-        """Upload the lines of a part and return the file's id."""
+        """Upload the lines of a part and return the file's id, once the server knows it."""
         file = ("requests.jsonl", part.file, "application/jsonl")
 
         async def attempt() -> Any:
@@ -72,6 +72,9 @@ class BatchApi:
             return object_of(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
 
         uploaded = await self._repeated(attempt, part.size / _SLOWEST)
+        look = functools.partial(self._sdk.files.retrieve, uploaded.id, timeout=None)
+        with contextlib.suppress(openai.APIError):  # some servers have no such endpoint
+            await once_known(uploaded.id, functools.partial(self._repeated, look), _FILE_LAG)
         return str(uploaded.id)
 
     async def create(self, order: Order, file_id: str, *, since: float) -> Batch:
@@ -151,13 +154,13 @@ class BatchApi:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
 
         async def attempt() -> Any:
-            return object_of(await self._sdk.batches.cancel(batch_id, timeout=None))
+            try:
+                return object_of(await self._sdk.batches.cancel(batch_id, timeout=None))
+            except (openai.BadRequestError, openai.ConflictError):  # it has ended
+                return None
 
-        try:
-            cancelled: Batch = await self._repeated(attempt)
-        except (openai.BadRequestError, openai.ConflictError):  # it has ended
-            return await self.get(batch_id)
-        return cancelled
+        cancelled: Batch | None = await self._repeated(attempt)
+        return cancelled or await self.get(batch_id)
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start.

@@ -91,8 +91,6 @@ class BatchJobs:
             raise BatchError(message, code="unsupported_endpoint")
         pricer = self._ledger.pricer_for(None)
         await pricer.ready()
-        book = batch.id not in self._booked
-        self._booked.add(batch.id)
         async with contextlib.AsyncExitStack() as stack:
             files = [
                 stack.enter_context(file)
@@ -102,6 +100,8 @@ class BatchJobs:
             manifest = await self._manifest(batch, offset) if part is None else _of_part(part)
             if manifest is None:
                 manifest = await asyncio.to_thread(_guessed, batch, files, offset)
+            book = batch.id not in self._booked
+            self._booked.add(batch.id)
             reader = self.reader(api, schema, book=book)
             settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
         self._compare(batch, settlement)

@@ -95,6 +95,6 @@ class BatchMethods:
         """List the batch jobs that this package submitted with this account.
 
         Yields:
-            The status of each, the newest first.
+            The status of each, the newest first; those of which batches are missing come last.
         """
         return self._jobs.jobs()

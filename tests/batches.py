@@ -103,10 +103,12 @@ class Spoiling:
         path: The end of their path.
         spoils: One for each of these calls in their order; None leaves it alone. Each is given the answer,
             and returns another, or raises.
+        effect: Whether the server gets these calls at all; else a spoil is given the request as if it were
+            the answer.
     """
 
-    def __init__(self, method: str, path: str, spoils: Sequence[Any]) -> None:
-        self._method, self._path, self._left = method, path, deque(spoils)
+    def __init__(self, method: str, path: str, spoils: Sequence[Any], *, effect: bool = True) -> None:
+        self._method, self._path, self._left, self._effect = method, path, deque(spoils), effect
         module = sdk_httpx()
         inner = module.AsyncHTTPTransport()
         outer = self
@@ -120,9 +122,16 @@ class Spoiling:
 
         self.client = module.AsyncClient(transport=Transport())
 
+    def spoil_next(self, spoil: Any) -> None:
+        """Spoil the next of these calls."""
+        self._left.append(spoil)
+
     async def _handle(self, inner: Any, request: Any) -> Any:
         hit = request.method == self._method and request.url.path.endswith(self._path) and self._left
         spoil = self._left.popleft() if hit else None
+        if spoil is not None and not self._effect:
+            await request.aread()
+            return spoil(sdk_httpx().Response(200, content=request.content))
         response = await inner.handle_async_request(request)
         if spoil is None:
             return response

@@ -39,6 +39,15 @@ def few_certificates(tmp_path_factory):
 
 
 @pytest.fixture
+def no_pauses(monkeypatch):
+    """Retries follow at once: their waits have tests of their own."""
+    from openai_eval_client import _retry
+
+    monkeypatch.setattr(_retry, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.01)
+
+
+@pytest.fixture
 def empty_vocabularies(tmp_path, monkeypatch):
     """A process that has loaded no vocabulary, has none on disk, and cannot reach the network."""
     import tiktoken.registry

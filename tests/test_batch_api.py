@@ -11,7 +11,6 @@ import pytest
 from aiohttp import web
 from batches import (
     KEY,
-    SOON,
     Spoiling,
     asked,
     connect,
@@ -28,15 +27,6 @@ from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
-
-
-@pytest.fixture
-def no_pauses(monkeypatch):
-    """Retries follow at once: their waits have tests of their own."""
-    from openai_eval_client import _retry
-
-    monkeypatch.setattr(_retry, "_FIRST_DELAY", SOON)
-    monkeypatch.setattr(_retry, "_LONGEST_DELAY", SOON)
 
 
 async def answers(client: Any, job_id: str) -> list[str]:
@@ -143,17 +133,46 @@ async def test_a_creation_that_stays_unclear_leaves_nothing_running() -> None:
 # --- files that are not there yet ------------------------------------------------------------------------
 
 
-async def test_a_file_just_uploaded_may_be_unknown_for_a_moment() -> None:
-    """The creation is tried again; one upload is enough."""
-    with SimulatedServer(batch_seconds=0.02, file_lag=0.4) as server:
+@pytest.mark.parametrize("refused", ["create", "later"])
+async def test_a_file_just_uploaded_may_be_unknown_for_a_moment(refused: Any) -> None:
+    """The batch is created when the server knows the file; one upload is enough."""
+    with SimulatedServer(batch_seconds=0.02, file_lag=0.4, unknown_file=refused) as server:
         async with connect(server, max_retries=0) as client:
             job = await client.submit_batch_job(asked(2))
             assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
-        statuses = [call.status for call in creations(server)]
         uploads = [call for call in server.calls if (call.method, call.path) == ("POST", "/v1/files")]
+        assert [call.status for call in creations(server)] == [200]
     assert len(uploads) == len(server.batches) == 1
-    assert len(statuses) > 1
-    assert (set(statuses[:-1]), statuses[-1]) == ({400}, 200)
+
+
+@pytest.mark.parametrize("status", [400, 404])
+@pytest.mark.parametrize(
+    "message", ["No such File object: {}", "Cannot find file {}, or project p does not have access to it."]
+)
+async def test_a_file_may_be_known_here_and_not_there(status: int, message: str) -> None:
+    """Where the creation does not find it, it is tried again, beyond all retries."""
+
+    def unknown(response: Any) -> Any:
+        return refusal(status, message.format(response.json().get("input_file_id")), param="input_file_id")(
+            response
+        )
+
+    with SimulatedServer(batch_seconds=0.02) as server:
+        spoiling = Spoiling("POST", "/batches", [unknown, unknown], effect=False)
+        async with connect(server, http_client=spoiling.client, max_retries=0) as client:
+            job = await client.submit_batch_job(asked(2))
+            assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
+        assert [batch["id"] for batch in server.batches] == [job.job_id]
+
+
+@pytest.mark.parametrize("status", [403, 404, 405, 500])
+async def test_a_server_that_shows_no_files_is_left_in_peace(status: int) -> None:
+    """The batch is created nevertheless, and at once."""
+    with SimulatedServer(batch_seconds=0.02) as server:
+        refusing = Spoiling("GET", "", [refusal(status, "Not Found")] * 4)
+        async with connect(server, http_client=refusing.client) as client:
+            await client.submit_batch_job(asked(2))
+        assert len(server.batches) == 1
 
 
 # --- uploads and downloads -------------------------------------------------------------------------------
