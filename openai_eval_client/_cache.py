@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from openai_eval_client._stats import Recorder
     from openai_eval_client.models import ModelResponse
 
-    Send = Callable[[], Awaitable[ModelResponse]]
+    Keep = Callable[[ModelResponse], Awaitable[None]]
+    Send = Callable[[Keep], Awaitable[ModelResponse]]
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -66,7 +67,7 @@ class Cache:
         Args:
             body: The body for the prompt, as first asked for.
             parameters: What is asked; one object for all prompts of a call.
-            send: Sends it.
+            send: Sends it, and calls what it is given with the answer before anybody else sees it.
 
         Returns:
             The response, `cached` where it is not new.
@@ -142,8 +143,14 @@ class Cache:
         return None if response is None or value is None else (response, value)
 
     async def _send(self, key: bytes, send: Send) -> tuple[ModelResponse, bytes | None]:
-        response = await send()
-        return response, await self.keep(key, response)
+        value = None
+
+        async def keep(response: ModelResponse) -> None:
+            nonlocal value
+            value = await self.keep(key, response)
+
+        response = await send(keep)
+        return response, value
 
     def _value(self, response: ModelResponse) -> bytes | None:
         """Return what is kept of a response; None where nothing is to be."""
@@ -151,12 +158,14 @@ class Cache:
         if not self._config.store_incomplete and _is_incomplete(response, body):
             return None
         kept = {
-            "body": body,
+            "response": {"body": body},  # as in a line of a batch's results
             "latency_ms": response.latency_ms,
             "request_id": response.request_id,
             "temperature": response.temperature,
-            "usage": response.usage.model_dump(),
+            "cost": response.usage.estimated_cost,
         }
+        if response.usage.estimated:
+            kept["usage"] = response.usage.model_dump()  # the body has none
         try:
             value = json.dumps(kept, separators=(",", ":")).encode()
         except RecursionError:  # nested as deep as could just be read
@@ -167,14 +176,14 @@ class Cache:
     def _read(self, value: bytes, parameters: Parameters) -> ModelResponse | None:
         """Return the response as it was, None where the value cannot be one."""
         try:
-            kept = json.loads(value if value[:1] == b"{" else zlib.decompress(value))
-            response = _rebuilt(kept, parameters)
+            text = value if value[:1] == b"{" else zlib.decompress(value)
+            response, usage = _rebuilt(json.loads(text), parameters)
         except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             logger.warning("a kept answer cannot be read (%s): asking again", type(error).__name__)
             return None
+        response._body = text  # noqa: SLF001  # a tenth of the parsed body's memory
         self._recorder.cached()
-        usage = usage_of(kept["body"]) or _estimate(response.usage)
-        self._ledger.saved(parameters.model, usage)
+        self._ledger.saved(parameters.model, usage or _estimate(response.usage))
         self._ledger.keep_up()
         return response
 
@@ -199,22 +208,26 @@ def _estimate(usage: TokenUsage) -> Usage:
     return Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
 
 
-def _rebuilt(kept: dict[str, Any], parameters: Parameters) -> ModelResponse:
-    body, latency = kept["body"], kept["latency_ms"]
+def _rebuilt(kept: dict[str, Any], parameters: Parameters) -> tuple[ModelResponse, Usage | None]:
+    """Return the response as it was, and what the server said it used."""
+    body, latency = kept["response"]["body"], kept["latency_ms"]
     if not is_answer(body, parameters.api):
         raise ValueError("no answer")
+    usage = usage_of(body)
     response = read_answer(
         body,
         parameters,
-        usage=usage_of(body),
+        usage=usage,
         temperature=kept["temperature"],
         request_id=kept["request_id"],
         latency=latency / 1000,
     )
-    response.usage = TokenUsage(**kept["usage"])
+    if response.usage.estimated:
+        response.usage = TokenUsage(**kept["usage"])
+    response.usage.estimated_cost = kept["cost"]
     response.latency_ms = latency
     response.cached = True
-    return response
+    return response, usage
 
 
 def _is_incomplete(response: ModelResponse, body: Mapping[str, Any]) -> bool:

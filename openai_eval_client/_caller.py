@@ -19,7 +19,7 @@ from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_js
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from openai_eval_client._cache import Cache
     from openai_eval_client._governor import Governor
@@ -42,6 +42,7 @@ class _Job:
         turn: Its place in the queue, kept through all attempts.
         lane: The concurrency bound it runs under; None: the model's.
         sending: Entered for as long as a request is in flight.
+        keep: Keeps the answer, before the request ceases to be in flight.
     """
 
     parameters: Parameters
@@ -50,6 +51,7 @@ class _Job:
     turn: int
     lane: Lane | None
     sending: Callable[[], contextlib.AbstractContextManager[None]]
+    keep: Callable[[ModelResponse], Awaitable[None]] | None
 
 
 class Caller:
@@ -123,20 +125,22 @@ class Caller:
         parameters: Parameters,
         lane: Lane | None,
         sending: Callable[[], contextlib.AbstractContextManager[None]],
+        keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         tokens = await self._counter.count_input(body)
-        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending)
+        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending, keep)
         try:
-            response, usage = await self._retrying(job)
+            response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
             self._governor.recorder.failed()
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
             raise
-        return await self._account(response, usage)
+        self._governor.recorder.answered()
+        return response
 
-    async def _attempt(self, job: _Job) -> tuple[ModelResponse, Usage]:
+    async def _attempt(self, job: _Job) -> ModelResponse:
         """Send once; and once more for each parameter the model turns out to refuse."""
         while True:
             body = self.refusals.adapted(job.body)
@@ -146,7 +150,7 @@ class Caller:
                 if not self.refusals.learn(error, body):
                     raise
 
-    async def _send(self, job: _Job, body: dict[str, Any]) -> tuple[ModelResponse, Usage]:
+    async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
         demand = Demand(body["model"], job.input_tokens, max_output(body))
         admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
         started, outcome = time.perf_counter(), Outcome(sent=False)
@@ -167,6 +171,9 @@ class Caller:
             )
             usage = counted or await self._estimate(answer, response, job.input_tokens)
             outcome = Outcome(reply.status_code, reply.headers, usage)
+            await self._price(response, usage)
+            if job.keep is not None:
+                await job.keep(response)
         except openai.APIResponseValidationError as error:
             outcome = Outcome(usage=read_usage(error.response.content))
             raise
@@ -182,7 +189,7 @@ class Caller:
             admission.settle(outcome)
         if not usage.estimated:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
-        return response, usage
+        return response
 
     async def _estimate(self, answer: dict[str, Any], response: ModelResponse, input_tokens: int) -> Usage:
         """Fill in usage where the server sent none, and return it."""
@@ -218,13 +225,11 @@ class Caller:
     def _request(self, path: str) -> Any:
         return sdk_httpx().Request("POST", str(self._sdk.base_url).rstrip("/") + path)
 
-    async def _account(self, response: ModelResponse, usage: Usage) -> ModelResponse:
-        """Price an answer, and count it; the ledger has it already, as every attempt that was billed."""
+    async def _price(self, response: ModelResponse, usage: Usage) -> None:
+        """Price an answer for its reader; the ledger prices every attempt that was billed."""
         await self._pricer.ready()
         cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
         response.usage.estimated_cost = None if cost is None else float(cost)
-        self._governor.recorder.answered()
-        return response
 
 
 def _decode(reply: Any, api: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         return kind.construct(**body)
 
     def _decoded(self) -> Any:
-        """Return the body of the answer; of a batch the line of its results is kept, as it came."""
+        """Return the body of the answer; of a batch, and of the cache, the line it stands in is kept."""
         return json.loads(self._body)["response"]["body"] if isinstance(self._body, bytes) else self._body
 
     def __eq__(self, other: object) -> bool:  # mutable, as every pydantic model

@@ -58,3 +58,11 @@ def test_a_killed_run_pays_only_for_the_rest(tmp_path: Path) -> None:
     verdict = resume.measure(options, tmp_path / "runs.sqlite")
     assert verdict.clean, verdict
     assert verdict.from_cache > 0
+
+
+async def test_a_warm_cache_sends_nothing(tmp_path: Path) -> None:
+    """The benchmark of the cache in short: every prompt is answered from the file."""
+    cache = load("cache")
+    with SimulatedServer(process=True) as server:
+        figures = await cache.measure(server, tmp_path, 300)
+    assert (figures.prompts, figures.sent) == (300, 0)

@@ -586,7 +586,7 @@ FULL = """
 
 @POSIX
 def test_a_full_disk_stops_nothing_and_loses_nothing(path: Path) -> None:
-    """Puts that find no room say so once and return False; what was kept stays; with room again they succeed."""
+    """Puts without room return False, said once; what was kept stays; with room again they succeed."""
     said, result = outcome(started(FULL, path)).splitlines()
     assert said == "WARNING"
     kept, more, found, refused, again = json.loads(result)
