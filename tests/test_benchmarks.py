@@ -58,3 +58,25 @@ def test_a_killed_run_pays_only_for_the_rest(tmp_path: Path) -> None:
     verdict = resume.measure(options, tmp_path / "runs.sqlite")
     assert verdict.clean, verdict
     assert verdict.from_cache > 0
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.002])
+async def test_few_prompts_are_held_however_slow_the_consumer(pause: float) -> None:
+    """Never more than two for each request in flight are taken and not consumed; all are answered."""
+    memory = load("memory")
+    with SimulatedServer(process=True) as server:
+        figures = await memory.measure(
+            server.base_url, "as_completed", 400, in_flight=10, warm=20, pause=pause
+        )
+        assert server.max_in_flight <= 10
+    assert figures.answered == figures.prompts == 400
+    assert 10 <= figures.ahead <= 20
+
+
+async def test_estimating_takes_every_prompt() -> None:
+    """And sends none."""
+    memory = load("memory")
+    with SimulatedServer() as server:
+        figures = await memory.measure(server.base_url, "estimate", 5000, warm=20)
+        assert server.calls == []
+    assert figures.answered == 5000
