@@ -3,7 +3,7 @@
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
-from openai_eval_client.costs import CostLedger, ModelCost
+from openai_eval_client.costs import CostEstimate, CostLedger, ModelCost
 from openai_eval_client.errors import (
     APIError,
     BatchError,
@@ -35,6 +35,7 @@ __all__ = [
     "BudgetExceededError",
     "CacheConfig",
     "ClientStats",
+    "CostEstimate",
     "CostLedger",
     "ModelCost",
     "ModelResponse",

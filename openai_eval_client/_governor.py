@@ -80,6 +80,11 @@ class Governor:
         cost = self.ledger.snapshot()
         return self.recorder.snapshot(**details, cost=cost, unpriced=cost.unpriced)
 
+    def output_length(self, model: str) -> dict[str, float]:
+        """Return how long a model's answers are, in the words of `ClientStats.output_length`."""
+        with self._lock:
+            return self._gates[model].output_length() if model in self._gates else {}
+
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""
         return next(self._turns)

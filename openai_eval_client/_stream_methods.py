@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client import _runner
+from openai_eval_client import _estimate, _runner
+from openai_eval_client._checks import check_callback
 from openai_eval_client._requests import check_iterable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
 
     from openai_eval_client._caller import Caller
     from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.costs import CostEstimate
     from openai_eval_client.models import ModelResponse
 
     Prompt = str | Sequence[Any]
@@ -22,6 +25,7 @@ class StreamMethods:
     """Prompts from any iterable: answered as they come, or counted before they are sent."""
 
     _call: Caller
+    _counter: TokenCounter
     _governor: Governor
 
     if TYPE_CHECKING:
@@ -71,3 +75,43 @@ class StreamMethods:
         crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent)
         check_iterable(prompts, "__iter__", "__aiter__")
         return crew.run(prompts)
+
+    async def estimate(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        system: str | None = None,
+        api: str = "chat",
+        progress_callback: Callable[[float], Any] | None = None,
+        **chat_params: Any,
+    ) -> CostEstimate:
+        """Estimate what prompts would need before any is sent: tokens, dollars, minutes. Sends nothing.
+
+        Args:
+            prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
+                the event loop, a few at a time, and counted in a thread.
+            model: The model; None: the config's default.
+            temperature: Sampling temperature; needs nothing.
+            max_tokens: Output tokens at most; without it, no upper bound is known.
+            system: A system prompt for all of them.
+            api: "chat" for chat completions, "responses" for the Responses API.
+            progress_callback: Called, or awaited, with the counted fraction now and then where the number of
+                prompts is known, and with 1.0 at the end; what it raises is logged.
+            **chat_params: Any other parameter of the API, as for `generate_response`.
+
+        Returns:
+            The estimate.
+
+        Raises:
+            ValidationError: A parameter or a prompt is wrong; `index` says which prompt.
+        """
+        parameters = self._parameters(model, temperature, max_tokens, None, system, api, chat_params)
+        check_iterable(prompts, "__iter__", "__aiter__")
+        if progress_callback is not None:
+            check_callback(progress_callback, "progress_callback")
+        return await _estimate.estimate(
+            prompts, parameters, counter=self._counter, governor=self._governor, progress=progress_callback
+        )

@@ -64,22 +64,22 @@ class TokenCounter:
         fit = await self._fit(model)
         return await self._count(fit.read(body, model), model, fit)
 
-    def count_input_now(self, body: Mapping[str, Any]) -> int | None:
+    def count_input_now(self, body: Mapping[str, Any], *, longest: float = _ON_LOOP) -> int | None:
         """Counts like count_input, where that is possible at once.
 
         Args:
             body: The JSON body.
+            longest: Characters of text that the calling thread has time to count.
 
         Returns:
-            Input tokens; None where the vocabulary is yet to be waited for, or the text so long that counting
-            it would hold up an event loop.
+            Input tokens; None where the vocabulary is yet to be waited for, or the text is longer than that.
         """
         model = _model_of(body)
         fit = _VOCABULARIES.known(model)
         if fit is None or not fit.vocabulary.settled:
             return None
         content = fit.read(body, model)
-        if fit.vocabulary.encode and sum(map(len, content.texts)) > _ON_LOOP:
+        if fit.vocabulary.encode and sum(map(len, content.texts)) > longest:
             return None
         return self._total(content, model, fit)
 

@@ -1,7 +1,8 @@
-"""What it cost: the bill of a client, by model, road and service tier, exact to the last digit."""
+"""What it cost: the bill of a client, exact to the last digit; and what it will cost."""
 
 from __future__ import annotations
 
+import math
 import operator
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CostLedger", "ModelCost"]
+__all__ = ["CostEstimate", "CostLedger", "ModelCost"]
 
 _NOTHING = Decimal(0)
+_DIME = 0.1  # USD
 _ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv
 
 
@@ -135,3 +137,86 @@ class CostLedger(BaseModel):  # noqa: PLW1641  # mutable, as every pydantic mode
     __lt__, __le__, __gt__, __ge__ = map(_compared, (operator.lt, operator.le, operator.gt, operator.ge))
     __add__, __sub__, __mul__, __truediv__ = map(_computed, _ARITHMETIC)
     __radd__, __rsub__, __rmul__, __rtruediv__ = map(_computed, map(_swapped, _ARITHMETIC))
+
+
+class CostEstimate(BaseModel):
+    """What prompts will need, between two bounds; `print` shows it in three lines.
+
+    Every prompt is counted as one request that is sent, none as answered from the local cache, and all input
+    at the ordinary price of text. So a run may cost less than `cost_low` where the provider had input cached,
+    and more than `cost_high` where attempts that brought no answer were billed (see `CostLedger.retried`).
+    Where the model has no vocabulary of its own the tokens are estimates.
+
+    Attributes:
+        model: The model that would be asked.
+        requests: How many prompts there are.
+        prompt_tokens: Input: sum of the tokens of each request.
+        completion_tokens_low: Output at least: 0.
+        completion_tokens_expected: requests x the mean length of the model's latest answers through this
+            client; None before the first.
+        completion_tokens_high: Output at most: requests x `max_tokens`, by whatever name, x `n`; None where
+            none is given.
+        cost_low: USD online: sum of the price of each request's input, and of `completion_tokens_low`.
+        cost_expected: The same with `completion_tokens_expected`.
+        cost_high: The same with `completion_tokens_high`.
+        batch_cost_low: USD through the Batch API, likewise; None where the provider has no such price.
+        batch_cost_expected: Likewise.
+        batch_cost_high: Likewise.
+        unpriced: Requests whose price online is not known, which is none or all of them.
+        minutes: From the first request to the last at the configured limits: the larger of
+            (requests - burst) / `requests_per_minute` and (reserved tokens - burst) / `tokens_per_minute`,
+            where the burst is what a full bucket admits at once, and the tokens reserved for a request are
+            its input and at most its output: `max_tokens` x `n`, else the mean length, else 256. Shorter
+            answers give their rest back, so it may take less; latency and `max_concurrent` come on top. None
+            where no limit is configured.
+    """
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: str
+    requests: int
+    prompt_tokens: int
+    completion_tokens_low: int = 0
+    completion_tokens_expected: int | None = None
+    completion_tokens_high: int | None = None
+    cost_low: float | None = None
+    cost_expected: float | None = None
+    cost_high: float | None = None
+    batch_cost_low: float | None = None
+    batch_cost_expected: float | None = None
+    batch_cost_high: float | None = None
+    unpriced: int = 0
+    minutes: float | None = None
+
+    def __str__(self) -> str:
+        output = _range(
+            self.completion_tokens_low, self.completion_tokens_expected, self.completion_tokens_high, _count
+        )
+        online = _range(self.cost_low, self.cost_expected, self.cost_high, _dollars)
+        batch = _range(self.batch_cost_low, self.batch_cost_expected, self.batch_cost_high, _dollars)
+        time = "no limit is configured" if self.minutes is None else f"{self.minutes:,.1f} minutes"
+        return (
+            f"{self.requests:,} requests to {self.model}: {self.prompt_tokens:,} tokens in, {output} out\n"
+            f"USD: {online} online, {batch} by batch\n"
+            f"Time at the configured limits: {time}"
+        )
+
+
+def _range(
+    low: float | None, expected: float | None, high: float | None, shown: Callable[[float], str]
+) -> str:
+    """Return two bounds and what is between them, as far as they are known."""
+    if low is None:
+        return "unknown"
+    likely = "" if expected is None else f" (likely {shown(expected)})"
+    return f"{shown(low)} or more{likely}" if high is None else f"{shown(low)} to {shown(high)}{likely}"
+
+
+def _count(number: float) -> str:
+    return f"{number:,}"
+
+
+def _dollars(amount: float) -> str:
+    """Return an amount with two decimals, or two digits where it is less than a dime."""
+    digits = 2 if amount >= _DIME or not amount else 1 - math.floor(math.log10(amount))
+    return f"{amount:,.{digits}f}"

@@ -66,3 +66,25 @@ async def test_a_warm_cache_sends_nothing(tmp_path: Path) -> None:
     with SimulatedServer(process=True) as server:
         figures = await cache.measure(server, tmp_path, 300)
     assert (figures.prompts, figures.sent) == (300, 0)
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.002])
+async def test_few_prompts_are_held_however_slow_the_consumer(pause: float) -> None:
+    """Never more than two for each request in flight are taken and not consumed; all are answered."""
+    memory = load("memory")
+    with SimulatedServer(process=True) as server:
+        figures = await memory.measure(
+            server.base_url, "as_completed", 400, in_flight=10, warm=20, pause=pause
+        )
+        assert server.max_in_flight <= 10
+    assert figures.answered == figures.prompts == 400
+    assert 10 <= figures.ahead <= 20
+
+
+async def test_estimating_takes_every_prompt() -> None:
+    """And sends none."""
+    memory = load("memory")
+    with SimulatedServer() as server:
+        figures = await memory.measure(server.base_url, "estimate", 5000, warm=20)
+        assert server.calls == []
+    assert figures.answered == 5000

@@ -48,7 +48,7 @@ LAYERS = [
     {"_answers", "_batch_lines", "_budget", "_keys", "_store", "_tickets", "_tokens"},
     {"_batch_journal", "_batch_meta", "_cache", "_limiter", "_runner"},
     {"_batch_manifest", "_batch_status", "_governor"},
-    {"_batch_calls", "_batch_requests", "_batch_results", "_caller", "_http"},
+    {"_batch_calls", "_batch_requests", "_batch_results", "_caller", "_estimate", "_http"},
     {"_batch_api"},
     {"_batch_jobs", "_batch_kept"},
     {"_batch_round"},
@@ -98,6 +98,7 @@ PUBLIC = [
     "BudgetExceededError",
     "CacheConfig",
     "ClientStats",
+    "CostEstimate",
     "CostLedger",
     "ModelCost",
     "ModelResponse",
@@ -111,7 +112,7 @@ PUBLIC = [
     "TimeoutError",
     "TokenUsage",
     "ValidationError",
-]  # to come: CostEstimate
+]
 
 
 def only_for_types(tree):

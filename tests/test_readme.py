@@ -16,9 +16,8 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
-def test_a_python_block_runs_as_it_stands(block: str) -> None:
-    """In a process of its own, with the API's address and key in the environment as a user has them."""
+def printed_by(block: str) -> str:
+    """What a block prints, in a process of its own, with the API's address and key in its environment."""
     with SimulatedServer() as server:
         environment = {**os.environ, "OPENAI_API_KEY": "sk-readme", "OPENAI_BASE_URL": server.base_url}
         command = [sys.executable, "-W", "error", "-c", block]
@@ -26,7 +25,17 @@ def test_a_python_block_runs_as_it_stands(block: str) -> None:
             command, env=environment, capture_output=True, text=True, timeout=60, check=False
         )
     assert done.returncode == 0, done.stderr
-    assert done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
+def test_a_python_block_runs_as_it_stands(block: str) -> None:
+    """As a user would run it; where the text shows what it prints, it prints that."""
+    shown = re.search(
+        re.escape(block) + r"```\n\n[^`]*prints this[^`]*```text\n(.*?)```", README, flags=re.DOTALL
+    )
+    printed = printed_by(block)
+    assert printed.startswith(shown[1] if shown else printed[0])
 
 
 def test_there_are_exactly_two_set_up_commands() -> None:

@@ -24,6 +24,7 @@ from openai_eval_client import (
     BatchRequest,
     BudgetExceededError,
     ClientStats,
+    CostEstimate,
     CostLedger,
     ModelCost,
     ModelResponse,
@@ -42,7 +43,7 @@ from openai_eval_client.testing import Call, SimulatedServer
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 
 class City(BaseModel):
@@ -130,6 +131,25 @@ async def many(client: OpenAIClient, prompts: Iterator[str]) -> None:
     await client.batch_generate(["hello"], progress_callback=print, return_exceptions=True)
     await client.batch_generate(5)  # type: ignore[arg-type]
     await client.batch_generate(["hello"], None)  # type: ignore[call-arg]
+
+
+async def any_number(client: OpenAIClient, prompts: AsyncIterator[str]) -> None:
+    """Prompts of either kind of iterable: each outcome as it comes; and what they would need."""
+    stream = client.as_completed(prompts, model="m", temperature=0, max_tokens=5, max_concurrent=20, seed=7)
+    async for index, outcome in stream:
+        assert_type(index, int)
+        assert_type(outcome, ModelResponse | Exception)
+    await stream.aclose()
+    client.as_completed(["hello", [{"role": "user", "content": "hello"}]])
+    client.as_completed(5)  # type: ignore[arg-type]
+    estimate = await client.estimate(prompts, model="m", max_tokens=5, n=2, progress_callback=print)
+    assert_type(estimate, CostEstimate)
+    assert_type(estimate.requests, int)
+    assert_type(estimate.completion_tokens_high, int | None)
+    assert_type(estimate.cost_low, float | None)
+    assert_type(estimate.batch_cost_high, float | None)
+    assert_type(estimate.minutes, float | None)
+    await client.estimate(["hello"], timeout="5", system=5)  # type: ignore[arg-type]
 
 
 async def life() -> None:
