@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import pickle
 from datetime import datetime, timezone
@@ -212,6 +213,26 @@ async def test_a_cancelled_submission_names_what_it_made() -> None:
                 await task
         assert caught.value.job_id == "+".join(batch["id"] for batch in server.batches)
         assert len(server.batches) == 2
+
+
+async def test_a_submission_may_be_cancelled_anywhere() -> None:
+    """After any number of steps: no file stays open, and all but the last batch are named."""
+    with SimulatedServer(batch_seconds=0.02) as server:
+        async with connect(server, batch={"max_batch_size": 2}) as client:
+            for steps in range(1, 200, 7):
+                before = {batch["id"] for batch in server.batches}
+                run = asyncio.create_task(client.submit_batch_job(asked(7)))
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                run.cancel()
+                try:
+                    named = set((await run).job_id.split("+"))
+                except asyncio.CancelledError as error:
+                    named = set(getattr(error, "job_id", "").split("+")) - {""}
+                made = {batch["id"] for batch in server.batches} - before
+                assert named <= made
+                assert len(made - named) <= 1
+    gc.collect()  # a file left open would warn
 
 
 # --- looked at -------------------------------------------------------------------------------------------

@@ -58,3 +58,12 @@ def test_a_killed_run_pays_only_for_the_rest(tmp_path: Path) -> None:
     verdict = resume.measure(options, tmp_path / "runs.sqlite")
     assert verdict.clean, verdict
     assert verdict.from_cache > 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_killed_batch_job_goes_on_from_its_id() -> None:
+    """Two kills: every request answered in its place, no batch twice."""
+    verdict = await load("batch_kill").kill(2, count=30, seconds=0.3, seed=1)
+    assert verdict.clean, verdict
+    assert (verdict.answered, verdict.kills.total()) == (60, 2)
