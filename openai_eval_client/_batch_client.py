@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import hashlib
 import logging
@@ -114,7 +113,7 @@ class Batches:
         items = checked(given, api=api, default_model=self._config.default_model)
         most = self._batch.max_batch_size
         with self._usable():
-            parts = await asyncio.to_thread(_batch_lines.write_parts, items, most_lines=most)
+            parts = await _batch_lines.write_aside(items, most_lines=most)
             numbered = is_numbered(given, default_model=self._config.default_model)
             for part in parts:
                 part.numbered = numbered

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import tempfile
+import threading
 from array import array
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
@@ -135,6 +137,25 @@ def write_parts(items: Iterable[Item], *, most_lines: int, most_bytes: int = MOS
         close(part for parts in by_model.values() for part in parts)
         raise
     return _in_a_row([part for parts in by_model.values() for part in parts])
+
+
+async def write_aside(items: Iterable[Item], *, most_lines: int) -> list[Part]:
+    """Do `write_parts` in a thread; nobody is left with its files where the wait for it is cancelled."""
+    written: list[Part] = []
+    abandoned = threading.Event()
+
+    def write() -> None:
+        written.extend(write_parts(items, most_lines=most_lines))
+        if abandoned.is_set():
+            close(written)
+
+    try:
+        await asyncio.to_thread(write)
+    except BaseException:
+        abandoned.set()
+        close(written)
+        raise
+    return written
 
 
 def cut(part: Part, counts: Sequence[int]) -> list[Part]:

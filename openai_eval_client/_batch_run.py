@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batch_journal import Intent, runs, unrolled
-from openai_eval_client._batch_lines import ENDPOINTS, Item, number, recut, write_parts
+from openai_eval_client._batch_lines import ENDPOINTS, Item, number, recut, write_aside
 from openai_eval_client._batch_results import is_curable
 from openai_eval_client._batch_round import Plan, Round
 from openai_eval_client._batch_status import SEPARATOR
@@ -55,7 +54,9 @@ class Tools:
 
 @dataclass(slots=True)
 class BatchRun:
-    """Answers the prompts of one call: at most two rounds, the second for what expired or failed by chance.
+    """Answers the prompts of one call by rounds: the second for what expired or failed by chance.
+
+    There are more only where the model refuses one parameter after the other.
 
     Attributes:
         tools: What it works with.
@@ -75,6 +76,7 @@ class BatchRun:
     _rounds: list[Round] = field(default_factory=list)
     _recorded: list[dict[str, Any]] = field(default_factory=list)
     _known: list[dict[str, Any]] = field(default_factory=list)
+    _repeated: set[int] = field(default_factory=set)
     _told: float = 0.0
 
     async def collect(self, *, return_exceptions: bool) -> list[Any]:
@@ -115,16 +117,15 @@ class BatchRun:
 
     async def _run(self) -> None:
         missing = [index for index in range(len(self.prompts)) if index not in self.kept.found]
-        if missing or self._known:
-            await self._round(missing)
+        wanted = missing
+        while wanted or len(self._rounds) < len(self._known):
+            await self._round(wanted)
             first = self._rounds[0]
             if first.failed and first.never_ran == len(first.outcomes):
                 await self.journal.forget()
                 raise first.failed[0]
-        outcomes = self._outcomes()
-        again = [index for index in missing if self._is_worth(outcomes.get(index))]
-        if again or len(self._known) > 1:
-            await self._round(again)
+            outcomes = self._outcomes()
+            wanted = [index for index in missing if self._is_worth(index, outcomes.get(index))]
 
     async def _round(self, wanted: list[int]) -> None:
         """Run requests through the Batch API; where a round was recorded, that one instead."""
@@ -135,7 +136,7 @@ class BatchRun:
         body = known["body"] if known else self.tools.refusals.adapted(self.parameters.body)
         adapted = dataclasses.replace(self.parameters, body=body)
         items = (Item(index, number(index), adapted, self.prompts[index]) for index in indexes)
-        parts = await asyncio.to_thread(write_parts, items, most_lines=self.tools.config.max_batch_size)
+        parts = await write_aside(items, most_lines=self.tools.config.max_batch_size)
         done = len(self.prompts) - len(indexes)
         plan = Plan(
             endpoint=ENDPOINTS[self.parameters.api],
@@ -167,15 +168,17 @@ class BatchRun:
             self._told = fraction
             await report(self.progress, fraction)
 
-    def _is_worth(self, outcome: Outcome | None) -> bool:
-        """Return whether a request is to be submitted once more."""
+    def _is_worth(self, index: int, outcome: Outcome | None) -> bool:
+        """Return whether a request is to be submitted again: what failed by chance, once."""
         if outcome is None:
             return True
-        if isinstance(outcome, ModelResponse):
+        if isinstance(outcome, ModelResponse) or index not in self._rounds[-1].outcomes:
             return False
         if isinstance(outcome, openai.BadRequestError):
-            return self.tools.refusals.learn(outcome, self.parameters.body)
-        return is_curable(outcome)
+            return self.tools.refusals.learn(outcome, self._recorded[-1]["body"])
+        again = is_curable(outcome) and index not in self._repeated
+        self._repeated.add(index)
+        return again
 
     def _outcomes(self) -> dict[int, Outcome]:
         """Return what is known so far, the later round's word before the first's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,8 @@ class Spoiling:
     """
 
     def __init__(self, method: str, path: str, spoils: Sequence[Any], *, effect: bool = True) -> None:
-        self._method, self._path, self._left, self._effect = method, path, deque(spoils), effect
+        self._method, self._left, self._effect = method, deque(spoils), effect
+        self.path = path
         module = sdk_httpx()
         inner = module.AsyncHTTPTransport()
         outer = self
@@ -127,7 +129,7 @@ class Spoiling:
         self._left.append(spoil)
 
     async def _handle(self, inner: Any, request: Any) -> Any:
-        hit = request.method == self._method and request.url.path.endswith(self._path) and self._left
+        hit = request.method == self._method and request.url.path.endswith(self.path) and self._left
         spoil = self._left.popleft() if hit else None
         if spoil is not None and not self._effect:
             await request.aread()
@@ -136,7 +138,8 @@ class Spoiling:
         if spoil is None:
             return response
         await response.aread()
-        return spoil(response)
+        spoilt = spoil(response)
+        return await spoilt if inspect.isawaitable(spoilt) else spoilt
 
 
 def html(response: Any) -> Any:

@@ -65,6 +65,13 @@ def test_an_answer_is_read() -> None:
     assert (settlement.lines, settlement.answered, +settlement.oddities) == (1, 1, {})
 
 
+def test_half_an_emoji_in_an_answer_is_replaced() -> None:
+    """A cut text is still an answer, and paid for."""
+    (response,) = read([answer("request-0", "hi \ud83d")]).outcomes.values()
+    assert response.content == "hi \ufffd"
+    assert ModelResponse.model_validate_json(response.model_dump_json()) == response
+
+
 REFUSED = {
     "the API's error": ({"error": {"message": "no", "code": "c", "param": "p", "type": "t"}}, "no", "c"),
     "an error without its envelope": ({"message": "no", "code": "c"}, "no", "c"),

@@ -88,3 +88,12 @@ async def test_estimating_takes_every_prompt() -> None:
         figures = await memory.measure(server.base_url, "estimate", 5000, warm=20)
         assert server.calls == []
     assert figures.answered == 5000
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.usefixtures("no_pauses")
+async def test_a_killed_batch_job_goes_on_from_its_id() -> None:
+    """Two kills: every request answered in its place, no batch twice."""
+    verdict = await load("batch_kill").kill(2, count=30, seconds=0.3, seed=1)
+    assert verdict.clean, verdict
+    assert (verdict.answered, verdict.kills.total()) == (60, 2)
