@@ -97,10 +97,12 @@ class Cache:
             self._samples.give_back(sample.digest, sample.number, parameters)
 
     async def kept(self, samples: Sequence[Sample], parameters: Parameters) -> dict[int, ModelResponse]:
-        """Return the answers kept of these samples, by position."""
+        """Return the answers kept of these samples, by position; at the batch price they are savings."""
         if not self._config.read:
             return {}
-        found = await asyncio.gather(*(self._look_up(sample.key, parameters) for sample in samples))
+        found = await asyncio.gather(
+            *(self._look_up(sample.key, parameters, batch=True) for sample in samples)
+        )
         return {n: pair[0] for n, pair in enumerate(found) if pair is not None}
 
     async def keep(self, key: bytes, response: ModelResponse) -> bytes | None:
@@ -136,10 +138,12 @@ class Cache:
             del self._asking[loop, key]
             outcome.set_result(value)
 
-    async def _look_up(self, key: bytes, parameters: Parameters) -> tuple[ModelResponse, bytes] | None:
+    async def _look_up(
+        self, key: bytes, parameters: Parameters, *, batch: bool = False
+    ) -> tuple[ModelResponse, bytes] | None:
         ttl = self._config.ttl
         value = await self.store.get(key, since=0.0 if ttl is None else time.time() - ttl)
-        response = None if value is None else self._read(value, parameters)
+        response = None if value is None else self._read(value, parameters, batch=batch)
         return None if response is None or value is None else (response, value)
 
     async def _send(self, key: bytes, send: Send) -> tuple[ModelResponse, bytes | None]:
@@ -173,7 +177,7 @@ class Cache:
             return None
         return zlib.compress(value, 1) if len(value) > _LARGE else value
 
-    def _read(self, value: bytes, parameters: Parameters) -> ModelResponse | None:
+    def _read(self, value: bytes, parameters: Parameters, *, batch: bool = False) -> ModelResponse | None:
         """Return the response as it was, None where the value cannot be one."""
         try:
             text = value if value[:1] == b"{" else zlib.decompress(value)
@@ -183,7 +187,7 @@ class Cache:
             return None
         response._body = text  # noqa: SLF001  # a tenth of the parsed body's memory
         self._recorder.cached()
-        self._ledger.saved(parameters.model, usage or _estimate(response.usage))
+        self._ledger.saved(parameters.model, usage or _estimate(response.usage), batch=batch)
         self._ledger.keep_up()
         return response
 

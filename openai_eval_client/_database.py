@@ -23,8 +23,8 @@ SCHEMA_VERSION = 1
 _COLUMNS = "key BLOB PRIMARY KEY, created REAL NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL"
 _TABLES = {name: f"CREATE TABLE {name} ({_COLUMNS})" for name in ("answers", "journal")}
 
-_BUSY_TIMEOUT = 5.0  # seconds SQLite itself waits for another process
-_PATIENCE = 60.0  # seconds until we give up
+_BUSY_TIMEOUT = 0.5  # seconds SQLite itself waits for another process, at each try
+_PATIENCE = 10.0  # seconds until opening gives up
 _PAUSE = 0.02
 # What passes by itself: SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL. Python 3.10 has no error codes.
 _PASSING = ("database is locked", "database table is locked", "locking protocol")
@@ -55,7 +55,7 @@ class Database:
             if not self.path.exists():
                 self._create()
             self._status = self._recognised()
-            with contextlib.closing(patiently(self.connect)) as connection:
+            with contextlib.closing(patiently(self.connect, _PATIENCE)) as connection:
                 self._check_writable(connection)
         except sqlite3.OperationalError as error:
             raise self.unusable(f"cannot be used: {error}") from None
@@ -202,9 +202,9 @@ class Database:
         return not _size(self._log)
 
 
-def patiently(action: Callable[[], T]) -> T:
-    """Do it again for as long as another process is in the way."""
-    give_up = time.monotonic() + _PATIENCE
+def patiently(action: Callable[[], T], seconds: float) -> T:
+    """Do it again while another process is in the way, for so many seconds at most."""
+    give_up = time.monotonic() + seconds
     while True:
         try:
             return action()

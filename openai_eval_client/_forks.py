@@ -19,7 +19,7 @@ class ForkAware(Protocol):
         """Go on, in the parent or in the child."""
 
 
-_LOCK = threading.Lock()  # one fork at a time, and no newcomers meanwhile
+_LOCK = threading.RLock()  # one fork at a time, and no newcomers meanwhile
 _THINGS: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 _HELD: list[ForkAware] = []  # by the fork going on
 

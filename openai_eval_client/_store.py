@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._background import Background
 from openai_eval_client._connection import Connection
-from openai_eval_client._database import Database, patiently
+from openai_eval_client._database import Database, is_passing, patiently
 from openai_eval_client._locks import FileLock
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     Statement = tuple[str, tuple[Any, ...]]
 
 logger = logging.getLogger("openai_eval_client")
+
+_PATIENCE = 60.0  # seconds that another process may be in the way; once it was longer, it is not waited for
 
 _GET = "SELECT created, value, checksum FROM {} WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO {} (key, created, value, checksum) VALUES (?, ?, ?, ?)"
@@ -47,6 +49,7 @@ class Store:
         self._reader, self._writer = Connection(self._database), Connection(self._database)
         self._reads = Background("openai_eval_client reads", self._read)
         self._writes = Background("openai_eval_client writes", self._write)
+        self._patience = _PATIENCE
         self._said: set[str] = set()
         self._closed = False
 
@@ -164,7 +167,7 @@ class Store:
                 connection.execute("COMMIT")
                 return rows
 
-        return patiently(read)
+        return patiently(read, _PATIENCE)
 
     def _write(self, statements: Sequence[Statement]) -> list[Any]:
         def write() -> list[Any]:
@@ -175,7 +178,13 @@ class Store:
                 connection.execute("COMMIT")
                 return [None] * len(statements)
 
-        return patiently(write)
+        try:
+            done = patiently(write, self._patience)
+        except sqlite3.OperationalError as error:
+            self._patience = 0.0 if is_passing(error) else self._patience
+            raise
+        self._patience = _PATIENCE
+        return done
 
     # --- what may go wrong -------------------------------------------------------------------------------
 

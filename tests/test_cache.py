@@ -17,6 +17,7 @@ import pytest
 from pydantic import BaseModel
 
 from openai_eval_client import (
+    BatchConfig,
     CacheConfig,
     ModelResponse,
     OpenAIClient,
@@ -147,6 +148,25 @@ async def test_what_the_cache_saved_is_on_the_bill(path: Path) -> None:
             cost = client.stats.cost
     assert cost.saved_by_cache == paid.total > 0
     assert 0 < cost.total < paid.total
+
+
+async def test_a_batch_answered_from_the_cache_saved_the_price_of_a_batch(path: Path) -> None:
+    """Half of what the same answers would have cost online; and online they are found, too."""
+    batch = BatchConfig(auto_batch_threshold=1, polling_interval=0.05)
+    bills = []
+    with SimulatedServer() as server:
+        config = OpenAIConfig(api_key=KEY, base_url=server.base_url, default_model="gpt-4o-mini")
+        for road in (True, True, False):
+            async with OpenAIClient(config, rate_limit=WIDE, batch=batch, cache=path) as client:
+                responses = await client.batch_generate(["a", "b"], use_batch_api=road, max_tokens=5)
+                bills.append(client.stats.cost)
+            assert [response.content for response in responses] == ["echo: a", "echo: b"]
+            assert [response.cached for response in responses] == [len(bills) > 1] * 2
+            assert all(response.raw.choices[0].message.content for response in responses)
+    paid, by_batch, online = bills
+    assert by_batch.saved_by_cache == paid.total > 0
+    assert online.saved_by_cache == 2 * paid.total
+    assert by_batch.total == online.total == 0
 
 
 async def test_only_the_rest_is_sent(path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from openai_eval_client._keys import Samples, is_sampled, normalised, request_digest, sample_key
+from openai_eval_client._keys import Sample, Samples, is_sampled, normalised, request_digest
 from openai_eval_client._requests import check_parameters
 
 URL = "https://api.openai.com/v1"
@@ -152,7 +152,7 @@ def test_query_headers_and_body_are_not_confused() -> None:
 
 def test_each_sample_has_a_key_of_its_own() -> None:
     """Of 32 bytes."""
-    keys = {sample_key(digest(prompt), number) for prompt in "ab" for number in range(20)}
+    keys = {Sample(digest(prompt), number, sampled=True).key for prompt in "ab" for number in range(20)}
     assert len(keys) == 40
     assert {len(key) for key in keys} == {32}
 
@@ -217,7 +217,7 @@ def test_no_sample_is_asked_for_twice_unless_it_failed(steps) -> None:
 
 def test_two_hundred_thousand_requests_take_little_memory() -> None:
     """A few megabytes, and none is forgotten."""
-    names = [sample_key(A, number) for number in range(200_000)]
+    names = [Sample(A, number, sampled=True).key for number in range(200_000)]
     samples, call = Samples(), object()
     tracemalloc.start()
     try:

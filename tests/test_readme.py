@@ -12,29 +12,35 @@ import pytest
 
 from openai_eval_client.testing import SimulatedServer
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
-def printed_by(block: str) -> str:
+def printed_by(block: str, folder: Path) -> str:
     """What a block prints, in a process of its own, with the API's address and key in its environment."""
     with SimulatedServer() as server:
-        environment = {**os.environ, "OPENAI_API_KEY": "sk-readme", "OPENAI_BASE_URL": server.base_url}
+        environment = {
+            **os.environ,
+            "OPENAI_API_KEY": "sk-readme",
+            "OPENAI_BASE_URL": server.base_url,
+            "PYTHONPATH": str(ROOT),
+        }
         command = [sys.executable, "-W", "error", "-c", block]
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=60, check=False
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=60, check=False
         )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
-def test_a_python_block_runs_as_it_stands(block: str) -> None:
+def test_a_python_block_runs_as_it_stands(block: str, tmp_path: Path) -> None:
     """As a user would run it; where the text shows what it prints, it prints that."""
     shown = re.search(
         re.escape(block) + r"```\n\n[^`]*prints this[^`]*```text\n(.*?)```", README, flags=re.DOTALL
     )
-    printed = printed_by(block)
+    printed = printed_by(block, tmp_path)
     assert printed.startswith(shown[1] if shown else printed[0])
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
-from openai_eval_client._keys import Samples, sample_key
+from openai_eval_client._keys import Sample, Samples
 from openai_eval_client._store import Store
 from openai_eval_client.testing import SimulatedServer
 
@@ -84,7 +84,7 @@ async def puts(path: Path, count: int) -> float:
 
 def samples_mb(count: int) -> float:
     """Return the megabytes that so many different numbered requests take."""
-    keys = [sample_key(b"", number) for number in range(count)]
+    keys = [Sample(b"", number, sampled=True).key for number in range(count)]
     samples, call = Samples(), object()
     tracemalloc.start()
     for key in keys:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import openai
@@ -23,6 +24,7 @@ from openai_eval_client import (
     BatchJobStatus,
     BatchRequest,
     BudgetExceededError,
+    CacheConfig,
     ClientStats,
     CostEstimate,
     CostLedger,
@@ -78,6 +80,12 @@ def configs() -> None:
     assert_type(limits.adaptive_throttling, bool)
     assert_type(limits.burst_seconds, float)
     assert_type(limits.max_wait, float)
+    cache = CacheConfig(path="runs.sqlite", ttl=3600, read=True, write=False, store_incomplete=False)
+    assert_type(cache.path, str | Path)
+    assert_type(cache.ttl, float | None)
+    assert_type(cache.read, bool)
+    assert_type(cache.write, bool)
+    assert_type(cache.store_incomplete, bool)
     batch = BatchConfig(completion_window="7d")
     assert_type(batch.auto_batch_threshold, int)
     assert_type(batch.polling_interval, float)
@@ -167,6 +175,10 @@ async def life() -> None:
         assert_type(client.stats.cost.saved_by_cache, Decimal)
         print(client.stats.cost < 5, client.stats.cost - client.stats.cost, 2 * client.stats.cost)
         assert_type(client.stats.latency_p50, float | None)
+    OpenAIClient(cache="runs.sqlite")
+    OpenAIClient(cache=Path("runs.sqlite"))
+    OpenAIClient(cache=CacheConfig(path="runs.sqlite"))
+    OpenAIClient(cache=b"runs.sqlite")  # type: ignore[arg-type]
     await OpenAIClient().close()
 
 
