@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
 from collections import Counter
 from collections.abc import Sized
@@ -97,12 +96,12 @@ async def _count_all(
 def _count_some(
     prompts: Iterable[Any], first: int, parameters: Parameters, counter: TokenCounter
 ) -> list[int]:
-    """Return the input tokens of the first prompts; of none while the vocabulary is to be waited for."""
+    """Return the input tokens of the first prompts, up to one that cannot be counted at once."""
     counts: list[int] = []
     until = time.perf_counter() + _COUNTING
     for index, prompt in enumerate(prompts, first):
         check_prompt(prompt, index)
-        tokens = counter.count_input_now(parameters.with_prompt(prompt), longest=math.inf)
+        tokens = counter.count_input_now(parameters.with_prompt(prompt))
         if tokens is None:
             break
         counts.append(tokens)

@@ -114,10 +114,8 @@ class Crew:
 
     def _stop(self, error: BaseException) -> None:
         """Let only what is in flight, and perhaps paid for, finish; then the error is raised."""
-        self.error = (
-            self.error if self._stopped else error
-        )  # the first that stops it, before its source's own
-        self._stopped = True
+        if not self._stopped:
+            self._stopped, self.error = True, error  # rather than its source's own
         for task in self._tasks - self._sending - {asyncio.current_task()}:
             task.cancel()
 

@@ -244,11 +244,12 @@ async def late(prompts):
 @pytest.mark.parametrize("kind", [list, iter, late])
 async def test_a_wrong_prompt_is_named(kind) -> None:
     """By its index, also far into any kind of iterable."""
-    prompts = ["fine"] * (3 * _CHUNK) + [""]
+    prompts = [f"{n} " + "a word " * 300 for n in range(2 * _CHUNK)]
+    prompts[-9] = ""
     async with OpenAIClient(NOWHERE) as client:
-        with pytest.raises(ValidationError, match=rf"prompts\[{3 * _CHUNK}\]=''") as raised:
+        with pytest.raises(ValidationError, match=rf"prompts\[{2 * _CHUNK - 9}\]=''") as raised:
             await client.estimate(kind(prompts))
-    assert raised.value.index == 3 * _CHUNK
+    assert raised.value.index == 2 * _CHUNK - 9
 
 
 @pytest.mark.parametrize(

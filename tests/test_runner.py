@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 from dataclasses import dataclass, field
 
@@ -38,12 +39,16 @@ class DoomError(Exception):
 
 @dataclass(frozen=True)
 class Item:
-    """How one item goes: seconds before, during and after its request, and what comes of it."""
+    """How one item goes: seconds before, during and after its request, and what comes of it.
+
+    With a `retry` its first request fails, and after so many seconds there is another.
+    """
 
     before: float = 0.0
     during: float = 0.0
     after: float = 0.0
     raises: type[Exception] | None = None
+    retry: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,10 @@ class Seen:
     outcomes: dict[int, object] = field(default_factory=dict)
     error: BaseException | None = None
     source_ended: bool = False
+    doomed: bool = False
+    sent_after_doom: int = 0
+    crew: Crew | None = None
+    ended_at: float = 0.0
 
     def took(self) -> None:
         self.taken += 1
@@ -125,24 +134,35 @@ SOURCES = {"list": from_list, "async generator": from_async, "async iterator": A
 
 async def work(index: int, item: Item, *, sending, seen: Seen) -> int:
     await asyncio.sleep(item.before)
-    with sending():
-        seen.sending += 1
-        seen.sent.add(index)
-        try:
-            await asyncio.sleep(item.during)
-            if item.raises is not None:
-                raise item.raises(index)
-        finally:
-            seen.sending -= 1
+    if item.retry is not None:
+        with contextlib.suppress(FailureError):
+            await request(index, item, FailureError, sending, seen)
+        await asyncio.sleep(item.retry)
+    await request(index, item, item.raises, sending, seen)
     await asyncio.sleep(item.after)
     return index
 
 
+async def request(index: int, item: Item, raises: type[Exception] | None, sending, seen: Seen) -> None:
+    with sending():
+        seen.sending += 1
+        seen.sent.add(index)
+        seen.sent_after_doom += seen.doomed
+        try:
+            await asyncio.sleep(item.during)
+            if raises is not None:
+                raise raises(index)
+        finally:
+            seen.sending -= 1
+
+
 async def consume(story: Story, seen: Seen) -> None:
-    crew = Crew(
-        lambda *args, **options: work(*args, **options, seen=seen),
-        width=story.width,
-        is_doom=lambda error, _: isinstance(error, DoomError),
+    def is_doom(error: Exception, _: bool) -> bool:
+        seen.doomed = seen.doomed or isinstance(error, DoomError)
+        return isinstance(error, DoomError)
+
+    crew = seen.crew = Crew(
+        lambda *args, **options: work(*args, **options, seen=seen), width=story.width, is_doom=is_doom
     )
     async with contextlib.AsyncExitStack() as stack:
         streams = [crew.run(SOURCES[story.source](story, seen))]
@@ -157,6 +177,8 @@ async def consume(story: Story, seen: Seen) -> None:
                 break
             await asyncio.sleep(story.consumer_delay)
             seen.consumed += 1
+    if story.ends == "aclose":
+        assert len(asyncio.all_tasks()) == 2  # this one, and the one that waits for it
 
 
 def told(story: Story) -> Seen:
@@ -168,6 +190,7 @@ def told(story: Story) -> Seen:
         if story.ends == "cancel":
             asyncio.get_running_loop().call_later(story.after / 10, run.cancel)
         await asyncio.wait([run])
+        seen.ended_at = loop.time()
         seen.error = asyncio.CancelledError() if run.cancelled() else run.exception()
         for _ in range(20):  # a stream that was dropped is closed by the loop, soon
             await asyncio.sleep(0)
@@ -183,13 +206,19 @@ def told(story: Story) -> Seen:
         loop.close()
     gc.collect(0)  # young objects: all of this story
     assert unheard == []
-    assert seen.sending == 0
+    assert (seen.sending, seen.sent_after_doom) == (0, 0)
+    assert not seen.crew._tasks | seen.crew._sending
     return seen
 
 
 DELAYS = st.sampled_from([0.0, 0.0, 0.1, 0.3, 1.0])
 ITEMS = st.builds(
-    Item, DELAYS, DELAYS, DELAYS, st.sampled_from([None, None, None, None, FailureError, DoomError])
+    Item,
+    before=DELAYS,
+    during=DELAYS,
+    after=DELAYS,
+    raises=st.sampled_from([None, None, None, None, FailureError, DoomError]),
+    retry=st.sampled_from([None, None, None, 0.0, 0.2]),
 )
 STORIES = st.builds(
     Story,
@@ -223,7 +252,8 @@ def test_any_interleaving_loses_no_outcome_and_leaves_no_task(story: Story) -> N
     )
     if ended_early:
         return
-    assert seen.sent == set(seen.outcomes)
+    broken_off = seen.sent - set(seen.outcomes)
+    assert all(seen.doomed and story.items[index].retry is not None for index in broken_off)
     if not isinstance(seen.error, DoomError):
         assert set(seen.outcomes) == set(range(seen.taken))
         assert seen.taken == len(story.items) if seen.error is None else seen.taken == story.fails_at
@@ -275,6 +305,54 @@ def test_what_is_in_flight_and_fails_after_doom_is_yielded_too() -> None:
     seen = told(Story([Item(during=n, raises=DoomError) for n in (0.1, 0.2, 0.3)] + [Item()] * 3))
     assert [str(outcome) for outcome in seen.outcomes.values()] == ["0", "1", "2"]
     assert str(seen.error) == "0"
+
+
+def test_after_doom_nobody_waits_for_another_attempt() -> None:
+    """Neither who waits for it already, nor who fails later."""
+    items = [Item(during=0.1, raises=DoomError), Item(retry=100.0), Item(during=0.2, retry=100.0)]
+    seen = told(Story(items))
+    assert list(seen.outcomes) == [0]
+    assert seen.ended_at < 1
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_what_swallows_its_cancellation_still_sends_no_more(doomed: bool) -> None:
+    """As a timeout does that passes in the same moment."""
+    sent: list[int] = []
+
+    async def stubborn(index: int, _: None, *, sending) -> None:
+        if index == 0:
+            await asyncio.sleep(1.0)
+            if doomed:
+                raise DoomError
+            return
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(2.0)
+        with sending():
+            sent.append(index)
+
+    async def main() -> None:
+        stream = Crew(stubborn, width=2, is_doom=lambda error, _: isinstance(error, DoomError)).run(
+            [None] * 9
+        )
+        await anext(stream)
+        await stream.aclose()
+
+    loop = VirtualLoop()
+    loop.run_until_complete(main())
+    loop.close()
+    assert sent == []
+
+
+async def test_an_async_generator_is_closed_by_the_time_the_stream_is() -> None:
+    """Also where somebody still holds on to it."""
+    seen = Seen()
+    source = from_async(Story([Item()] * 9), seen)
+    stream = Crew(functools.partial(work, seen=seen), width=2, is_doom=lambda *_: False).run(source)
+    await anext(stream)
+    await stream.aclose()
+    assert seen.source_ended
+    assert [item async for item in source] == []
 
 
 def test_a_task_cancelled_by_somebody_else_is_not_lost_in_silence() -> None:
