@@ -97,3 +97,19 @@ async def test_a_killed_batch_job_goes_on_from_its_id() -> None:
     verdict = await load("batch_kill").kill(2, count=30, seconds=0.3, seed=1)
     assert verdict.clean, verdict
     assert (verdict.answered, verdict.kills.total()) == (60, 2)
+
+
+@pytest.mark.timeout(120)
+def test_a_killed_program_goes_on_from_its_cache() -> None:
+    """Killed at any moment of a batch job: every request answered in its place, no batch twice."""
+    verdict = load("batch_resume").kill(3, count=30, seconds=0.3, seed=1)
+    assert verdict.clean, verdict
+    assert verdict.kills.total() >= 3
+    assert verdict.answered == 10 * verdict.batches
+
+
+def test_a_job_at_size_in_short() -> None:
+    """The benchmark of the Batch API: every request answered in order."""
+    figures = load("batch").measure(600, 250)
+    assert figures["in order"]
+    assert (figures["answered"], figures["one file"]) == (600, 250)
