@@ -106,19 +106,14 @@ class Database:
             why = f"is gone, but not what {self._log} still holds of it: bring it back, or delete that file"
             raise self.unusable(why)
         new = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.new")
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        file = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
             new.chmod(0o600)  # whatever the umask; SQLite gives its side files the same mode
-            with contextlib.closing(sqlite3.connect(new, isolation_level=None)) as connection:
-                connection.execute("BEGIN")
-                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                for table in _TABLES.values():
-                    connection.execute(table)
-                connection.execute("COMMIT")
-                connection.execute("PRAGMA journal_mode = WAL")
+            _fill(new)
+            os.fsync(file)
             self._give_name(new)
         finally:
+            os.close(file)
             new.unlink(missing_ok=True)
 
     def _give_name(self, new: Path) -> None:
@@ -200,6 +195,20 @@ class Database:
     def _is_at_rest(self) -> bool:
         """Return whether all there is stands in the file itself, and nothing in the log beside it."""
         return not _size(self._log)
+
+
+def _fill(path: Path) -> None:
+    """Make our tables in an empty file that nobody else knows of."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous = OFF")
+        connection.execute("PRAGMA journal_mode = MEMORY")
+        connection.execute("BEGIN")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        for table in _TABLES.values():
+            connection.execute(table)
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode = WAL")
 
 
 def patiently(action: Callable[[], T], seconds: float) -> T:
