@@ -144,6 +144,7 @@ class Crew:
                 except StopAsyncIteration:
                     return
                 self._start(self._one(index, item))
+                await asyncio.sleep(0)  # items may be slow to make, and this one can go
 
     async def _one(self, index: int, item: object) -> None:
         try:

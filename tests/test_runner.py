@@ -275,6 +275,24 @@ def test_a_slow_consumer_slows_the_source_down(source: str) -> None:
     assert (seen.taken, seen.furthest) == (50, 5)
 
 
+def test_work_begins_before_the_next_item_is_taken() -> None:
+    """However much room there is: a generator that is slow to make items does not hold up those it made."""
+    begun: list[int] = []
+
+    async def begin(index: int, _: int, *, sending) -> None:
+        begun.append(index)
+
+    def slow():
+        for n in range(9):
+            assert begun == list(range(n))
+            yield n
+
+    async def main() -> int:
+        return len([pair async for pair in Crew(begin, width=99, is_doom=lambda *_: False).run(slow())])
+
+    assert asyncio.run(main()) == 9
+
+
 def test_the_error_of_the_source_comes_after_all_it_gave() -> None:
     """What was taken is finished and yielded first, waiting items too."""
     seen = told(Story([Item(before=1.0, during=1.0)] * 9, width=6, fails_at=4, consumer_delay=1.0))
