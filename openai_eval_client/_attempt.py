@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client.errors import sdk_httpx
+import openai
+
+from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if sys.version_info >= (3, 11):
     from asyncio import timeout as deadline
@@ -14,9 +18,9 @@ else:
     from async_timeout import timeout as deadline
 
 if TYPE_CHECKING:
-    import openai
+    from collections.abc import Awaitable, Callable
 
-__all__ = ["Refusals", "deadline", "forget_key"]
+__all__ = ["Refusals", "deadline", "forget_key", "typed"]
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -24,6 +28,44 @@ logger = logging.getLogger("openai_eval_client")
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
 _SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ordinary words
 _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
+
+
+async def typed(
+    call: Callable[[], Awaitable[Any]], *, seconds: float | None, request: Callable[[], Any]
+) -> Any:
+    """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours.
+
+    Args:
+        call: Calls the SDK, which must have no timeout of its own.
+        seconds: The deadline; None: the call has its own.
+        request: Makes the request that an error names.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        TimeoutError: It took longer than `seconds`.
+        QuotaError: The account's credit is used up.
+        openai.APIError: Anything else, in the SDK's own classes.
+    """
+    try:
+        async with deadline(seconds):
+            return await call()
+    except asyncio.TimeoutError as error:
+        limit = "in time" if seconds is None else f"within {seconds:g} s"
+        raise TimeoutError(f"no answer {limit}", request=request()) from error
+    except openai.APITimeoutError as error:
+        if isinstance(error, TimeoutError):
+            raise
+        message = f"connection failed: {error.__cause__ or error}"
+        raise openai.APIConnectionError(message=message, request=error.request) from error
+    except (json.JSONDecodeError, sdk_httpx().TransportError) as error:  # in the middle of an answer
+        message = f"answer cut short: {error}"
+        raise openai.APIConnectionError(message=message, request=request()) from error
+    except openai.RateLimitError as error:
+        if "insufficient_quota" in {error.code, error.type}:
+            raise QuotaError(error.message, response=error.response, body=error.body) from None
+        raise
 
 
 class Refusals:

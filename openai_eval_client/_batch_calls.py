@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import json
 from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._attempt import deadline, forget_key
+from openai_eval_client._attempt import forget_key, typed
 from openai_eval_client._batch_status import is_enqueued_limit
 from openai_eval_client._checks import shown
 from openai_eval_client._retry import patient, retrying
-from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
+from openai_eval_client.errors import QuotaError, sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -58,29 +56,12 @@ class Calls:
 
     async def _attempted(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
         try:
-            return await _typed(attempt, self._timeout if seconds is None else seconds, seconds is not None)
+            return await typed(attempt, seconds=seconds, request=_request)
         except openai.APIError as error:
             forget_key(error, self._key)
+            if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error.code, error.message):
+                raise QuotaError(error.message, response=error.response, body=error.body) from None
             raise
-
-
-async def _typed(attempt: Callable[[], Awaitable[Any]], seconds: float, at_most: bool) -> Any:
-    """Make one attempt; whatever the connection does is one of the SDK's errors."""
-    request = _request()
-    try:
-        async with deadline(seconds if at_most else None):
-            return await attempt()
-    except asyncio.TimeoutError as error:
-        raise TimeoutError(f"no answer within {seconds:g} s", request=request) from error
-    except openai.APITimeoutError as error:  # the SDK has no timeout here: the connection failed
-        message = f"connection failed: {error.__cause__ or error}"
-        raise openai.APIConnectionError(message=message, request=error.request) from error
-    except (json.JSONDecodeError, sdk_httpx().TransportError) as error:  # in the middle of an answer
-        raise openai.APIConnectionError(message=f"answer cut short: {error}", request=request) from error
-    except openai.APIStatusError as error:
-        if "insufficient_quota" in {error.code, error.type} or is_enqueued_limit(error.code, error.message):
-            raise QuotaError(error.message, response=error.response, body=error.body) from None
-        raise
 
 
 def object_of(answer: Any) -> Any:

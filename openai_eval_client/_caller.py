@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import time
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._answers import is_answer, read_answer
-from openai_eval_client._attempt import Refusals, deadline, forget_key
+from openai_eval_client._attempt import Refusals, forget_key, typed
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
 from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_json, read_usage, usage_of
-from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
+from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -209,18 +208,10 @@ class Caller:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
         options: Any = {"timeout": None, "headers": parameters.headers, "params": parameters.query}
         path, seconds = PATHS[parameters.api], parameters.timeout
-        try:
-            async with deadline(seconds):
-                return await self._sdk.post(path, body=body, cast_to=sdk_httpx().Response, options=options)
-        except asyncio.TimeoutError as error:
-            raise TimeoutError(f"no answer within {seconds:g} s", request=self._request(path)) from error
-        except openai.APITimeoutError as error:  # the SDK has no timeout here: the connection failed
-            message = f"connection failed: {error.__cause__ or error}"
-            raise openai.APIConnectionError(message=message, request=error.request) from error
-        except openai.RateLimitError as error:
-            if "insufficient_quota" in {error.code, error.type}:
-                raise QuotaError(error.message, response=error.response, body=error.body) from None
-            raise
+        call = functools.partial(
+            self._sdk.post, path, body=body, cast_to=sdk_httpx().Response, options=options
+        )
+        return await typed(call, seconds=seconds, request=functools.partial(self._request, path))
 
     def _request(self, path: str) -> Any:
         return sdk_httpx().Request("POST", str(self._sdk.base_url).rstrip("/") + path)

@@ -705,7 +705,7 @@ async def test_an_organisation_set_to_none_is_none(monkeypatch: pytest.MonkeyPat
 
 async def test_more_than_a_thousand_requests_can_be_in_flight() -> None:
     """The connection pool is no second bound: max_concurrent is what counts."""
-    with SimulatedServer(latency=3, latency_sigma=0) as server:
+    with SimulatedServer(latency=6, latency_sigma=0) as server:
         async with connect(server) as client:
             await client.batch_generate(["x"] * 1200, max_concurrent=1200, timeout=50)
         assert server.max_in_flight > 1000
