@@ -486,14 +486,14 @@ async def test_a_cancelled_run_hands_out_what_it_has_and_names_what_goes_on() ->
     plans = [{}, {"seconds": 0.5}]
     with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 4}) as client:
-            seen: list[float] = []
+            half = asyncio.Event()
 
-            async def half() -> None:
-                while not seen or seen[-1] < 0.5:
-                    await asyncio.sleep(SOON)
+            def look(_: float) -> None:  # told when all that was downloaded is settled
+                if any(call.path.endswith("/content") for call in server.calls):
+                    half.set()
 
-            call = client.batch_generate(EIGHT, use_batch_api=True, progress_callback=seen.append)
-            error = await cancelled(call, half)
+            call = client.batch_generate(EIGHT, use_batch_api=True, progress_callback=look)
+            error = await cancelled(call, half.wait)
             assert isinstance(error, asyncio.CancelledError)
             assert contents(error.responses[:4]) == echoes(EIGHT[:4])
             assert error.responses[4:] == [None] * 4
