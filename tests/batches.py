@@ -8,6 +8,8 @@ import json
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from hypothesis import HealthCheck, settings
+
 from openai_eval_client import (
     BatchConfig,
     BatchJobStatus,
@@ -20,7 +22,7 @@ from openai_eval_client import (
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 
     from openai_eval_client.testing import SimulatedServer
 
@@ -30,6 +32,7 @@ PRICES = {MODEL: (0.15, 0.6), OTHER_MODEL: (2.0, 8.0)}  # USD a million tokens, 
 ENDED = ("completed", "failed", "expired", "cancelled")
 SOON = 0.01  # seconds
 CHAT = "/v1/chat/completions"
+patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def connect(
@@ -71,6 +74,28 @@ def line(custom_id: str, prompt: str, **params: Any) -> dict[str, Any]:
     """Return a line of an input file."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": prompt}], **params}
     return {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body}
+
+
+async def cancelled(call: Coroutine[Any, Any, Any], when: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a call in a task, cancel it at some moment, and return what it raised, else what it returned.
+
+    The error is taken where it is raised: a task hands out another one before Python 3.11.
+    """
+
+    async def outcome() -> Any:
+        try:
+            return await call
+        except asyncio.CancelledError as error:
+            return error
+
+    task = asyncio.create_task(outcome())
+    await when()
+    task.cancel()
+    try:
+        return await task
+    except asyncio.CancelledError as error:  # before its first step
+        call.close()
+        return error
 
 
 def told(outcome: Any) -> Any:
@@ -159,3 +184,9 @@ def refusal(status: int, message: str, **error: Any) -> Callable[[Any], Any]:
     headers = error.pop("headers", {})
     body = {"error": {"message": message, "type": "x", "param": None, "code": None, **error}}
     return lambda _: sdk_httpx().Response(status, headers=headers, json=body)
+
+
+async def steps(many: int) -> None:
+    """Let the event loop go so many steps."""
+    for _ in range(many):
+        await asyncio.sleep(0)

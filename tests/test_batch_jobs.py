@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import json
 import pickle
@@ -18,10 +19,12 @@ from batches import (
     Spoiling,
     asked,
     by_hand,
+    cancelled,
     connect,
     creations,
     ended,
     line,
+    steps,
 )
 
 from openai_eval_client import (
@@ -205,13 +208,14 @@ async def test_a_cancelled_submission_names_what_it_made() -> None:
     script = {"create": ["ok", "ok", "hang"]}
     with SimulatedServer(batch_seconds=30, endpoint_script=script) as server:
         async with connect(server, batch={"max_batch_size": 1}) as client:
-            task = asyncio.create_task(client.submit_batch_job(asked(3)))
-            while len(creations(server)) < 2 or server.in_flight == 0:
-                await asyncio.sleep(SOON)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError) as caught:
-                await task
-        assert caught.value.job_id == "+".join(batch["id"] for batch in server.batches)
+
+            async def third() -> None:
+                while len(creations(server)) < 2 or server.in_flight == 0:
+                    await asyncio.sleep(SOON)
+
+            error = await cancelled(client.submit_batch_job(asked(3)), third)
+        assert isinstance(error, asyncio.CancelledError)
+        assert error.job_id == "+".join(batch["id"] for batch in server.batches)
         assert len(server.batches) == 2
 
 
@@ -219,16 +223,10 @@ async def test_a_submission_may_be_cancelled_anywhere() -> None:
     """After any number of steps: no file stays open, and all but the last batch are named."""
     with SimulatedServer(batch_seconds=0.02) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
-            for steps in range(1, 200, 7):
+            for many in range(1, 200, 7):
                 before = {batch["id"] for batch in server.batches}
-                run = asyncio.create_task(client.submit_batch_job(asked(7)))
-                for _ in range(steps):
-                    await asyncio.sleep(0)
-                run.cancel()
-                try:
-                    named = set((await run).job_id.split("+"))
-                except asyncio.CancelledError as error:
-                    named = set(getattr(error, "job_id", "").split("+")) - {""}
+                result = await cancelled(client.submit_batch_job(asked(7)), functools.partial(steps, many))
+                named = set(getattr(result, "job_id", "").split("+")) - {""}
                 made = {batch["id"] for batch in server.batches} - before
                 assert named <= made
                 assert len(made - named) <= 1

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from batches import MODEL, asked, connect
+from batches import MODEL, asked, connect, patient
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +53,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6
 LINE = 400  # bytes that any of these lines has at most
 
 
+@patient
 @given(
     st.lists(st.tuples(texts, st.sampled_from("mno")), min_size=1, max_size=40),
     st.integers(1, 9),
@@ -95,6 +96,7 @@ async def test_a_line_larger_than_a_file_may_be_is_refused(monkeypatch) -> None:
     assert (caught.value.field, caught.value.index) == ("prompt", 2)
 
 
+@patient
 @given(st.integers(1, 200), st.integers(-3, 300))
 def test_an_even_cut_adds_up(count: int, pieces: int) -> None:
     sizes = even(count, pieces)
@@ -104,6 +106,7 @@ def test_an_even_cut_adds_up(count: int, pieces: int) -> None:
     assert min(sizes) > 0
 
 
+@patient
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(1, 6), st.integers(1, 12))
 def test_a_part_that_is_cut_keeps_its_lines(count: int, pieces: int, again: int, most: int) -> None:
     """Their order and places; and a restarted program cuts in the same places."""

@@ -7,7 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
-from batches import MODEL, asked, connect
+from batches import MODEL, asked, connect, patient
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -286,6 +286,7 @@ parameters = st.sampled_from(
 )
 
 
+@patient
 @given(st.lists(parameters, min_size=1, max_size=12))
 def test_requests_that_share_parameters_do_not_mix_them_up(given_parameters: list[dict[str, Any]]) -> None:
     """Checked together or one by one, each has the same body, types included."""
@@ -295,6 +296,7 @@ def test_requests_that_share_parameters_do_not_mix_them_up(given_parameters: lis
     assert list(map(repr, together)) == list(map(repr, alone))
 
 
+@patient
 @given(
     st.lists(
         st.tuples(st.sampled_from(["", "a", "b#1", "request-1", "x-2"]), st.sampled_from("mn")), min_size=1
@@ -315,6 +317,7 @@ def test_names_on_the_wire_tell_all_requests_apart(pairs: list[tuple[str, str]])
         )
 
 
+@patient
 @given(
     st.lists(st.tuples(st.sampled_from("mno"), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=30),
     st.integers(1, 7),
@@ -348,6 +351,7 @@ odd = st.recursive(
 fields = st.sampled_from(["total", "first", "count", "start", "numbered", "temperature"])
 
 
+@patient
 @given(st.dictionaries(fields, odd), odd)
 def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], intent: Any) -> None:
     """Whatever stands under our keys: a sound placement, or None."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
+from batches import patient
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -304,6 +305,7 @@ def written(value: Any, cut: float) -> bytes:
 lines = st.builds(written, objects, st.just(1.0)) | st.builds(written, objects, cuts) | st.binary(max_size=40)
 
 
+@patient
 @given(st.lists(lines, max_size=6), st.lists(lines, max_size=6), st.sampled_from(["chat", "responses"]))
 @example([refusal("request-0", 10**30, {"error": {"message": "\ud800"}})], [], "chat")
 def test_any_bytes_give_typed_outcomes(output: list[bytes], failures: list[bytes], api: str) -> None:
@@ -318,6 +320,7 @@ def test_any_bytes_give_typed_outcomes(output: list[bytes], failures: list[bytes
             outcome.model_dump_json()
 
 
+@patient
 @given(
     st.permutations([answer("request-0"), answer("request-1", "b"), unrun("request-2", FAILED), answer("x")])
 )
@@ -328,6 +331,7 @@ def test_the_order_of_the_lines_does_not_matter(lines: list[bytes]) -> None:
         assert [getattr(outcomes[n], "content", None) for n in range(3)] == ["hi", "b", None]
 
 
+@patient
 @given(st.lists(lines | st.builds(asked, names, temperature=values), max_size=6), st.booleans())
 def test_any_input_file_gives_a_manifest(lines: list[bytes], numbered: bool) -> None:
     """As many indexes as lines that are not empty; guessing from it does not fail either."""

@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from batches import patient
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from openai.types import Batch
@@ -58,6 +59,7 @@ counts = st.none() | st.tuples(*[st.none() | st.integers(0, 9)] * 3)
 parts = st.lists(st.tuples(st.sampled_from(RUNNING + ENDED + NEW), counts), min_size=1, max_size=5)
 
 
+@patient
 @given(parts)
 def test_any_parts_have_a_status(given_parts: list[tuple[str, Any]]) -> None:
     """Never ended while a part runs, completed if any part is; the counts add up; it survives JSON."""
@@ -179,6 +181,7 @@ def accounts(draw: Any) -> list[tuple[str, int, int, int]]:
     return draw(st.permutations(found))
 
 
+@patient
 @given(accounts())
 def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, int]]) -> None:
     """Each job once, its batches in the order of their requests, of each place the newest."""
@@ -202,6 +205,7 @@ def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, 
             assert batches[account.index(place)] is each
 
 
+@patient
 @given(accounts(), st.integers(0, 5))
 def test_a_job_without_one_of_its_batches_is_incomplete(
     account: list[tuple[str, int, int, int]], which: int
