@@ -19,11 +19,13 @@ from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from decimal import Decimal
 
     from openai_eval_client._cache import Cache
     from openai_eval_client._governor import Governor
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._spending import Purse
     from openai_eval_client._tickets import Lane
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import OpenAIConfig
@@ -40,6 +42,8 @@ class _Job:
         input_tokens: What its input counts.
         turn: Its place in the queue, kept through all attempts.
         lane: The concurrency bound it runs under; None: the model's.
+        purse: What it is paid from besides the client's purse; None: nothing.
+        most_cost: USD that one attempt can cost; None: nobody keeps a budget.
         sending: Entered for as long as a request is in flight.
         keep: Keeps the answer, before the request ceases to be in flight.
     """
@@ -49,6 +53,8 @@ class _Job:
     input_tokens: int
     turn: int
     lane: Lane | None
+    purse: Purse | None
+    most_cost: Decimal | None
     sending: Callable[[], contextlib.AbstractContextManager[None]]
     keep: Callable[[ModelResponse], Awaitable[None]] | None
 
@@ -95,6 +101,7 @@ class Caller:
         parameters: Parameters,
         *,
         lane: Lane | None = None,
+        purse: Purse | None = None,
         sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> ModelResponse:
         """Answer one prompt.
@@ -103,19 +110,21 @@ class Caller:
             prompt: The prompt, checked.
             parameters: What is asked, checked.
             lane: A concurrency bound of the caller's own, instead of the model's.
+            purse: The caller's own, from which it is paid besides the client's.
             sending: Entered for as long as a request is in flight.
 
         Returns:
             The response, priced.
 
         Raises:
+            BudgetExceededError: Not enough is left of a budget.
             openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
             RuntimeError: The client was closed.
         """
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
-        send = functools.partial(self._answer, body, parameters, lane, sending)
+        send = functools.partial(self._answer, body, parameters, lane, purse, sending)
         return await (send() if self._cache is None else self._cache.answer(body, parameters, send))
 
     async def _answer(
@@ -123,13 +132,17 @@ class Caller:
         body: dict[str, Any],
         parameters: Parameters,
         lane: Lane | None,
+        purse: Purse | None,
         sending: Callable[[], contextlib.AbstractContextManager[None]],
         keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
-        tokens = await self._counter.count_input(body)
-        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending, keep)
+        payments, counter = self._governor.payments, self._counter
         try:
+            tokens = await counter.count_input(body)
+            most = await payments.most(body, PATHS[parameters.api], counter, purse)
+            turn = self._governor.next_turn()
+            job = _Job(parameters, body, tokens, turn, lane, purse, most, sending, keep)
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
             self._governor.recorder.failed()
@@ -150,8 +163,8 @@ class Caller:
                     raise
 
     async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
-        demand = Demand(body["model"], job.input_tokens, max_output(body))
-        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
+        demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
+        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn, purse=job.purse)
         started, outcome = time.perf_counter(), Outcome(sent=False)
         try:
             with job.sending():
