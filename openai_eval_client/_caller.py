@@ -32,6 +32,21 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """On what terms the prompts of a call are sent.
+
+    Attributes:
+        lane: The concurrency bound they run under; None: the model's.
+        purse: What they are paid from besides the client's purse; None: nothing.
+        sending: Entered for as long as a request is in flight.
+    """
+
+    lane: Lane | None
+    purse: Purse | None
+    sending: Callable[[], contextlib.AbstractContextManager[None]]
+
+
 @dataclass(slots=True)
 class _Job:
     """One prompt on its way.
@@ -40,22 +55,18 @@ class _Job:
         parameters: What is asked.
         body: The request's body, as first asked for.
         input_tokens: What its input counts.
-        turn: Its place in the queue, kept through all attempts.
-        lane: The concurrency bound it runs under; None: the model's.
-        purse: What it is paid from besides the client's purse; None: nothing.
         most_cost: USD that one attempt can cost; None: nobody keeps a budget.
-        sending: Entered for as long as a request is in flight.
+        turn: Its place in the queue, kept through all attempts.
+        terms: Those of its call.
         keep: Keeps the answer, before the request ceases to be in flight.
     """
 
     parameters: Parameters
     body: dict[str, Any]
     input_tokens: int
-    turn: int
-    lane: Lane | None
-    purse: Purse | None
     most_cost: Decimal | None
-    sending: Callable[[], contextlib.AbstractContextManager[None]]
+    turn: int
+    terms: _Terms
     keep: Callable[[ModelResponse], Awaitable[None]] | None
 
 
@@ -124,25 +135,22 @@ class Caller:
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
-        send = functools.partial(self._answer, body, parameters, lane, purse, sending)
+        send = functools.partial(self._answer, body, parameters, _Terms(lane, purse, sending))
         return await (send() if self._cache is None else self._cache.answer(body, parameters, send))
 
     async def _answer(
         self,
         body: dict[str, Any],
         parameters: Parameters,
-        lane: Lane | None,
-        purse: Purse | None,
-        sending: Callable[[], contextlib.AbstractContextManager[None]],
+        terms: _Terms,
         keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         payments, counter = self._governor.payments, self._counter
         try:
             tokens = await counter.count_input(body)
-            most = await payments.most(body, PATHS[parameters.api], counter, purse)
-            turn = self._governor.next_turn()
-            job = _Job(parameters, body, tokens, turn, lane, purse, most, sending, keep)
+            most = await payments.most(body, PATHS[parameters.api], counter, terms.purse)
+            job = _Job(parameters, body, tokens, most, self._governor.next_turn(), terms, keep)
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
             self._governor.recorder.failed()
@@ -164,10 +172,11 @@ class Caller:
 
     async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
         demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
-        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn, purse=job.purse)
+        terms = job.terms
+        admission = await self._governor.admit(demand, lane=terms.lane, turn=job.turn, purse=terms.purse)
         started, outcome = time.perf_counter(), Outcome(sent=False)
         try:
-            with job.sending():
+            with terms.sending():
                 outcome = Outcome()
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started
