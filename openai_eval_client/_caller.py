@@ -19,15 +19,32 @@ from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from decimal import Decimal
 
     from openai_eval_client._cache import Cache
     from openai_eval_client._governor import Governor
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._spending import Purse
     from openai_eval_client._tickets import Lane
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.models import ModelResponse
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """On what terms the prompts of a call are sent.
+
+    Attributes:
+        lane: The concurrency bound they run under; None: the model's.
+        purse: What they are paid from besides the client's purse; None: nothing.
+        sending: Entered for as long as a request is in flight.
+    """
+
+    lane: Lane | None
+    purse: Purse | None
+    sending: Callable[[], contextlib.AbstractContextManager[None]]
 
 
 @dataclass(slots=True)
@@ -38,18 +55,18 @@ class _Job:
         parameters: What is asked.
         body: The request's body, as first asked for.
         input_tokens: What its input counts.
+        most_cost: USD that one attempt can cost; None: nobody keeps a budget.
         turn: Its place in the queue, kept through all attempts.
-        lane: The concurrency bound it runs under; None: the model's.
-        sending: Entered for as long as a request is in flight.
+        terms: Those of its call.
         keep: Keeps the answer, before the request ceases to be in flight.
     """
 
     parameters: Parameters
     body: dict[str, Any]
     input_tokens: int
+    most_cost: Decimal | None
     turn: int
-    lane: Lane | None
-    sending: Callable[[], contextlib.AbstractContextManager[None]]
+    terms: _Terms
     keep: Callable[[ModelResponse], Awaitable[None]] | None
 
 
@@ -95,6 +112,7 @@ class Caller:
         parameters: Parameters,
         *,
         lane: Lane | None = None,
+        purse: Purse | None = None,
         sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> ModelResponse:
         """Answer one prompt.
@@ -103,33 +121,36 @@ class Caller:
             prompt: The prompt, checked.
             parameters: What is asked, checked.
             lane: A concurrency bound of the caller's own, instead of the model's.
+            purse: The caller's own, from which it is paid besides the client's.
             sending: Entered for as long as a request is in flight.
 
         Returns:
             The response, priced.
 
         Raises:
+            BudgetExceededError: Not enough is left of a budget.
             openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
             RuntimeError: The client was closed.
         """
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
-        send = functools.partial(self._answer, body, parameters, lane, sending)
+        send = functools.partial(self._answer, body, parameters, _Terms(lane, purse, sending))
         return await (send() if self._cache is None else self._cache.answer(body, parameters, send))
 
     async def _answer(
         self,
         body: dict[str, Any],
         parameters: Parameters,
-        lane: Lane | None,
-        sending: Callable[[], contextlib.AbstractContextManager[None]],
+        terms: _Terms,
         keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
-        tokens = await self._counter.count_input(body)
-        job = _Job(parameters, body, tokens, self._governor.next_turn(), lane, sending, keep)
+        payments, counter = self._governor.payments, self._counter
         try:
+            tokens = await counter.count_input(body)
+            most = await payments.most(body, PATHS[parameters.api], counter, terms.purse)
+            job = _Job(parameters, body, tokens, most, self._governor.next_turn(), terms, keep)
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
             self._governor.recorder.failed()
@@ -150,11 +171,12 @@ class Caller:
                     raise
 
     async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
-        demand = Demand(body["model"], job.input_tokens, max_output(body))
-        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn)
+        demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
+        terms = job.terms
+        admission = await self._governor.admit(demand, lane=terms.lane, turn=job.turn, purse=terms.purse)
         started, outcome = time.perf_counter(), Outcome(sent=False)
         try:
-            with job.sending():
+            with terms.sending():
                 outcome = Outcome()
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started

@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from openai_eval_client.errors import ValidationError
@@ -75,6 +76,14 @@ def check_number(value: object, name: str, *, above: float | None = None, least:
     if not fits:
         bound = f"greater than {above}" if above is not None else f"{least} or more"
         refuse(name, value, f"must be a finite number, {bound}, not {type(value).__name__}")
+
+
+def check_cost(value: object, name: str) -> None:
+    """Refuse what is no amount of money, 0 or more."""
+    if not isinstance(value, Decimal):
+        check_number(value, name, least=0)
+    elif not value.is_finite() or value < 0:
+        refuse(name, value, "must be a finite number, 0 or more")
 
 
 def _is_finite(value: float) -> bool:

@@ -15,11 +15,13 @@ import time
 from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
+from openai_eval_client._admission import Admission
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
 from openai_eval_client._limiter import Gate
 from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
+from openai_eval_client._payments import Payments
 from openai_eval_client._stats import Recorder
 from openai_eval_client._tickets import Lane, State, Ticket
 from openai_eval_client.config import RateLimitConfig
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openai_eval_client._bucket import Clock
+    from openai_eval_client._spending import Purse
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
 
@@ -44,15 +47,23 @@ class Governor:
     Args:
         config: The limits; None: learn them from the server, and slow nothing down until it speaks.
         clock: Where the time comes from.
+        max_cost: USD that may be spent; None: any amount.
     """
 
-    def __init__(self, config: RateLimitConfig | None = None, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        config: RateLimitConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        max_cost: float | None = None,
+    ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self.recorder = Recorder()
         self.ledger = Ledger()
         self._bounded = config is not None
         self._clock: Clock = clock or Monotonic()
         self._lock = Exclusive()
+        self.payments = Payments(self.ledger, self._lock, max_cost)
         self._notes: deque[tuple[Any, ...]] = deque()  # to be logged once the lock is left
         self._turns = itertools.count()
         self._refused: Counter[str] = Counter()
@@ -60,8 +71,10 @@ class Governor:
         self._timers: dict[tuple[Gate, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
 
     def fresh(self) -> Governor:
-        """Return another one with the same limits and nothing spent, for another account."""
-        return Governor(self.config if self._bounded else None, clock=self._clock)
+        """Return another one with the same limits, for another account; the money is the same."""
+        other = Governor(self.config if self._bounded else None, clock=self._clock)
+        other._lock, other.payments = self._lock, self.payments.shared(other.ledger)
+        return other
 
     @property
     def stats(self) -> ClientStats:
@@ -78,7 +91,8 @@ class Governor:
                 "output_length": {str(gate.model): gate.output_length() for gate in gates},
             }
         cost = self.ledger.snapshot()
-        return self.recorder.snapshot(**details, cost=cost, unpriced=cost.unpriced)
+        money = {"cost": cost, "unpriced": cost.unpriced, "budget": self.payments.stats}
+        return self.recorder.snapshot(**details, **money)
 
     def output_length(self, model: str) -> dict[str, float]:
         """Return how long a model's answers are, in the words of `ClientStats.output_length`."""
@@ -89,31 +103,46 @@ class Governor:
         """Return a place in the queue; a request keeps its own through all its attempts."""
         return next(self._turns)
 
-    async def admit(self, demand: Demand, *, lane: Lane | None = None, turn: int | None = None) -> Admission:
-        """Wait until the request may be sent, and reserve what it needs.
+    async def admit(
+        self,
+        demand: Demand,
+        *,
+        lane: Lane | None = None,
+        turn: int | None = None,
+        purse: Purse | None = None,
+    ) -> Admission:
+        """Wait until the request may be sent, and reserve what it needs: its cost first, then its tokens.
 
         Args:
             demand: What it asks of the limits.
             lane: A concurrency bound of the caller's own, instead of the model's.
             turn: Its place in the queue; a new one when None.
+            purse: The caller's own, from which it is paid besides the client's.
 
         Returns:
             The admission, which must be settled exactly once.
 
         Raises:
+            BudgetExceededError: Not enough is left of a budget.
             RateLimitError: The server asked for a pause longer than `max_wait`.
             RequestTooLargeError: The limit on tokens can never admit the request.
         """
-        with self._lock:
-            gate = self._gate(demand.model)
-            ticket = self._ticket(gate, demand, lane, turn)
-            self._refuse_long_pause(gate)
-            self._refuse_too_large(gate, demand)
-            waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
-        if waiter is not None:
-            await self._wait(gate, ticket, waiter)
+        payment = await self.payments.reserve(demand, purse) if demand.most_cost else None
+        try:
+            with self._lock:
+                gate = self._gate(demand.model)
+                ticket = self._ticket(gate, demand, lane, turn)
+                self._refuse_long_pause(gate)
+                self._refuse_too_large(gate, demand)
+                waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
+            if waiter is not None:
+                await self._wait(gate, ticket, waiter)
+        except BaseException:
+            if payment is not None:
+                payment.give_back()
+            raise
         self.recorder.admitted(ticket.tokens, ticket.granted_at - ticket.asked_at)
-        return Admission(self, gate, ticket, demand)
+        return Admission(self, gate, ticket, demand, payment)
 
     def settle(self, gate: Gate, ticket: Ticket, demand: Demand, outcome: Outcome) -> None:
         """Free the slot of an attempt, replace its estimate by what it came to, and heed the server."""
@@ -136,7 +165,7 @@ class Governor:
             if not outcome.sent:
                 gate.withdraw(ticket)
                 return
-            gate.settle(ticket, _spent(outcome))
+            gate.settle(ticket, outcome.tokens)
             if outcome.ok:
                 gate.served(ticket)
             elif outcome.is_refusal and not outcome.is_congestion:
@@ -263,35 +292,3 @@ class Governor:
             f"{gate.model}: rate limited for {left:.0f} s, more than max_wait={most:g} s; come back at {back}"
         )
         return rate_limited(message, left)
-
-
-class Admission:
-    """The right to send one attempt; settle it exactly once, whatever comes of the attempt."""
-
-    __slots__ = ("_gate", "_governor", "_ticket", "demand")
-
-    def __init__(self, governor: Governor, gate: Gate, ticket: Ticket, demand: Demand) -> None:
-        self._governor = governor
-        self._gate = gate
-        self._ticket = ticket
-        self.demand = demand
-
-    def hear(self, headers: Mapping[str, str]) -> None:
-        """Heed the headers of an answer whose body is still to come."""
-        self._governor.hear(self._gate, self._ticket, headers)
-
-    def settle(self, outcome: Outcome) -> None:
-        """Hand the slot back and account for what the attempt came to; a second call does nothing."""
-        self._governor.settle(self._gate, self._ticket, self.demand, outcome)
-
-
-def _spent(outcome: Outcome) -> float | None:
-    """Return the tokens an attempt came to; None: unknown, keep the estimate.
-
-    A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or with
-    a server error, the server may have counted them.
-    """
-    if outcome.is_refusal:
-        return 0.0
-    used = outcome.counted
-    return None if used is None else float(used.prompt_tokens + used.completion_tokens)

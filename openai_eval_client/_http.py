@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -20,19 +21,38 @@ from urllib.request import getproxies, proxy_bypass
 import openai
 
 from openai_eval_client._retry import was_never_sent
-from openai_eval_client._wire import Demand, Outcome, Tail, is_free, is_metered, max_output, read_usage
+from openai_eval_client._wire import (
+    Demand,
+    Outcome,
+    Tail,
+    is_charged,
+    is_free,
+    is_metered,
+    max_output,
+    read_usage,
+)
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-    from openai_eval_client._governor import Admission, Governor
+    from openai_eval_client._admission import Admission
+    from openai_eval_client._governor import Governor
     from openai_eval_client._tokens import TokenCounter
 
+UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: whoever sends it knows Refused
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
 _CONNECTIONS = 10_000  # of aiohttp's pool: the limiter bounds concurrency, so the pool is not to
+
+
+class Refused(BaseException):
+    """One of our errors before a request was sent: the SDK would send it again, were it an Exception."""
+
+    def __init__(self, error: openai.OpenAIError) -> None:
+        super().__init__()
+        self.error = error
 
 
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
@@ -163,8 +183,8 @@ class _Governed:
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Wait for admission, send, and settle: at once, or when a streamed answer is closed."""
-        demand = await _read_demand(request, self.counter)
-        admission = await self.governor.admit(demand)
+        admission = await _admitted(request, self.governor, self.counter)
+        demand = admission.demand
         try:
             send = super().send  # type: ignore[misc]  # of the client looked at
             response = await send(request, stream=stream, **options)
@@ -184,23 +204,39 @@ class _Governed:
         """Leave closing to the client itself."""
 
 
-async def _read_demand(request: Any, counter: TokenCounter) -> Demand:
-    """Return what a request asks of the limits, from its body."""
+async def _admitted(request: Any, governor: Governor, counter: TokenCounter) -> Admission:
+    """Wait until a request may be sent."""
+    try:
+        demand, body = await _read_demand(request, counter)
+        if is_charged(request.method, request.url.path):
+            most = await governor.payments.most(body, request.url.path, counter)
+            demand = demand if most is None else dataclasses.replace(demand, most_cost=most)
+        return await governor.admit(demand)
+    except openai.OpenAIError as error:
+        if request.extensions.get(UNWRAPS):
+            raise Refused(error) from None
+        raise
+
+
+async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dict[str, Any]]:
+    """Return what a request asks of the limits, and its body; an empty one where that cannot be read."""
     path = request.url.path
     if not is_metered(request.method, path):
-        return Demand(None)
+        return Demand(None), {}
     retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
     if not request.headers.get("content-type", "").startswith(_JSON):
-        return Demand(path.rpartition("/")[2], max_output=0, retry=retry)  # a form: its model is not at hand
+        return Demand(
+            path.rpartition("/")[2], max_output=0, retry=retry
+        ), {}  # a form: its model is not at hand
     try:
         body = json.loads(request.content)
     except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
-        return Demand(None)
+        return Demand(None), {}
     model = body.get("model") if isinstance(body, dict) else None
     if not isinstance(model, str):
-        return Demand(None)
+        return Demand(None), {}
     tokens = await counter.count_input(body)
-    return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path))
+    return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path)), body
 
 
 def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._governor import Governor
-from openai_eval_client._http import default_client, govern
+from openai_eval_client._http import UNWRAPS, Refused, default_client, govern
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import ValidationError
@@ -94,13 +94,15 @@ class AsyncOpenAI(openai.AsyncOpenAI):
         with_options = copy
 
         async def request(self, *args: Any, **options: Any) -> Any:
-            """Send as the SDK does; openai 2.0 hides our own errors in a connection error."""
+            """Send as the SDK does; our own errors are raised at once and as they are."""
             try:
                 return await super().request(*args, **options)
-            except openai.APIConnectionError as error:
-                if isinstance(error.__cause__, openai.OpenAIError):
-                    raise error.__cause__ from None
-                raise
+            except Refused as refused:
+                raise refused.error from None
+
+        async def _prepare_request(self, request: Any) -> Any:
+            request.extensions[UNWRAPS] = True
+            return await super()._prepare_request(request)
 
     @property
     def stats(self) -> ClientStats:

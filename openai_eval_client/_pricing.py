@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from genai_prices.types import ModelInfo, ModelPrice, PriceCalculation, TieredPrices
 
@@ -220,6 +220,35 @@ class Rates:
                     return None
                 total += tokens * _at(steps, prompt)
         return total
+
+    def most(
+        self, prompt: int, completion: int, *, heard: bool = False, spoken: bool = False
+    ) -> Decimal | None:
+        """Adds up what tokens can cost at most, in dollars, of whatever kind they turn out to be.
+
+        Args:
+            prompt: Input tokens at most.
+            completion: Output tokens at most.
+            heard: Whether there may be sound in the input.
+            spoken: Whether there may be sound in the output.
+
+        Returns:
+            Dollars; None where one of the kinds has no price.
+        """
+        inputs = [self.input, self.cached, self.written, *([self.audio_input] if heard else [])]
+        outputs = [self.output, *([self.audio_output] if spoken else [])]
+        dearest = _dearest(inputs, prompt), _dearest(outputs, prompt) if completion else _FREE
+        if dearest[0] is None or dearest[1] is None:
+            return None
+        return self.request + prompt * dearest[0] + completion * dearest[1]
+
+
+def _dearest(prices: Sequence[_Steps | None], prompt_tokens: int) -> Decimal | None:
+    """Finds the highest price that a prompt of up to this length can have."""
+    known = [steps for steps in prices if steps is not None]
+    if len(known) < len(prices):
+        return None
+    return max(each for steps in known for start, each in steps if start < max(prompt_tokens, 1))
 
 
 def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:

@@ -10,7 +10,7 @@ import openai
 
 from openai_eval_client._headers import stated_wait
 from openai_eval_client._wire import FOR_GOOD
-from openai_eval_client.errors import QuotaError
+from openai_eval_client.errors import BudgetExceededError, QuotaError, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
@@ -24,7 +24,13 @@ _SERVER_ERROR = 500
 _NO_CONNECTION = frozenset(
     {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ClientConnectorCertificateError"}
 )
-_DOOMED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, QuotaError)
+_DOOMED = (
+    openai.AuthenticationError,
+    openai.PermissionDeniedError,
+    openai.NotFoundError,
+    BudgetExceededError,
+    QuotaError,
+)
 
 
 def retrying(
@@ -109,9 +115,11 @@ def is_transient(error: Exception) -> bool:
 def is_doom(error: Exception, max_wait: float, *, answered: bool = True) -> bool:
     """Return whether an error would meet every other prompt too.
 
-    So it is for key, model, credit, a very long pause, a closed client; and for no connection, as long as no
-    prompt was `answered`.
+    So it is for key, model, credit, a budget, a very long pause, a closed client; and for no connection, as
+    long as no prompt was `answered`.
     """
+    if isinstance(error, ValidationError):
+        return error.field == "max_cost"
     if not answered and was_never_sent(error):
         return True
     if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._spending import Purse
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
@@ -178,6 +179,7 @@ def crew(
     parameters: Parameters,
     limits: RateLimitConfig,
     max_concurrent: int | None,
+    purse: Purse | None,
 ) -> Crew:
     """Return the crew that answers prompts.
 
@@ -186,6 +188,7 @@ def crew(
         parameters: What all of them share.
         limits: The client's limits.
         max_concurrent: Requests in flight at once; None: what the limits say.
+        purse: What they are paid from besides the client's purse.
 
     Returns:
         The crew, for one run.
@@ -199,7 +202,7 @@ def crew(
 
     async def answer(index: int, prompt: Any, *, sending: Any) -> ModelResponse:
         check_prompt(prompt, index)
-        return await call(prompt, parameters, lane=lane, sending=sending)
+        return await call(prompt, parameters, lane=lane, purse=purse, sending=sending)
 
     def dooms(error: Exception, answered: bool) -> bool:
         return is_doom(error, limits.max_wait, answered=answered)

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client import _estimate, _runner
 from openai_eval_client._checks import check_callback
-from openai_eval_client._requests import check_iterable
+from openai_eval_client._requests import PATHS, check_iterable
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
+    from decimal import Decimal
 
     from openai_eval_client._caller import Caller
     from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.costs import CostEstimate
     from openai_eval_client.models import ModelResponse
@@ -43,6 +45,7 @@ class StreamMethods:
         system: str | None = None,
         api: str = "chat",
         max_concurrent: int | None = None,
+        max_cost: float | Decimal | None = None,
         **chat_params: Any,
     ) -> AsyncGenerator[tuple[int, ModelResponse | Exception], None]:
         """Answer prompts and yield each outcome as it comes, in bounded memory however many there are.
@@ -60,6 +63,8 @@ class StreamMethods:
             system: A system prompt for all of them.
             api: "chat" for chat completions, "responses" for the Responses API.
             max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
+            max_cost: USD that this call may cost; None: any amount. Every attempt reserves the most it can
+                cost, and none is sent for which too little is left. Needs `max_tokens`.
             **chat_params: Any other parameter of the API, as for `generate_response`.
 
         Yields:
@@ -70,9 +75,11 @@ class StreamMethods:
             ValidationError: A parameter is wrong; raised by the call itself.
             APIError: An error that all prompts would meet, as for `batch_generate`; raised after what was in
                 flight has been yielded. An exception of `prompts` itself is raised after all it gave.
+            BudgetExceededError: The next request could cost more than what is left of `max_cost`; likewise.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent)
+        purse = self._purse_for(max_cost, parameters)
+        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent, purse)
         check_iterable(prompts, "__iter__", "__aiter__")
         return crew.run(prompts)
 
@@ -115,3 +122,7 @@ class StreamMethods:
         return await _estimate.estimate(
             prompts, parameters, counter=self._counter, governor=self._governor, progress=progress_callback
         )
+
+    def _purse_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> Purse | None:
+        """Return what a call is paid from besides the client's purse, if its cost has a bound."""
+        return self._governor.payments.purse_for(max_cost, parameters.body, PATHS[parameters.api])

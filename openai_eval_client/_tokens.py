@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import threading
 import time
 from concurrent.futures import Future
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openai_eval_client._corrections import Corrections, put
 from openai_eval_client._input import Input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -27,6 +26,8 @@ _SLICE = 10_000  # characters: longer words overflow tiktoken's stack, or before
 _REMEMBERED = range(128, _ON_LOOP)  # characters: a hit saves 14 us at 400, a miss costs 0.8 us
 _BYTES_PER_TOKEN = 4
 _MODELS = 1024
+_SCHEMAS = ("tools", "functions", "response_format", "text", "suffix", "documents", "chat_template")
+_MARGIN = 128  # tokens: what providers put round the messages; gpt-oss has the most known, 70
 
 
 class TokenCounter:
@@ -40,7 +41,7 @@ class TokenCounter:
 
     def __init__(self, *, load_timeout: float = 5.0) -> None:
         self._load_timeout = load_timeout
-        self._corrections = _Corrections()
+        self._corrections = Corrections()
 
     async def count_input(self, body: Mapping[str, Any]) -> int:
         """Counts the input of a request to any endpoint, without holding up the event loop.
@@ -82,6 +83,35 @@ class TokenCounter:
         if fit.vocabulary.encode and sum(map(len, content.texts)) > longest:
             return None
         return self._total(content, model, fit)
+
+    async def most_input(self, body: Mapping[str, Any]) -> int:
+        """Counts the tokens that a request's input cannot exceed, without holding up the event loop.
+
+        Texts count exactly where the model's own vocabulary is at hand, else as a token a byte, which no
+        byte-level vocabulary exceeds; tools and schemas as a token a byte of their JSON. What no text shows,
+        images, files and sound among it, counts twice, and 128 tokens come on top.
+
+        Args:
+            body: The JSON body.
+
+        Returns:
+            Input tokens.
+        """
+        model = _model_of(body)
+        content, fit = _without_schemas(body), await self._fit(model)
+        if sum(map(len, fit.read(content, model).texts)) > _ON_LOOP:
+            return await asyncio.to_thread(self.most_input_now, body)
+        return self.most_input_now(body)
+
+    def most_input_now(self, body: Mapping[str, Any]) -> int:
+        """Counts like most_input, for as long as that takes: for a thread."""
+        model = _model_of(body)
+        fit = _VOCABULARIES.find(model)
+        content = fit.read(_without_schemas(body), model)
+        exact = fit.own and fit.vocabulary.encode is not None
+        tokens = sum(map(fit.vocabulary.count if exact else _size, content.texts))
+        schemas = sum(_size(json.dumps(body[key], default=str)) for key in _SCHEMAS if body.get(key))
+        return tokens + schemas + 2 * content.fixed + _MARGIN
 
     async def count_text(self, text: str, model: str) -> int:
         """Counts one text, without holding up the event loop.
@@ -125,36 +155,6 @@ class TokenCounter:
         if exact and fit.own:
             return content.fixed + tokens
         return self._corrections.apply((model, exact), content.fixed, tokens)
-
-
-class _Corrections:
-    """The ratio of real to counted text tokens per model, from the answers to what was counted."""
-
-    _WEIGHT = 0.2
-    _LOWEST, _HIGHEST = 0.25, 4.0
-    _UNANSWERED = 4096
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._ratios: dict[tuple[str, bool], float] = {}
-        self._given: dict[tuple[str, int], tuple[tuple[str, bool], int, int]] = {}
-
-    def apply(self, key: tuple[str, bool], fixed: int, tokens: int) -> int:
-        """Corrects a count, and remembers what it was made of: by the time of its answer the ratio moved."""
-        with self._lock:
-            counted = fixed + round(tokens * self._ratios.get(key, 1.0))
-            _put(self._given, (key[0], counted), (key, fixed, tokens), self._UNANSWERED)
-        return counted
-
-    def observe(self, model: str, counted: int, actual: int) -> None:
-        """Moves the ratio towards what this answer shows."""
-        with self._lock:
-            key, fixed, tokens = self._given.get((model, counted), (None, 0, 0))
-            if key is None or not tokens:
-                return
-            seen = min(self._HIGHEST, max(self._LOWEST, (actual - fixed) / tokens))
-            ratio = self._ratios.get(key, 1.0)
-            _put(self._ratios, key, ratio + self._WEIGHT * (seen - ratio), _MODELS)
 
 
 class _Vocabulary:
@@ -247,7 +247,7 @@ class _Vocabularies:
                     logger.info("tiktoken does not know model %r: counting with %s", model, _FALLBACK)
                 vocabulary = self._loaded.get(name or _FALLBACK) or _Vocabulary(name or _FALLBACK)
                 self._loaded[vocabulary.name] = vocabulary
-                _put(self._fits, model, _Fit(vocabulary, own=name is not None), _MODELS)
+                put(self._fits, model, _Fit(vocabulary, own=name is not None), _MODELS)
             return self._fits[model]
 
 
@@ -269,10 +269,17 @@ def _model_of(body: Mapping[str, Any]) -> str:
     return model if isinstance(model, str) else ""
 
 
+def _without_schemas(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: value for key, value in body.items() if key not in _SCHEMAS}
+
+
 def _estimate(text: str) -> int:
     """Counts 4 bytes of UTF-8 as a token, rounded up."""
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    return -(-size // _BYTES_PER_TOKEN)
+    return -(-_size(text) // _BYTES_PER_TOKEN)
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _slices(text: str) -> Iterator[str]:
@@ -287,10 +294,3 @@ def _slices(text: str) -> Iterator[str]:
         yield text[start:cut]
         start = cut
     yield text[start:]
-
-
-def _put(bounded: dict[_K, _V], key: _K, value: _V, most: int) -> None:
-    """Stores a value, and forgets the oldest one when there are too many."""
-    if key not in bounded and len(bounded) >= most:
-        del bounded[next(iter(bounded))]
-    bounded[key] = value

@@ -11,6 +11,7 @@ from pydantic_core import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from decimal import Decimal
 
 # The last part of the path of a POST that runs no model, and so counts against no RPM or TPM.
 _UNMETERED = frozenset(
@@ -18,6 +19,12 @@ _UNMETERED = frozenset(
         "admin_api_keys", "assistants", "batches", "cancel", "complete", "containers", "content",
         "conversations", "evals", "files", "input_tokens", "items", "jobs", "messages", "parts", "runs",
         "search", "sessions", "submit_tool_outputs", "threads", "uploads", "vector_stores",
+    }
+)  # fmt: skip
+# Those of them that make the provider work for money all the same.
+_CHARGED = frozenset(
+    {
+        "batches", "containers", "jobs", "runs", "search", "sessions", "submit_tool_outputs", "vector_stores",
     }
 )  # fmt: skip
 _BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
@@ -51,6 +58,7 @@ class Demand:
         max_output: Output tokens it may use at most; None: what this model's answers usually take.
         retry: Whether it repeats a failed attempt; None: whoever asks counts its calls itself.
         free: Whether its endpoint costs nothing.
+        most_cost: USD that it can cost at most; None: nobody keeps a budget.
     """
 
     model: str | None
@@ -58,6 +66,7 @@ class Demand:
     max_output: int | None = None
     retry: bool | None = None
     free: bool = False
+    most_cost: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +127,18 @@ class Outcome:
         return None if self.usage is None or self.usage.estimated else self.usage
 
     @property
+    def tokens(self) -> float | None:
+        """The tokens it came to; None: unknown, the estimate stays.
+
+        A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
+        with a server error, the server may have counted them.
+        """
+        if self.is_refusal:
+            return 0.0
+        used = self.counted
+        return None if used is None else float(used.prompt_tokens + used.completion_tokens)
+
+    @property
     def is_refusal(self) -> bool:
         """Whether the request was refused (4xx) without being worked on."""
         return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
@@ -131,6 +152,11 @@ class Outcome:
 def is_metered(method: str, path: str) -> bool:
     """Return whether a request runs a model, and so spends requests and tokens per minute."""
     return method == "POST" and path.rpartition("/")[2] not in _UNMETERED
+
+
+def is_charged(method: str, path: str) -> bool:
+    """Return whether a request may cost money."""
+    return is_metered(method, path) or (method == "POST" and path.rpartition("/")[2] in _CHARGED)
 
 
 def is_free(path: str) -> bool:

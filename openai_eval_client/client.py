@@ -22,6 +22,7 @@ from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, Ra
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from decimal import Decimal
     from pathlib import Path
     from types import TracebackType
 
@@ -61,7 +62,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
     ) -> None:
         self._config = config_of("config", config, OpenAIConfig)
         self._batch = config_of("batch", batch, BatchConfig)
-        self._governor = Governor(config_of("rate_limit", rate_limit, RateLimitConfig))
+        limits = config_of("rate_limit", rate_limit, RateLimitConfig)
+        self._governor = Governor(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
@@ -92,6 +94,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         timeout: float | None = None,  # of one attempt: the specified name
         system: str | None = None,
         api: str = "chat",
+        max_cost: float | Decimal | None = None,
         **chat_params: Any,
     ) -> ModelResponse:
         """Answer one prompt.
@@ -104,6 +107,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
             timeout: Seconds for one attempt, waiting for the rate limit not counted; None: the config's.
             system: A system prompt.
             api: "chat" for chat completions, "responses" for the Responses API.
+            max_cost: USD that the call may cost, its retries included; see `batch_generate`.
             **chat_params: Any other parameter of that API; a pydantic class as `response_format` makes
                 `ModelResponse.parsed` an instance of it. None values are not sent.
 
@@ -115,12 +119,14 @@ class OpenAIClient(BatchMethods, StreamMethods):
             RateLimitError: Rate limited through all retries, or for longer than `max_wait`.
             QuotaError: The account's credit is used up.
             TimeoutError: No attempt was answered within its timeout.
+            BudgetExceededError: It could cost more than what is left of a budget; nothing was sent.
             RequestTooLargeError: The limit on tokens cannot admit it; nothing was sent.
             APIError: Any other failure, in the SDK's own classes.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
+        purse = self._purse_for(max_cost, parameters)
         check_prompt(prompt)
-        return await self._call(prompt, parameters)
+        return await self._call(prompt, parameters, purse=purse)
 
     async def batch_generate(  # the parameters of the specification
         self,
@@ -133,6 +139,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         system: str | None = None,
         api: str = "chat",
         max_concurrent: int | None = None,
+        max_cost: float | Decimal | None = None,
         use_batch_api: bool = False,
         progress_callback: Callable[[float], Any] | None = None,
         return_exceptions: bool = False,
@@ -149,6 +156,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
             system: A system prompt for all of them.
             api: "chat" for chat completions, "responses" for the Responses API.
             max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
+            max_cost: USD that this call may cost; None: any amount. Every attempt reserves the most it can
+                cost, and none is sent for which too little is left. Needs `max_tokens`.
             use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; what it
@@ -164,12 +173,15 @@ class OpenAIClient(BatchMethods, StreamMethods):
             PartialFailureError: Some prompts failed; it carries the responses of the others.
             APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`, no
                 server there at all); its `responses` are what was answered before.
+            BudgetExceededError: The next request could cost more than what is left of `max_cost`; `responses`
+                are what was answered before, all of it paid within the budget.
             BatchError: The Batch API ran none of the prompts.
             asyncio.CancelledError: The call was cancelled; its `responses` likewise. Batches go on: `job_id`
                 names those not settled.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent)
+        purse = self._purse_for(max_cost, parameters)
+        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent, purse)
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
         listed = list_prompts(prompts)

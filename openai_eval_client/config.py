@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ _UNSHOWN = frozenset(
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Dollars = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class _Config(BaseModel):
@@ -89,6 +91,7 @@ class OpenAIConfig(_Config):
         default_model: The model asked when a call names none; "gpt-3.5-turbo" by default.
         timeout: Seconds one attempt may take, waiting for the rate limit not counted; 30 by default.
         max_retries: Attempts after the first; 3 by default, 0 for none.
+        max_cost: USD that the client may spend in all; None, the default: any amount. See `batch_generate`.
     """
 
     api_key: Annotated[str, Field(strict=True)] = Field(
@@ -101,6 +104,7 @@ class OpenAIConfig(_Config):
     default_model: Annotated[str, Field(pattern=r"\S")] = "gpt-3.5-turbo"
     timeout: Seconds = 30.0
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
+    max_cost: Dollars | None = None
 
     @field_validator("api_key", mode="before")
     @classmethod
@@ -110,6 +114,11 @@ class OpenAIConfig(_Config):
         if isinstance(key, str) and not _fits_header(key):
             raise ValueError("holds white space or characters that no HTTP header may carry")
         return key
+
+    @field_validator("max_cost", mode="before")
+    @classmethod
+    def _as_float(cls, amount: object) -> object:
+        return float(amount) if isinstance(amount, Decimal) else amount
 
     @field_validator("organization_id", mode="after")
     @classmethod

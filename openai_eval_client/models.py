@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -216,6 +217,8 @@ class ClientStats(_Model):
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
+        budget: Of `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is "reserved"
+            for what is in flight; empty without one.
         cache_hits: Prompts answered from the cache; they are among `requests`, and in nothing else here.
         cache_writes: Answers kept in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
@@ -238,6 +241,7 @@ class ClientStats(_Model):
     completion_tokens: int = 0
     cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
+    budget: dict[str, Decimal] = Field(default_factory=dict)
     cache_hits: int = 0
     cache_writes: int = 0
     latency_p50: float | None = None

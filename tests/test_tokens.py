@@ -16,7 +16,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openai_eval_client import _tokens
+from openai_eval_client._corrections import put
 from openai_eval_client._images import image_tokens, sized_image_tokens
 from openai_eval_client._tokens import TokenCounter
 
@@ -494,7 +494,7 @@ async def test_a_cancelled_waiter_leaves_the_vocabulary_to_the_others(
 def test_old_models_never_asked_again_are_forgotten():
     bounded = {}
     for key in range(10):
-        _tokens._put(bounded, key, key, 3)
+        put(bounded, key, key, 3)
     assert bounded == {7: 7, 8: 8, 9: 9}
 
 

@@ -1,0 +1,288 @@
+"""What may still be spent: purses from which every request reserves the most that it can cost.
+
+Nothing is awaited under the lock: a request that has to wait gets a future of its own loop, and whoever
+settles resolves it there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+from decimal import Context, Decimal
+from typing import TYPE_CHECKING
+
+from openai_eval_client._exclusive import Exclusive
+from openai_eval_client._loops import call_on, refuse, resolve
+from openai_eval_client.errors import BudgetExceededError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+logger = logging.getLogger("openai_eval_client")
+
+_NOTHING = Decimal(0)
+_EXACT = Context(prec=60)  # digits; the program may have set fewer for its own sums
+_WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
+
+
+class _State(enum.Enum):
+    """Where a reservation is."""
+
+    WAITING = enum.auto()
+    HELD = enum.auto()
+    STANDING = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class _Hold:
+    """What one purse reserves for one request.
+
+    Attributes:
+        amount: USD.
+        state: Where it is.
+        owner: The event loop that waits for it.
+        waiter: The future to resolve.
+    """
+
+    amount: Decimal
+    state: _State = _State.WAITING
+    owner: asyncio.AbstractEventLoop | None = None
+    waiter: asyncio.Future[None] | None = None
+
+
+class Purse:
+    """A limit on what is spent, kept by reserving; safe for several threads and event loops.
+
+    First come, first served: a request for which there is no room now, but may be once others are settled,
+    waits for that, and those after it wait too. One for which there cannot be room any more is refused. What
+    is spent and reserved stays within the limit, as long as nothing costs more than was reserved for it.
+
+    Args:
+        limit: USD.
+        lock: The lock of those who settle; None: one of its own.
+    """
+
+    def __init__(self, limit: Decimal, *, lock: Exclusive | None = None) -> None:
+        self._limit = limit
+        self._lock = lock or Exclusive()
+        self._spent = self._held = self._standing = _NOTHING
+        self._queue: deque[_Hold] = deque()
+
+    async def reserve(self, amount: Decimal) -> _Hold:
+        """Reserve an amount in USD, once there is room for it.
+
+        Raises:
+            BudgetExceededError: There cannot be room for it any more.
+        """
+        with self._lock:
+            hold, asked_at = self._asked(amount), time.monotonic()
+            if hold.state is _State.WAITING:
+                hold.owner = asyncio.get_running_loop()
+                waiter = hold.waiter = hold.owner.create_future()
+                self._queue.append(hold)
+        if hold.waiter is None:
+            return hold
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                waiter.exception()  # is looked at, even where a cancellation came together with it
+            self.settle(hold, _NOTHING)
+            raise
+        waited = time.monotonic() - asked_at
+        if waited >= _WORTH_SAYING:
+            logger.info("waited %.2f s for money reserved by others, within max_cost=%s", waited, self._limit)
+        return hold
+
+    def reserve_now(self, amount: Decimal) -> _Hold | None:
+        """Reserve an amount in USD at once; None where there is no room now, but may be later.
+
+        Raises:
+            BudgetExceededError: There cannot be room for it any more.
+        """
+        with self._lock:
+            hold = self._asked(amount)
+            return hold if hold.state is _State.HELD else None
+
+    def commit(self, amount: Decimal) -> _Hold:
+        """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
+        with self._lock:
+            hold = _Hold(amount)
+            self._grant(hold)
+            return hold
+
+    def settle(self, hold: _Hold, actual: Decimal) -> None:
+        """Replace a reservation by what was spent, in USD; a second call does nothing."""
+        self._lock.when_free(lambda: self._settle(hold, actual))
+
+    def stand(self, hold: _Hold) -> None:
+        """Keep a reservation, but let nobody wait for its settling, which may never come."""
+        self._lock.when_free(lambda: self._stand(hold))
+
+    @property
+    def free(self) -> Decimal:
+        """USD that can be reserved now."""
+        with self._lock:
+            return _NOTHING if self._queue else max(_NOTHING, self._room())
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight that may turn out cheaper."""
+        with self._lock:
+            return not self._held and not self._queue
+
+    @property
+    def stats(self) -> dict[str, Decimal]:
+        """The limit, what was spent of it and what is reserved, in USD."""
+        with self._lock:
+            return {"limit": self._limit, "spent": self._spent, "reserved": self._reserved()}
+
+    def _asked(self, amount: Decimal) -> _Hold:
+        """Return a hold, granted if it can be at once."""
+        hold = _Hold(amount)
+        if amount > self._ever():
+            raise self._exceeded(amount)
+        if not self._queue and amount <= self._room():
+            self._grant(hold)
+        return hold
+
+    def _grant(self, hold: _Hold) -> None:
+        hold.state = _State.HELD
+        self._held = _EXACT.add(self._held, hold.amount)
+
+    def _settle(self, hold: _Hold, actual: Decimal) -> None:
+        state, hold.state = hold.state, _State.DONE
+        if state is _State.HELD:
+            self._held = _EXACT.subtract(self._held, hold.amount)
+        elif state is _State.STANDING:
+            self._standing = _EXACT.subtract(self._standing, hold.amount)
+        if state in {_State.HELD, _State.STANDING}:
+            self._spent = _EXACT.add(self._spent, actual)
+        self._pump()
+
+    def _stand(self, hold: _Hold) -> None:
+        if hold.state is _State.HELD:
+            hold.state = _State.STANDING
+            self._held = _EXACT.subtract(self._held, hold.amount)
+            self._standing = _EXACT.add(self._standing, hold.amount)
+            self._pump()
+
+    def _pump(self) -> None:
+        """Serve those who wait, as far as there is room; refuse whom it cannot come to."""
+        while self._queue:
+            hold = self._queue[0]
+            if hold.state is _State.WAITING and self._room() < hold.amount <= self._ever():
+                return
+            self._queue.popleft()
+            if hold.state is _State.WAITING:
+                self._answer(hold)
+
+    def _answer(self, hold: _Hold) -> None:
+        """Grant or refuse the first who waits."""
+        owner, waiter = hold.owner, hold.waiter
+        if owner is None or waiter is None:
+            return
+        if hold.amount > self._ever():
+            hold.state = _State.DONE
+            call_on(owner, refuse, waiter, self._exceeded(hold.amount))
+            return
+        self._grant(hold)
+        if not call_on(owner, resolve, waiter):
+            self._held = _EXACT.subtract(self._held, hold.amount)  # its loop has closed
+            hold.state = _State.DONE
+
+    def _ever(self) -> Decimal:
+        """Return what there would be room for if all in flight turned out to cost nothing."""
+        return _EXACT.subtract(_EXACT.subtract(self._limit, self._spent), self._standing)
+
+    def _room(self) -> Decimal:
+        """Return what there is room for now."""
+        return _EXACT.subtract(self._ever(), self._held)
+
+    def _reserved(self) -> Decimal:
+        return _EXACT.add(self._held, self._standing)
+
+    def _exceeded(self, amount: Decimal) -> BudgetExceededError:
+        spent, reserved, most = (f"{usd.normalize():f}" for usd in (self._spent, self._reserved(), amount))
+        return BudgetExceededError(
+            f"max_cost={self._limit.normalize():f} USD: {spent} spent, {reserved} reserved for what is in "
+            f"flight, and the next request may cost {most}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one request reserves, from each purse that it is to be paid from.
+
+    Attributes:
+        amount: USD.
+        holds: Each purse and what it reserves.
+    """
+
+    amount: Decimal
+    holds: tuple[tuple[Purse, _Hold], ...]
+
+    def settle(self, actual: Decimal) -> None:
+        """Replace it by what was spent, in USD; a second call does nothing."""
+        for purse, hold in self.holds:
+            purse.settle(hold, actual)
+
+    def stand(self) -> None:
+        """Keep it, but let nobody wait for its settling, which may never come."""
+        for purse, hold in self.holds:
+            purse.stand(hold)
+
+
+async def reserve(purses: Sequence[Purse], amount: Decimal) -> Reservation:
+    """Reserve an amount from several purses, once all of them have room for it.
+
+    Args:
+        purses: In the same order for every request, so that none waits for another in a circle.
+        amount: USD.
+
+    Returns:
+        The reservation, to be settled.
+
+    Raises:
+        BudgetExceededError: There cannot be room for it any more.
+    """
+    holds: list[tuple[Purse, _Hold]] = []
+    try:
+        for purse in purses:
+            holds.append((purse, await purse.reserve(amount)))  # noqa: PERF401  # is given back in parts
+    except BaseException:
+        Reservation(amount, tuple(holds)).settle(_NOTHING)
+        raise
+    return Reservation(amount, tuple(holds))
+
+
+def reserve_now(purses: Sequence[Purse], amount: Decimal) -> Reservation | None:
+    """Reserve an amount from several purses at once; None where there is no room now, but may be later.
+
+    Raises:
+        BudgetExceededError: There cannot be room for it any more.
+    """
+    holds: list[tuple[Purse, _Hold]] = []
+    try:
+        for purse in purses:
+            hold = purse.reserve_now(amount)
+            if hold is None:
+                break
+            holds.append((purse, hold))
+        else:
+            return Reservation(amount, tuple(holds))
+    except BudgetExceededError:
+        Reservation(amount, tuple(holds)).settle(_NOTHING)
+        raise
+    Reservation(amount, tuple(holds)).settle(_NOTHING)
+    return None
+
+
+def commit(purses: Sequence[Purse], amount: Decimal) -> Reservation:
+    """Reserve an amount that is being spent already, whether there is room for it or not."""
+    return Reservation(amount, tuple((purse, purse.commit(amount)) for purse in purses))
