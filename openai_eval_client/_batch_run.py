@@ -172,7 +172,7 @@ class BatchRun:
         """Return whether a request is to be submitted again: what failed by chance, once."""
         if outcome is None:
             return True
-        if isinstance(outcome, ModelResponse) or index not in self._rounds[-1].outcomes:
+        if isinstance(outcome, ModelResponse):
             return False
         if isinstance(outcome, openai.BadRequestError):
             return self.tools.refusals.learn(outcome, self._recorded[-1]["body"])

@@ -175,6 +175,16 @@ async def test_a_server_that_shows_no_files_is_left_in_peace(status: int) -> Non
         assert len(server.batches) == 1
 
 
+async def test_a_result_file_may_be_unknown_for_a_moment() -> None:
+    """The batch has just ended: it is waited for, beyond all retries."""
+    with SimulatedServer(batch_seconds=0.02) as server:
+        unknown = [refusal(404, "No such File object: file-x", param="id")] * 3
+        spoiling = Spoiling("GET", "/content", unknown, effect=False)
+        async with connect(server, http_client=spoiling.client, max_retries=0) as client:
+            job = await client.submit_batch_job(asked(2))
+            assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
+
+
 # --- uploads and downloads -------------------------------------------------------------------------------
 
 
@@ -285,13 +295,14 @@ class Host:
 @pytest.mark.parametrize(
     "manners", [["cut"], ["cut", "416"], ["cut", "elsewhere"], ["cut", "cut", "416", "cut"]]
 )
-async def test_a_file_host_of_odd_ways(manners: list[str]) -> None:
+async def test_a_file_host_of_odd_ways(manners: list[str], caplog) -> None:
     """A connection that drops after the last byte; a range refused; another range than was asked for."""
     with SimulatedServer(batch_seconds=0.02) as server:
         host = Host(server, list(manners))
         async with host as url, connect(url, max_retries=6) as client:
             job = await client.submit_batch_job(asked(20))
             assert await answers(client, job.job_id) == [f"echo: p{n}" for n in range(20)]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
     assert host.ranges[0] is None
     assert host.ranges[1].startswith("bytes=")
     assert len(host.ranges) >= 2
