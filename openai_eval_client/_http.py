@@ -20,17 +20,9 @@ from urllib.request import getproxies, proxy_bypass
 
 import openai
 
+from openai_eval_client._paths import is_charged, is_free, is_metered
 from openai_eval_client._retry import was_never_sent
-from openai_eval_client._wire import (
-    Demand,
-    Outcome,
-    Tail,
-    is_charged,
-    is_free,
-    is_metered,
-    max_output,
-    read_usage,
-)
+from openai_eval_client._wire import Demand, Outcome, Tail, max_output, read_usage
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from openai_eval_client._ledger import exact
-from openai_eval_client._wire import is_free, token_count
+from openai_eval_client._paths import is_free
+from openai_eval_client._wire import token_count
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:

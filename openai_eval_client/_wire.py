@@ -13,24 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from decimal import Decimal
 
-# The last part of the path of a POST that runs no model, and so counts against no RPM or TPM.
-_UNMETERED = frozenset(
-    {
-        "admin_api_keys", "assistants", "batches", "cancel", "complete", "containers", "content",
-        "conversations", "evals", "files", "input_tokens", "items", "jobs", "messages", "parts", "runs",
-        "search", "sessions", "submit_tool_outputs", "threads", "uploads", "vector_stores",
-    }
-)  # fmt: skip
-# Those of them that make the provider work for money all the same.
-_CHARGED = frozenset(
-    {
-        "batches", "containers", "jobs", "runs", "search", "sessions", "submit_tool_outputs", "vector_stores",
-    }
-)  # fmt: skip
 _BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
 FOR_GOOD = ("insufficient_quota", "Request too large")  # 429s that waiting does not cure
-_FREE = "/moderations"  # https://platform.openai.com/docs/guides/moderation
-_NO_OUTPUT = ("/embeddings", _FREE)
+_NO_OUTPUT = ("/embeddings", "/moderations")
 _OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 _MOST = 10**12  # tokens: more than any limit; larger numbers would not fit a float
 _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
@@ -147,21 +132,6 @@ class Outcome:
     def is_congestion(self) -> bool:
         """Whether it was refused because there is no room now: not for good, as an empty account is."""
         return self.status == _TOO_MANY_REQUESTS and not any(reason in self.message for reason in FOR_GOOD)
-
-
-def is_metered(method: str, path: str) -> bool:
-    """Return whether a request runs a model, and so spends requests and tokens per minute."""
-    return method == "POST" and path.rpartition("/")[2] not in _UNMETERED
-
-
-def is_charged(method: str, path: str) -> bool:
-    """Return whether a request may cost money."""
-    return is_metered(method, path) or (method == "POST" and path.rpartition("/")[2] in _CHARGED)
-
-
-def is_free(path: str) -> bool:
-    """Return whether requests to this endpoint cost nothing."""
-    return path.endswith(_FREE)
 
 
 def max_output(body: Mapping[str, Any], path: str = "") -> int | None:

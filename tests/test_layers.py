@@ -30,6 +30,7 @@ LAYERS = [
         "_headers",
         "_loops",
         "_images",
+        "_paths",
         "_pricing",
         "_stats",
         "_wire",

@@ -39,8 +39,9 @@ from openai_eval_client import (
 )
 from openai_eval_client import _ledger as ledger_module
 from openai_eval_client._ledger import Ledger
+from openai_eval_client._paths import is_free
 from openai_eval_client._pricing import Pricer
-from openai_eval_client._wire import Demand, Outcome, Usage, is_free
+from openai_eval_client._wire import Demand, Outcome, Usage
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
