@@ -225,6 +225,10 @@ class Batches:
                 await self._api.cancel(batch.id)
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
+        if len(batches) > 1 and any(read_placement(batch.metadata) is None for batch in batches):
+            logger.warning(
+                "job of %d batches that do not say where they stand: theirs is the order", len(batches)
+            )
         outcomes: dict[int, Any] = {}
         unplaced: list[BatchError] = []
         lines = 0

@@ -129,6 +129,8 @@ class BatchError(openai.OpenAIError):
     def __init__(
         self, message: str = "", *, code: str | None = None, line: int | None = None, param: str | None = None
     ) -> None:
+        if not message.isascii():  # half a surrogate pair, as a cut emoji leaves it, could not be written
+            message = message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         super().__init__(message)
         self.message = message
         self.code = code

@@ -36,6 +36,7 @@ from openai_eval_client import (
     PartialFailureError,
     QuotaError,
     ValidationError,
+    _batch_round,
 )
 from openai_eval_client._batch_meta import read_placement
 from openai_eval_client.errors import sdk_httpx
@@ -412,6 +413,23 @@ async def test_other_jobs_in_the_way_are_waited_for() -> None:
             other = await client.submit_batch_job(asked(8))
             assert contents(await client.batch_generate(EIGHT, use_batch_api=True)) == echoes(EIGHT)
             assert (await client.get_batch_status(other.job_id)).status == "completed"
+
+
+@pytest.mark.parametrize("refused", ["create", "later"])
+async def test_parts_are_not_held_back_for_ever(refused: Any, monkeypatch) -> None:
+    """Somebody else's batch never ends: after the completion window the refusal comes out."""
+    monkeypatch.setitem(_batch_round._UNITS, "h", 0.02)  # seconds
+    plans = [{"status": "in_progress"}]
+    with SimulatedServer(
+        batch_seconds=0.02, batch_plans=plans, enqueued_tokens=60, enqueued_refusal=refused
+    ) as server:
+        async with connect(server) as client:
+            await client.submit_batch_job(asked(8))
+            while server.batches[0]["status"] != "in_progress":
+                await asyncio.sleep(SOON)
+            with pytest.raises((QuotaError, BatchError), match="Enqueued token limit") as caught:
+                await client.batch_generate(EIGHT, use_batch_api=True)
+    assert (caught.value.code, caught.value.responses) == ("token_limit_exceeded", [None] * 8)
 
 
 # --- parameters that a model refuses ---------------------------------------------------------------------

@@ -132,6 +132,14 @@ def test_errors_are_read_whatever_they_leave_out() -> None:
     assert stated_errors(batch("failed", errors={"object": "list", "data": None})) == []
 
 
+def test_a_message_with_half_an_emoji_can_be_written() -> None:
+    """The API may quote a text that was cut."""
+    found = stated_errors(with_errors({"code": "c", "message": "no \ud83d, 🦄"}))
+    status = job_status([batch("failed")], found)
+    assert status.errors == [BatchError("no \ufffd, 🦄", code="c")]
+    assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
+
+
 def test_the_reason_of_a_request() -> None:
     """That of its line, else the first, else what the status says."""
     failed = with_errors({"code": "c", "message": "m", "line": 3}, {"code": "d", "message": "n"})

@@ -197,6 +197,7 @@ TWICE = "batch: 1 second lines of one request in its result files"
 FOREIGN = "batch: 1 lines of no request of this job in its result files"
 EVERY_SAID = (counted(9, 5), FOREIGN, "batch: 2 second lines of one request in its result files", UNREADABLE)
 INPUT_GONE = "batch: its input file is gone"
+UNPLACED = "job of 2 batches that do not say where they stand: theirs is the order"
 UNORDERED = "batch: the order of its requests is not known any more"
 RESULT_GONE = "batch: its result file is gone"
 
@@ -218,7 +219,9 @@ ROWS = {
         job="by hand, empty lines",
         said=(counted(2, 1),),
     ),
-    "two by hand": Row(lines="ok 400 500 ok", want="answer 400 500 answer", job="two by hand"),
+    "two by hand": Row(
+        lines="ok 400 500 ok", want="answer 400 500 answer", job="two by hand", said=(UNPLACED,)
+    ),
     # each outcome of a line
     "400": Row(lines="ok 400 ok", want="answer 400 answer"),
     "429": Row(lines="ok 429 ok", want="answer 429 answer"),
