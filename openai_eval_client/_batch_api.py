@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import tempfile
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from openai_eval_client.config import OpenAIConfig
 
 _FILE_LAG = 60.0  # seconds for which a new file may be unknown
+_LATE = 2.0  # seconds after which a batch may still come about whose creation failed
 _SLOWEST = 50_000  # bytes a second: the deadline of an upload
 _PARTIAL, _NO_SUCH_RANGE = 206, 416
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
@@ -97,6 +99,7 @@ class BatchApi:
         async def attempt() -> Any:
             nonlocal unclear
             if unclear:
+                await asyncio.sleep(min(_LATE, self._timeout / 4))
                 found = await self.find(order.placement, since=since)
                 if found is not None:
                     return found

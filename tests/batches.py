@@ -158,7 +158,8 @@ class Spoiling:
         spoil = self._left.popleft() if hit else None
         if spoil is not None and not self._effect:
             await request.aread()
-            return spoil(sdk_httpx().Response(200, content=request.content))
+            spoilt = spoil(sdk_httpx().Response(200, content=request.content))
+            return await spoilt if inspect.isawaitable(spoilt) else spoilt
         response = await inner.handle_async_request(request)
         if spoil is None:
             return response

@@ -41,10 +41,11 @@ def few_certificates(tmp_path_factory):
 @pytest.fixture
 def no_pauses(monkeypatch):
     """Retries follow at once: their waits have tests of their own."""
-    from openai_eval_client import _retry
+    from openai_eval_client import _batch_api, _retry
 
     monkeypatch.setattr(_retry, "_FIRST_DELAY", 0.01)
     monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.01)
+    monkeypatch.setattr(_batch_api, "_LATE", 0.01)
 
 
 @pytest.fixture

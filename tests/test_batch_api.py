@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import pickle
 from typing import Any
@@ -22,7 +24,7 @@ from batches import (
     refusal,
 )
 
-from openai_eval_client import ModelResponse, QuotaError, TimeoutError, ValidationError
+from openai_eval_client import ModelResponse, QuotaError, TimeoutError, ValidationError, _batch_api
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -89,6 +91,28 @@ async def test_a_garbled_list_is_asked_again(case: str) -> None:
     with SimulatedServer(batch_seconds=0.02, endpoint_script={"create": ["drop_after"]}) as server:
         async with connect(server, http_client=Spoiling("GET", "/batches", GARBLED[case]).client) as client:
             job = await client.submit_batch_job(asked(2))
+        assert [batch["id"] for batch in server.batches] == [job.job_id]
+
+
+async def test_a_batch_that_comes_about_after_its_creation_failed_is_found(monkeypatch) -> None:
+    """A gateway gives up a moment before the server is done: that batch is the one."""
+    monkeypatch.setattr(_batch_api, "_LATE", 0.5)
+    with SimulatedServer(batch_seconds=0.02) as server:
+        late: list[Any] = []
+
+        async def give_up(request: Any) -> Any:
+            async def finish() -> None:
+                await asyncio.sleep(0.1)
+                async with openai.AsyncOpenAI(api_key="k", base_url=server.base_url) as sdk:
+                    await sdk.batches.create(**json.loads(request.content))
+
+            late.append(asyncio.create_task(finish()))
+            return refusal(504, "Gateway Timeout")(request)
+
+        spoiling = Spoiling("POST", "/batches", [give_up], effect=False)
+        async with connect(server, http_client=spoiling.client) as client:
+            job = await client.submit_batch_job(asked(2))
+            await late[0]
         assert [batch["id"] for batch in server.batches] == [job.job_id]
 
 
