@@ -216,7 +216,7 @@ class ClientStats(_Model):
         completion_tokens: Output tokens likewise.
         cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
-        cache_hits: Prompts answered from the cache; they are among `requests`, and in nothing else here.
+        cache_hits: Prompts answered from the cache; of the rest, only `requests` and `cost` know of them.
         cache_writes: Answers kept in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
