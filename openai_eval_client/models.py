@@ -219,7 +219,7 @@ class ClientStats(_Model):
         unpriced: Answers whose model has no known price, not in `cost`.
         budget: Of `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is "reserved"
             for what is in flight; empty without one.
-        cache_hits: Prompts answered from the cache; they are among `requests`, and in nothing else here.
+        cache_hits: Prompts answered from the cache; of the rest, only `requests` and `cost` know of them.
         cache_writes: Answers kept in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
