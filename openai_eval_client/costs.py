@@ -145,7 +145,8 @@ class CostEstimate(BaseModel):
     Every prompt is counted as one request that is sent, none as answered from the local cache, and all input
     at the ordinary price of text. So a run may cost less than `cost_low` where the provider had input cached,
     and more than `cost_high` where attempts that brought no answer were billed (see `CostLedger.retried`).
-    Where the model has no vocabulary of its own the tokens are estimates.
+    Where the model has no vocabulary of its own the tokens are estimates, and what the provider adds to the
+    input (a previous response, a search, the results of its own tools) is not seen.
 
     Attributes:
         model: The model that would be asked.
