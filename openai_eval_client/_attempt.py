@@ -18,9 +18,9 @@ else:
     from async_timeout import timeout as deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Collection
 
-__all__ = ["Refusals", "deadline", "forget_key", "typed"]
+__all__ = ["Refusals", "deadline", "forget_key", "typed", "without"]
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -77,14 +77,11 @@ class Refusals:
     def adapted(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the body without what its model is known to refuse."""
         refused = self._of_model.get(body["model"])
-        if not refused:
-            return body
-        adapted = {name: value for name, value in body.items() if name not in refused}
-        for name in refused & body.keys():
-            substitute = _SUBSTITUTES[name]
-            if substitute is not None:
-                adapted.setdefault(substitute, body[name])
-        return adapted
+        return without(body, refused) if refused else body
+
+    def of(self, model: str) -> list[str]:
+        """Return the parameters that a model is known to refuse."""
+        return sorted(self._of_model.get(model, ()))
 
     def learn(self, error: openai.BadRequestError, sent: dict[str, Any]) -> bool:
         """Remember a parameter that the model refuses; False where sending again would not help."""
@@ -97,6 +94,16 @@ class Refusals:
             logger.info("%s refuses %s: sending %s from now on", model, name, instead)
             known.add(name)
         return True
+
+
+def without(body: dict[str, Any], refused: Collection[str]) -> dict[str, Any]:
+    """Return a body without what is refused, or with what takes its place."""
+    adapted = {name: value for name, value in body.items() if name not in refused}
+    for name in body.keys() & set(refused):
+        substitute = _SUBSTITUTES[name]
+        if substitute is not None:
+            adapted.setdefault(substitute, body[name])
+    return adapted
 
 
 def forget_key(error: openai.APIError, key: str) -> None:

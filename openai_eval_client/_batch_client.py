@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -182,11 +183,14 @@ class Batches:
         try:
             async with journal.exclusive():
                 record = await journal.load()
-                intent = Intent.recover(record) if record else Intent()
+                intent = Intent.recover(record) if record and not self._is_old(record) else Intent()
                 batches = await self._create_all(parts, intent, journal, (endpoint, window, metadata))
-                if record and not any(map(_is_of_use, batches)):
+                if intent.recovered and not _are_of_use(batches):
                     batches = await self._create_all(parts, Intent(), journal, (endpoint, window, metadata))
                 return batches
+        except BaseException:
+            self._submitted[name] -= 1
+            raise
         finally:
             _batch_lines.close(parts)
 
@@ -205,24 +209,33 @@ class Batches:
                 order = Order(Placement.of(part, intent.name, total), *options)
                 made.append(await self._jobs.start(part, order, intent))
                 await journal.save(intent.to_dict())
-        except Exception as error:
-            await self._undo(made, order, intent, error)
-            await journal.forget()
-            raise
         except BaseException as error:
-            _name_made(made, error)
+            ours = isinstance(error, Exception) and not intent.recovered
+            if ours and await self._undo(made, order, intent):
+                await journal.forget()
+            _name_made(made, intent, error)
             raise
         return made
 
-    async def _undo(self, made: list[Batch], last: Order, intent: Intent, error: Exception) -> None:
-        """Cancel the batches of a job that could not be created whole; the last may have been created."""
-        with contextlib.suppress(openai.OpenAIError):
-            found = await self._api.find(last.placement, since=intent.since)
+    async def _undo(self, made: list[Batch], last: Order, intent: Intent) -> bool:
+        """Cancel the batches of a job that could not be created whole; the last may have been created.
+
+        Returns:
+            False where that did not succeed.
+        """
+        try:
+            found = await self._api.find(last.placement, since=intent.since) if intent.unclear else None
             made += [found] if found is not None else []
-        _name_made(made, error)
-        for batch in made:
-            with contextlib.suppress(openai.OpenAIError):
+            for batch in made:
                 await self._api.cancel(batch.id)
+        except openai.OpenAIError as error:
+            logger.warning("batches of a job that failed could not be cancelled (%s)", type(error).__name__)
+            return False
+        return True
+
+    def _is_old(self, record: dict[str, Any]) -> bool:
+        ttl = None if self._cache is None else self._cache.ttl
+        return ttl is not None and record["since"] < time.time() - ttl
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         if len(batches) > 1 and any(read_placement(batch.metadata) is None for batch in batches):
@@ -265,15 +278,19 @@ class Batches:
             raise
 
 
-def _name_made(made: list[Batch], error: BaseException) -> None:
+def _name_made(made: list[Batch], intent: Intent, error: BaseException) -> None:
     """Name the batches of a job that was not created whole: they may cost."""
-    if made:
-        job_id = error.__dict__["job_id"] = SEPARATOR.join(batch.id for batch in made)
+    ids = list(dict.fromkeys([*(batch.id for batch in made), *intent.made.values()]))
+    if ids:
+        job_id = error.__dict__["job_id"] = SEPARATOR.join(ids)
         logger.warning("job not submitted whole (%s): created were %s", type(error).__name__, job_id)
 
 
-def _is_of_use(batch: Batch) -> bool:
-    return not has_ended(batch) or state_of(batch) == "completed" or request_counts(batch)[1] > 0
+def _are_of_use(batches: list[Batch]) -> bool:
+    """Return whether a job submitted before is worth going on with: it runs, or has answers."""
+    states = {state_of(batch) for batch in batches}
+    given_up = states & {"cancelling", "cancelled", "failed"}
+    return not given_up and (states != {"expired"} or any(request_counts(batch)[1] for batch in batches))
 
 
 def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:

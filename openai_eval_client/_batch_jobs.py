@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("openai_eval_client")
 
+_SERVER_ERROR = 500
+
 
 class BatchJobs:
     """Starts batches, and settles them to one typed outcome for each request.
@@ -51,22 +53,44 @@ class BatchJobs:
         self._recorder = governor.recorder
         self._booked: set[str] = set()
 
-    async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
-        """Upload a part and create its batch, unless that was done before."""
+    async def found(self, part: Part, order: Order, intent: Intent) -> Batch | None:
+        """Return the batch of a part, where it was created before."""
         known = intent.made.get(part.key)
         if known is not None:
             with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
-                return await self._api.get(known)
-        recovered = intent.recovered
-        batch = await self._api.find(order.placement, since=intent.since) if recovered else None
-        if batch is None:
-            file_id = await self._api.upload(part)
-            intent.recovered = True  # until it is known whether there is a batch
-            batch = await self._api.create(order, file_id, since=intent.since)
-            intent.recovered = recovered
-        intent.made[part.key] = batch.id
+                batch = await self._api.get(known)
+                logger.info("going on with batch %s: %s", batch.id, batch.status)
+                return batch
+        if not (intent.recovered or part.key in intent.unclear):
+            return None
+        batch = await self._api.find(order.placement, since=intent.since)
+        if batch is not None:
+            self._note(part, batch, intent)
+            logger.info("going on with batch %s: %s", batch.id, batch.status)
+        return batch
+
+    async def make(self, part: Part, order: Order, intent: Intent) -> Batch:
+        """Upload a part, once, and create its batch."""
+        if part.file_id is None:
+            part.file_id = await self._api.upload(part)
+        intent.unclear.add(part.key)  # until the server has said what came of it
+        try:
+            batch = await self._api.create(order, part.file_id, since=intent.since)
+        except openai.APIStatusError as error:
+            if error.status_code < _SERVER_ERROR:
+                intent.unclear.discard(part.key)
+            raise
+        self._note(part, batch, intent)
         logger.info("batch %s created: %d requests of %s", batch.id, part.count, part.model)
         return batch
+
+    async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
+        """Upload a part and create its batch, unless that was done before."""
+        return await self.found(part, order, intent) or await self.make(part, order, intent)
+
+    def _note(self, part: Part, batch: Batch, intent: Intent) -> None:
+        intent.made[part.key] = batch.id
+        intent.unclear.discard(part.key)
 
     async def settle(
         self, batch: Batch, *, part: Part | None = None, offset: int = 0, schema: Any = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 import uuid
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ class Intent:
         since: When it was first wished for, in seconds since the epoch.
         made: The id of the batch of each part, by the part's key.
         spans: The count of each part by its first line, where parts were cut.
+        unclear: The keys of the parts whose batch may have been created without our knowing.
         recovered: Whether an earlier program may have created batches that are not in `made`.
     """
 
@@ -47,6 +47,7 @@ class Intent:
     since: float = field(default_factory=time.time)
     made: dict[str, str] = field(default_factory=dict)
     spans: list[tuple[int, int]] = field(default_factory=list)
+    unclear: set[str] = field(default_factory=set)
     recovered: bool = False
 
     def note(self, parts: Iterable[Part]) -> None:
@@ -57,9 +58,7 @@ class Intent:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as it is recorded."""
-        recorded = dataclasses.asdict(self)
-        del recorded["recovered"]
-        return recorded
+        return {"name": self.name, "since": self.since, "made": dict(self.made), "spans": self.spans}
 
     @classmethod
     def recover(cls, record: dict[str, Any]) -> Intent:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from openai_eval_client._requests import Parameters
     from openai_eval_client.models import ModelResponse
 
-_AT_ONCE = 1000  # answers looked up or kept at a time
+_AT_ONCE = 100  # answers looked up or kept at a time
 
 
 class Kept:

@@ -53,6 +53,7 @@ class Part:
         size: Bytes.
         numbered: Whether each custom_id ends with the request's index.
         digest: A hash of the lines.
+        file_id: The uploaded file, once there is one.
     """
 
     file: IO[bytes]
@@ -63,6 +64,7 @@ class Part:
     size: int = 0
     numbered: bool = True
     digest: Any = field(default_factory=hashlib.sha256)
+    file_id: str | None = None
 
     @property
     def count(self) -> int:

@@ -45,6 +45,7 @@ logger = logging.getLogger("openai_eval_client")
 _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
 _ALONE = 1  # refusals of a part that is not cut yet, with no other of ours enqueued
+_PATIENCE = 10  # polling intervals between two tries, at most, of a part that is refused again and again
 _JITTER = 0.1  # of the polling interval, either way
 _UNITS = {"h": 3600, "d": 86_400}
 
@@ -123,7 +124,10 @@ class Round:
             _batch_lines.close([*self.waiting, *self.running.values()])
 
     def _pause(self) -> float:
-        return self.plan.polling_interval * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
+        """Return the seconds until the next look; longer and longer where the server takes nothing of ours."""
+        patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
+        jitter = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
+        return self.plan.polling_interval * patience * jitter
 
     async def _save(self) -> None:
         """Record which parts there are and which batches were made of them."""
@@ -137,13 +141,35 @@ class Round:
             order = Order(
                 Placement.of(part, self.intent.name, self._total), self.plan.endpoint, self.plan.window, {}
             )
-            try:
-                batch = await self.jobs.start(part, order, self.intent)
-            except openai.OpenAIError as error:
-                await self._refused(error)
-            else:
+            batch = await self._found(part, order)
+            if batch is None and not self._paused:
+                batch = await self._made(part, order)
+            if batch is not None:
                 self.running[batch.id] = self.waiting.popleft()
                 await self._save()
+
+    async def _found(self, part: Part, order: Order) -> Batch | None:
+        """Look for a batch that was created before; where that cannot be told now, pause."""
+        try:
+            return await self.jobs.found(part, order, self.intent)
+        except openai.APIError as error:
+            self._pause_for(error)
+            return None
+
+    async def _made(self, part: Part, order: Order) -> Batch | None:
+        try:
+            return await self.jobs.make(part, order, self.intent)
+        except openai.OpenAIError as error:
+            await self._refused(error)
+            return None
+
+    def _pause_for(self, error: openai.APIError) -> None:
+        """Let what waits wait for the next poll; raise what no waiting cures."""
+        if not is_transient(error) or not self._patient:
+            raise error
+        text = "%d requests could not be submitted (%s): later again"
+        logger.warning(text, self.waiting[0].count, error.message)
+        self._paused = True
 
     @property
     def _patient(self) -> bool:
@@ -154,13 +180,15 @@ class Round:
         code, message = getattr(error, "code", None), getattr(error, "message", str(error))
         if is_enqueued_limit(code, message):
             await self._hold(message, error)
-        elif is_transient(error) and self._patient and (self.running or self.outcomes):
-            logger.warning(
-                "%d requests could not be submitted (%s): later again", self.waiting[0].count, message
-            )
-            self._paused = True
+        elif isinstance(error, openai.APIError) and self._is_worth_a_pause(error):
+            self._pause_for(error)
         else:
             self._give_up(error)
+
+    def _is_worth_a_pause(self, error: openai.APIError) -> bool:
+        """Return whether a part whose batch was not created may be submitted later, or may be running."""
+        begun = self.running or self.outcomes or self.waiting[0].key in self.intent.unclear
+        return bool(begun) and is_transient(error) and self._patient
 
     def _give_up(self, error: Exception) -> None:
         """Give the first part up."""
@@ -200,8 +228,11 @@ class Round:
     async def _tokens(self, part: Part) -> int:
         if part.key not in self._tokens_of:
             part.file.seek(0)
-            counts = [await self.counter.count_input(json.loads(line)["body"]) for line in part.file]
-            self._tokens_of[part.key] = sum(counts)
+            total = 0
+            for line in part.file:
+                total += await self.counter.count_input(json.loads(line)["body"])
+                await asyncio.sleep(0)  # counting short texts does not wait for anything
+            self._tokens_of[part.key] = total
         return self._tokens_of[part.key]
 
     async def _poll(self) -> None:
@@ -250,6 +281,11 @@ class Round:
         self.intent.made.pop(part.key, None)
         await self._hold(refusal.message, refusal)
         await self._save()
+
+    @property
+    def left(self) -> list[str]:
+        """The ids of the batches that are not settled."""
+        return [*self.running, *filter(None, (self.intent.made.get(part.key) for part in self.waiting))]
 
     def _forget(self, batch: Batch) -> None:
         self.running.pop(batch.id)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._attempt import without
 from openai_eval_client._batch_journal import Intent, runs, unrolled
 from openai_eval_client._batch_lines import ENDPOINTS, Item, number, recut, write_aside
 from openai_eval_client._batch_results import is_curable
@@ -102,7 +103,7 @@ class BatchRun:
                 await self._run()
                 await self.journal.forget()
         except BaseException as error:
-            left = [batch_id for each in self._rounds for batch_id in each.running]
+            left = [batch_id for each in self._rounds for batch_id in each.left]
             error.__dict__["job_id"] = SEPARATOR.join(left) or None
             attach(error, self._responses())
             raise
@@ -133,10 +134,11 @@ class BatchRun:
         known = self._known[place] if place < len(self._known) else None
         indexes = unrolled(known["indexes"]) if known else wanted
         intent = Intent.recover(known["intent"]) if known else Intent()
-        body = known["body"] if known else self.tools.refusals.adapted(self.parameters.body)
-        adapted = dataclasses.replace(self.parameters, body=body)
+        refused = known["refused"] if known else self.tools.refusals.of(self.parameters.model)
+        most_lines = known["most_lines"] if known else self.tools.config.max_batch_size
+        adapted = dataclasses.replace(self.parameters, body=without(self.parameters.body, refused))
         items = (Item(index, number(index), adapted, self.prompts[index]) for index in indexes)
-        parts = await write_aside(items, most_lines=self.tools.config.max_batch_size)
+        parts = await write_aside(items, most_lines=most_lines)
         done = len(self.prompts) - len(indexes)
         plan = Plan(
             endpoint=ENDPOINTS[self.parameters.api],
@@ -147,7 +149,8 @@ class BatchRun:
             keep=self._keep,
             tell=lambda more: self._tell((done + more) / len(self.prompts)),
         )
-        self._recorded.append({"indexes": runs(indexes), "body": body, "intent": intent.to_dict()})
+        record = {"indexes": runs(indexes), "refused": refused, "most_lines": most_lines}
+        self._recorded.append({**record, "intent": intent.to_dict()})
         waiting = deque(recut(parts, intent.spans))
         tools = self.tools
         self._rounds.append(Round(tools.api, tools.jobs, tools.counter, plan, intent, waiting))

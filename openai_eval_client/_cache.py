@@ -108,9 +108,15 @@ class Cache:
     async def keep(self, key: bytes, response: ModelResponse) -> bytes | None:
         """Keep an answer, and return as what; None where it is not to be kept."""
         value = self._value(response)
-        if value is not None and self._config.write and await self.store.put(key, value):
+        kept = value is not None and self._is_kept(response)
+        if kept and self._config.write and await self.store.put(key, value):
             self._recorder.stored()
         return value
+
+    @property
+    def ttl(self) -> float | None:
+        """Seconds for which an answer counts."""
+        return self._config.ttl
 
     @property
     def journal(self) -> Store | None:
@@ -124,11 +130,11 @@ class Cache:
     async def _answer_once(self, key: bytes, parameters: Parameters, send: Send) -> ModelResponse:
         """Answer, or wait for who is just being answered the same."""
         loop = asyncio.get_running_loop()
-        first = self._asking.get((loop, key))
-        if first is not None:
+        while (first := self._asking.get((loop, key))) is not None:
             value = await asyncio.shield(first)
             response = None if value is None else self._read(value, parameters)
-            return response or (await self._send(key, send))[0]
+            if response is not None:
+                return response
         self._asking[loop, key] = outcome = loop.create_future()
         value = None
         try:
@@ -156,11 +162,13 @@ class Cache:
         response = await send(keep)
         return response, value
 
+    def _is_kept(self, response: ModelResponse) -> bool:
+        """Return whether a response is to be kept; where it is not, who waits for the same gets it as well."""
+        return self._config.store_incomplete or not _is_incomplete(response, response._decoded())  # noqa: SLF001
+
     def _value(self, response: ModelResponse) -> bytes | None:
-        """Return what is kept of a response; None where nothing is to be."""
+        """Return a response as it is kept; None where that cannot be."""
         body = response._decoded()  # noqa: SLF001  # what the server sent
-        if not self._config.store_incomplete and _is_incomplete(response, body):
-            return None
         kept = {
             "response": {"body": body},  # as in a line of a batch's results
             "latency_ms": response.latency_ms,
