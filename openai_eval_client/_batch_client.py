@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import openai
 
 from openai_eval_client import _batch_lines
 from openai_eval_client._attempt import forget_key
-from openai_eval_client._batch_api import BatchApi, Order
+from openai_eval_client._batch_api import BatchApi
 from openai_eval_client._batch_jobs import BatchJobs
-from openai_eval_client._batch_journal import Intent, Journal
+from openai_eval_client._batch_journal import Journal
 from openai_eval_client._batch_kept import Kept
-from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
+from openai_eval_client._batch_meta import check_metadata, read_placement
 from openai_eval_client._batch_requests import checked, endpoint_of, is_numbered, listed, refuse_online_only
 from openai_eval_client._batch_run import BatchRun, Tools
 from openai_eval_client._batch_status import (
@@ -31,6 +28,7 @@ from openai_eval_client._batch_status import (
     stated_errors,
     with_index,
 )
+from openai_eval_client._batch_submit import Submitter
 from openai_eval_client._checks import check_window, refuse
 from openai_eval_client.errors import BatchError, PartialFailureError
 from openai_eval_client.models import BatchJob, BatchJobStatus, ModelResponse
@@ -46,10 +44,9 @@ if TYPE_CHECKING:
     from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
     from openai_eval_client._runner import Progress
+    from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig, OpenAIConfig
-
-logger = logging.getLogger("openai_eval_client")
 
 
 class Batches:
@@ -81,16 +78,19 @@ class Batches:
         self._is_closed = sdk.is_closed
         self._api = BatchApi(sdk, config, governor.config.max_wait)
         self._jobs = BatchJobs(self._api, counter, governor)
-        self._tools = Tools(self._api, self._jobs, counter, batch, refusals)
+        self._tools = Tools(self._api, self._jobs, counter, batch, refusals, governor.payments)
         self._cache = cache
         self._store: Store | None = None if cache is None else cache.journal
-        self._submitted: Counter[str] = Counter()
+        self._submitter = Submitter(
+            config.base_url, self._api, self._jobs, self._store, payments=governor.payments, counter=counter
+        )
 
     async def collect(
         self,
         prompts: Sequence[Any],
         parameters: Parameters,
         *,
+        purse: Purse | None,
         progress: Progress | None,
         return_exceptions: bool,
     ) -> list[Any]:
@@ -100,7 +100,7 @@ class Batches:
         kept = Kept(self._cache, parameters)
         await kept.take(prompts)
         journal = Journal(self._store, f"batch {kept.name}")
-        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept)
+        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept, purse)
         with self._usable():
             return await run.collect(return_exceptions=return_exceptions)
 
@@ -117,7 +117,7 @@ class Batches:
             numbered = is_numbered(given, default_model=self._config.default_model)
             for part in parts:
                 part.numbered = numbered
-            batches = await self._start_all(parts, *order)
+            batches = await self._submitter.submit(parts, *order)
         return BatchJob(
             job_id=SEPARATOR.join(batch.id for batch in batches),
             status=job_status(batches, ()).status,
@@ -171,59 +171,6 @@ class Batches:
             refuse("job_id", job_id, "must be the job_id of a BatchJob, or the id of a batch")
         return [await self._api.get(name) for name in ids]
 
-    async def _start_all(
-        self, parts: list[_batch_lines.Part], endpoint: str, window: str, metadata: dict[str, str]
-    ) -> list[Batch]:
-        """Create the batch of each part; where a program was killed at it, only those it had not."""
-        asked = (self._config.base_url, endpoint, window, sorted(metadata.items()))
-        name = hashlib.sha256(repr((asked, [part.digest.hexdigest() for part in parts])).encode()).hexdigest()
-        journal = Journal(self._store, f"submit {name} {self._submitted[name]}")
-        self._submitted[name] += 1
-        try:
-            async with journal.exclusive():
-                record = await journal.load()
-                intent = Intent.recover(record) if record else Intent()
-                batches = await self._create_all(parts, intent, journal, (endpoint, window, metadata))
-                if record and not any(map(_is_of_use, batches)):
-                    batches = await self._create_all(parts, Intent(), journal, (endpoint, window, metadata))
-                return batches
-        finally:
-            _batch_lines.close(parts)
-
-    async def _create_all(
-        self,
-        parts: list[_batch_lines.Part],
-        intent: Intent,
-        journal: Journal,
-        options: tuple[str, str, dict[str, str]],
-    ) -> list[Batch]:
-        total = sum(part.count for part in parts)
-        made: list[Batch] = []
-        await journal.save(intent.to_dict())
-        try:
-            for part in parts:
-                order = Order(Placement.of(part, intent.name, total), *options)
-                made.append(await self._jobs.start(part, order, intent))
-                await journal.save(intent.to_dict())
-        except Exception as error:
-            await self._undo(made, order, intent, error)
-            await journal.forget()
-            raise
-        except BaseException as error:
-            _name_made(made, error)
-            raise
-        return made
-
-    async def _undo(self, made: list[Batch], last: Order, intent: Intent, error: Exception) -> None:
-        """Cancel the batches of a job that could not be created whole; the last may have been created."""
-        with contextlib.suppress(openai.OpenAIError):
-            found = await self._api.find(last.placement, since=intent.since)
-            made += [found] if found is not None else []
-        _name_made(made, error)
-        for batch in made:
-            with contextlib.suppress(openai.OpenAIError):
-                await self._api.cancel(batch.id)
-
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         outcomes: dict[int, Any] = {}
         unplaced: list[BatchError] = []
@@ -259,17 +206,6 @@ class Batches:
         except openai.APIError as error:
             forget_key(error, self._config.api_key)
             raise
-
-
-def _name_made(made: list[Batch], error: BaseException) -> None:
-    """Name the batches of a job that was not created whole: they may cost."""
-    if made:
-        job_id = error.__dict__["job_id"] = SEPARATOR.join(batch.id for batch in made)
-        logger.warning("job not submitted whole (%s): created were %s", type(error).__name__, job_id)
-
-
-def _is_of_use(batch: Batch) -> bool:
-    return not has_ended(batch) or state_of(batch) == "completed" or request_counts(batch)[1] > 0
 
 
 def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:

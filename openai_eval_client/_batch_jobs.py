@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from openai.types import Batch
 
     from openai_eval_client._batch_api import BatchApi, Order
+    from openai_eval_client._batch_funds import Bill
     from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_meta import Placement
@@ -42,6 +43,9 @@ class BatchJobs:
         api: The endpoints.
         counter: Counts tokens where a result has no usage.
         governor: Keeps the bill and the statistics.
+
+    Attributes:
+        bills: What is reserved for batches that are not settled, by their id.
     """
 
     def __init__(self, api: BatchApi, counter: TokenCounter, governor: Governor) -> None:
@@ -50,6 +54,7 @@ class BatchJobs:
         self._ledger = governor.ledger
         self._recorder = governor.recorder
         self._booked: set[str] = set()
+        self.bills: dict[str, Bill] = {}
 
     async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
         """Upload a part and create its batch, unless that was done before."""
@@ -109,6 +114,9 @@ class BatchJobs:
         await self._count_missing_usage(batch, settlement, manifest.indexes, book=book)
         if book:
             self._recorder.settled(*settlement.counts())
+        bill = self.bills.pop(batch.id, None)
+        if bill is not None:
+            bill.settle(settlement.outcomes)
         return settlement
 
     def reader(self, api: str, schema: Any, *, book: bool) -> Reader:

@@ -37,9 +37,9 @@ _BY_STATUS: dict[int, type[openai.APIStatusError]] = {
     422: openai.UnprocessableEntityError,
     429: openai.RateLimitError,
 }
-_UNREADABLE, _NO_ANSWER = "unreadable_result", "no_answer"
+UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
-_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, _UNREADABLE, _NO_ANSWER})
+_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ class Reader:
         self, line: dict[str, Any] | None, raw: bytes, index: int, temperature: float | None
     ) -> Outcome:
         if line is None:
-            return BatchError("its result is cut short", code=_UNREADABLE, line=index + 1)
+            return BatchError("its result is cut short", code=UNREADABLE, line=index + 1)
         response = line.get("response")
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
@@ -131,7 +131,7 @@ class Reader:
             return _status_error(status, body, response.get("request_id"))
         if line.get("error"):
             return _line_error(line["error"], index)
-        return BatchError(f"status {status} and no answer", code=_NO_ANSWER, line=index + 1)
+        return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
 
     def _answer(
         self, body: dict[str, Any], raw: bytes, temperature: float | None, request_id: Any
@@ -162,7 +162,7 @@ def _line_error(error: Any, index: int) -> BatchError:
     code, message, param = given.get("code"), given.get("message"), given.get("param")
     return BatchError(
         str(message) if message else "no response and no error",
-        code=str(code) if code else _NO_ANSWER,
+        code=str(code) if code else NO_ANSWER,
         line=index + 1,
         param=param if isinstance(param, str) else None,
     )

@@ -8,6 +8,7 @@ import logging
 import random
 import re
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +25,22 @@ from openai_eval_client._batch_status import (
     state_of,
     was_refused,
 )
+from openai_eval_client._checks import window_seconds
 from openai_eval_client._retry import is_transient
 
 if TYPE_CHECKING:
-    from collections import deque
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from openai.types import Batch
 
     from openai_eval_client._batch_api import BatchApi
+    from openai_eval_client._batch_funds import Funds
     from openai_eval_client._batch_jobs import BatchJobs
     from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_results import Outcome
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client.errors import BatchError
+    from openai_eval_client.errors import BatchError, BudgetExceededError
 
 logger = logging.getLogger("openai_eval_client")
 
@@ -46,7 +48,6 @@ _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
 _ALONE = 1  # refusals of a part that is not cut yet, with no other of ours enqueued
 _JITTER = 0.1  # of the polling interval, either way
-_UNITS = {"h": 3600, "d": 86_400}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Plan:
         save: Called whenever the intent has changed, before and after each step that costs.
         keep: Called with the outcomes of each batch, before they are handed on.
         tell: Called with the number of requests that are done.
+        funds: Pays for them.
     """
 
     endpoint: str
@@ -70,6 +72,7 @@ class Plan:
     save: Callable[[], Awaitable[None]]
     keep: Callable[[dict[int, Outcome]], Awaitable[None]]
     tell: Callable[[int], Awaitable[None]]
+    funds: Funds
 
 
 @dataclass(slots=True)
@@ -87,6 +90,7 @@ class Round:
         outcomes: One for each index that is settled.
         failed: Why requests were never run: their batch was not created, or failed.
         never_ran: How many requests that are.
+        broke: Why requests were not submitted for which no money is left.
     """
 
     api: BatchApi
@@ -99,6 +103,7 @@ class Round:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     failed: list[Exception] = field(default_factory=list)
     never_ran: int = 0
+    broke: BudgetExceededError | None = None
     _total: int = 0
     _give_up_at: float = 0.0
     _done: dict[str, int] = field(default_factory=dict)
@@ -110,8 +115,10 @@ class Round:
     async def run(self) -> dict[int, Outcome]:
         """Return the outcome of each request, by index."""
         self._total = sum(part.count for part in self.waiting)
-        self._give_up_at = time.monotonic() + _seconds(self.plan.window)
+        self._give_up_at = time.monotonic() + window_seconds(self.plan.window)
         try:
+            await self.plan.funds.estimate(self.waiting)
+            self.waiting = deque(sorted(self.waiting, key=lambda part: part.key not in self.intent.made))
             await self._save()
             while True:
                 await self._submit()
@@ -120,6 +127,7 @@ class Round:
                 await asyncio.sleep(self._pause())
                 await self._poll()
         finally:
+            self.plan.funds.leave(self.waiting, self.running, unclear=self.intent.recovered)
             _batch_lines.close([*self.waiting, *self.running.values()])
 
     def _pause(self) -> float:
@@ -137,13 +145,41 @@ class Round:
             order = Order(
                 Placement.of(part, self.intent.name, self._total), self.plan.endpoint, self.plan.window, {}
             )
+            if not await self._covered(part, order):
+                continue
             try:
                 batch = await self.jobs.start(part, order, self.intent)
             except openai.OpenAIError as error:
                 await self._refused(error)
             else:
+                self.plan.funds.started(part, batch.id, watched=True)
                 self.running[batch.id] = self.waiting.popleft()
                 await self._save()
+
+    async def _covered(self, part: Part, order: Order) -> bool:
+        """Reserve what the first part may cost; with too little left, cut it, hold it back or give it up."""
+        funds = self.plan.funds
+        if self.broke is None and funds.cover(part):
+            return True
+        if await self._exists(part, order):
+            funds.commit(part)
+            return True
+        fitting = funds.fitting(part)
+        if self.broke is None and fitting:
+            await self._replace([fitting, part.count - fitting], "what is left of max_cost")
+        elif self.broke is None and fitting is None and self._patient:
+            self._paused = True
+        else:
+            self.broke = self.broke or funds.exceeded(part)
+            self.outcomes.update(dict.fromkeys(part.indexes, self.broke))
+            self.waiting.popleft().file.close()
+        return False
+
+    async def _exists(self, part: Part, order: Order) -> bool:
+        """Return whether a program before this one submitted a part."""
+        if part.key in self.intent.made or not self.intent.recovered:
+            return part.key in self.intent.made
+        return await self.api.find(order.placement, since=self.intent.since) is not None
 
     @property
     def _patient(self) -> bool:
@@ -152,6 +188,8 @@ class Round:
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first part back, whose batch was not created, or give it up."""
         code, message = getattr(error, "code", None), getattr(error, "message", str(error))
+        if is_enqueued_limit(code, message) or not is_transient(error):
+            self.plan.funds.refused(self.waiting[0])
         if is_enqueued_limit(code, message):
             await self._hold(message, error)
         elif is_transient(error) and self._patient and (self.running or self.outcomes):
@@ -165,6 +203,7 @@ class Round:
     def _give_up(self, error: Exception) -> None:
         """Give the first part up."""
         part = self.waiting.popleft()
+        self.plan.funds.unclear(part)
         self.failed.append(error)
         self.never_ran += part.count
         self.outcomes.update(dict.fromkeys(part.indexes, error))
@@ -180,21 +219,22 @@ class Round:
         if not self._patient or (limit is not None and tokens > limit and part.count == 1):
             self._give_up(error)
         elif limit is not None and tokens > limit * _FILLED and part.count > 1:
-            await self._replace(pieces=-int(-tokens // (limit * _FILLED)))
+            pieces = -int(-tokens // (limit * _FILLED))
+            await self._replace(_batch_lines.even(part.count, pieces), "the enqueued limit")
         elif self._refused_alone >= often and part.count > 1 and not self.running:
-            await self._replace(pieces=2)
+            await self._replace(_batch_lines.even(part.count, 2), "the enqueued limit")
         else:
             self._refused_alone += not self.running
             self._held = True
             logger.info("%d requests held back: %s", part.count, message)
 
-    async def _replace(self, *, pieces: int) -> None:
-        """Cut the first part."""
+    async def _replace(self, counts: Sequence[int], limit: str) -> None:
+        """Cut the first part into parts of so many requests."""
         part = self.waiting[0]
-        smaller = _batch_lines.cut(part, _batch_lines.even(part.count, pieces))
+        smaller = _batch_lines.cut(part, counts)
         self.waiting.popleft()
         self.waiting.extendleft(reversed(smaller))
-        logger.info("%d requests cut into %d batches, to fit the enqueued limit", part.count, len(smaller))
+        logger.info("%d requests cut into %d batches, to fit %s", part.count, len(smaller), limit)
         await self._save()
 
     async def _tokens(self, part: Part) -> int:
@@ -246,6 +286,7 @@ class Round:
     async def _requeue(self, batch: Batch, part: Part, refusal: BatchError) -> None:
         """Have a part wait again whose batch was created, and refused when it was validated."""
         self._forget(batch)
+        self.plan.funds.cancelled(batch.id)
         self.waiting.appendleft(part)
         self.intent.made.pop(part.key, None)
         await self._hold(refusal.message, refusal)
@@ -254,7 +295,3 @@ class Round:
     def _forget(self, batch: Batch) -> None:
         self.running.pop(batch.id)
         self._done.pop(batch.id, None)
-
-
-def _seconds(window: str) -> int:
-    return int(window[:-1]) * _UNITS[window[-1]]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_UNITS = {"h": 3600, "d": 86_400}
 _SHOWN = 80  # characters of a value: one line of a terminal
 
 
@@ -103,6 +104,11 @@ def check_window(value: object, name: str) -> None:
     """Refuse what is no completion window."""
     if not isinstance(value, str) or not re.fullmatch(r"[1-9]\d{0,4}[hd]", value, re.ASCII):
         refuse(name, value, "must be hours or days, such as '24h' or '7d'")
+
+
+def window_seconds(window: str) -> int:
+    """Return how long a completion window is, in seconds."""
+    return int(window[:-1]) * _UNITS[window[-1]]
 
 
 def check_callback(value: object, name: str) -> None:

@@ -187,7 +187,11 @@ class OpenAIClient(BatchMethods, StreamMethods):
         listed = list_prompts(prompts)
         if use_batch_api and len(listed) >= self._batch.auto_batch_threshold:
             return await self._jobs.collect(
-                listed, parameters, progress=progress_callback, return_exceptions=return_exceptions
+                listed,
+                parameters,
+                purse=purse,
+                progress=progress_callback,
+                return_exceptions=return_exceptions,
             )
         return await _runner.collect(
             crew, listed, progress=progress_callback, return_exceptions=return_exceptions

@@ -1,0 +1,178 @@
+"""Jobs created whole: all batches of one, or none."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import openai
+
+from openai_eval_client import _batch_lines
+from openai_eval_client._batch_api import Order
+from openai_eval_client._batch_funds import Funds
+from openai_eval_client._batch_journal import Intent, Journal
+from openai_eval_client._batch_meta import Placement
+from openai_eval_client._batch_status import SEPARATOR, has_ended, request_counts, state_of
+from openai_eval_client._retry import is_transient
+
+if TYPE_CHECKING:
+    from openai.types import Batch
+
+    from openai_eval_client._batch_api import BatchApi
+    from openai_eval_client._batch_jobs import BatchJobs
+    from openai_eval_client._batch_journal import Store
+    from openai_eval_client._batch_lines import Part
+    from openai_eval_client._payments import Payments
+    from openai_eval_client._tokens import TokenCounter
+
+logger = logging.getLogger("openai_eval_client")
+
+
+class Submitter:
+    """Submits jobs.
+
+    Args:
+        base_url: Where the API is.
+        api: The endpoints.
+        jobs: Starts batches.
+        store: Where jobs are recorded; None: nowhere.
+        payments: The money of the client.
+        counter: Counts tokens.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api: BatchApi,
+        jobs: BatchJobs,
+        store: Store | None,
+        *,
+        payments: Payments,
+        counter: TokenCounter,
+    ) -> None:
+        self._base_url = base_url
+        self._api = api
+        self._jobs = jobs
+        self._store = store
+        self._payments = payments
+        self._counter = counter
+        self._submitted: Counter[str] = Counter()
+
+    async def submit(
+        self, parts: list[Part], endpoint: str, window: str, metadata: dict[str, str]
+    ) -> list[Batch]:
+        """Create the batch of each part; where a program was killed at it, only those it had not.
+
+        Args:
+            parts: The parts of the job; their files are closed in the end.
+            endpoint: Such as "/v1/chat/completions".
+            window: The completion window.
+            metadata: The caller's own.
+
+        Returns:
+            The batches.
+
+        Raises:
+            BudgetExceededError: There is too little left for all of them together; none was created.
+            openai.OpenAIError: One could not be created; the others were cancelled.
+        """
+        asked = (self._base_url, endpoint, window, sorted(metadata.items()))
+        name = hashlib.sha256(repr((asked, [part.digest.hexdigest() for part in parts])).encode()).hexdigest()
+        journal = Journal(self._store, f"submit {name} {self._submitted[name]}")
+        self._submitted[name] += 1
+        funds = Funds(self._payments, self._counter, endpoint, self._jobs.bills)
+        options = (endpoint, window, metadata)
+        try:
+            await funds.estimate(parts)
+            async with journal.exclusive():
+                record = await journal.load()
+                intent = Intent.recover(record) if record else Intent()
+                batches = await self._create_all(parts, intent, journal, options, funds)
+                if record and not any(map(_is_of_use, batches)):
+                    for batch in batches:
+                        funds.cancelled(batch.id)
+                    batches = await self._create_all(parts, Intent(), journal, options, funds)
+                return batches
+        finally:
+            _batch_lines.close(parts)
+
+    async def _create_all(
+        self,
+        parts: list[Part],
+        intent: Intent,
+        journal: Journal,
+        options: tuple[str, str, dict[str, str]],
+        funds: Funds,
+    ) -> list[Batch]:
+        await _reserve(parts, intent, funds)
+        total = sum(part.count for part in parts)
+        made: list[Batch] = []
+        await journal.save(intent.to_dict())
+        try:
+            for part in parts:
+                order = Order(Placement.of(part, intent.name, total), *options)
+                made.append(await self._jobs.start(part, order, intent))
+                funds.started(part, made[-1].id, watched=False)
+                await journal.save(intent.to_dict())
+        except Exception as error:
+            left = parts[len(made) :]
+            found = await self._undo(made, order, intent, error)
+            if found is not None and left:
+                funds.started(left[0], found.id, watched=False)
+            _leave(left, funds, unclear=is_transient(error))
+            await journal.forget()
+            raise
+        except BaseException as error:
+            _leave(parts[len(made) :], funds, unclear=True)
+            _name_made(made, error)
+            raise
+        return made
+
+    async def _undo(self, made: list[Batch], last: Order, intent: Intent, error: Exception) -> Batch | None:
+        """Cancel the batches of a job that could not be created whole.
+
+        Returns:
+            The last one, where it has been created all the same.
+        """
+        found = None
+        with contextlib.suppress(openai.OpenAIError):
+            found = await self._api.find(last.placement, since=intent.since)
+            made += [found] if found is not None else []
+        _name_made(made, error)
+        for batch in made:
+            with contextlib.suppress(openai.OpenAIError):
+                await self._api.cancel(batch.id)
+        return found
+
+
+async def _reserve(parts: list[Part], intent: Intent, funds: Funds) -> None:
+    """Reserve what all parts can cost; those that an earlier program submitted cost that anyway."""
+    known = [part for part in parts if part.key in intent.made]
+    for part in known:
+        funds.commit(part)
+    try:
+        await funds.cover_all([part for part in parts if part.key not in intent.made])
+    except BaseException:
+        for part in known:
+            funds.started(part, intent.made[part.key], watched=False)
+        raise
+
+
+def _leave(left: list[Part], funds: Funds, *, unclear: bool) -> None:
+    """Give back what is reserved for parts of which no batch was made; of the first that may be unclear."""
+    funds.leave(left[:1], (), unclear=unclear)
+    funds.leave(left[1:], (), unclear=False)
+
+
+def _name_made(made: list[Batch], error: BaseException) -> None:
+    """Name the batches of a job that was not created whole: they may cost."""
+    if made:
+        job_id = error.__dict__["job_id"] = SEPARATOR.join(batch.id for batch in made)
+        logger.warning("job not submitted whole (%s): created were %s", type(error).__name__, job_id)
+
+
+def _is_of_use(batch: Batch) -> bool:
+    return not has_ended(batch) or state_of(batch) == "completed" or request_counts(batch)[1] > 0
