@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
-import time
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import openai
 
 from openai_eval_client import _batch_lines
 from openai_eval_client._attempt import forget_key
-from openai_eval_client._batch_api import BatchApi, Order
+from openai_eval_client._batch_api import BatchApi
 from openai_eval_client._batch_jobs import BatchJobs
-from openai_eval_client._batch_journal import Intent, Journal
+from openai_eval_client._batch_journal import Journal
 from openai_eval_client._batch_kept import Kept
-from openai_eval_client._batch_meta import Placement, check_metadata, read_placement
+from openai_eval_client._batch_meta import check_metadata, read_placement
 from openai_eval_client._batch_requests import checked, endpoint_of, is_numbered, listed, refuse_online_only
 from openai_eval_client._batch_run import BatchRun, Tools
 from openai_eval_client._batch_status import (
@@ -32,6 +29,7 @@ from openai_eval_client._batch_status import (
     stated_errors,
     with_index,
 )
+from openai_eval_client._batch_submit import Submitter
 from openai_eval_client._checks import check_window, refuse
 from openai_eval_client.errors import BatchError, PartialFailureError
 from openai_eval_client.models import BatchJob, BatchJobStatus, ModelResponse
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
     from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
     from openai_eval_client._runner import Progress
+    from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig, OpenAIConfig
 
@@ -82,16 +81,25 @@ class Batches:
         self._is_closed = sdk.is_closed
         self._api = BatchApi(sdk, config, governor.config.max_wait)
         self._jobs = BatchJobs(self._api, counter, governor)
-        self._tools = Tools(self._api, self._jobs, counter, batch, refusals)
+        self._tools = Tools(self._api, self._jobs, counter, batch, refusals, governor.payments)
         self._cache = cache
         self._store: Store | None = None if cache is None else cache.journal
-        self._submitted: Counter[str] = Counter()
+        self._submitter = Submitter(
+            config.base_url,
+            self._api,
+            self._jobs,
+            self._store,
+            ttl=None if cache is None else cache.ttl,
+            payments=governor.payments,
+            counter=counter,
+        )
 
     async def collect(
         self,
         prompts: Sequence[Any],
         parameters: Parameters,
         *,
+        purse: Purse | None,
         progress: Progress | None,
         return_exceptions: bool,
     ) -> list[Any]:
@@ -101,7 +109,7 @@ class Batches:
         kept = Kept(self._cache, parameters)
         await kept.take(prompts)
         journal = Journal(self._store, f"batch {kept.name}")
-        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept)
+        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept, purse)
         with self._usable():
             return await run.collect(return_exceptions=return_exceptions)
 
@@ -118,7 +126,7 @@ class Batches:
             numbered = is_numbered(given, default_model=self._config.default_model)
             for part in parts:
                 part.numbered = numbered
-            batches = await self._start_all(parts, *order)
+            batches = await self._submitter.submit(parts, *order)
         return BatchJob(
             job_id=SEPARATOR.join(batch.id for batch in batches),
             status=job_status(batches, ()).status,
@@ -172,71 +180,6 @@ class Batches:
             refuse("job_id", job_id, "must be the job_id of a BatchJob, or the id of a batch")
         return [await self._api.get(name) for name in ids]
 
-    async def _start_all(
-        self, parts: list[_batch_lines.Part], endpoint: str, window: str, metadata: dict[str, str]
-    ) -> list[Batch]:
-        """Create the batch of each part; where a program was killed at it, only those it had not."""
-        asked = (self._config.base_url, endpoint, window, sorted(metadata.items()))
-        name = hashlib.sha256(repr((asked, [part.digest.hexdigest() for part in parts])).encode()).hexdigest()
-        journal = Journal(self._store, f"submit {name} {self._submitted[name]}")
-        self._submitted[name] += 1
-        try:
-            async with journal.exclusive():
-                record = await journal.load()
-                intent = Intent.recover(record) if record and not self._is_old(record) else Intent()
-                batches = await self._create_all(parts, intent, journal, (endpoint, window, metadata))
-                if intent.recovered and not _are_of_use(batches):
-                    batches = await self._create_all(parts, Intent(), journal, (endpoint, window, metadata))
-                return batches
-        except BaseException:
-            self._submitted[name] -= 1
-            raise
-        finally:
-            _batch_lines.close(parts)
-
-    async def _create_all(
-        self,
-        parts: list[_batch_lines.Part],
-        intent: Intent,
-        journal: Journal,
-        options: tuple[str, str, dict[str, str]],
-    ) -> list[Batch]:
-        total = sum(part.count for part in parts)
-        made: list[Batch] = []
-        await journal.save(intent.to_dict())
-        try:
-            for part in parts:
-                order = Order(Placement.of(part, intent.name, total), *options)
-                made.append(await self._jobs.start(part, order, intent))
-                await journal.save(intent.to_dict())
-        except BaseException as error:
-            ours = isinstance(error, Exception) and not intent.recovered
-            if ours and await self._undo(made, order, intent):
-                await journal.forget()
-            _name_made(made, intent, error)
-            raise
-        return made
-
-    async def _undo(self, made: list[Batch], last: Order, intent: Intent) -> bool:
-        """Cancel the batches of a job that could not be created whole; the last may have been created.
-
-        Returns:
-            False where that did not succeed.
-        """
-        try:
-            found = await self._api.find(last.placement, since=intent.since) if intent.unclear else None
-            made += [found] if found is not None else []
-            for batch in made:
-                await self._api.cancel(batch.id)
-        except openai.OpenAIError as error:
-            logger.warning("batches of a job that failed could not be cancelled (%s)", type(error).__name__)
-            return False
-        return True
-
-    def _is_old(self, record: dict[str, Any]) -> bool:
-        ttl = None if self._cache is None else self._cache.ttl
-        return ttl is not None and record["since"] < time.time() - ttl
-
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         if len(batches) > 1 and any(read_placement(batch.metadata) is None for batch in batches):
             logger.warning(
@@ -276,21 +219,6 @@ class Batches:
         except openai.APIError as error:
             forget_key(error, self._config.api_key)
             raise
-
-
-def _name_made(made: list[Batch], intent: Intent, error: BaseException) -> None:
-    """Name the batches of a job that was not created whole: they may cost."""
-    ids = list(dict.fromkeys([*(batch.id for batch in made), *intent.made.values()]))
-    if ids:
-        job_id = error.__dict__["job_id"] = SEPARATOR.join(ids)
-        logger.warning("job not submitted whole (%s): created were %s", type(error).__name__, job_id)
-
-
-def _are_of_use(batches: list[Batch]) -> bool:
-    """Return whether a job submitted before is worth going on with: it runs, or has answers."""
-    states = {state_of(batch) for batch in batches}
-    given_up = states & {"cancelling", "cancelled", "failed"}
-    return not given_up and (states != {"expired"} or any(request_counts(batch)[1] for batch in batches))
 
 
 def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,18 +16,21 @@ from openai_eval_client._batch_results import Reader, Settlement
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
-from openai_eval_client.errors import BatchError
+from openai_eval_client.errors import BatchError, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from decimal import Decimal
 
     from openai.types import Batch
 
     from openai_eval_client._batch_api import BatchApi, Order
+    from openai_eval_client._batch_funds import Bill
     from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_meta import Placement
     from openai_eval_client._governor import Governor
+    from openai_eval_client._pricing import Pricer
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.models import ModelResponse
 
@@ -44,6 +46,9 @@ class BatchJobs:
         api: The endpoints.
         counter: Counts tokens where a result has no usage.
         governor: Keeps the bill and the statistics.
+
+    Attributes:
+        bills: What is reserved for batches that are not settled, by their id.
     """
 
     def __init__(self, api: BatchApi, counter: TokenCounter, governor: Governor) -> None:
@@ -52,15 +57,16 @@ class BatchJobs:
         self._ledger = governor.ledger
         self._recorder = governor.recorder
         self._booked: set[str] = set()
+        self.bills: dict[str, Bill] = {}
 
     async def found(self, part: Part, order: Order, intent: Intent) -> Batch | None:
         """Return the batch of a part, where it was created before."""
         known = intent.made.get(part.key)
         if known is not None:
             with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
-                batch = await self._api.get(known)
-                logger.info("going on with batch %s: %s", batch.id, batch.status)
-                return batch
+                made = await self._api.get(known)
+                logger.info("going on with batch %s: %s", made.id, made.status)
+                return made
         if not (intent.recovered or part.key in intent.unclear):
             return None
         batch = await self._api.find(order.placement, since=intent.since)
@@ -76,8 +82,8 @@ class BatchJobs:
         intent.unclear.add(part.key)  # until the server has said what came of it
         try:
             batch = await self._api.create(order, part.file_id, since=intent.since)
-        except openai.APIStatusError as error:
-            if error.status_code < _SERVER_ERROR:
+        except (openai.APIStatusError, ValidationError) as error:
+            if getattr(error, "status_code", 0) < _SERVER_ERROR:
                 intent.unclear.discard(part.key)
             raise
         self._note(part, batch, intent)
@@ -124,20 +130,20 @@ class BatchJobs:
             manifest = await self._manifest(batch, offset) if part is None else _of_part(part)
             if manifest is None:
                 manifest = await asyncio.to_thread(_guessed, batch, files, offset)
-            book = batch.id not in self._booked
-            self._booked.add(batch.id)
-            reader = self.reader(api, schema, book=book)
+            tab = Tab(self._ledger.pricer_for(None))
+            reader = Reader(api, schema, tab.price, model=_model_of(batch, part))
             settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
         self._compare(batch, settlement)
         _explain_missing(batch, settlement, manifest)
-        await self._count_missing_usage(batch, settlement, manifest.indexes, book=book)
-        if book:
+        await self._count_missing_usage(batch, settlement, manifest.indexes, tab)
+        if batch.id not in self._booked:  # else it was settled before
+            self._booked.add(batch.id)
+            self._ledger.book_batch(tab.entries)
             self._recorder.settled(*settlement.counts())
+        bill = self.bills.pop(batch.id, None)
+        if bill is not None:
+            bill.settle(settlement.outcomes)
         return settlement
-
-    def reader(self, api: str, schema: Any, *, book: bool) -> Reader:
-        """Return what reads the lines of results, and enters them in the bill or not."""
-        return Reader(api, schema, functools.partial(self._price, book=book))
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
         """Turn the lines of a batch's file, in its errors, into positions in the caller's list."""
@@ -177,13 +183,6 @@ class BatchJobs:
             logger.warning("batch %s: its result file %s is gone", batch.id, file_id)
             return None
 
-    def _price(self, model: str, usage: Usage, *, book: bool) -> float | None:
-        if book:
-            cost = self._ledger.price_batch(model, usage)
-        else:  # settled before: the bill has it
-            cost = self._ledger.pricer_for(None).cost(model, usage, batch=True)
-        return None if cost is None else float(cost)
-
     def _compare(self, batch: Batch, settlement: Settlement) -> None:
         """Say what is odd about the files, and where the API counts otherwise."""
         for what, times in settlement.oddities.items():
@@ -195,7 +194,7 @@ class BatchJobs:
             logger.warning(text, batch.id, said.completed or 0, settlement.answered)
 
     async def _count_missing_usage(
-        self, batch: Batch, settlement: Settlement, indexes: Sequence[int], *, book: bool
+        self, batch: Batch, settlement: Settlement, indexes: Sequence[int], tab: Tab
     ) -> None:
         """Estimate the usage that the server left out, as for answers online."""
         bare: dict[int, ModelResponse] = {
@@ -215,7 +214,7 @@ class BatchJobs:
             usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
             estimate = Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
             with exact():
-                usage.estimated_cost = self._price(response.model, estimate, book=book)
+                usage.estimated_cost = tab.price(response.model, estimate)
 
     async def _bodies(self, batch: Batch, lines: Mapping[int, int]) -> dict[int, Any]:
         """Return the body of each of these requests, by index, where the input file is still there."""
@@ -224,6 +223,27 @@ class BatchJobs:
             return {}
         with file:
             return await asyncio.to_thread(read_bodies, file, lines)
+
+
+class Tab:
+    """Prices the answers of one batch, and keeps the prices until all of it is settled."""
+
+    def __init__(self, pricer: Pricer) -> None:
+        self._pricer = pricer
+        self.entries: list[tuple[str, Usage, Decimal | None]] = []
+
+    def price(self, model: str, usage: Usage) -> float | None:
+        """Return the price of an answer in USD; None where that is not known."""
+        cost = self._pricer.cost(model, usage, batch=True)
+        self.entries.append((model, usage, cost))
+        return None if cost is None else float(cost)
+
+
+def _model_of(batch: Batch, part: Part | None) -> str:
+    """Return the model that a batch was asked for, as far as that is known."""
+    placement = read_placement(batch.metadata)
+    known = placement.model if part is None and placement is not None else "" if part is None else part.model
+    return known or getattr(batch, "model", None) or ""
 
 
 def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: Manifest) -> Settlement:

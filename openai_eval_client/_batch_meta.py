@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 INTENT = "openai_eval_client_intent"
 PART = "openai_eval_client_part"
+_LONGEST_MODEL = 200  # characters: with the other values it fits in one of the metadata's
 _PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-reference/batch/create
 _DIGITS = 19  # more than any index has
 
@@ -32,6 +33,7 @@ class Placement:
         start: The index of its first request where the indexes are consecutive, else None.
         numbered: Whether each custom_id ends with the request's index.
         temperature: What all requests ask; None: nothing; "mixed": they differ.
+        model: The model they ask.
     """
 
     intent: str
@@ -41,6 +43,7 @@ class Placement:
     start: int | None
     numbered: bool
     temperature: float | str | None
+    model: str = ""
 
     @classmethod
     def of(cls, part: Part, intent: str, total: int) -> Placement:
@@ -55,6 +58,7 @@ class Placement:
             start=low if consecutive else None,
             numbered=part.numbered,
             temperature=part.temperature,
+            model=part.model if len(part.model) <= _LONGEST_MODEL else "",
         )
 
     @property
@@ -68,7 +72,7 @@ class Placement:
         return {INTENT: self.intent, PART: json.dumps(values, separators=(",", ":"))}
 
 
-_FIELDS = ("total", "first", "count", "start", "numbered", "temperature")
+_FIELDS = ("total", "first", "count", "start", "numbered", "temperature", "model")
 
 
 def read_placement(metadata: object) -> Placement | None:
@@ -95,6 +99,7 @@ def _is_sound(placement: Placement) -> bool:
         all(type(number) is int and number >= 0 for number in whole)
         and isinstance(placement.intent, str)
         and isinstance(placement.numbered, bool)
+        and isinstance(placement.model, str)
         and placement.first + placement.count <= placement.total
         and (temperature is None or temperature == MIXED or type(temperature) in {int, float})
     )

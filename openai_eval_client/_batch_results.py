@@ -37,9 +37,9 @@ _BY_STATUS: dict[int, type[openai.APIStatusError]] = {
     422: openai.UnprocessableEntityError,
     429: openai.RateLimitError,
 }
-_UNREADABLE, _NO_ANSWER = "unreadable_result", "no_answer"
+UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
-_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, _UNREADABLE, _NO_ANSWER})
+_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 
 
 @dataclass(slots=True)
@@ -77,10 +77,13 @@ class Reader:
         api: "chat" or "responses".
         schema: The pydantic class the answers are to fit, where there is one.
         price: Prices an answer by its model and usage.
+        model: The model asked for, which counts where an answer names none.
     """
 
-    def __init__(self, api: str, schema: Any, price: Callable[[str, Usage], float | None]) -> None:
-        self._parameters = Parameters(api=api, model="", timeout=0.0, body={}, schema=schema)
+    def __init__(
+        self, api: str, schema: Any, price: Callable[[str, Usage], float | None], *, model: str = ""
+    ) -> None:
+        self._parameters = Parameters(api=api, model=model, timeout=0.0, body={}, schema=schema)
         self._price = price
 
     def read(self, files: Iterable[Iterable[bytes]], manifest: Manifest) -> Settlement:
@@ -120,7 +123,7 @@ class Reader:
         self, line: dict[str, Any] | None, raw: bytes, index: int, temperature: float | None
     ) -> Outcome:
         if line is None:
-            return BatchError("its result is cut short", code=_UNREADABLE, line=index + 1)
+            return BatchError("its result is cut short", code=UNREADABLE, line=index + 1)
         response = line.get("response")
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
@@ -131,7 +134,7 @@ class Reader:
             return _status_error(status, body, response.get("request_id"))
         if line.get("error"):
             return _line_error(line["error"], index)
-        return BatchError(f"status {status} and no answer", code=_NO_ANSWER, line=index + 1)
+        return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
 
     def _answer(
         self, body: dict[str, Any], raw: bytes, temperature: float | None, request_id: Any
@@ -141,7 +144,7 @@ class Reader:
             body,
             self._parameters,
             usage=usage,
-            cost=None if usage is None else self._price(usage.model or "", usage),
+            cost=None if usage is None else self._price(usage.model or self._parameters.model, usage),
             kept=raw,  # a tenth of the parsed body's memory
             temperature=temperature,
             request_id=request_id if isinstance(request_id, str) else None,
@@ -162,7 +165,7 @@ def _line_error(error: Any, index: int) -> BatchError:
     code, message, param = given.get("code"), given.get("message"), given.get("param")
     return BatchError(
         str(message) if message else "no response and no error",
-        code=str(code) if code else _NO_ANSWER,
+        code=str(code) if code else NO_ANSWER,
         line=index + 1,
         param=param if isinstance(param, str) else None,
     )

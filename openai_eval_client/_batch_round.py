@@ -6,10 +6,10 @@ import asyncio
 import json
 import logging
 import random
-import re
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import openai
 
@@ -17,6 +17,7 @@ from openai_eval_client import _batch_lines
 from openai_eval_client._batch_api import Order
 from openai_eval_client._batch_meta import Placement
 from openai_eval_client._batch_status import (
+    enqueued_limit,
     failure_of,
     has_ended,
     is_enqueued_limit,
@@ -24,11 +25,11 @@ from openai_eval_client._batch_status import (
     state_of,
     was_refused,
 )
+from openai_eval_client._checks import window_seconds
 from openai_eval_client._retry import is_transient
 
 if TYPE_CHECKING:
-    from collections import deque
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Sequence
 
     from openai.types import Batch
 
@@ -36,41 +37,17 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_jobs import BatchJobs
     from openai_eval_client._batch_journal import Intent
     from openai_eval_client._batch_lines import Part
+    from openai_eval_client._batch_plan import Plan
     from openai_eval_client._batch_results import Outcome
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client.errors import BatchError
+    from openai_eval_client.errors import BatchError, BudgetExceededError
 
 logger = logging.getLogger("openai_eval_client")
 
-_LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
 _ALONE = 1  # refusals of a part that is not cut yet, with no other of ours enqueued
 _PATIENCE = 10  # polling intervals between two tries, at most, of a part that is refused again and again
-_JITTER = 0.1  # of the polling interval, either way
-_UNITS = {"h": 3600, "d": 86_400}
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What all batches of a round have in common.
-
-    Attributes:
-        endpoint: Such as "/v1/chat/completions".
-        window: The completion window.
-        polling_interval: Seconds between two looks.
-        schema: The pydantic class the answers are to fit, where there is one.
-        save: Called whenever the intent has changed, before and after each step that costs.
-        keep: Called with the outcomes of each batch, before they are handed on.
-        tell: Called with the number of requests that are done.
-    """
-
-    endpoint: str
-    window: str
-    polling_interval: float
-    schema: Any
-    save: Callable[[], Awaitable[None]]
-    keep: Callable[[dict[int, Outcome]], Awaitable[None]]
-    tell: Callable[[int], Awaitable[None]]
+_JITTER = 0.9, 1.1  # times the polling interval
 
 
 @dataclass(slots=True)
@@ -88,6 +65,7 @@ class Round:
         outcomes: One for each index that is settled.
         failed: Why requests were never run: their batch was not created, or failed.
         never_ran: How many requests that are.
+        broke: Why requests were not submitted for which no money is left.
     """
 
     api: BatchApi
@@ -100,6 +78,7 @@ class Round:
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     failed: list[Exception] = field(default_factory=list)
     never_ran: int = 0
+    broke: BudgetExceededError | None = None
     _total: int = 0
     _give_up_at: float = 0.0
     _done: dict[str, int] = field(default_factory=dict)
@@ -111,8 +90,10 @@ class Round:
     async def run(self) -> dict[int, Outcome]:
         """Return the outcome of each request, by index."""
         self._total = sum(part.count for part in self.waiting)
-        self._give_up_at = time.monotonic() + _seconds(self.plan.window)
+        self._give_up_at = time.monotonic() + window_seconds(self.plan.window)
         try:
+            await self.plan.funds.estimate(self.waiting)
+            self.waiting = deque(sorted(self.waiting, key=lambda part: part.key not in self.intent.made))
             await self._save()
             while True:
                 await self._submit()
@@ -121,13 +102,14 @@ class Round:
                 await asyncio.sleep(self._pause())
                 await self._poll()
         finally:
+            unclear = self.intent.recovered or bool(self.intent.unclear)
+            self.plan.funds.leave(self.waiting, self.running, unclear=unclear)
             _batch_lines.close([*self.waiting, *self.running.values()])
 
     def _pause(self) -> float:
-        """Return the seconds until the next look; longer and longer where the server takes nothing of ours."""
+        """Return the seconds until the next look: more and more where the server takes nothing of ours."""
         patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
-        jitter = random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311
-        return self.plan.polling_interval * patience * jitter
+        return self.plan.polling_interval * patience * random.uniform(*_JITTER)  # noqa: S311
 
     async def _save(self) -> None:
         """Record which parts there are and which batches were made of them."""
@@ -142,19 +124,39 @@ class Round:
                 Placement.of(part, self.intent.name, self._total), self.plan.endpoint, self.plan.window, {}
             )
             batch = await self._found(part, order)
-            if batch is None and not self._paused:
+            if batch is None and not self._paused and await self._covered(part):
                 batch = await self._made(part, order)
             if batch is not None:
+                self.plan.funds.started(part, batch.id, watched=True)
                 self.running[batch.id] = self.waiting.popleft()
                 await self._save()
 
     async def _found(self, part: Part, order: Order) -> Batch | None:
         """Look for a batch that was created before; where that cannot be told now, pause."""
         try:
-            return await self.jobs.found(part, order, self.intent)
+            batch = await self.jobs.found(part, order, self.intent)
         except openai.APIError as error:
             self._pause_for(error)
             return None
+        if batch is not None and not self.plan.funds.cover(part):
+            self.plan.funds.commit(part)  # it costs that anyway
+        return batch
+
+    async def _covered(self, part: Part) -> bool:
+        """Reserve what the first part may cost; with too little left, cut it, hold it back or give it up."""
+        funds = self.plan.funds
+        if self.broke is None and funds.cover(part):
+            return True
+        fitting = funds.fitting(part)
+        if self.broke is None and fitting:
+            await self._replace([fitting, part.count - fitting], "what is left of max_cost")
+        elif self.broke is None and fitting is None and self._patient:
+            self._paused = True
+        else:
+            self.broke = self.broke or funds.exceeded(part)
+            self.outcomes.update(dict.fromkeys(part.indexes, self.broke))
+            self.waiting.popleft().file.close()
+        return False
 
     async def _made(self, part: Part, order: Order) -> Batch | None:
         try:
@@ -171,19 +173,21 @@ class Round:
         logger.warning(text, self.waiting[0].count, error.message)
         self._paused = True
 
-    @property
-    def _patient(self) -> bool:
-        return time.monotonic() < self._give_up_at
-
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first part back, whose batch was not created, or give it up."""
         code, message = getattr(error, "code", None), getattr(error, "message", str(error))
+        if is_enqueued_limit(code, message) or not is_transient(error):
+            self.plan.funds.refused(self.waiting[0])
         if is_enqueued_limit(code, message):
             await self._hold(message, error)
         elif isinstance(error, openai.APIError) and self._is_worth_a_pause(error):
             self._pause_for(error)
         else:
             self._give_up(error)
+
+    @property
+    def _patient(self) -> bool:
+        return time.monotonic() < self._give_up_at
 
     def _is_worth_a_pause(self, error: openai.APIError) -> bool:
         """Return whether a part whose batch was not created may be submitted later, or may be running."""
@@ -193,6 +197,7 @@ class Round:
     def _give_up(self, error: Exception) -> None:
         """Give the first part up."""
         part = self.waiting.popleft()
+        self.plan.funds.unclear(part)
         self.failed.append(error)
         self.never_ran += part.count
         self.outcomes.update(dict.fromkeys(part.indexes, error))
@@ -201,28 +206,28 @@ class Round:
     async def _hold(self, message: str, error: Exception) -> None:
         """Keep the first part until there is room for it; cut it where there will never be."""
         part = self.waiting[0]
-        found = _LIMIT.search(message)
-        limit = int(found[1].replace(",", "")) if found else None
+        limit = enqueued_limit(message)
         tokens = await self._tokens(part) if limit is not None else 0
         often = _ALONE if limit is None else 2 * _ALONE  # others may have used it up; or it counts otherwise
         if not self._patient or (limit is not None and tokens > limit and part.count == 1):
             self._give_up(error)
         elif limit is not None and tokens > limit * _FILLED and part.count > 1:
-            await self._replace(pieces=-int(-tokens // (limit * _FILLED)))
+            pieces = -int(-tokens // (limit * _FILLED))
+            await self._replace(_batch_lines.even(part.count, pieces), "the enqueued limit")
         elif self._refused_alone >= often and part.count > 1 and not self.running:
-            await self._replace(pieces=2)
+            await self._replace(_batch_lines.even(part.count, 2), "the enqueued limit")
         else:
             self._refused_alone += not self.running
             self._held = True
             logger.info("%d requests held back: %s", part.count, message)
 
-    async def _replace(self, *, pieces: int) -> None:
-        """Cut the first part."""
+    async def _replace(self, counts: Sequence[int], limit: str) -> None:
+        """Cut the first part into parts of so many requests."""
         part = self.waiting[0]
-        smaller = _batch_lines.cut(part, _batch_lines.even(part.count, pieces))
+        smaller = _batch_lines.cut(part, counts)
         self.waiting.popleft()
         self.waiting.extendleft(reversed(smaller))
-        logger.info("%d requests cut into %d batches, to fit the enqueued limit", part.count, len(smaller))
+        logger.info("%d requests cut into %d batches, to fit %s", part.count, len(smaller), limit)
         await self._save()
 
     async def _tokens(self, part: Part) -> int:
@@ -277,6 +282,7 @@ class Round:
     async def _requeue(self, batch: Batch, part: Part, refusal: BatchError) -> None:
         """Have a part wait again whose batch was created, and refused when it was validated."""
         self._forget(batch)
+        self.plan.funds.cancelled(batch.id)
         self.waiting.appendleft(part)
         self.intent.made.pop(part.key, None)
         await self._hold(refusal.message, refusal)
@@ -285,12 +291,9 @@ class Round:
     @property
     def left(self) -> list[str]:
         """The ids of the batches that are not settled."""
-        return [*self.running, *filter(None, (self.intent.made.get(part.key) for part in self.waiting))]
+        made = self.intent.made
+        return [*self.running, *(made[part.key] for part in self.waiting if part.key in made)]
 
     def _forget(self, batch: Batch) -> None:
         self.running.pop(batch.id)
         self._done.pop(batch.id, None)
-
-
-def _seconds(window: str) -> int:
-    return int(window[:-1]) * _UNITS[window[-1]]

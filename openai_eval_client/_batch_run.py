@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._attempt import without
+from openai_eval_client._batch_funds import Funds
 from openai_eval_client._batch_journal import Intent, runs, unrolled
 from openai_eval_client._batch_lines import ENDPOINTS, Item, number, recut, write_aside
+from openai_eval_client._batch_plan import Plan
 from openai_eval_client._batch_results import is_curable
-from openai_eval_client._batch_round import Plan, Round
+from openai_eval_client._batch_round import Round
 from openai_eval_client._batch_status import SEPARATOR
 from openai_eval_client._runner import attach, report
 from openai_eval_client.errors import PartialFailureError
@@ -28,8 +30,10 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_journal import Journal
     from openai_eval_client._batch_kept import Kept
     from openai_eval_client._batch_results import Outcome
+    from openai_eval_client._payments import Payments
     from openai_eval_client._requests import Parameters
     from openai_eval_client._runner import Progress
+    from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig
 
@@ -44,6 +48,7 @@ class Tools:
         counter: Counts tokens.
         config: How to batch.
         refusals: What models are known to refuse.
+        payments: The money of the client.
     """
 
     api: BatchApi
@@ -51,6 +56,7 @@ class Tools:
     counter: TokenCounter
     config: BatchConfig
     refusals: Refusals
+    payments: Payments
 
 
 @dataclass(slots=True)
@@ -66,6 +72,7 @@ class BatchRun:
         progress: Called with the finished fraction.
         journal: The record by which a killed run goes on.
         kept: The answers kept from earlier runs.
+        purse: What it is paid from besides the client's purse.
     """
 
     tools: Tools
@@ -74,6 +81,7 @@ class BatchRun:
     progress: Progress | None
     journal: Journal
     kept: Kept
+    purse: Purse | None = None
     _rounds: list[Round] = field(default_factory=list)
     _recorded: list[dict[str, Any]] = field(default_factory=list)
     _known: list[dict[str, Any]] = field(default_factory=list)
@@ -92,6 +100,7 @@ class BatchRun:
         Raises:
             PartialFailureError: Some failed, and `return_exceptions` is False.
             BatchError: No batch ran at all.
+            BudgetExceededError: Not enough was left for some of them; what was submitted is settled.
             openai.APIError: No batch could be created; or none can be read any more: then `.responses` has
                 what was settled, and `.job_id` names the batches that are left.
             asyncio.CancelledError: The run was cancelled; it has both, too.
@@ -121,6 +130,9 @@ class BatchRun:
         wanted = missing
         while wanted or len(self._rounds) < len(self._known):
             await self._round(wanted)
+            if self._rounds[-1].broke:
+                await self.journal.forget()
+                raise self._rounds[-1].broke
             first = self._rounds[0]
             if first.failed and first.never_ran == len(first.outcomes):
                 await self.journal.forget()
@@ -140,19 +152,20 @@ class BatchRun:
         items = (Item(index, number(index), adapted, self.prompts[index]) for index in indexes)
         parts = await write_aside(items, most_lines=most_lines)
         done = len(self.prompts) - len(indexes)
+        tools, endpoint = self.tools, ENDPOINTS[self.parameters.api]
         plan = Plan(
-            endpoint=ENDPOINTS[self.parameters.api],
+            endpoint=endpoint,
             window=self.tools.config.completion_window,
             polling_interval=self.tools.config.polling_interval,
             schema=self.parameters.schema,
             save=self._save,
             keep=self._keep,
             tell=lambda more: self._tell((done + more) / len(self.prompts)),
+            funds=Funds(tools.payments, tools.counter, endpoint, tools.jobs.bills, self.purse),
         )
         record = {"indexes": runs(indexes), "refused": refused, "most_lines": most_lines}
         self._recorded.append({**record, "intent": intent.to_dict()})
         waiting = deque(recut(parts, intent.spans))
-        tools = self.tools
         self._rounds.append(Round(tools.api, tools.jobs, tools.counter, plan, intent, waiting))
         await self._rounds[-1].run()
 
@@ -178,7 +191,8 @@ class BatchRun:
         if isinstance(outcome, ModelResponse):
             return False
         if isinstance(outcome, openai.BadRequestError):
-            return self.tools.refusals.learn(outcome, self._recorded[-1]["body"])
+            sent = without(self.parameters.body, self._recorded[-1]["refused"])
+            return self.tools.refusals.learn(outcome, sent)
         again = is_curable(outcome) and index not in self._repeated
         self._repeated.add(index)
         return again

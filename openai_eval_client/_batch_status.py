@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ SEPARATOR = "+"  # between the ids of a job's batches
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")  # the least advanced first
 _ENDED = ("completed", "expired", "cancelled", "failed")  # the most useful first
 EXPIRED, CANCELLED, MISSING = "batch_expired", "batch_cancelled", "missing_result"  # the first two the API's
+_LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
 
 
@@ -146,6 +148,12 @@ def was_refused(batch: Batch) -> BatchError | None:
     if state_of(batch) != "failed":
         return None
     return next((each for each in stated_errors(batch) if is_enqueued_limit(each.code, each.message)), None)
+
+
+def enqueued_limit(message: str) -> int | None:
+    """Return how many tokens may be enqueued, as a refusal words it."""
+    found = _LIMIT.search(message)
+    return int(found[1].replace(",", "")) if found else None
 
 
 def is_enqueued_limit(code: object, message: str) -> bool:

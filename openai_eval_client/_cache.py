@@ -108,8 +108,9 @@ class Cache:
     async def keep(self, key: bytes, response: ModelResponse) -> bytes | None:
         """Keep an answer, and return as what; None where it is not to be kept."""
         value = self._value(response)
-        kept = value is not None and self._is_kept(response)
-        if kept and self._config.write and await self.store.put(key, value):
+        if value is None or not self._is_kept(response):
+            return value
+        if self._config.write and await self.store.put(key, value):
             self._recorder.stored()
         return value
 
@@ -163,8 +164,9 @@ class Cache:
         return response, value
 
     def _is_kept(self, response: ModelResponse) -> bool:
-        """Return whether a response is to be kept; where it is not, who waits for the same gets it as well."""
-        return self._config.store_incomplete or not _is_incomplete(response, response._decoded())  # noqa: SLF001
+        """Return whether a response is to be kept; who waits for the same one gets it in any case."""
+        body = response._decoded()  # noqa: SLF001
+        return self._config.store_incomplete or not _is_incomplete(response, body)
 
     def _value(self, response: ModelResponse) -> bytes | None:
         """Return a response as it is kept; None where that cannot be."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_UNITS = {"h": 3600, "d": 86_400}
 _SHOWN = 80  # characters of a value: one line of a terminal
 
 
@@ -75,7 +76,8 @@ def check_number(value: object, name: str, *, above: float | None = None, least:
     )
     if not fits:
         bound = f"greater than {above}" if above is not None else f"{least} or more"
-        refuse(name, value, f"must be a finite number, {bound}, not {type(value).__name__}")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        refuse(name, value, f"must be a finite number, {bound}{'' if number else _not(value)}")
 
 
 def check_cost(value: object, name: str) -> None:
@@ -84,6 +86,10 @@ def check_cost(value: object, name: str) -> None:
         check_number(value, name, least=0)
     elif not value.is_finite() or value < 0:
         refuse(name, value, "must be a finite number, 0 or more")
+
+
+def _not(value: object) -> str:
+    return f", not {type(value).__name__}"
 
 
 def _is_finite(value: float) -> bool:
@@ -103,6 +109,11 @@ def check_window(value: object, name: str) -> None:
     """Refuse what is no completion window."""
     if not isinstance(value, str) or not re.fullmatch(r"[1-9]\d{0,4}[hd]", value, re.ASCII):
         refuse(name, value, "must be hours or days, such as '24h' or '7d'")
+
+
+def window_seconds(window: str) -> int:
+    """Return how long a completion window is, in seconds."""
+    return int(window[:-1]) * _UNITS[window[-1]]
 
 
 def check_callback(value: object, name: str) -> None:

@@ -15,7 +15,7 @@ from openai_eval_client._wire import Usage
 from openai_eval_client.costs import CostLedger, ModelCost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from openai_eval_client._wire import Demand, Outcome
 
@@ -101,17 +101,11 @@ class Ledger:
         """
         self._note("answered", model, usage, batch=batch)
 
-    def price_batch(self, model: str, usage: Usage) -> Decimal | None:
-        """Enter an answer of a batch at once, within `exact()`; the price list must be loaded.
-
-        Returns:
-            Its price in USD; None where that is not known.
-        """
-        rates = self.pricer_for(None).rates(model, batch=True, service_tier=None, at=time.time())
-        cost = None if rates is None else rates.price(usage)
-        with self._lock:
-            self._row(model, None, batch=True).add(usage, cost)
-        return cost
+    def book_batch(self, entries: Iterable[tuple[str, Usage, Decimal | None]]) -> None:
+        """Enter the answers of a batch: the model, what each used, and its price in USD."""
+        with self._lock, exact():
+            for model, usage, cost in entries:
+                self._row(model, None, batch=True).add(usage, cost)
 
     def saved(self, model: str, usage: Usage, *, batch: bool = False) -> None:
         """Enter an answer that the local cache gave, and that would have used this much."""

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._checks import check_cost
 from openai_eval_client._quotes import Quoter, most_output
-from openai_eval_client._spending import Purse, reserve
+from openai_eval_client._reservations import reserve
+from openai_eval_client._spending import Purse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openai_eval_client._exclusive import Exclusive
     from openai_eval_client._ledger import Ledger
-    from openai_eval_client._spending import Reservation
+    from openai_eval_client._reservations import Reservation
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Demand, Outcome
 

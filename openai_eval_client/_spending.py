@@ -1,4 +1,4 @@
-"""What may still be spent: purses from which every request reserves the most that it can cost.
+"""What may still be spent: a purse from which every request reserves the most that it can cost.
 
 Nothing is awaited under the lock: a request that has to wait gets a future of its own loop, and whoever
 settles resolves it there.
@@ -39,7 +39,7 @@ class _State(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class _Hold:
+class Hold:
     """What one purse reserves for one request.
 
     Attributes:
@@ -71,9 +71,9 @@ class Purse:
         self._limit = limit
         self._lock = lock or Exclusive()
         self._spent = self._held = self._standing = _NOTHING
-        self._queue: deque[_Hold] = deque()
+        self._queue: deque[Hold] = deque()
 
-    async def reserve(self, amount: Decimal) -> _Hold:
+    async def reserve(self, amount: Decimal) -> Hold:
         """Reserve an amount in USD, once there is room for it.
 
         Raises:
@@ -99,7 +99,7 @@ class Purse:
             logger.info("waited %.2f s for money reserved by others, within max_cost=%s", waited, self._limit)
         return hold
 
-    def reserve_now(self, amount: Decimal) -> _Hold | None:
+    def reserve_now(self, amount: Decimal) -> Hold | None:
         """Reserve an amount in USD at once; None where there is no room now, but may be later.
 
         Raises:
@@ -109,20 +109,30 @@ class Purse:
             hold = self._asked(amount)
             return hold if hold.state is _State.HELD else None
 
-    def commit(self, amount: Decimal) -> _Hold:
+    def commit(self, amount: Decimal) -> Hold:
         """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
         with self._lock:
-            hold = _Hold(amount)
+            hold = Hold(amount)
             self._grant(hold)
             return hold
 
-    def settle(self, hold: _Hold, actual: Decimal) -> None:
+    def settle(self, hold: Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
         self._lock.when_free(lambda: self._settle(hold, actual))
 
-    def stand(self, hold: _Hold) -> None:
+    def stand(self, hold: Hold) -> None:
         """Keep a reservation, but let nobody wait for its settling, which may never come."""
         self._lock.when_free(lambda: self._stand(hold))
+
+    def split(self, hold: Hold, amounts: Sequence[Decimal]) -> list[Hold]:
+        """Return a reservation as several, of amounts in USD that add up to it."""
+        with self._lock:
+            self._held = _EXACT.subtract(self._held, hold.amount)
+            hold.state = _State.DONE
+            pieces = [Hold(amount) for amount in amounts]
+            for piece in pieces:
+                self._grant(piece)
+            return pieces
 
     @property
     def free(self) -> Decimal:
@@ -142,20 +152,25 @@ class Purse:
         with self._lock:
             return {"limit": self._limit, "spent": self._spent, "reserved": self._reserved()}
 
-    def _asked(self, amount: Decimal) -> _Hold:
+    def exceeded(self, amount: Decimal) -> BudgetExceededError:
+        """Return the error of a request for so many USD."""
+        with self._lock:
+            return self._refusal(amount)
+
+    def _asked(self, amount: Decimal) -> Hold:
         """Return a hold, granted if it can be at once."""
-        hold = _Hold(amount)
+        hold = Hold(amount)
         if amount > self._ever():
-            raise self._exceeded(amount)
+            raise self._refusal(amount)
         if not self._queue and amount <= self._room():
             self._grant(hold)
         return hold
 
-    def _grant(self, hold: _Hold) -> None:
+    def _grant(self, hold: Hold) -> None:
         hold.state = _State.HELD
         self._held = _EXACT.add(self._held, hold.amount)
 
-    def _settle(self, hold: _Hold, actual: Decimal) -> None:
+    def _settle(self, hold: Hold, actual: Decimal) -> None:
         state, hold.state = hold.state, _State.DONE
         if state is _State.HELD:
             self._held = _EXACT.subtract(self._held, hold.amount)
@@ -165,7 +180,7 @@ class Purse:
             self._spent = _EXACT.add(self._spent, actual)
         self._pump()
 
-    def _stand(self, hold: _Hold) -> None:
+    def _stand(self, hold: Hold) -> None:
         if hold.state is _State.HELD:
             hold.state = _State.STANDING
             self._held = _EXACT.subtract(self._held, hold.amount)
@@ -182,14 +197,14 @@ class Purse:
             if hold.state is _State.WAITING:
                 self._answer(hold)
 
-    def _answer(self, hold: _Hold) -> None:
+    def _answer(self, hold: Hold) -> None:
         """Grant or refuse the first who waits."""
         owner, waiter = hold.owner, hold.waiter
         if owner is None or waiter is None:
             return
         if hold.amount > self._ever():
             hold.state = _State.DONE
-            call_on(owner, refuse, waiter, self._exceeded(hold.amount))
+            call_on(owner, refuse, waiter, self._refusal(hold.amount))
             return
         self._grant(hold)
         if not call_on(owner, resolve, waiter):
@@ -207,82 +222,9 @@ class Purse:
     def _reserved(self) -> Decimal:
         return _EXACT.add(self._held, self._standing)
 
-    def _exceeded(self, amount: Decimal) -> BudgetExceededError:
+    def _refusal(self, amount: Decimal) -> BudgetExceededError:
         spent, reserved, most = (f"{usd.normalize():f}" for usd in (self._spent, self._reserved(), amount))
         return BudgetExceededError(
             f"max_cost={self._limit.normalize():f} USD: {spent} spent, {reserved} reserved for what is in "
             f"flight, and the next request may cost {most}"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """What one request reserves, from each purse that it is to be paid from.
-
-    Attributes:
-        amount: USD.
-        holds: Each purse and what it reserves.
-    """
-
-    amount: Decimal
-    holds: tuple[tuple[Purse, _Hold], ...]
-
-    def settle(self, actual: Decimal) -> None:
-        """Replace it by what was spent, in USD; a second call does nothing."""
-        for purse, hold in self.holds:
-            purse.settle(hold, actual)
-
-    def stand(self) -> None:
-        """Keep it, but let nobody wait for its settling, which may never come."""
-        for purse, hold in self.holds:
-            purse.stand(hold)
-
-
-async def reserve(purses: Sequence[Purse], amount: Decimal) -> Reservation:
-    """Reserve an amount from several purses, once all of them have room for it.
-
-    Args:
-        purses: In the same order for every request, so that none waits for another in a circle.
-        amount: USD.
-
-    Returns:
-        The reservation, to be settled.
-
-    Raises:
-        BudgetExceededError: There cannot be room for it any more.
-    """
-    holds: list[tuple[Purse, _Hold]] = []
-    try:
-        for purse in purses:
-            holds.append((purse, await purse.reserve(amount)))  # noqa: PERF401  # is given back in parts
-    except BaseException:
-        Reservation(amount, tuple(holds)).settle(_NOTHING)
-        raise
-    return Reservation(amount, tuple(holds))
-
-
-def reserve_now(purses: Sequence[Purse], amount: Decimal) -> Reservation | None:
-    """Reserve an amount from several purses at once; None where there is no room now, but may be later.
-
-    Raises:
-        BudgetExceededError: There cannot be room for it any more.
-    """
-    holds: list[tuple[Purse, _Hold]] = []
-    try:
-        for purse in purses:
-            hold = purse.reserve_now(amount)
-            if hold is None:
-                break
-            holds.append((purse, hold))
-        else:
-            return Reservation(amount, tuple(holds))
-    except BudgetExceededError:
-        Reservation(amount, tuple(holds)).settle(_NOTHING)
-        raise
-    Reservation(amount, tuple(holds)).settle(_NOTHING)
-    return None
-
-
-def commit(purses: Sequence[Purse], amount: Decimal) -> Reservation:
-    """Reserve an amount that is being spent already, whether there is room for it or not."""
-    return Reservation(amount, tuple((purse, purse.commit(amount)) for purse in purses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats, ModelResponse
 
     Prompt = str | Sequence[Any]
+
+logger = logging.getLogger("openai_eval_client")
 
 
 class OpenAIClient(BatchMethods, StreamMethods):
@@ -185,9 +188,16 @@ class OpenAIClient(BatchMethods, StreamMethods):
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
         listed = list_prompts(prompts)
-        if use_batch_api and len(listed) >= self._batch.auto_batch_threshold:
+        if use_batch_api and len(listed) < self._batch.auto_batch_threshold:
+            least = self._batch.auto_batch_threshold
+            logger.info("%d prompts, fewer than auto_batch_threshold=%d: sent online", len(listed), least)
+        elif use_batch_api:
             return await self._jobs.collect(
-                listed, parameters, progress=progress_callback, return_exceptions=return_exceptions
+                listed,
+                parameters,
+                purse=purse,
+                progress=progress_callback,
+                return_exceptions=return_exceptions,
             )
         return await _runner.collect(
             crew, listed, progress=progress_callback, return_exceptions=return_exceptions

@@ -160,8 +160,12 @@ class BatchRequest(_Model):
 
     @model_validator(mode="after")
     def _one_input(self) -> BatchRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+        if self.prompt is None and self.messages is None:
+            known = set(type(self).model_fields)
+            extra = ", ".join(sorted(set(self.model_extra or ()) - known)[:5])
+            raise ValueError(f"give prompt or messages{f', besides {extra}' if extra else ''}")
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("give either prompt or messages, not both")
         return self
 
 

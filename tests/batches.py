@@ -23,6 +23,7 @@ from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+    from pathlib import Path
 
     from openai_eval_client.testing import SimulatedServer
 
@@ -40,6 +41,7 @@ def connect(
     *,
     http_client: Any = None,
     batch: dict[str, Any] | None = None,
+    cache: Path | None = None,
     **options: Any,
 ) -> OpenAIClient:
     """Return a client of a server, in a hurry."""
@@ -47,7 +49,7 @@ def connect(
     config = OpenAIConfig(**{"api_key": KEY, "base_url": url, "default_model": MODEL, **options})
     hurried = BatchConfig(**{"polling_interval": SOON, "auto_batch_threshold": 1, **(batch or {})})
     wide = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
-    return OpenAIClient(config, batch=hurried, rate_limit=wide, http_client=http_client)
+    return OpenAIClient(config, batch=hurried, rate_limit=wide, cache=cache, http_client=http_client)
 
 
 def asked(count: int, **params: Any) -> list[BatchRequest]:

@@ -36,7 +36,7 @@ from openai_eval_client import (
     PartialFailureError,
     QuotaError,
     ValidationError,
-    _batch_round,
+    _checks,
 )
 from openai_eval_client._batch_meta import read_placement
 from openai_eval_client.errors import sdk_httpx
@@ -418,7 +418,7 @@ async def test_other_jobs_in_the_way_are_waited_for() -> None:
 @pytest.mark.parametrize("refused", ["create", "later"])
 async def test_parts_are_not_held_back_for_ever(refused: Any, monkeypatch) -> None:
     """Somebody else's batch never ends: after the completion window the refusal comes out."""
-    monkeypatch.setitem(_batch_round._UNITS, "h", 0.02)  # seconds
+    monkeypatch.setitem(_checks._UNITS, "h", 0.02)  # seconds
     plans = [{"status": "in_progress"}]
     with SimulatedServer(
         batch_seconds=0.02, batch_plans=plans, enqueued_tokens=60, enqueued_refusal=refused

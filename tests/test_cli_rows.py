@@ -48,7 +48,7 @@ def test_lines_keep_their_numbers(lines):
         (b"[" * 100_000, "line 2: not JSON"),
         (b"9" * 10_000, "line 2: "),
         (b'"\xff"', "line 2: not UTF-8"),
-        (b"{}", "line 2: give either prompt or messages"),
+        (b"{}", "line 2: give prompt or messages"),
         (b'{"prompt": "a", "messages": []}', "line 2: give either prompt or messages"),
         (b'{"prompt": 5}', "line 2: prompt=5: "),
         (b'{"prompt": "a", "temperature": "0.5"}', "line 2: temperature='0.5': "),

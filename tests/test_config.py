@@ -29,6 +29,7 @@ WRONG = {
         "default_model": (5, True, None, "", " ", NAN),
         "timeout": NOT_SECONDS,
         "max_retries": (-1, True, "5", 1.5, NAN, INF, None),
+        "max_cost": (-1, True, "5", NAN, INF),
     },
     RateLimitConfig: {
         "requests_per_minute": NOT_COUNTS,
@@ -80,6 +81,7 @@ def test_the_defaults_are_the_specifications():
         "default_model": "gpt-3.5-turbo",
         "timeout": 30.0,
         "max_retries": 3,
+        "max_cost": None,
     }
     assert RateLimitConfig().model_dump() == {
         "requests_per_minute": 500,

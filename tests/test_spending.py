@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from virtual import VirtualLoop
 
 from openai_eval_client import BudgetExceededError
-from openai_eval_client._spending import Purse, commit, reserve, reserve_now
+from openai_eval_client._reservations import commit, reserve, reserve_now
+from openai_eval_client._spending import Purse
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds

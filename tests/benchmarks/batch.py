@@ -23,9 +23,11 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, OpenAIClient, OpenAIConfig
+from openai_eval_client._batch_jobs import Tab
 from openai_eval_client._batch_lines import close, write_parts
 from openai_eval_client._batch_manifest import Manifest
 from openai_eval_client._batch_requests import checked
+from openai_eval_client._batch_results import Reader
 from openai_eval_client.testing import SimulatedServer
 
 TEXT = "Write a function that returns the sum of all even numbers below its argument, naïvely. " * 5
@@ -101,7 +103,7 @@ async def read_ratios(count: int) -> tuple[float, float, float]:
             await client.retrieve_batch_results(job.job_id)  # so that the prices are loaded
             api = client._jobs._api
             file: IO[bytes] = await api.download(str(batch.output_file_id))
-            reader = client._jobs._jobs.reader("chat", None, book=False)
+            reader = Reader("chat", None, Tab(client._governor.ledger.pricer_for(None)).price)
     with file:
         ours, settlement = cpu(reader.read, [file], Manifest(range(count), temperature=0.5))
         if settlement.answered != count:
