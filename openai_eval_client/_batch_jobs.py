@@ -116,7 +116,7 @@ class BatchJobs:
             self._recorder.settled(*settlement.counts())
         bill = self.bills.pop(batch.id, None)
         if bill is not None:
-            bill.settle(settlement.outcomes)
+            bill.settle(batch, settlement.outcomes)
         return settlement
 
     def reader(self, api: str, schema: Any, *, book: bool) -> Reader:

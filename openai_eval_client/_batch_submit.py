@@ -118,34 +118,29 @@ class Submitter:
                 funds.started(part, made[-1].id, watched=False)
                 await journal.save(intent.to_dict())
         except Exception as error:
-            left = parts[len(made) :]
-            found = await self._undo(made, order, intent, error)
-            if found is not None and left:
-                funds.started(left[0], found.id, watched=False)
-            _leave(left, funds, unclear=is_transient(error))
+            left, unclear = parts[len(made) :], is_transient(error)
+            with contextlib.suppress(openai.OpenAIError):
+                found = await self._api.find(order.placement, since=intent.since)
+                unclear = False
+                if found is not None and found.id not in {batch.id for batch in made}:
+                    made.append(found)
+                    funds.started(left.pop(0), found.id, watched=False)
+            _leave(left, funds, unclear=unclear)
+            await self._undo(made, error)
             await journal.forget()
             raise
         except BaseException as error:
-            _leave(parts[len(made) :], funds, unclear=True)
+            _leave(parts[len(made) :], funds, unclear=intent.recovered)
             _name_made(made, error)
             raise
         return made
 
-    async def _undo(self, made: list[Batch], last: Order, intent: Intent, error: Exception) -> Batch | None:
-        """Cancel the batches of a job that could not be created whole.
-
-        Returns:
-            The last one, where it has been created all the same.
-        """
-        found = None
-        with contextlib.suppress(openai.OpenAIError):
-            found = await self._api.find(last.placement, since=intent.since)
-            made += [found] if found is not None else []
+    async def _undo(self, made: list[Batch], error: Exception) -> None:
+        """Cancel the batches of a job that could not be created whole."""
         _name_made(made, error)
         for batch in made:
             with contextlib.suppress(openai.OpenAIError):
                 await self._api.cancel(batch.id)
-        return found
 
 
 async def _reserve(parts: list[Part], intent: Intent, funds: Funds) -> None:
