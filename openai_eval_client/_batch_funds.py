@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from openai_eval_client._batch_results import NO_ANSWER, UNREADABLE
-from openai_eval_client._batch_status import MISSING
+from openai_eval_client._batch_status import MISSING, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._reservations import Reservation, commit, reserve, reserve_now
 from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError
@@ -17,6 +17,8 @@ from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from openai.types import Batch
 
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._batch_results import Outcome
@@ -42,12 +44,19 @@ class Bill:
     costs: Sequence[Decimal]
     reservation: Reservation
 
-    def settle(self, outcomes: Mapping[int, Outcome]) -> None:
-        """Replace it by what the answers cost; a line whose result is lost counts at its most."""
+    def settle(self, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
+        """Replace it by what the answers cost; a request whose answer is lost counts at its most.
+
+        Args:
+            batch: The batch, which has ended.
+            outcomes: What came of each request, by index.
+        """
+        known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
+        certain = request_counts(batch)[1] <= known
         with exact():
             lines = zip(self.indexes, self.costs, strict=True)
-            actual = sum((_actual(outcomes.get(index), most) for index, most in lines), _NOTHING)
-        self.reservation.settle(actual)
+            costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+            self.reservation.settle(sum(costs, _NOTHING))
 
     def give_back(self) -> None:
         """Give it back: the batch was refused, and nothing ran."""
@@ -201,10 +210,14 @@ def _sum(costs: Iterable[Decimal]) -> Decimal:
         return sum(costs, _NOTHING)
 
 
-def _actual(outcome: Outcome | None, most: Decimal) -> Decimal:
-    """Return what a request came to: nothing, where it failed."""
+def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
+    """Return what a request came to: nothing, where it failed, and it is `certain` that no answer is lost."""
     if isinstance(outcome, ModelResponse):
         cost = outcome.usage.estimated_cost
         return most if cost is None or outcome.usage.estimated else Decimal(repr(cost))
-    lost = outcome is None or (isinstance(outcome, BatchError) and outcome.code in _UNKNOWN)
-    return most if lost else _NOTHING
+    return _NOTHING if certain and not _is_lost(outcome) else most
+
+
+def _is_lost(outcome: Outcome | None) -> bool:
+    """Return whether there may have been an answer that is not known."""
+    return outcome is None or (isinstance(outcome, BatchError) and outcome.code in _UNKNOWN)

@@ -142,7 +142,7 @@ class BatchJobs:
             self._recorder.settled(*settlement.counts())
         bill = self.bills.pop(batch.id, None)
         if bill is not None:
-            bill.settle(settlement.outcomes)
+            bill.settle(batch, settlement.outcomes)
         return settlement
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:

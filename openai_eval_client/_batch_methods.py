@@ -39,6 +39,9 @@ class BatchMethods:
         Raises:
             ValidationError: A request is wrong, with its `index` and `field`; nothing was sent. Or the server
                 refuses the completion window.
+            BudgetExceededError: All requests together can cost more than what is left of the client's
+                `max_cost`; nothing was sent. Else what they can cost stays reserved until their results are
+                retrieved with this client.
             QuotaError: The server takes no more tokens now, or the credit is used up.
             APIError: Any other failure, in the SDK's own classes. Of this and QuotaError: what was created
                 of the job has been cancelled, and `job_id` names it.

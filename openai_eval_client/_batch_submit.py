@@ -127,21 +127,17 @@ class Submitter:
                 await journal.save(intent.to_dict())
         except BaseException as error:
             left = parts[len(made) :]
-            if isinstance(error, Exception) and not intent.recovered:
-                undone = await self._undo(made, order, intent)
-                if undone:
-                    await journal.forget()
-                if len(made) > len(parts) - len(left):
-                    funds.started(left[0], made[-1].id, watched=False)
-                unclear = bool(intent.unclear) and not undone
-            else:
-                unclear = True
-            _leave(left, funds, unclear=unclear)
+            ours = isinstance(error, Exception) and not intent.recovered
+            if ours and await self._undo(made, left, order, intent, funds):
+                await journal.forget()
+            _leave(left, funds, unclear=intent.recovered or bool(intent.unclear))
             _name_made(made, intent, error)
             raise
         return made
 
-    async def _undo(self, made: list[Batch], last: Order, intent: Intent) -> bool:
+    async def _undo(
+        self, made: list[Batch], left: list[Part], last: Order, intent: Intent, funds: Funds
+    ) -> bool:
         """Cancel the batches of a job that could not be created whole; the last may have been created.
 
         Returns:
@@ -149,7 +145,10 @@ class Submitter:
         """
         try:
             found = await self._api.find(last.placement, since=intent.since) if intent.unclear else None
-            made += [found] if found is not None else []
+            intent.unclear.clear()
+            if found is not None:
+                made.append(found)
+                funds.started(left.pop(0), found.id, watched=False)
             for batch in made:
                 await self._api.cancel(batch.id)
         except openai.OpenAIError as error:

@@ -26,7 +26,7 @@ def load(name: str):
     [
         ("limits right, 5 s windows", 0.005),
         ("limits 4x too high, 5 s windows, 64 in flight", 0.02),
-        ("limits 4x too high, 5 s windows, no headers", 0.06),
+        ("limits 4x too high, 5 s windows, no headers", 0.12),
     ],
 )
 def test_the_pacing_table_in_short(case: str, most: float) -> None:

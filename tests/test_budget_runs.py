@@ -62,8 +62,7 @@ def simulated(**options: object) -> SimulatedServer:
 
 def connect(server: SimulatedServer, rate_limit: RateLimitConfig = WIDE, **options: object) -> OpenAIClient:
     config = {
-        "api_key": "sk-test", "base_url": server.base_url, "default_model": "gpt-4o-mini", "timeout": 0.6,
-        **options,
+        "api_key": "sk-test", "base_url": server.base_url, "default_model": "gpt-4o-mini", **options,
     }  # fmt: skip
     return OpenAIClient(OpenAIConfig(**config), rate_limit=rate_limit, cache=config.pop("cache", None))
 
@@ -97,7 +96,7 @@ async def test_a_run_is_never_dearer_than_its_budget_and_gets_as_far_as_it_can(s
     prompts = questions(400, seed)
     cap = float(Decimal("0.0025") * (1 + seed % 4))
     with simulated(seed=seed, faults=EVERYTHING, latency=0.01) as server:
-        async with connect(server, STEADY, max_cost=cap, max_retries=3) as client:
+        async with connect(server, STEADY, max_cost=cap, max_retries=3, timeout=0.6) as client:
             with pytest.raises(BudgetExceededError) as caught:
                 await client.batch_generate(
                     prompts, max_tokens=MOST, max_concurrent=64, return_exceptions=True
