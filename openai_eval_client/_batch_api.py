@@ -168,6 +168,8 @@ class BatchApi:
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start.
 
+        As long as more of it arrives, drops are not counted as retries.
+
         Args:
             file_id: The file.
             made_at: When it was made, in seconds since the epoch: for a moment after, it may be unknown.
@@ -177,14 +179,24 @@ class BatchApi:
         """
         file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
         try:
-            fetch = functools.partial(self._fetch, file_id, file)
-            patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
-            await once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
+            await self._fill(file, file_id, patience=max(0.0, _FILE_LAG - abs(time.time() - made_at)))
         except BaseException:
             file.close()
             raise
         file.seek(0)
         return file
+
+    async def _fill(self, file: IO[bytes], file_id: str, *, patience: float) -> None:
+        fetch = functools.partial(self._fetch, file_id, file)
+        while True:
+            had = file.tell()
+            try:
+                await once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
+            except openai.APIConnectionError:
+                if file.tell() <= had:
+                    raise
+            else:
+                return
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
         had = file.tell()
