@@ -79,13 +79,15 @@ class BatchApi:
             await once_known(uploaded.id, functools.partial(self._repeated, look), _FILE_LAG)
         return str(uploaded.id)
 
-    async def create(self, order: Order, file_id: str, *, since: float) -> Batch:
+    async def create(self, order: Order, file_id: str, *, since: float, unclear: set[str]) -> Batch:
         """Create a batch, once: after an unclear failure it is looked for before it is created again.
 
         Args:
             order: What to create it with.
             file_id: Its input.
             since: Time (seconds since the epoch) before which it was certainly not created.
+            unclear: The keys of the parts whose batch may have been created without our knowing: this one's
+                is in it for as long as that is so.
 
         Returns:
             The batch.
@@ -94,25 +96,25 @@ class BatchApi:
             QuotaError: Too many tokens are enqueued already.
             ValidationError: The server refuses the completion window.
         """
-        unclear = False
+        key = order.placement.part_key
 
         async def attempt() -> Any:
-            nonlocal unclear
-            if unclear:
+            if key in unclear:
                 await asyncio.sleep(min(_LATE, self._timeout / 4))
                 found = await self.find(order.placement, since=since)
                 if found is not None:
                     return found
-            unclear = True
+            unclear.add(key)
             try:
                 batch = await self._create(order, file_id)
-            except openai.APIStatusError as error:
-                unclear = is_transient(error) and not isinstance(error, openai.RateLimitError)
+            except (openai.APIStatusError, ValidationError) as error:
+                if not is_transient(error) or isinstance(error, openai.RateLimitError):
+                    unclear.discard(key)
                 raise
-            unclear = False
             return batch
 
         made: Batch = await once_known(file_id, functools.partial(self._repeated, attempt), _FILE_LAG)
+        unclear.discard(key)
         return made
 
     async def find(self, placement: Placement, *, since: float) -> Batch | None:
