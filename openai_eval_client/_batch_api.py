@@ -79,13 +79,15 @@ class BatchApi:
             await once_known(uploaded.id, functools.partial(self._repeated, look), _FILE_LAG)
         return str(uploaded.id)
 
-    async def create(self, order: Order, file_id: str, *, since: float) -> Batch:
+    async def create(self, order: Order, file_id: str, *, since: float, unclear: set[str]) -> Batch:
         """Create a batch, once: after an unclear failure it is looked for before it is created again.
 
         Args:
             order: What to create it with.
             file_id: Its input.
             since: Time (seconds since the epoch) before which it was certainly not created.
+            unclear: The keys of the parts whose batch may have been created without our knowing: this one's
+                is in it for as long as that is so.
 
         Returns:
             The batch.
@@ -94,25 +96,25 @@ class BatchApi:
             QuotaError: Too many tokens are enqueued already.
             ValidationError: The server refuses the completion window.
         """
-        unclear = False
+        key = order.placement.part_key
 
         async def attempt() -> Any:
-            nonlocal unclear
-            if unclear:
+            if key in unclear:
                 await asyncio.sleep(min(_LATE, self._timeout / 4))
                 found = await self.find(order.placement, since=since)
                 if found is not None:
                     return found
-            unclear = True
+            unclear.add(key)
             try:
                 batch = await self._create(order, file_id)
-            except openai.APIStatusError as error:
-                unclear = is_transient(error) and not isinstance(error, openai.RateLimitError)
+            except (openai.APIStatusError, ValidationError) as error:
+                if not is_transient(error) or isinstance(error, openai.RateLimitError):
+                    unclear.discard(key)
                 raise
-            unclear = False
             return batch
 
         made: Batch = await once_known(file_id, functools.partial(self._repeated, attempt), _FILE_LAG)
+        unclear.discard(key)
         return made
 
     async def find(self, placement: Placement, *, since: float) -> Batch | None:
@@ -168,6 +170,8 @@ class BatchApi:
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start.
 
+        As long as more of it arrives, drops are not counted as retries.
+
         Args:
             file_id: The file.
             made_at: When it was made, in seconds since the epoch: for a moment after, it may be unknown.
@@ -177,14 +181,24 @@ class BatchApi:
         """
         file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
         try:
-            fetch = functools.partial(self._fetch, file_id, file)
-            patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
-            await once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
+            await self._fill(file, file_id, patience=max(0.0, _FILE_LAG - abs(time.time() - made_at)))
         except BaseException:
             file.close()
             raise
         file.seek(0)
         return file
+
+    async def _fill(self, file: IO[bytes], file_id: str, *, patience: float) -> None:
+        fetch = functools.partial(self._fetch, file_id, file)
+        while True:
+            had = file.tell()
+            try:
+                await once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
+            except openai.APIConnectionError:
+                if file.tell() <= had:
+                    raise
+            else:
+                return
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
         had = file.tell()

@@ -16,7 +16,7 @@ from openai_eval_client._batch_results import Reader, Settlement
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
-from openai_eval_client.errors import BatchError, ValidationError
+from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
 logger = logging.getLogger("openai_eval_client")
-
-_SERVER_ERROR = 500
 
 
 class BatchJobs:
@@ -79,13 +77,7 @@ class BatchJobs:
         """Upload a part, once, and create its batch."""
         if part.file_id is None:
             part.file_id = await self._api.upload(part)
-        intent.unclear.add(part.key)  # until the server has said what came of it
-        try:
-            batch = await self._api.create(order, part.file_id, since=intent.since)
-        except (openai.APIStatusError, ValidationError) as error:
-            if getattr(error, "status_code", 0) < _SERVER_ERROR:
-                intent.unclear.discard(part.key)
-            raise
+        batch = await self._api.create(order, part.file_id, since=intent.since, unclear=intent.unclear)
         self._note(part, batch, intent)
         logger.info("batch %s created: %d requests of %s", batch.id, part.count, part.model)
         return batch

@@ -62,6 +62,11 @@ class Placement:
         )
 
     @property
+    def part_key(self) -> str:
+        """What tells it from the other batches of its job, as the part's own key does."""
+        return f"{self.first}+{self.count}"
+
+    @property
     def key(self) -> tuple[str, int, int]:
         """What tells it from every other batch."""
         return self.intent, self.first, self.count

@@ -240,6 +240,22 @@ async def test_a_download_that_breaks_off_is_completed(ranges: bool, faults: lis
     assert (downloads[-1].status == 206) == (ranges and "truncate" in faults)
 
 
+async def test_drops_of_a_download_that_gets_on_are_not_counted() -> None:
+    """A long file over a bad line: with no retries at all, as long as each attempt brings more of it."""
+    faults = {"content": ["truncate"] * 6}
+    with SimulatedServer(batch_seconds=0.02, endpoint_script=faults) as server:
+        async with connect(server, max_retries=0) as client:
+            job = await client.submit_batch_job(asked(300))
+            assert await answers(client, job.job_id) == [f"echo: p{n}" for n in range(300)]
+    with SimulatedServer(batch_seconds=0.02, endpoint_script=faults, ranges=False) as server:
+        async with connect(server, max_retries=0) as client:
+            job = await client.submit_batch_job(asked(300))
+            await ended(client, job.job_id)
+            with pytest.raises(openai.APIConnectionError):
+                await client.retrieve_batch_results(job.job_id)
+        assert sum(call.path.endswith("/content") for call in server.calls) == 2
+
+
 async def test_a_download_that_hangs_is_given_up_and_repeated() -> None:
     """The timeout is for each piece, not for the whole file."""
     with SimulatedServer(batch_seconds=0.02, endpoint_script={"content": ["hang", "ok"]}) as server:

@@ -332,6 +332,7 @@ def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]
         metadata = placement.metadata()
         assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
         assert read_placement(metadata) == placement
+        assert placement.part_key == part.key
         assert placement.first == len(seen)
         assert {pairs[index][0] for index in part.indexes} == {part.model}
         seen += part.indexes

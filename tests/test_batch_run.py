@@ -320,10 +320,11 @@ async def test_parts_that_wait_for_the_server_do_not_wait_for_other_parts() -> N
     assert not any(call.path.endswith("/content") for call in calls if call.index < second.index)
 
 
+@pytest.mark.parametrize("fault", ["500", "429", "drop"])
 @pytest.mark.parametrize("lost", [1, 3])
-async def test_an_unclear_creation_that_stays_unclear_makes_one_batch(lost: int) -> None:
+async def test_an_unclear_creation_that_stays_unclear_makes_one_batch(lost: int, fault: str) -> None:
     """The list fails, too: the part waits, and is looked for before it is created again."""
-    script = {"create": ["ok", "drop_after"], "list": ["500"] * lost}
+    script = {"create": ["ok", "drop_after"], "list": [fault] * lost}
     with SimulatedServer(batch_seconds=0.3, endpoint_script=script) as server:
         async with connect(server, max_retries=1, batch={"max_batch_size": 4}) as client:
             assert contents(await client.batch_generate(EIGHT, use_batch_api=True)) == echoes(EIGHT)
