@@ -1,18 +1,21 @@
 """How much memory prompts from a generator take: 20,000 beside 200,000, answered or only estimated.
 
-    python tests/benchmarks/memory.py            # four runs, the longest about 5 minutes
+    python tests/benchmarks/memory.py            # the longest run takes about 5 minutes
     python tests/benchmarks/memory.py --quick    # a tenth of the prompts
 
 Each run is a process of its own, and the simulated server another. The peak is the resident memory of the
-whole process (VmHWM: unlike `ru_maxrss` it does not begin with that of the parent); "objects" is the peak
-of what Python allocated after a warm-up of 2,000 prompts, by tracemalloc in a run of its own with a tenth of
-the prompts, for it slows everything down. "ahead" is the most prompts that were taken and not yet consumed.
+whole process (VmHWM: unlike `ru_maxrss` it does not begin with that of the parent). "kept" is what Python
+allocated after a warm-up of 2,000 prompts and holds in the end, by tracemalloc in a run of its own with a
+tenth of the prompts, for it slows everything down. "ahead" is the most prompts that were taken and not yet
+consumed. Exit code 1 if the larger run's peak is above 1.1 times the smaller's, or 50 bytes or more are kept
+of each prompt.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import resource
 import subprocess
@@ -34,8 +37,11 @@ if TYPE_CHECKING:
 MODEL = "gpt-4o-mini"
 TEXT = "Write a function that returns the sum of all even numbers below its argument. " * 4
 WARM = 2000
+LATENCY = 0.1  # seconds; so that as many are in flight as may be
+FIRST_PAUSE = 1.0  # seconds of the consumer, at the first outcome; so that as many are taken as may be
 SIZES = (20_000, 200_000)
 MOST = 1.1  # times the memory of the smaller run
+KEPT = 50  # bytes of a prompt
 TRACED = 10  # a traced run has so many times fewer prompts
 
 
@@ -46,7 +52,7 @@ class Figures:
     Attributes:
         ahead: Most prompts taken and not yet consumed.
         peak: Resident memory, in MB.
-        objects: What Python allocated since the warm-up, in MB; 0 where it was not traced.
+        kept: What Python allocated since the warm-up and holds, in KB; 0 where it was not traced.
     """
 
     road: str
@@ -55,7 +61,7 @@ class Figures:
     ahead: int = 0
     seconds: float = 0.0
     peak: float = 0.0
-    objects: float = 0.0
+    kept: float = 0.0
 
 
 class Source:
@@ -87,8 +93,7 @@ async def answer(client: OpenAIClient, source: Source, pause: float) -> int:
     async for index, outcome in client.as_completed(source, max_tokens=20):
         source.consumed += 1
         right += getattr(outcome, "content", "").startswith(f"echo: {index} ")
-        if pause:
-            await asyncio.sleep(pause)
+        await asyncio.sleep(FIRST_PAUSE if source.consumed == 1 else pause)
     return right
 
 
@@ -117,8 +122,9 @@ async def measure(
             figures.seconds = time.perf_counter() - began
             if traced and count is warm:
                 tracemalloc.start()
+        gc.collect()
+        figures.kept = tracemalloc.get_traced_memory()[0] / 1e3
     figures.peak = peak()
-    figures.objects = tracemalloc.get_traced_memory()[1] / 1e6 if traced else 0.0
     return figures
 
 
@@ -136,7 +142,7 @@ def row(figures: Figures) -> str:
         figures.ahead or "",
         f"{figures.seconds:.1f}",
         f"{figures.peak:.1f}",
-        f"{figures.objects:.2f}",
+        f"{figures.kept:.0f}",
     )
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -150,22 +156,23 @@ def main() -> None:
         *run, traced = json.loads(options.worker)
         print(json.dumps(asdict(asyncio.run(measure(*run, traced=traced)))))
         return
-    print("| road | prompts | right | ahead | s | peak MB | objects MB |\n| - | - | - | - | - | - | - |")
+    print("| road | prompts | right | ahead | s | peak MB | kept KB |\n| - | - | - | - | - | - | - |")
     flat = True
     for road in ("estimate", "as_completed"):
         both = []
         for size in SIZES:
             prompts = size // (10 if options.quick else 1)
-            with SimulatedServer(process=True, record=100) as server:
+            with SimulatedServer(process=True, record=100, latency=LATENCY) as server:
                 figures = in_a_process(server.base_url, road, prompts)
                 traced = in_a_process(server.base_url, road, prompts // TRACED, traced=True)
-            figures.objects = traced.objects
+            figures.kept = traced.kept
             both.append(figures)
             print(row(figures), flush=True)
         small, large = both
-        ratios = large.peak / small.peak, large.objects / small.objects
-        flat = flat and max(ratios) <= MOST and all(each.answered == each.prompts for each in both)
-        print(f"{road}: {ratios[0]:.3f} x the peak, {ratios[1]:.3f} x the objects", flush=True)
+        ratio = large.peak / small.peak
+        each = (large.kept - small.kept) * 1e3 / ((large.prompts - small.prompts) / TRACED)
+        flat = flat and ratio <= MOST and each < KEPT and all(run.answered == run.prompts for run in both)
+        print(f"{road}: {ratio:.3f} x the peak, {each:.1f} bytes more for each prompt", flush=True)
     sys.exit(0 if flat else 1)
 
 
