@@ -322,6 +322,38 @@ async def test_batches_of_a_killed_run_are_reserved_again(tmp_path) -> None:
     assert budget["spent"] == nearly(by_batch(server))
 
 
+async def test_what_runs_already_is_reserved_before_what_waits(tmp_path) -> None:
+    """A part that was refused, and waits again, stands before one whose batch is running."""
+    path, prompts = tmp_path / "answers.sqlite", [f"number {n}" for n in range(16)]
+    refused = {"errors": [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}]}
+    plans = [refused, {"seconds": 0.5}]
+    with simulated(batch_seconds=0.02, batch_plans=plans) as server:
+        async with connect(server, cache=path, batch={"max_batch_size": 8}) as client:
+            estimates = await most(client, prompts)
+            run = asyncio.ensure_future(client.batch_generate(prompts, use_batch_api=True, max_tokens=MOST))
+            while [batch["status"] for batch in server.batches][:2] != ["failed", "in_progress"]:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(5 * SOON)
+            run.cancel()
+            await asyncio.gather(run, return_exceptions=True)
+        assert len(server.batches) == 2
+        cap = float(sum(estimates[:12]))
+        async with connect(server, cache=path, max_cost=cap, batch={"max_batch_size": 8}) as client:
+            seen = {Decimal(0)}
+
+            async def watch() -> None:
+                while True:
+                    seen.add(client.stats.budget["reserved"] + client.stats.budget["spent"])
+                    await asyncio.sleep(0.001)
+
+            watching = asyncio.ensure_future(watch())
+            responses = await client.batch_generate(prompts, use_batch_api=True, max_tokens=MOST)
+            watching.cancel()
+    assert len(responses) == 16
+    assert sum(estimates[8:]) <= max(seen) <= cap
+    assert len(server.batches) == 3
+
+
 async def test_a_run_that_ran_out_of_money_goes_on_from_the_cache(tmp_path) -> None:
     """With more money it pays for the rest alone."""
     path, prompts = tmp_path / "answers.sqlite", [f"number {n}" for n in range(40)]
