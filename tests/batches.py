@@ -31,7 +31,7 @@ KEY = "sk-secret-1234567890"
 MODEL, OTHER_MODEL = "gpt-4o-mini", "gpt-4.1"
 PRICES = {MODEL: (0.15, 0.6), OTHER_MODEL: (2.0, 8.0)}  # USD a million tokens, online
 ENDED = ("completed", "failed", "expired", "cancelled")
-SOON = 0.01  # seconds
+SOON = 0.005  # seconds
 CHAT = "/v1/chat/completions"
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -56,7 +56,7 @@ UNCLEAR = {
 async def test_an_unclear_creation_makes_one_batch(case: str) -> None:
     """It is looked for before it is created again; and its results are there."""
     timeout = {"timeout": 0.3} if "hung" in case else {}
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"create": UNCLEAR[case]}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"create": UNCLEAR[case]}) as server:
         async with connect(server, **timeout) as client:
             job = await client.submit_batch_job(asked(2))
             assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
@@ -78,7 +78,7 @@ GARBLED |= {
 @pytest.mark.parametrize("path", ["/files", "/batches"])
 async def test_a_garbled_answer_makes_one_batch(case: str, path: str) -> None:
     """The upload may be made twice, the batch never."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, http_client=Spoiling("POST", path, GARBLED[case]).client) as client:
             job = await client.submit_batch_job(asked(2))
             assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
@@ -88,7 +88,7 @@ async def test_a_garbled_answer_makes_one_batch(case: str, path: str) -> None:
 @pytest.mark.parametrize("case", GARBLED)
 async def test_a_garbled_list_is_asked_again(case: str) -> None:
     """Where an unclear batch is looked for, a list that cannot be read is no list without it."""
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"create": ["drop_after"]}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"create": ["drop_after"]}) as server:
         async with connect(server, http_client=Spoiling("GET", "/batches", GARBLED[case]).client) as client:
             job = await client.submit_batch_job(asked(2))
         assert [batch["id"] for batch in server.batches] == [job.job_id]
@@ -97,7 +97,7 @@ async def test_a_garbled_list_is_asked_again(case: str) -> None:
 async def test_a_batch_that_comes_about_after_its_creation_failed_is_found(monkeypatch) -> None:
     """A gateway gives up a moment before the server is done: that batch is the one."""
     monkeypatch.setattr(_batch_api, "_LATE", 0.5)
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         late: list[Any] = []
 
         async def give_up(request: Any) -> Any:
@@ -118,7 +118,7 @@ async def test_a_batch_that_comes_about_after_its_creation_failed_is_found(monke
 
 async def test_an_unclear_batch_is_found_among_many() -> None:
     """Page by page, past the batches of others and of other jobs."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             await client.submit_batch_job(asked(1))
             file = await client.openai.files.create(file=("x.jsonl", b"{}"), purpose="batch")
@@ -160,7 +160,7 @@ async def test_a_creation_that_stays_unclear_leaves_nothing_running() -> None:
 @pytest.mark.parametrize("refused", ["create", "later"])
 async def test_a_file_just_uploaded_may_be_unknown_for_a_moment(refused: Any) -> None:
     """The batch is created when the server knows the file; one upload is enough."""
-    with SimulatedServer(batch_seconds=0.02, file_lag=0.4, unknown_file=refused) as server:
+    with SimulatedServer(batch_seconds=0.01, file_lag=0.4, unknown_file=refused) as server:
         async with connect(server, max_retries=0) as client:
             job = await client.submit_batch_job(asked(2))
             assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
@@ -181,7 +181,7 @@ async def test_a_file_may_be_known_here_and_not_there(status: int, message: str)
             response
         )
 
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         spoiling = Spoiling("POST", "/batches", [unknown, unknown], effect=False)
         async with connect(server, http_client=spoiling.client, max_retries=0) as client:
             job = await client.submit_batch_job(asked(2))
@@ -192,7 +192,7 @@ async def test_a_file_may_be_known_here_and_not_there(status: int, message: str)
 @pytest.mark.parametrize("status", [403, 404, 405, 500])
 async def test_a_server_that_shows_no_files_is_left_in_peace(status: int) -> None:
     """The batch is created nevertheless, and at once."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         refusing = Spoiling("GET", "", [refusal(status, "Not Found")] * 4)
         async with connect(server, http_client=refusing.client) as client:
             await client.submit_batch_job(asked(2))
@@ -201,7 +201,7 @@ async def test_a_server_that_shows_no_files_is_left_in_peace(status: int) -> Non
 
 async def test_a_result_file_may_be_unknown_for_a_moment() -> None:
     """The batch has just ended: it is waited for, beyond all retries."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         unknown = [refusal(404, "No such File object: file-x", param="id")] * 3
         spoiling = Spoiling("GET", "/content", unknown, effect=False)
         async with connect(server, http_client=spoiling.client, max_retries=0) as client:
@@ -218,7 +218,7 @@ async def test_a_result_file_may_be_unknown_for_a_moment() -> None:
 async def test_an_upload_is_repeated_whole(faults: list[str]) -> None:
     """The whole file arrives, whatever was sent before."""
     timeout = {"timeout": 0.3} if "hang" in faults[0] else {}
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"upload": faults}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"upload": faults}) as server:
         async with connect(server, **timeout) as client:
             job = await client.submit_batch_job(asked(50))
             assert await answers(client, job.job_id) == [f"echo: p{n}" for n in range(50)]
@@ -231,7 +231,7 @@ async def test_an_upload_is_repeated_whole(faults: list[str]) -> None:
 )
 async def test_a_download_that_breaks_off_is_completed(ranges: bool, faults: list[str]) -> None:
     """From where it broke off if the server can, else whole; byte by byte what the server holds."""
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"content": faults}, ranges=ranges) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"content": faults}, ranges=ranges) as server:
         async with connect(server, max_retries=4) as client:
             job = await client.submit_batch_job(asked(300))
             assert await answers(client, job.job_id) == [f"echo: p{n}" for n in range(300)]
@@ -243,11 +243,11 @@ async def test_a_download_that_breaks_off_is_completed(ranges: bool, faults: lis
 async def test_drops_of_a_download_that_gets_on_are_not_counted() -> None:
     """A long file over a bad line: with no retries at all, as long as each attempt brings more of it."""
     faults = {"content": ["truncate"] * 6}
-    with SimulatedServer(batch_seconds=0.02, endpoint_script=faults) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script=faults) as server:
         async with connect(server, max_retries=0) as client:
             job = await client.submit_batch_job(asked(300))
             assert await answers(client, job.job_id) == [f"echo: p{n}" for n in range(300)]
-    with SimulatedServer(batch_seconds=0.02, endpoint_script=faults, ranges=False) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script=faults, ranges=False) as server:
         async with connect(server, max_retries=0) as client:
             job = await client.submit_batch_job(asked(300))
             await ended(client, job.job_id)
@@ -258,14 +258,14 @@ async def test_drops_of_a_download_that_gets_on_are_not_counted() -> None:
 
 async def test_a_download_that_hangs_is_given_up_and_repeated() -> None:
     """The timeout is for each piece, not for the whole file."""
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"content": ["hang", "ok"]}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"content": ["hang", "ok"]}) as server:
         async with connect(server, timeout=0.3) as client:
             job = await client.submit_batch_job(asked(2))
             assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
 
 
 async def test_a_download_that_never_ends_is_a_timeout() -> None:
-    with SimulatedServer(batch_seconds=0.02, endpoint_faults={"content": {"hang": 1.0}}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_faults={"content": {"hang": 1.0}}) as server:
         async with connect(server, timeout=0.2, max_retries=1) as client:
             job = await client.submit_batch_job(asked(2))
             await ended(client, job.job_id)
@@ -337,7 +337,7 @@ class Host:
 )
 async def test_a_file_host_of_odd_ways(manners: list[str], caplog) -> None:
     """A connection that drops after the last byte; a range refused; another range than was asked for."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         host = Host(server, list(manners))
         async with host as url, connect(url, max_retries=6) as client:
             job = await client.submit_batch_job(asked(20))
@@ -354,7 +354,7 @@ async def test_a_file_host_of_odd_ways(manners: list[str], caplog) -> None:
 async def test_a_wait_that_the_server_asks_for_is_kept() -> None:
     """A 429 with retry-after: the next attempt is not made before."""
     waits = [refusal(429, "slow down", headers={"retry-after-ms": "150"})] * 2
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, http_client=Spoiling("POST", "/files", waits).client) as client:
             await client.submit_batch_job(asked(1))
         times = [call.at for call in server.calls if call.path == "/v1/files"]
@@ -405,7 +405,7 @@ async def test_a_refused_window_is_a_validation_error() -> None:
         assert (caught.value.field, caught.value.index) == ("completion_window", None)
         assert len(creations(server)) == 1
         assert server.batches == []
-    with SimulatedServer(completion_windows=("7d",), batch_seconds=0.02) as server:
+    with SimulatedServer(completion_windows=("7d",), batch_seconds=0.01) as server:
         async with connect(server, batch={"completion_window": "7d"}) as client:
             await ended(client, (await client.submit_batch_job(asked(1))).job_id)
         assert server.batches[0]["completion_window"] == "7d"
@@ -472,7 +472,7 @@ async def test_the_key_is_in_no_error_and_no_log(where: str, fault: str, caplog)
     if where == "list":
         script["create"] = ["drop_after"]
     with SimulatedServer(batch_seconds=30 if where == "cancel" else 0.02, endpoint_script=script) as server:
-        async with connect(server, max_retries=1, timeout=0.2) as client:
+        async with connect(server, max_retries=1, timeout=0.1) as client:
             with pytest.raises(openai.APIError) as caught:
                 await whole_life(client, cancelled=where == "cancel")
     assert KEY not in all_said(caught.value)
@@ -483,7 +483,7 @@ async def test_an_error_that_echoes_the_key_does_not_show_it(caplog) -> None:
     """Nor do the prompts' own errors, where a part was never run."""
     caplog.set_level(logging.DEBUG)
     echo = [None, refusal(401, f"Incorrect API key provided: {KEY}")]
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         spoiling = Spoiling("POST", "/batches", echo)
         async with connect(server, http_client=spoiling.client, batch={"max_batch_size": 2}) as client:
             outcomes = await client.batch_generate(list("abcd"), use_batch_api=True, return_exceptions=True)

@@ -54,7 +54,7 @@ async def lines_sent(client: OpenAIClient, server: SimulatedServer) -> list[list
 
 async def test_a_job_is_a_batch() -> None:
     """Its id, status, time and count; and the server got the window and the metadata."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             before = datetime.now(tz=timezone.utc).timestamp()
             job = await client.submit_batch_job(asked(3), metadata={"run": "7", "empty": ""})
@@ -78,7 +78,7 @@ async def test_a_job_is_a_batch() -> None:
 async def test_as_many_metadata_as_are_allowed() -> None:
     """14 pairs of the greatest length, beside our two."""
     metadata = {f"{n:02}".ljust(64, "k"): "v" * 512 for n in range(14)}
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             await client.submit_batch_job(asked(1), metadata=metadata)
         assert {**server.batches[0]["metadata"], **metadata} == server.batches[0]["metadata"]
@@ -97,7 +97,7 @@ async def test_as_many_metadata_as_are_allowed() -> None:
 async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, indexes: list[list[int]]) -> None:
     """One batch each, one id for all, and the results in input order."""
     requests = [BatchRequest(prompt=f"p{n}", model=models[n % len(models)]) for n in range(7)]
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, batch={"max_batch_size": size}) as client:
             job = await client.submit_batch_job(requests)
             sent = await lines_sent(client, server)
@@ -118,7 +118,7 @@ async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, inde
 async def test_a_job_is_cut_by_bytes(monkeypatch) -> None:
     """A file holds no more than it may."""
     monkeypatch.setattr(_batch_lines.write_parts, "__kwdefaults__", {"most_bytes": 400})
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(asked(7))
             files = [await client.openai.files.retrieve(batch["input_file_id"]) for batch in server.batches]
@@ -221,7 +221,7 @@ async def test_a_cancelled_submission_names_what_it_made() -> None:
 
 async def test_a_submission_may_be_cancelled_anywhere() -> None:
     """After any number of steps: no file stays open, and all but the last batch are named."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
             for many in range(1, 200, 7):
                 before = {batch["id"] for batch in server.batches}
@@ -239,7 +239,7 @@ async def test_a_submission_may_be_cancelled_anywhere() -> None:
 async def test_a_status_adds_up_its_parts() -> None:
     """Counts, times, and the least advanced state while any part runs."""
     plans = [{"lines": ["ok", "400"]}, {"status": "expired", "lines": ["ok", "expired"]}, {"seconds": 0.3}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
             job = await client.submit_batch_job(asked(5))
             seen = []
@@ -261,7 +261,7 @@ async def test_a_state_that_is_not_known_yet_counts_as_running() -> None:
     def future(response: Any) -> Any:
         return spoilt(response, status="paused_for_review")
 
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         spoiling = Spoiling("GET", "", [None, future, future, future])
         async with connect(server, http_client=spoiling.client) as client:
             job = await client.submit_batch_job(asked(2))
@@ -294,7 +294,7 @@ async def test_errors_are_named_by_the_callers_requests() -> None:
         },
     ]
     requests = [BatchRequest(prompt="x", model=(MODEL, OTHER_MODEL)[n % 2]) for n in range(6)]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(requests)
             status = await ended(client, job.job_id)
@@ -313,7 +313,7 @@ async def test_errors_are_named_by_the_callers_requests() -> None:
 async def test_errors_of_a_part_are_those_of_its_requests() -> None:
     """The request that a line names has that line's error, the others of the part the first one."""
     errors = [{"code": "a", "message": "one", "line": 2}, {"code": "b", "message": "two", "line": 3}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{}, {"errors": errors}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{}, {"errors": errors}]) as server:
         async with connect(server, batch={"max_batch_size": 4}) as client:
             job = await client.submit_batch_job(asked(8, custom_id=None))
             await ended(client, job.job_id)
@@ -325,7 +325,7 @@ async def test_errors_of_a_part_are_those_of_its_requests() -> None:
 async def test_errors_of_a_file_with_empty_lines() -> None:
     """The line is that of the file, the position that of the request."""
     lines = [line("a", "p0"), None, line("b", "p1"), {**line("c", "p2"), "method": "GET"}]
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             batch_id = await by_hand(client, lines)
             status = await ended(client, batch_id)
@@ -347,7 +347,7 @@ async def test_an_unknown_job_is_not_found() -> None:
 async def test_a_job_is_cancelled_and_keeps_what_it_has() -> None:
     """Parts that have ended stay as they are."""
     plans = [{}, {"seconds": 30}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
             job = await client.submit_batch_job(asked(4))
             await ended(client, job.job_id.partition("+")[0])
@@ -376,7 +376,7 @@ async def test_a_job_that_is_cancelled_in_the_middle_hands_out_what_was_answered
 
 async def test_a_job_that_has_ended_is_not_cancelled() -> None:
     """Not even where it ends between the look and the cancellation."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         spoiling = Spoiling("GET", "", [])
         async with connect(server, http_client=spoiling.client) as client:
             job = await client.submit_batch_job(asked(2))
@@ -396,7 +396,7 @@ async def listed(client: OpenAIClient) -> list[BatchJobStatus]:
 
 async def test_jobs_are_listed_the_newest_first() -> None:
     """Several parts are one job; batches of others are none of ours."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
             jobs = []
             for count in (1, 5, 3):
@@ -415,7 +415,7 @@ async def test_jobs_are_listed_the_newest_first() -> None:
 
 async def test_a_long_list_is_read_page_by_page() -> None:
     """And no further than the caller goes."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             oldest = await client.submit_batch_job(asked(1))
             file = await client.openai.files.create(file=("x.jsonl", b"{}"), purpose="batch")
@@ -435,7 +435,7 @@ async def test_a_long_list_is_read_page_by_page() -> None:
 
 async def test_a_part_that_was_submitted_again_is_listed_once() -> None:
     """The newer batch of the same place counts, whole or cut."""
-    with SimulatedServer(batch_seconds=0.02, enqueued_tokens=60, enqueued_refusal="later") as server:
+    with SimulatedServer(batch_seconds=0.01, enqueued_tokens=60, enqueued_refusal="later") as server:
         async with connect(server) as client:
             await client.batch_generate([f"p{n}" for n in range(20)], use_batch_api=True)
             refused = [batch for batch in server.batches if batch["status"] == "failed"]
@@ -450,7 +450,7 @@ async def test_a_part_that_was_submitted_again_is_listed_once() -> None:
 async def test_a_job_of_which_batches_are_missing_is_listed_last() -> None:
     """One that was not created whole, say: until all are seen, it may still be whole."""
     script = {"create": ["ok", "ok", "ok", "500", "500"]}
-    with SimulatedServer(batch_seconds=0.02, endpoint_script=script) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script=script) as server:
         async with connect(server, max_retries=1, batch={"max_batch_size": 1}) as client:
             whole = await client.submit_batch_job(asked(1))
             with pytest.raises(openai.InternalServerError) as caught:
@@ -463,7 +463,7 @@ async def test_a_job_of_which_batches_are_missing_is_listed_last() -> None:
 
 def test_one_client_on_several_loops() -> None:
     """Submitted on one, settled on another."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         client = connect(server)
         job = asyncio.run(client.submit_batch_job(asked(2)))
 
@@ -492,7 +492,7 @@ async def test_many_jobs_at_once_do_not_mix() -> None:
 
 async def test_a_job_in_a_pickled_config() -> None:
     """A worker that gets the config and the id goes on."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(asked(1))
             await ended(client, job.job_id)
@@ -504,7 +504,7 @@ async def test_a_job_in_a_pickled_config() -> None:
 
 async def test_what_is_settled_twice_is_billed_once() -> None:
     """Also where the first time failed on the way."""
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"content": ["500"]}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"content": ["500"]}) as server:
         async with connect(server, max_retries=0) as client:
             job = await client.submit_batch_job(asked(2))
             await ended(client, job.job_id)
@@ -520,7 +520,7 @@ async def test_what_is_settled_twice_is_billed_once() -> None:
 
 
 async def test_a_duplicate_is_billed_once() -> None:
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{"lines": ["duplicate", "ok"]}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{"lines": ["duplicate", "ok"]}]) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(asked(2))
             await ended(client, job.job_id)

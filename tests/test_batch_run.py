@@ -93,7 +93,7 @@ async def test_prompts_are_answered_in_order_at_half_the_price(size: int) -> Non
 
 @pytest.mark.parametrize("count", [4, 5])
 async def test_fewer_prompts_than_the_threshold_run_online(count: int) -> None:
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, batch={"auto_batch_threshold": 5}) as client:
             responses = await client.batch_generate(EIGHT[:count], use_batch_api=True)
             await client.batch_generate(EIGHT)  # not asked for
@@ -117,7 +117,7 @@ class Answer(BaseModel):
 @pytest.mark.parametrize("api", ["chat", "responses"])
 async def test_answers_are_parsed(api: str) -> None:
     """By the class given as response_format, on either API; raw is the SDK's own object."""
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             responses = await client.batch_generate(
                 EIGHT[:2], use_batch_api=True, api=api, response_format=Answer, system="Be brief."
@@ -155,7 +155,7 @@ async def test_what_failed_by_chance_is_submitted_once_more_and_only_that() -> N
     """Expired, 429, 500, missing, cut and empty results; not what was answered, refused or cancelled."""
     lines = ["ok", "expired", "400", "500", "cancelled", "429", "missing", "truncated"]
     seen: list[float] = []
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{"lines": lines}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{"lines": lines}]) as server:
         async with connect(server) as client:
             outcomes = await client.batch_generate(
                 EIGHT, use_batch_api=True, return_exceptions=True, progress_callback=seen.append
@@ -185,7 +185,7 @@ CURABLE = {
 async def test_what_fails_twice_is_reported(outcome: str) -> None:
     """The second failure; there is no third batch."""
     plans = [{"lines": ["ok", outcome]}, {"lines": [outcome]}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server) as client:
             with pytest.raises(PartialFailureError) as caught:
                 await client.batch_generate(EIGHT[:2], use_batch_api=True)
@@ -201,7 +201,7 @@ async def test_what_fails_twice_is_reported(outcome: str) -> None:
 async def test_a_batch_that_ends_early_is_finished_in_a_second(status: str) -> None:
     """What is left of an expired one; a cancelled one was meant to stop."""
     plan = {"status": status, "done": 0.5}
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[plan]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[plan]) as server:
         async with connect(server) as client:
             outcomes = await client.batch_generate(EIGHT, use_batch_api=True, return_exceptions=True)
             batches = await submitted(client, server)
@@ -218,7 +218,7 @@ async def test_all_parts_failed_is_a_batch_error() -> None:
     errors = [{"code": "too_many_tasks", "message": "too many", "line": 2}]
     seen: list[float] = []
     for return_exceptions in (True, False):
-        with SimulatedServer(batch_seconds=0.02, batch_plans=[{"errors": errors}] * 2) as server:
+        with SimulatedServer(batch_seconds=0.01, batch_plans=[{"errors": errors}] * 2) as server:
             async with connect(server, batch={"max_batch_size": 4}) as client:
                 with pytest.raises(BatchError, match="too many") as caught:
                     await client.batch_generate(
@@ -237,7 +237,7 @@ async def test_all_parts_failed_is_a_batch_error() -> None:
 
 async def test_one_part_that_failed_fails_its_prompts_alone() -> None:
     errors = [{"code": "too_many_tasks", "message": "too many"}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{}, {"errors": errors}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{}, {"errors": errors}]) as server:
         async with connect(server, batch={"max_batch_size": 4}) as client:
             outcomes = await client.batch_generate(EIGHT, use_batch_api=True, return_exceptions=True)
     assert contents(outcomes) == echoes(EIGHT[:4]) + ["too_many_tasks"] * 4
@@ -261,7 +261,7 @@ async def test_a_window_that_is_refused_ends_the_run() -> None:
 
 async def test_a_batch_that_is_gone_ends_the_run_with_what_there_is() -> None:
     """A 404 for a batch that was created: what was settled is handed out, and what is left is named."""
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{}, {"status": "validating"}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{}, {"status": "validating"}]) as server:
         spoiling = Spoiling("GET", "", [])
 
         def gone(_: float) -> None:
@@ -292,7 +292,7 @@ async def test_polling_survives_a_server_that_fails_for_a_while(faults: list[str
 
 async def test_downloads_survive_a_server_that_fails_for_a_while() -> None:
     faults = ["500", "drop", "truncate", "503", "500", "truncate", "drop"]
-    with SimulatedServer(batch_seconds=0.02, endpoint_script={"content": faults}) as server:
+    with SimulatedServer(batch_seconds=0.01, endpoint_script={"content": faults}) as server:
         async with connect(server, max_retries=1) as client:
             assert contents(await client.batch_generate(EIGHT, use_batch_api=True)) == echoes(EIGHT)
             assert float(client.stats.cost) > 0
@@ -303,7 +303,7 @@ async def test_parts_that_cannot_be_submitted_wait_for_the_server() -> None:
     """As long as others run; then they are submitted, each once."""
     plans = [{"seconds": 0.3}]
     script = {"upload": ["ok", *["500"] * 6]}
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans, endpoint_script=script) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans, endpoint_script=script) as server:
         async with connect(server, max_retries=1, batch={"max_batch_size": 4}) as client:
             assert contents(await client.batch_generate(EIGHT, use_batch_api=True)) == echoes(EIGHT)
             assert await submitted(client, server) == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -362,7 +362,7 @@ async def test_parts_are_held_back_until_there_is_room(refused: Any, caplog) -> 
 async def test_a_part_larger_than_the_limit_is_cut(refused: Any) -> None:
     """To pieces that fit, in order; nothing is paid twice."""
     prompts = [f"p{n}" for n in range(30)]
-    with SimulatedServer(batch_seconds=0.02, enqueued_tokens=60, enqueued_refusal=refused) as server:
+    with SimulatedServer(batch_seconds=0.01, enqueued_tokens=60, enqueued_refusal=refused) as server:
         async with connect(server) as client:
             assert contents(await client.batch_generate(prompts, use_batch_api=True)) == echoes(prompts)
             batches = server.batches
@@ -376,7 +376,7 @@ async def test_a_part_larger_than_the_limit_is_cut(refused: Any) -> None:
 async def test_a_part_that_the_server_counts_higher_is_cut_in_the_end(refused: Any) -> None:
     """By our count it fits, by the server's it never will: nobody else has the limit, so it is cut."""
     with SimulatedServer(
-        batch_seconds=0.02, enqueued_tokens=60, enqueued_refusal=refused, count_tokens=lambda _: 10
+        batch_seconds=0.01, enqueued_tokens=60, enqueued_refusal=refused, count_tokens=lambda _: 10
     ) as server:
         async with connect(server) as client:
             prompts = ["x"] * 6  # 8 tokens each, by ours; 16 by the server's
@@ -388,7 +388,7 @@ async def test_a_part_that_the_server_counts_higher_is_cut_in_the_end(refused: A
 async def test_a_limit_that_is_not_named_cuts_in_halves() -> None:
     """Only after a second refusal with nothing else of ours enqueued."""
     refusal_said = {"errors": [{"code": "token_limit_exceeded", "message": "Too many enqueued tokens."}]}
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[refusal_said] * 2) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[refusal_said] * 2) as server:
         async with connect(server) as client:
             assert contents(await client.batch_generate(EIGHT, use_batch_api=True)) == echoes(EIGHT)
             assert list(map(len, await submitted(client, server))) == [8, 8, 4, 4]
@@ -397,7 +397,7 @@ async def test_a_limit_that_is_not_named_cuts_in_halves() -> None:
 async def test_a_prompt_larger_than_the_limit_is_its_own_failure() -> None:
     """It can never run; the others do."""
     prompts = ["p0", "word " * 300, "p2", "p3"]
-    with SimulatedServer(batch_seconds=0.02, enqueued_tokens=100, enqueued_refusal="create") as server:
+    with SimulatedServer(batch_seconds=0.01, enqueued_tokens=100, enqueued_refusal="create") as server:
         async with connect(server) as client:
             outcomes = await client.batch_generate(prompts, use_batch_api=True, return_exceptions=True)
     assert contents(outcomes) == ["echo: p0", "token_limit_exceeded", "echo: p2", "echo: p3"]
@@ -408,7 +408,7 @@ async def test_other_jobs_in_the_way_are_waited_for() -> None:
     """Somebody else's batch has nearly all of the limit for now."""
     plans = [{"seconds": 0.4}]
     with SimulatedServer(
-        batch_seconds=0.02, batch_plans=plans, enqueued_tokens=60, enqueued_refusal="create"
+        batch_seconds=0.01, batch_plans=plans, enqueued_tokens=60, enqueued_refusal="create"
     ) as server:
         async with connect(server) as client:
             other = await client.submit_batch_job(asked(8))
@@ -422,7 +422,7 @@ async def test_parts_are_not_held_back_for_ever(refused: Any, monkeypatch) -> No
     monkeypatch.setitem(_checks._UNITS, "h", 0.02)  # seconds
     plans = [{"status": "in_progress"}]
     with SimulatedServer(
-        batch_seconds=0.02, batch_plans=plans, enqueued_tokens=60, enqueued_refusal=refused
+        batch_seconds=0.01, batch_plans=plans, enqueued_tokens=60, enqueued_refusal=refused
     ) as server:
         async with connect(server) as client:
             await client.submit_batch_job(asked(8))
@@ -457,7 +457,7 @@ def refusing(*names: str) -> Any:
 async def test_parameters_that_the_model_refuses_are_learnt(names: list[str]) -> None:
     """One after the other, each from its 400; then every prompt is answered, and the next run knows."""
     spoil = refusing(*names)
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         spoiling = Spoiling("GET", "/content", [])
         async with (
             connect(server, http_client=spoiling.client) as client,
@@ -490,7 +490,7 @@ async def test_parameters_that_the_model_refuses_are_learnt(names: list[str]) ->
 
 
 async def test_a_400_for_anything_else_is_not_repeated() -> None:
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{"lines": ["400"]}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{"lines": ["400"]}]) as server:
         async with connect(server) as client:
             outcomes = await client.batch_generate(EIGHT[:2], use_batch_api=True, return_exceptions=True)
         assert len(server.batches) == 1
@@ -503,7 +503,7 @@ async def test_a_400_for_anything_else_is_not_repeated() -> None:
 async def test_a_cancelled_run_hands_out_what_it_has_and_names_what_goes_on() -> None:
     """From the job_id the rest can be settled later."""
     plans = [{}, {"seconds": 0.5}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 4}) as client:
             half = asyncio.Event()
 
@@ -526,7 +526,7 @@ async def test_a_cancelled_run_hands_out_what_it_has_and_names_what_goes_on() ->
 @pytest.mark.parametrize("refused", ["create", "later"])
 async def test_a_run_may_be_cancelled_anywhere(refused: Any) -> None:
     """After any number of steps: nothing stays open, and every batch under way is named."""
-    with SimulatedServer(batch_seconds=0.02, enqueued_tokens=30, enqueued_refusal=refused) as server:
+    with SimulatedServer(batch_seconds=0.01, enqueued_tokens=30, enqueued_refusal=refused) as server:
         async with connect(server, batch={"max_batch_size": 5}) as client:
             await client.batch_generate(EIGHT, use_batch_api=True)  # warm
             for many in range(2, 400, 13):

@@ -413,7 +413,7 @@ ROWS = {
 @pytest.fixture(autouse=True)
 def short_patience(monkeypatch):
     """A result file that the server does not know is not waited for."""
-    monkeypatch.setattr(_batch_api, "_FILE_LAG", 0.1)
+    monkeypatch.setattr(_batch_api, "_FILE_LAG", 0.05)
 
 
 async def settled(client: Any, job_id: str) -> list[Any]:
@@ -487,7 +487,7 @@ async def test_every_request_has_its_outcome(name: str, caplog) -> None:
     """From the job_id alone, by the client that submitted it and by another; and the log says what is odd."""
     row = ROWS[name]
     job = JOBS[row.job]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=row.plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=row.plans) as server:
         async with connect(server, batch={"max_batch_size": job.size}) as client:
             job_id = await job.submit(client, row.temperatures)
             status = await ended(client, job_id)
@@ -537,7 +537,7 @@ async def test_any_mix_of_files_in_any_state(status: str, files: tuple[bool, boo
         for job in ("plain", "two models, own ids", "own ids in pairs")
     ]
     with SimulatedServer(
-        batch_seconds=0.02, batch_plans=[plan for row in rows for plan in row.plans]
+        batch_seconds=0.01, batch_plans=[plan for row in rows for plan in row.plans]
     ) as server:
         for row in rows:
             async with connect(server, batch={"max_batch_size": JOBS[row.job].size}) as client:
@@ -558,7 +558,7 @@ async def test_any_mix_of_files_in_any_state(status: str, files: tuple[bool, boo
 @pytest.mark.parametrize("done", [0, 0.4, 1])
 async def test_what_was_done_in_time_is_kept(status: str, done: float) -> None:
     """A batch cut short hands out what it finished; the rest has expired or was cancelled."""
-    with SimulatedServer(batch_seconds=0.02, batch_plans=[{"status": status, "done": done}]) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[{"status": status, "done": done}]) as server:
         async with connect(server) as client:
             job_id = (await client.submit_batch_job(asked(10))).job_id
             await ended(client, job_id)
@@ -574,7 +574,7 @@ async def test_what_was_done_in_time_is_kept(status: str, done: float) -> None:
 async def test_a_job_that_has_not_ended_says_so() -> None:
     """BatchError whose code is the status, whatever parts have ended."""
     plans = [{}, {"status": "in_progress"}, {"status": "finalizing"}]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 1}) as client:
             job_id = (await client.submit_batch_job(asked(3))).job_id
             first = job_id.partition("+")[0]
@@ -610,7 +610,7 @@ print(json.dumps(asyncio.run(main(sys.argv[1]))))
 async def test_another_process_settles_it_from_the_job_id() -> None:
     """With nothing but the id and the account: the same outcomes, order, temperatures and costs."""
     row = ROWS["every outcome, two models"]
-    with SimulatedServer(batch_seconds=0.02, batch_plans=row.plans) as server:
+    with SimulatedServer(batch_seconds=0.01, batch_plans=row.plans) as server:
         async with connect(server) as client:
             job_id = await JOBS[row.job].submit(client, [n / 10 for n in range(row.count)])
             await ended(client, job_id)
@@ -639,7 +639,7 @@ async def test_an_endpoint_without_responses_is_named() -> None:
     """A batch of embeddings is left to the SDK."""
     request = {"custom_id": "a", "method": "POST", "url": "/v1/embeddings"}
     request["body"] = {"model": "text-embedding-3-small", "input": "hello"}
-    with SimulatedServer(batch_seconds=0.02) as server:
+    with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             batch_id = await by_hand(client, [request], endpoint="/v1/embeddings")
             assert (await ended(client, batch_id)).completed_count == 1
