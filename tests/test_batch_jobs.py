@@ -190,16 +190,16 @@ async def test_tokens_beyond_the_enqueued_limit_are_a_quota_error() -> None:
 
 async def test_tokens_beyond_the_limit_said_later_are_in_the_status() -> None:
     """As the API says it: the part has failed, and why; its requests have that error."""
-    plans = [{"seconds": 0.3}, {"seconds": 0.3}, {"seconds": 0.9}]  # each validated in a tenth of it
-    with SimulatedServer(batch_plans=plans, enqueued_tokens=30, enqueued_refusal="later") as server:
-        async with connect(server, batch={"max_batch_size": 2}) as client:
-            job = await client.submit_batch_job(asked(6))
+    requests = [BatchRequest(prompt="x", model=model) for model in (MODEL, OTHER_MODEL, MODEL, MODEL)]
+    with SimulatedServer(batch_seconds=0.01, enqueued_tokens=15, enqueued_refusal="later") as server:
+        async with connect(server) as client:
+            job = await client.submit_batch_job(requests)  # 21 tokens for one model, 7 for the other
             status = await ended(client, job.job_id)
             with pytest.raises(PartialFailureError) as caught:
                 await client.retrieve_batch_results(job.job_id)
     assert [error.code for error in status.errors] == ["token_limit_exceeded"]
-    assert (status.status, status.completed_count, status.failed_count) == ("completed", 4, 2)
-    assert list(caught.value.failures) == [4, 5]
+    assert (status.status, status.completed_count, status.failed_count) == ("completed", 1, 3)
+    assert list(caught.value.failures) == [0, 2, 3]
     assert {error.code for error in caught.value.failures.values()} == {"token_limit_exceeded"}
 
 
