@@ -347,7 +347,7 @@ def test_whatever_is_observed_the_ratio_keeps_its_bounds(actuals):
                 "bounded", await counter.count_input(chat("word " * 100, model="bounded")), actual
             )
         last = await counter.count_input(chat("word " * 100, model="bounded"))
-        assert 7 + (first - 7) // 4 <= last <= 7 + (first - 7) * 4
+        assert 7 + (first - 7) // 4 <= last <= 7 + (first - 7) * 4 + 1  # counts are rounded
 
     asyncio.run(run())
 
