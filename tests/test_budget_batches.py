@@ -427,6 +427,37 @@ async def test_a_job_that_cannot_be_created_keeps_only_what_may_run(
             assert by_batch(server) <= budget["spent"] + budget["reserved"] == sum(estimates[:reserved])
 
 
+async def test_what_a_killed_program_submitted_of_a_job_is_reserved_again(tmp_path) -> None:
+    """It costs that anyway, also where there is too little left for the rest; with more, the rest follows."""
+    path = tmp_path / "answers.sqlite"
+    requests = [BatchRequest(prompt=prompt, max_tokens=MOST) for prompt in questions(10, 13)]
+    size = {"max_batch_size": 4}
+    with simulated(batch_seconds=0.05) as server:
+        async with connect(server, cache=path, batch=size) as client:
+            estimates = await most(client, [str(request.prompt) for request in requests])
+            submission = asyncio.ensure_future(client.submit_batch_job(requests))
+            while len(creations(server)) < 2:
+                await asyncio.sleep(0)
+            submission.cancel()
+            await asyncio.gather(submission, return_exceptions=True)
+        assert len(server.batches) == 2
+        async with connect(server, cache=path, batch=size, max_cost=float(sum(estimates[:4])) / 2) as client:
+            with pytest.raises(BudgetExceededError):
+                await client.submit_batch_job(requests)
+            assert client.stats.budget["reserved"] >= sum(estimates[:4])
+            with pytest.raises(BudgetExceededError):  # nobody here looks when they end: no use waiting
+                await asyncio.wait_for(client.generate_response("hi", max_tokens=5), 10)
+        assert len(server.batches) == 2
+        async with connect(server, cache=path, batch=size, max_cost=1) as client:
+            job = await client.submit_batch_job(requests)
+            assert client.stats.budget["reserved"] == sum(estimates)
+            await ended(client, job.job_id)
+            await client.retrieve_batch_results(job.job_id)
+            assert client.stats.budget["spent"] == nearly(by_batch(server))
+            assert client.stats.budget["reserved"] == 0
+    assert len(server.batches) == 3
+
+
 async def test_a_job_of_several_models_and_of_the_responses_api() -> None:
     """Each part at its own price."""
     several = [
