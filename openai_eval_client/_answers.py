@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from openai_eval_client._requests import Parameters
+    from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Usage
 
 logger = logging.getLogger("openai_eval_client")
@@ -68,6 +69,20 @@ def read_answer(
     if parameters.schema is not None:
         response._parsed = _parse(response, parameters.schema)  # noqa: SLF001
     return response
+
+
+async def estimate_usage(response: ModelResponse, input_tokens: int, counter: TokenCounter) -> None:
+    """Fill in the usage that the server left out.
+
+    Args:
+        response: Its `usage` is filled in, but for the cost.
+        input_tokens: What the input counts.
+        counter: Counts the answer's texts.
+    """
+    usage, texts = response.usage, "\n".join(response.choices)
+    usage.prompt_tokens = input_tokens
+    usage.completion_tokens = await counter.count_text(texts, response.model) if texts else 0
+    usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
 
 
 def _chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:

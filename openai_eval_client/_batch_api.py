@@ -202,18 +202,9 @@ class BatchApi:
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
         had = file.tell()
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={had}-"} if had else {})}
-        content = self._sdk.files.with_streaming_response.content
         async with contextlib.AsyncExitStack() as stack:
             async with deadline(self._timeout):
-                try:
-                    response = await stack.enter_async_context(
-                        content(file_id, extra_headers=headers, timeout=None)
-                    )
-                except openai.APIStatusError as error:
-                    if error.status_code == _NO_SUCH_RANGE:  # all of it was there, or never was
-                        raise _from_the_start(file, error.request) from error
-                    raise
+                response = await stack.enter_async_context(self._rest(file_id, file, had))
             if response.status_code != _PARTIAL:
                 _empty(file)
             elif not response.headers.get("content-range", "").startswith(f"bytes {had}-"):
@@ -225,6 +216,19 @@ class BatchApi:
                 if chunk is None:
                     return
                 file.write(chunk)
+
+    @contextlib.asynccontextmanager
+    async def _rest(self, file_id: str, file: IO[bytes], had: int) -> AsyncGenerator[Any, None]:
+        """Ask for what is missing of a file; the answer may be the whole of it."""
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={had}-"} if had else {})}
+        content = self._sdk.files.with_streaming_response.content
+        try:
+            async with content(file_id, extra_headers=headers, timeout=None) as response:
+                yield response
+        except openai.APIStatusError as error:
+            if error.status_code == _NO_SUCH_RANGE:  # all of it was there, or never was
+                raise _from_the_start(file, error.request) from error
+            raise
 
     async def _create(self, order: Order, file_id: str) -> Batch:
         metadata = {**order.metadata, **order.placement.metadata()}

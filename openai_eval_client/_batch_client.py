@@ -6,10 +6,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
-import openai
-
 from openai_eval_client import _batch_lines
-from openai_eval_client._attempt import forget_key
 from openai_eval_client._batch_api import BatchApi
 from openai_eval_client._batch_jobs import BatchJobs
 from openai_eval_client._batch_journal import Journal
@@ -31,12 +28,14 @@ from openai_eval_client._batch_status import (
 )
 from openai_eval_client._batch_submit import Submitter
 from openai_eval_client._checks import check_window, refuse
-from openai_eval_client.errors import BatchError, PartialFailureError
-from openai_eval_client.models import BatchJob, BatchJobStatus, ModelResponse
+from openai_eval_client._runner import handed_out
+from openai_eval_client.errors import BatchError
+from openai_eval_client.models import BatchJob, BatchJobStatus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 
+    import openai
     from openai.types import Batch
 
     from openai_eval_client._attempt import Refusals
@@ -110,8 +109,8 @@ class Batches:
         await kept.take(prompts)
         journal = Journal(self._store, f"batch {kept.name}")
         run = BatchRun(self._tools, prompts, parameters, progress, journal, kept, purse)
-        with self._usable():
-            return await run.collect(return_exceptions=return_exceptions)
+        self._check_open()
+        return await run.collect(return_exceptions=return_exceptions)
 
     async def submit(self, requests: object, *, api: str, window: str | None, metadata: object) -> BatchJob:
         """Check all requests, upload them, and create the batches: all of them or none."""
@@ -121,12 +120,12 @@ class Batches:
         given = listed(requests)
         items = checked(given, api=api, default_model=self._config.default_model)
         most = self._batch.max_batch_size
-        with self._usable():
-            parts = await _batch_lines.write_aside(items, most_lines=most)
-            numbered = is_numbered(given, default_model=self._config.default_model)
-            for part in parts:
-                part.numbered = numbered
-            batches = await self._submitter.submit(parts, *order)
+        self._check_open()
+        parts = await _batch_lines.write_aside(items, most_lines=most)
+        numbered = is_numbered(given, default_model=self._config.default_model)
+        for part in parts:
+            part.numbered = numbered
+        batches = await self._submitter.submit(parts, *order)
         return BatchJob(
             job_id=SEPARATOR.join(batch.id for batch in batches),
             status=job_status(batches, ()).status,
@@ -136,43 +135,39 @@ class Batches:
 
     async def status(self, job_id: str) -> BatchJobStatus:
         """Look at every batch of a job."""
-        with self._usable():
-            return await self._status_of(await self._all(job_id))
+        self._check_open()
+        return await self._status_of(await self._all(job_id))
 
     async def results(self, job_id: str, *, return_exceptions: bool) -> list[Any]:
         """Settle every batch of a job that has ended."""
-        with self._usable():
-            batches = await self._all(job_id)
-            running = [batch for batch in batches if not has_ended(batch)]
-            if running:
-                state = job_status(batches, ()).status
-                message = f"job {job_id} is {state}: {len(running)} of {len(batches)} batches have not ended"
-                raise BatchError(message, code=state)
-            outcomes = await self._settle_all(batches)
-        failures = {n: outcome for n, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
-        if failures and not return_exceptions:
-            answers = [outcome if isinstance(outcome, ModelResponse) else None for outcome in outcomes]
-            raise PartialFailureError(answers, failures)
-        return outcomes
+        self._check_open()
+        batches = await self._all(job_id)
+        running = [batch for batch in batches if not has_ended(batch)]
+        if running:
+            state = job_status(batches, ()).status
+            message = f"job {job_id} is {state}: {len(running)} of {len(batches)} batches have not ended"
+            raise BatchError(message, code=state)
+        outcomes = await self._settle_all(batches)
+        return handed_out(outcomes, return_exceptions=return_exceptions)
 
     async def cancel(self, job_id: str) -> BatchJobStatus:
         """Cancel what still runs of a job."""
-        with self._usable():
-            batches = await self._all(job_id)
-            after = [batch if has_ended(batch) else await self._api.cancel(batch.id) for batch in batches]
-            return await self._status_of(after)
+        self._check_open()
+        batches = await self._all(job_id)
+        after = [batch if has_ended(batch) else await self._api.cancel(batch.id) for batch in batches]
+        return await self._status_of(after)
 
     async def jobs(self) -> AsyncIterator[BatchJobStatus]:
         """Yield the account's jobs that this package submitted, the newest first."""
         grouping = Grouping()
-        with self._usable():
-            async with contextlib.aclosing(self._api.all_batches()) as batches:
-                async for batch in batches:
-                    job = grouping.add(batch)
-                    if job:
-                        yield await self._status_of(job)
-            for job in grouping.incomplete():
-                yield await self._status_of(job)
+        self._check_open()
+        async with contextlib.aclosing(self._api.all_batches()) as batches:
+            async for batch in batches:
+                job = grouping.add(batch)
+                if job:
+                    yield await self._status_of(job)
+        for job in grouping.incomplete():
+            yield await self._status_of(job)
 
     async def _all(self, job_id: str) -> list[Batch]:
         ids = job_id.split(SEPARATOR) if isinstance(job_id, str) else []
@@ -209,16 +204,9 @@ class Batches:
             errors += said
         return job_status(batches, errors)
 
-    @contextlib.contextmanager
-    def _usable(self) -> Iterator[None]:
-        """Refuse where the client was closed, and take the key out of errors."""
+    def _check_open(self) -> None:
         if self._is_closed():
             raise RuntimeError("this client was closed")
-        try:
-            yield
-        except openai.APIError as error:
-            forget_key(error, self._config.api_key)
-            raise
 
 
 def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
@@ -226,5 +214,4 @@ def _with_offsets(batches: Iterable[Batch]) -> Iterator[tuple[Batch, int]]:
     offset = 0
     for batch in batches:
         yield batch, offset
-        placement = read_placement(batch.metadata)
-        offset += request_counts(batch)[0] if placement is None else placement.count
+        offset += request_counts(batch)[0]

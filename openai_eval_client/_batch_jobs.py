@@ -9,6 +9,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._answers import estimate_usage
 from openai_eval_client._batch_lines import ENDPOINTS, MIXED
 from openai_eval_client._batch_manifest import Manifest, guess_manifest, read_bodies, read_manifest
 from openai_eval_client._batch_meta import read_placement
@@ -111,8 +112,9 @@ class BatchJobs:
         if api is None:
             message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
             raise BatchError(message, code="unsupported_endpoint")
-        pricer = self._ledger.pricer_for(None)
-        await pricer.ready()
+        tab = Tab(self._ledger.pricer_for(None))
+        await tab.pricer.ready()
+        reader = Reader(api, schema, tab.price, model=_model_of(batch, part))
         async with contextlib.AsyncExitStack() as stack:
             files = [
                 stack.enter_context(file)
@@ -122,8 +124,6 @@ class BatchJobs:
             manifest = await self._manifest(batch, offset) if part is None else _of_part(part)
             if manifest is None:
                 manifest = await asyncio.to_thread(_guessed, batch, files, offset)
-            tab = Tab(self._ledger.pricer_for(None))
-            reader = Reader(api, schema, tab.price, model=_model_of(batch, part))
             settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
         self._compare(batch, settlement)
         _explain_missing(batch, settlement, manifest)
@@ -162,17 +162,17 @@ class BatchJobs:
             return await asyncio.to_thread(read_manifest, file, numbered=numbered, start=start)
 
     async def _input_file(self, batch: Batch) -> IO[bytes] | None:
-        try:
-            return await self._api.download(batch.input_file_id)
-        except openai.NotFoundError:
-            logger.warning("batch %s: its input file %s is gone", batch.id, batch.input_file_id)
-            return None
+        return await self._file(batch, "input", batch.input_file_id)
 
     async def _result_file(self, batch: Batch, file_id: str) -> IO[bytes] | None:
+        return await self._file(batch, "result", file_id, made_at=ended_at(batch) or 0)
+
+    async def _file(self, batch: Batch, kind: str, file_id: str, *, made_at: float = 0.0) -> IO[bytes] | None:
+        """Download a file of a batch; None where it is gone."""
         try:
-            return await self._api.download(file_id, made_at=ended_at(batch) or 0)
+            return await self._api.download(file_id, made_at=made_at)
         except openai.NotFoundError:
-            logger.warning("batch %s: its result file %s is gone", batch.id, file_id)
+            logger.warning("batch %s: its %s file %s is gone", batch.id, kind, file_id)
             return None
 
     def _compare(self, batch: Batch, settlement: Settlement) -> None:
@@ -200,10 +200,9 @@ class BatchJobs:
             batch, {line: index for line, index in enumerate(indexes) if index in bare}
         )
         for index, response in bare.items():
-            usage, text = response.usage, "\n".join(response.choices)
-            usage.prompt_tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
-            usage.completion_tokens = await self._counter.count_text(text, response.model) if text else 0
-            usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+            tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
+            await estimate_usage(response, tokens, self._counter)
+            usage = response.usage
             estimate = Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
             with exact():
                 usage.estimated_cost = tab.price(response.model, estimate)
@@ -221,21 +220,20 @@ class Tab:
     """Prices the answers of one batch, and keeps the prices until all of it is settled."""
 
     def __init__(self, pricer: Pricer) -> None:
-        self._pricer = pricer
+        self.pricer = pricer
         self.entries: list[tuple[str, Usage, Decimal | None]] = []
 
     def price(self, model: str, usage: Usage) -> float | None:
         """Return the price of an answer in USD; None where that is not known."""
-        cost = self._pricer.cost(model, usage, batch=True)
+        cost = self.pricer.cost(model, usage, batch=True)
         self.entries.append((model, usage, cost))
         return None if cost is None else float(cost)
 
 
 def _model_of(batch: Batch, part: Part | None) -> str:
     """Return the model that a batch was asked for, as far as that is known."""
-    placement = read_placement(batch.metadata)
-    known = placement.model if part is None and placement is not None else "" if part is None else part.model
-    return known or getattr(batch, "model", None) or ""
+    source = part or read_placement(batch.metadata)
+    return (source and source.model) or getattr(batch, "model", None) or ""
 
 
 def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: Manifest) -> Settlement:

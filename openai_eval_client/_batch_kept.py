@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from openai_eval_client._cache import Cache
     from openai_eval_client._keys import Sample
@@ -56,7 +56,7 @@ class Kept:
             some = items[first : first + _AT_ONCE]
             await asyncio.gather(*(cache.keep(self._samples[n].key, response) for n, response in some))
 
-    def give_back(self, answered: Mapping[int, Any]) -> None:
+    def give_back(self, answered: Collection[int]) -> None:
         """Say which prompts were answered: a later call may ask for the others again."""
         for index, sample in enumerate(self._samples):
             if self._cache is not None and index not in answered:

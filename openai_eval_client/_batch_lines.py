@@ -74,7 +74,7 @@ class Part:
     @property
     def key(self) -> str:
         """What tells it from the other parts of its job."""
-        return f"{self.first}+{self.count}"
+        return part_key(self.first, self.count)
 
     def add(self, line: bytes, index: int, temperature: float | None) -> None:
         """Append one line."""
@@ -88,6 +88,11 @@ class Part:
         self.size += len(line)
 
 
+def part_key(first: int, count: int) -> str:
+    """Return what tells a part from the others of its job: its first line, and how many it has."""
+    return f"{first}+{count}"
+
+
 def number(index: int) -> str:
     """Return the custom_id of a request to which the caller gave none."""
     return f"request-{index}"
@@ -97,7 +102,7 @@ def line_of(item: Item) -> bytes:
     """Return a request as a line of an input file.
 
     Raises:
-        ValidationError: It is larger than a file may be, or not valid JSON.
+        ValidationError: It is larger than a file may be.
     """
     parameters = item.parameters
     line = {

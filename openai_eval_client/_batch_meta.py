@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._batch_lines import MIXED
+from openai_eval_client._batch_lines import MIXED, part_key
 from openai_eval_client._checks import check_mapping, check_text, refuse
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Placement:
 
     @property
     def part_key(self) -> str:
-        """What tells it from the other batches of its job, as the part's own key does."""
-        return f"{self.first}+{self.count}"
+        """The key of the part that it is of."""
+        return part_key(self.first, self.count)
 
     @property
     def key(self) -> tuple[str, int, int]:

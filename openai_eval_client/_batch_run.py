@@ -17,8 +17,7 @@ from openai_eval_client._batch_plan import Plan
 from openai_eval_client._batch_results import is_curable
 from openai_eval_client._batch_round import Round
 from openai_eval_client._batch_status import SEPARATOR
-from openai_eval_client._runner import attach, report
-from openai_eval_client.errors import PartialFailureError
+from openai_eval_client._runner import answered, attach, handed_out, report
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -114,16 +113,13 @@ class BatchRun:
         except BaseException as error:
             left = [batch_id for each in self._rounds for batch_id in each.left]
             error.__dict__["job_id"] = SEPARATOR.join(left) or None
-            attach(error, self._responses())
+            attach(error, answered(self._in_order()))
             raise
         finally:
-            self.kept.give_back({n: each for n, each in enumerate(self._responses()) if each is not None})
-        outcomes = self._outcomes()
+            responses = answered(self._in_order())
+            self.kept.give_back({n for n, response in enumerate(responses) if response is not None})
         await report(self.progress, 1.0)
-        failures = {n: outcome for n, outcome in sorted(outcomes.items()) if isinstance(outcome, Exception)}
-        if failures and not return_exceptions:
-            raise PartialFailureError(self._responses(), failures)
-        return [outcomes[index] for index in range(len(self.prompts))]
+        return handed_out(self._in_order(), return_exceptions=return_exceptions)
 
     async def _run(self) -> None:
         missing = [index for index in range(len(self.prompts)) if index not in self.kept.found]
@@ -204,7 +200,6 @@ class BatchRun:
             merged.update(each.outcomes)
         return merged
 
-    def _responses(self) -> list[ModelResponse | None]:
+    def _in_order(self) -> list[Outcome | None]:
         outcomes = self._outcomes()
-        found = (outcomes.get(index) for index in range(len(self.prompts)))
-        return [outcome if isinstance(outcome, ModelResponse) else None for outcome in found]
+        return [outcomes.get(index) for index in range(len(self.prompts))]

@@ -16,7 +16,7 @@ from openai_eval_client._answers import is_answer, read_answer
 from openai_eval_client._checks import refuse
 from openai_eval_client._keys import Sample, Samples, is_sampled, normalised, request_digest
 from openai_eval_client._store import Store
-from openai_eval_client._wire import Usage, usage_of
+from openai_eval_client._wire import Usage, read_json, usage_of
 from openai_eval_client.config import CacheConfig
 from openai_eval_client.models import TokenUsage
 
@@ -165,8 +165,7 @@ class Cache:
 
     def _is_kept(self, response: ModelResponse) -> bool:
         """Return whether a response is to be kept; who waits for the same one gets it in any case."""
-        body = response._decoded()  # noqa: SLF001
-        return self._config.store_incomplete or not _is_incomplete(response, body)
+        return self._config.store_incomplete or not _is_incomplete(response)
 
     def _value(self, response: ModelResponse) -> bytes | None:
         """Return a response as it is kept; None where that cannot be."""
@@ -191,7 +190,7 @@ class Cache:
         """Return the response as it was, None where the value cannot be one."""
         try:
             text = value if value[:1] == b"{" else zlib.decompress(value)
-            response, usage = _rebuilt(json.loads(text), parameters)
+            response, usage = _rebuilt(read_json(text), parameters)
         except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             logger.warning("a kept answer cannot be read (%s): asking again", type(error).__name__)
             return None
@@ -244,7 +243,7 @@ def _rebuilt(kept: dict[str, Any], parameters: Parameters) -> tuple[ModelRespons
     return response, usage
 
 
-def _is_incomplete(response: ModelResponse, body: Mapping[str, Any]) -> bool:
-    choices = body.get("choices", ())  # all of them, for n > 1
+def _is_incomplete(response: ModelResponse) -> bool:
+    choices = response._decoded().get("choices", ())  # noqa: SLF001  # all of them, for n > 1
     reasons = [choice.get("finish_reason") for choice in choices if isinstance(choice, dict)]
     return any(reason in _INCOMPLETE for reason in (response.finish_reason, *reasons))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._answers import is_answer, read_answer
+from openai_eval_client._answers import estimate_usage, is_answer, read_answer
 from openai_eval_client._attempt import Refusals, forget_key, typed
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
@@ -214,13 +214,11 @@ class Caller:
 
     async def _estimate(self, answer: dict[str, Any], response: ModelResponse, input_tokens: int) -> Usage:
         """Fill in usage where the server sent none, and return it."""
-        texts, tier, usage = "\n".join(response.choices), answer.get("service_tier"), response.usage
-        usage.prompt_tokens = input_tokens
-        usage.completion_tokens = await self._counter.count_text(texts, response.model) if texts else 0
-        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+        await estimate_usage(response, input_tokens, self._counter)
+        tier = answer.get("service_tier")
         return Usage(
-            usage.prompt_tokens,
-            usage.completion_tokens,
+            response.usage.prompt_tokens,
+            response.usage.completion_tokens,
             model=response.model,
             service_tier=tier if isinstance(tier, str) else None,
             estimated=True,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from openai_eval_client._pricing import Pricer
 from openai_eval_client._wire import Usage
-from openai_eval_client.costs import CostLedger, ModelCost
+from openai_eval_client.costs import EXACT, CostLedger, ModelCost
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Demand, Outcome
 
 _NOTHING = Decimal(0)
-_EXACT = Context(prec=60)  # digits; the program may have set fewer for its own sums
 _SOME = 100  # entries; pricing them takes 0.2 ms
 _MANY = 10_000  # entries, about 3 MB
 
@@ -221,7 +220,7 @@ class Ledger:
 
 def exact() -> contextlib.AbstractContextManager[Context]:
     """Return what makes sums exact, whatever precision the program has set."""
-    return localcontext(_EXACT)
+    return localcontext(EXACT)
 
 
 def _valid(name: str) -> str:

@@ -243,15 +243,25 @@ async def collect(
     except (Exception, asyncio.CancelledError) as error:
         for index, outcome in crew.unclaimed():
             outcomes[index] = outcome
-        attach(error, _answered(outcomes))
+        attach(error, answered(outcomes))
         raise
+    return handed_out(outcomes, return_exceptions=return_exceptions)
+
+
+def handed_out(outcomes: list[Any], *, return_exceptions: bool) -> list[Any]:
+    """Return the outcomes of all requests, in input order.
+
+    Raises:
+        PartialFailureError: Some are exceptions, which `return_exceptions` does not allow.
+    """
     failures = {index: error for index, error in enumerate(outcomes) if isinstance(error, Exception)}
     if failures and not return_exceptions:
-        raise PartialFailureError(_answered(outcomes), failures)
+        raise PartialFailureError(answered(outcomes), failures)
     return outcomes
 
 
-def _answered(outcomes: Sequence[ModelResponse | Exception | None]) -> list[ModelResponse | None]:
+def answered(outcomes: Sequence[ModelResponse | Exception | None]) -> list[ModelResponse | None]:
+    """Return the responses among outcomes, None in the place of all others."""
     return [None if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
 

@@ -12,11 +12,12 @@ import logging
 import time
 from collections import deque
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._loops import call_on, refuse, resolve
+from openai_eval_client.costs import EXACT
 from openai_eval_client.errors import BudgetExceededError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("openai_eval_client")
 
 _NOTHING = Decimal(0)
-_EXACT = Context(prec=60)  # digits; the program may have set fewer for its own sums
 _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
 
 
@@ -127,7 +127,7 @@ class Purse:
     def split(self, hold: Hold, amounts: Sequence[Decimal]) -> list[Hold]:
         """Return a reservation as several, of amounts in USD that add up to it."""
         with self._lock:
-            self._held = _EXACT.subtract(self._held, hold.amount)
+            self._held = EXACT.subtract(self._held, hold.amount)
             hold.state = _State.DONE
             pieces = [Hold(amount) for amount in amounts]
             for piece in pieces:
@@ -168,23 +168,23 @@ class Purse:
 
     def _grant(self, hold: Hold) -> None:
         hold.state = _State.HELD
-        self._held = _EXACT.add(self._held, hold.amount)
+        self._held = EXACT.add(self._held, hold.amount)
 
     def _settle(self, hold: Hold, actual: Decimal) -> None:
         state, hold.state = hold.state, _State.DONE
         if state is _State.HELD:
-            self._held = _EXACT.subtract(self._held, hold.amount)
+            self._held = EXACT.subtract(self._held, hold.amount)
         elif state is _State.STANDING:
-            self._standing = _EXACT.subtract(self._standing, hold.amount)
+            self._standing = EXACT.subtract(self._standing, hold.amount)
         if state in {_State.HELD, _State.STANDING}:
-            self._spent = _EXACT.add(self._spent, actual)
+            self._spent = EXACT.add(self._spent, actual)
         self._pump()
 
     def _stand(self, hold: Hold) -> None:
         if hold.state is _State.HELD:
             hold.state = _State.STANDING
-            self._held = _EXACT.subtract(self._held, hold.amount)
-            self._standing = _EXACT.add(self._standing, hold.amount)
+            self._held = EXACT.subtract(self._held, hold.amount)
+            self._standing = EXACT.add(self._standing, hold.amount)
             self._pump()
 
     def _pump(self) -> None:
@@ -208,19 +208,19 @@ class Purse:
             return
         self._grant(hold)
         if not call_on(owner, resolve, waiter):
-            self._held = _EXACT.subtract(self._held, hold.amount)  # its loop has closed
+            self._held = EXACT.subtract(self._held, hold.amount)  # its loop has closed
             hold.state = _State.DONE
 
     def _ever(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""
-        return _EXACT.subtract(_EXACT.subtract(self._limit, self._spent), self._standing)
+        return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._standing)
 
     def _room(self) -> Decimal:
         """Return what there is room for now."""
-        return _EXACT.subtract(self._ever(), self._held)
+        return EXACT.subtract(self._ever(), self._held)
 
     def _reserved(self) -> Decimal:
-        return _EXACT.add(self._held, self._standing)
+        return EXACT.add(self._held, self._standing)
 
     def _refusal(self, amount: Decimal) -> BudgetExceededError:
         spent, reserved, most = (f"{usd.normalize():f}" for usd in (self._spent, self._reserved(), amount))

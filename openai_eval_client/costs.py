@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CostEstimate", "CostLedger", "ModelCost"]
 
+EXACT = Context(prec=60)  # digits of sums; the program may have set fewer for its own
 _NOTHING = Decimal(0)
 _DIME = 0.1  # USD
 _ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv
@@ -25,7 +26,7 @@ class ModelCost(BaseModel):
     Attributes:
         model: The model, as the server names it; as it was asked for where the server does not say.
         road: "online", or "batch" for the Batch API.
-        service_tier: The tier that served, "default" where nothing else was said.
+        service_tier: The tier that served, "default" where nothing else was said, and for batches.
         calls: Answers that were billed.
         input_tokens: Their input, cached tokens included.
         cached_tokens: The part of the input that the provider had cached.

@@ -58,7 +58,10 @@ class TimeoutError(openai.APITimeoutError, builtins.TimeoutError):
 
 
 class QuotaError(openai.RateLimitError):
-    """The account's credit is used up (`insufficient_quota`): waiting does not help."""
+    """The account's credit is used up (`insufficient_quota`), and waiting does not help.
+
+    Of a batch also: too many tokens are enqueued (`token_limit_exceeded`), until others of it have ended.
+    """
 
 
 class ValidationError(openai.OpenAIError, ValueError):
