@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     from openai_eval_client._attempt import Refusals
     from openai_eval_client._batch_journal import Store
     from openai_eval_client._cache import Cache
+    from openai_eval_client._callbacks import Progress
     from openai_eval_client._governor import Governor
     from openai_eval_client._requests import Parameters
-    from openai_eval_client._runner import Progress
     from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig, OpenAIConfig

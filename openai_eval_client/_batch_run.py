@@ -17,7 +17,8 @@ from openai_eval_client._batch_plan import Plan
 from openai_eval_client._batch_results import is_curable
 from openai_eval_client._batch_round import Round
 from openai_eval_client._batch_status import SEPARATOR
-from openai_eval_client._runner import answered, attach, handed_out, report
+from openai_eval_client._callbacks import report
+from openai_eval_client._runner import answered, attach, handed_out
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_journal import Journal
     from openai_eval_client._batch_kept import Kept
     from openai_eval_client._batch_results import Outcome
+    from openai_eval_client._callbacks import Progress
     from openai_eval_client._payments import Payments
     from openai_eval_client._requests import Parameters
-    from openai_eval_client._runner import Progress
     from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig

@@ -40,7 +40,7 @@ class Budget:
         self._server = Belief(rate, capacity, clock) if config.adaptive_throttling and metered else None
         self._clock = clock
         self._began: float | None = None
-        self._spent = 0.0
+        self.spent = 0.0
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
@@ -64,7 +64,7 @@ class Budget:
     def charge(self, amount: float) -> Mark | None:
         """Spend `amount`, or take the whole of it back where negative."""
         self._began = self._clock.time() if self._began is None else self._began
-        self._spent += amount
+        self.spent += amount
         if self._configured is not None:
             self._configured.charge(amount)
         return self._server.charge(amount) if self._server is not None else None
@@ -81,6 +81,13 @@ class Budget:
         if self._server is not None:
             self._server.give_back(amount)
 
+    @property
+    def per_minute(self) -> float | None:
+        """What may be spent in a minute, by configuration or as the server states it; None: nobody said."""
+        stated = self._server.limit if self._server is not None else None
+        known = [*([self._configured.rate * MINUTE] if self._configured is not None else []), stated]
+        return min((limit for limit in known if limit is not None), default=None)
+
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request.
 
@@ -89,7 +96,7 @@ class Budget:
         bucket = self._configured or (self._server.bucket if self._server is not None else None)
         if bucket is None or self._began is None:
             return None
-        return self._spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))
+        return self.spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))
 
     def passed(self, amount: float) -> None:
         """Learn that the server served what was reserved."""

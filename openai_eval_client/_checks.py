@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
 import math
@@ -126,6 +127,18 @@ def check_callback(value: object, name: str) -> None:
         refuse(name, value, f"must take the finished fraction, one number: {error}")
     except ValueError:  # some built-in functions have no signature
         return
+
+
+def check_switch(value: object, name: str) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        refuse(name, value, "must be True or False; a function goes to progress_callback")
+
+
+def check_event(value: object, name: str) -> None:
+    """Refuse what is no event of asyncio; None is none at all."""
+    if value is not None and not isinstance(value, asyncio.Event):
+        refuse(name, value, "must be an asyncio.Event")
 
 
 def check_mapping(value: object, name: str) -> None:

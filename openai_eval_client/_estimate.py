@@ -11,20 +11,21 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._bucket import MINUTE
+from openai_eval_client._callbacks import report
 from openai_eval_client._ledger import exact
 from openai_eval_client._limiter import FIRST_OUTPUT_GUESS, Gate
 from openai_eval_client._requests import check_prompt
-from openai_eval_client._runner import each, report
+from openai_eval_client._runner import each
 from openai_eval_client._wire import Usage, max_output
 from openai_eval_client.costs import CostEstimate
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 
+    from openai_eval_client._callbacks import Progress
     from openai_eval_client._governor import Governor
     from openai_eval_client._pricing import Rates
     from openai_eval_client._requests import Parameters
-    from openai_eval_client._runner import Progress
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import RateLimitConfig
 

@@ -12,7 +12,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._admission import Admission
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openai_eval_client._bucket import Clock
+    from openai_eval_client._figures import Gauge
     from openai_eval_client._spending import Purse
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
@@ -81,23 +82,27 @@ class Governor:
         """What went through so far."""
         with self._lock:
             gates = [gate for gate in self._gates.values() if gate.model is not None]
-            waited: defaultdict[str, float] = defaultdict(float)
-            for cause, seconds in itertools.chain(*(gate.waited.items() for gate in self._gates.values())):
-                waited[cause] += seconds
+            waited: Counter[Any] = Counter()  # of seconds
+            for gate in self._gates.values():
+                waited.update(gate.waited)
             details = {
                 "rate_limited_by": dict(self._refused),
                 "wait_seconds_by": dict(waited),
                 "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
                 "output_length": {str(gate.model): gate.output_length() for gate in gates},
             }
-        cost = self.ledger.snapshot()
-        money = {"cost": cost, "unpriced": cost.unpriced, "budget": self.payments.stats}
-        return self.recorder.snapshot(**details, **money)
+        cost, budget = self.ledger.snapshot(), self.payments.stats
+        return self.recorder.snapshot(**details, cost=cost, unpriced=cost.unpriced, budget=budget)
 
     def output_length(self, model: str) -> dict[str, float]:
         """Return how long a model's answers are, in the words of `ClientStats.output_length`."""
         with self._lock:
             return self._gates[model].output_length() if model in self._gates else {}
+
+    def gauge(self, model: str) -> Gauge | None:
+        """Return where a model's limits stand; None before its first request."""
+        with self._lock:
+            return self._gates[model].gauge() if model in self._gates else None
 
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._budget import Budget
+from openai_eval_client._figures import Gauge
 from openai_eval_client._headers import DIMENSIONS
 from openai_eval_client._tickets import Lane, State, Ticket
 
@@ -127,6 +128,15 @@ class Gate:
         ):
             if dimension in quotas:
                 budget.hear(quotas[dimension], mark)
+
+    def gauge(self) -> Gauge:
+        """Return where the limits stand."""
+        budgets = {"requests": self.requests, "tokens": self.tokens}
+        spent = {name: budget.spent for name, budget in budgets.items()}
+        limits = {name: budget.per_minute for name, budget in budgets.items()}
+        head = self._head()
+        seconds, cause = (0.0, "concurrency") if head is None else self._held_up(head)
+        return Gauge(spent, limits, sum(self.waiting.values()), cause, seconds)
 
     def utilisation(self) -> dict[str, float]:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import itertools
-import logging
 from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from openai_eval_client._callbacks import report
 from openai_eval_client._checks import check_count
 from openai_eval_client._requests import check_prompt
 from openai_eval_client._retry import is_doom
@@ -19,14 +18,12 @@ from openai_eval_client.errors import PartialFailureError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 
+    from openai_eval_client._callbacks import Progress
+    from openai_eval_client._progress import Display
     from openai_eval_client._requests import Parameters
     from openai_eval_client._spending import Purse
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
-
-    Progress = Callable[[float], Any]
-
-logger = logging.getLogger("openai_eval_client")
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -95,6 +92,16 @@ class Crew:
             if outcome is not None:
                 yield outcome
 
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not answered yet."""
+        return len(self._sending)
+
+    def stop(self) -> None:
+        """Send nothing more: what is in flight is waited for and yielded, what waits is dropped."""
+        if not self._stopped:
+            self._stop(None)
+
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
         """Say that the running item has a request in flight; once answered, until its outcome is out."""
@@ -113,7 +120,7 @@ class Crew:
         if self._stopped and task is not None:
             task.cancel()  # no further attempt
 
-    def _stop(self, error: BaseException) -> None:
+    def _stop(self, error: BaseException | None) -> None:
         """Let only what is in flight, and perhaps paid for, finish; then the error is raised."""
         if not self._stopped:
             self._stopped, self.error = True, error  # rather than its source's own
@@ -211,7 +218,12 @@ def crew(
 
 
 async def collect(
-    crew: Crew, prompts: Sequence[Any], *, progress: Progress | None, return_exceptions: bool
+    crew: Crew,
+    prompts: Sequence[Any],
+    *,
+    progress: Progress | None,
+    return_exceptions: bool,
+    display: Display | None = None,
 ) -> list[Any]:
     """Answer all prompts and return the responses in input order.
 
@@ -219,6 +231,7 @@ async def collect(
         crew: Answers them.
         prompts: The prompts.
         progress: Called with the finished fraction after each.
+        display: Shows how far it is; None: nothing does.
         return_exceptions: Put a failed prompt's exception in its place, instead of raising at the end.
 
     Returns:
@@ -238,6 +251,8 @@ async def collect(
             async for index, outcome in stream:
                 outcomes[index] = outcome
                 done += 1
+                if display is not None:
+                    display.count(outcome)
                 if crew.error is None:
                     await report(progress, done / len(prompts))
     except (Exception, asyncio.CancelledError) as error:
@@ -269,15 +284,3 @@ def attach(error: E, responses: Sequence[ModelResponse | None]) -> E:
     """Give an error the answers there were before it, as `.responses`."""
     error.__dict__["responses"] = list(responses)
     return error
-
-
-async def report(progress: Progress | None, fraction: float) -> None:
-    """Call or await the caller's callback; what it raises is logged."""
-    if progress is None:
-        return
-    try:
-        result = progress(fraction)
-        if inspect.isawaitable(result):
-            await result
-    except Exception:
-        logger.exception("progress_callback raised at %.3f; the run goes on", fraction)

@@ -127,6 +127,12 @@ class Recorder:
             totals.prompt_tokens += prompt_tokens
             totals.completion_tokens += completion_tokens
 
+    @property
+    def troubles(self) -> tuple[int, int]:
+        """429s and retries so far."""
+        with self._lock:
+            return self._totals.rate_limited, self._totals.retries
+
     def snapshot(self, **details: Any) -> ClientStats:
         """Return the totals as they stand, with the details that others keep."""
         with self._lock:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client import _estimate, _runner
-from openai_eval_client._checks import check_callback
+from openai_eval_client._callbacks import Guarded
+from openai_eval_client._checks import check_callback, check_event, check_switch
+from openai_eval_client._figures import Reading
+from openai_eval_client._progress import Display
 from openai_eval_client._requests import PATHS, check_iterable
 
 if TYPE_CHECKING:
@@ -46,6 +52,8 @@ class StreamMethods:
         api: str = "chat",
         max_concurrent: int | None = None,
         max_cost: float | Decimal | None = None,
+        progress: bool = False,
+        stop_event: asyncio.Event | None = None,
         **chat_params: Any,
     ) -> AsyncGenerator[tuple[int, ModelResponse | Exception], None]:
         """Answer prompts and yield each outcome as it comes, in bounded memory however many there are.
@@ -65,6 +73,9 @@ class StreamMethods:
             max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
             max_cost: USD that this call may cost; None: any amount. Every attempt reserves the most it can
                 cost, and none is sent for which too little is left. Needs `max_tokens`.
+            progress: Show how far it is, as for `batch_generate`.
+            stop_event: Once it is set, nothing more is sent: what is in flight is yielded, and the iterator
+                ends. Prompts that were taken and not sent have no outcome.
             **chat_params: Any other parameter of the API, as for `generate_response`.
 
         Yields:
@@ -81,7 +92,13 @@ class StreamMethods:
         purse = self._purse_for(max_cost, parameters)
         crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent, purse)
         check_iterable(prompts, "__iter__", "__aiter__")
-        return crew.run(prompts)
+        check_switch(progress, "progress")
+        check_event(stop_event, "stop_event")
+        if not progress and stop_event is None:
+            return crew.run(prompts)
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        display = self._display(total, parameters.model, crew) if progress else None
+        return _watched(crew, prompts, display, stop_event)
 
     async def estimate(
         self,
@@ -119,10 +136,40 @@ class StreamMethods:
         check_iterable(prompts, "__iter__", "__aiter__")
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
+            progress_callback = Guarded(progress_callback)
         return await _estimate.estimate(
             prompts, parameters, counter=self._counter, governor=self._governor, progress=progress_callback
         )
 
+    def _display(self, total: int | None, model: str, crew: _runner.Crew | None) -> Display:
+        """Return what shows how far a call is; where no crew is at work, limits play no part."""
+
+        def probe() -> Reading:
+            troubles = self._governor.recorder.troubles
+            if crew is None:
+                return Reading(None, None, *troubles)
+            return Reading(self._governor.gauge(model), crew.in_flight, *troubles)
+
+        return Display(total, probe)
+
     def _purse_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> Purse | None:
         """Return what a call is paid from besides the client's purse, if its cost has a bound."""
         return self._governor.payments.purse_for(max_cost, parameters.body, PATHS[parameters.api])
+
+
+async def _watched(
+    crew: _runner.Crew, prompts: Any, display: Display | None, stop_event: asyncio.Event | None
+) -> AsyncGenerator[tuple[int, Any], None]:
+    """Yield a crew's outcomes, shown as they come, until somebody wants no more of them."""
+    with contextlib.ExitStack() as around:
+        if display is not None:
+            around.enter_context(display)
+        if stop_event is not None:
+            waiter = asyncio.ensure_future(stop_event.wait())
+            waiter.add_done_callback(lambda waited: None if waited.cancelled() else crew.stop())
+            around.callback(waiter.cancel)
+        async with contextlib.aclosing(crew.run(prompts)) as outcomes:
+            async for index, outcome in outcomes:
+                if display is not None:
+                    display.count(outcome)
+                yield index, outcome

