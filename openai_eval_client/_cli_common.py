@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
+import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -12,15 +14,17 @@ import openai
 import pydantic
 from rich.console import Console
 
+from openai_eval_client import _bar
+from openai_eval_client._retry import asked_wait, was_never_sent
 from openai_eval_client.client import OpenAIClient
-from openai_eval_client.errors import BatchError, QuotaError, ValidationError
+from openai_eval_client.config import OpenAIConfig
+from openai_eval_client.errors import BatchError, BudgetExceededError, QuotaError, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from pathlib import Path
 
-    from openai_eval_client.config import OpenAIConfig
-
-SOME_FAILED, BAD_INPUT, REFUSED, INTERRUPTED = 1, 2, 4, 130
+SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
 T = TypeVar("T")
 
@@ -32,8 +36,27 @@ _OF_JOB = {
 }
 
 
+class Handler(logging.Handler):
+    """Shows what the library logs as lines of standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, without where it comes from."""
+        say(record.getMessage(), style="yellow" if record.levelno >= logging.WARNING else "dim")
+
+
+def show_log(*, verbose: bool = False) -> None:
+    """Show warnings of the library, and its account of waits and retries where that is wanted."""
+    logger = logging.getLogger("openai_eval_client")
+    logger.handlers[:] = [Handler()]
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False
+
+
 def say(message: str, *, style: str | None = None) -> None:
     """Write a line to standard error, as it is: standard output is for results alone."""
+    if _bar.is_open():
+        _bar.write_above(message)
+        return
     Console(stderr=True).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -62,7 +85,9 @@ def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
     except ValidationError as error:
         fail(BAD_INPUT, str(error))
     except openai.OpenAIError as error:
-        fail(_code_of(error), _sentence(error))
+        fail(code_of(error), sentence(error))
+    except UnicodeDecodeError as error:
+        fail(BAD_INPUT, f"a file is not UTF-8: {error.reason}")
     except OSError as error:
         if error.errno == errno.EPIPE:  # the reader of our output has left
             raise
@@ -81,12 +106,42 @@ def run(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T]], **op
     return asyncio.run(working())
 
 
-def _code_of(error: openai.OpenAIError) -> int:
+def account(
+    *, base_url: str | None = None, key_file: Path | None = None, needs_key: bool = True, **fields: Any
+) -> OpenAIConfig:
+    """Return where the API is, and with which key.
+
+    Args:
+        base_url: The address; None: from the environment.
+        key_file: A file with the key; None: from the environment.
+        needs_key: Whether anything will be sent.
+        **fields: Other fields of the config; None values are the defaults.
+
+    Raises:
+        OSError: The file cannot be read.
+        pydantic.ValidationError: A field is wrong.
+    """
+    given = {"base_url": base_url, **fields}
+    if key_file is not None:
+        given["api_key"] = key_file.expanduser().read_text("utf-8").strip()
+    elif not needs_key and not os.environ.get("OPENAI_API_KEY"):
+        given["api_key"] = "none"
+    return OpenAIConfig(**{name: value for name, value in given.items() if value is not None})
+
+
+def code_of(error: openai.OpenAIError) -> int:
+    """Return the exit code of an error that ends the work."""
     if isinstance(error, BatchError):
         return _OF_JOB.get(error.code or "", REFUSED)
-    return REFUSED if is_refusal(error) or isinstance(error, openai.BadRequestError) else SOME_FAILED
+    if isinstance(error, BudgetExceededError):
+        return BUDGET
+    if isinstance(error, ValidationError):
+        return BAD_INPUT
+    refused = is_refusal(error) or isinstance(error, openai.BadRequestError) or was_never_sent(error)
+    return REFUSED if refused or asked_wait(error) else SOME_FAILED
 
 
-def _sentence(error: openai.OpenAIError) -> str:
+def sentence(error: openai.OpenAIError) -> str:
+    """Return what an error says, and where it leaves a job."""
     made = getattr(error, "job_id", None)
     return f"{error}\nwhat had been created was cancelled: {made}" if made else str(error)

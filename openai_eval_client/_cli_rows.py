@@ -70,12 +70,17 @@ def row_of(index: int, outcome: ModelResponse | Exception) -> bytes:
     """Return the line of one outcome."""
     if isinstance(outcome, ModelResponse):
         return f'{{"index":{index},"response":{outcome.model_dump_json()}}}\n'.encode()
-    error = {
-        "type": type(outcome).__name__,
-        "message": getattr(outcome, "message", str(outcome)),
-        "code": getattr(outcome, "code", None),
+    row = {"index": index, "error": error_of(outcome)}
+    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+
+
+def error_of(error: Exception) -> dict[str, Any]:
+    """Return how an error stands in a row."""
+    return {
+        "type": type(error).__name__,
+        "message": getattr(error, "message", str(error)),
+        "code": getattr(error, "code", None),
     }
-    return json.dumps({"index": index, "error": error}, separators=(",", ":")).encode() + b"\n"
 
 
 @contextlib.contextmanager

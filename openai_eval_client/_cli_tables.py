@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from openai_eval_client._headers import Quota
     from openai_eval_client.models import BatchJobStatus
 
 _MOST_ERRORS = 10  # of a job's, in its table
@@ -33,6 +34,24 @@ def show_all(jobs: Sequence[BatchJobStatus], *, as_json: bool) -> None:
         typer.echo(f"[{','.join(job.model_dump_json() for job in jobs)}]")
     else:
         _print(_table_of(jobs))
+
+
+def show_limits(found: Mapping[str, Mapping[str, Quota]]) -> None:
+    """Write the limits of several models to standard output."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("model", overflow="fold")
+    for name in ("RPM", "left", "full in", "TPM", "left", "full in"):
+        table.add_column(name, justify="right")
+    for model, quotas in found.items():
+        cells = [cell for name in ("requests", "tokens") for cell in _cells(quotas.get(name))]
+        table.add_row(Text(model), *cells)
+    _print(table)
+
+
+def _cells(quota: Quota | None) -> tuple[str, str, str]:
+    if quota is None:
+        return "", "", ""
+    return f"{quota.limit:,}", f"{quota.remaining:,}", "" if quota.reset is None else f"{quota.reset:g} s"
 
 
 def _print(table: Table) -> None:

@@ -15,7 +15,7 @@ from openai_eval_client.config import OpenAIConfig, RateLimitConfig
 from openai_eval_client.testing import SimulatedServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from openai_eval_client.models import ClientStats
 
@@ -62,15 +62,12 @@ def simulated() -> Iterator[OpenAIConfig]:
         yield OpenAIConfig(api_key="sk-simulated", base_url=server.base_url, default_model=MODEL)
 
 
-async def run(
-    config: OpenAIConfig, rate_limit: RateLimitConfig, on_progress: Callable[[float, ClientStats], None]
-) -> Summary:
-    """Run the prompts.
+async def run(config: OpenAIConfig, rate_limit: RateLimitConfig) -> Summary:
+    """Run the prompts, and show how far it is.
 
     Args:
         config: Of the server or the API.
         rate_limit: Its limits.
-        on_progress: Called with the finished fraction and the counts so far.
 
     Returns:
         What it came to.
@@ -83,7 +80,7 @@ async def run(
             max_tokens=MAX_TOKENS,
             temperature=0,
             system="Complete the function. Answer with code only.",
-            progress_callback=lambda fraction: on_progress(fraction, client.stats),
+            progress=True,
         )
         seconds = time.monotonic() - started
         stats = client.stats

@@ -256,7 +256,7 @@ def _brief(number: float) -> str:
         return f"{number / _MEGA:.3g}M"
     if number >= 10 * _KILO:
         return f"{number / _KILO:.0f}k"
-    return f"{number:.3g}" if number < 1000 else f"{number:.0f}"
+    return f"{number:.3g}" if number < _KILO else f"{number:.0f}"
 
 
 def _usd(amount: float) -> str:

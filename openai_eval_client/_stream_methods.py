@@ -11,7 +11,6 @@ from openai_eval_client import _estimate, _runner
 from openai_eval_client._callbacks import Guarded
 from openai_eval_client._checks import check_callback, check_event, check_switch
 from openai_eval_client._figures import Reading
-from openai_eval_client._progress import Display
 from openai_eval_client._requests import PATHS, check_iterable
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._caller import Caller
     from openai_eval_client._governor import Governor
+    from openai_eval_client._progress import Display
     from openai_eval_client._requests import Parameters
     from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
@@ -143,6 +143,7 @@ class StreamMethods:
 
     def _display(self, total: int | None, model: str, crew: _runner.Crew | None) -> Display:
         """Return what shows how far a call is; where no crew is at work, limits play no part."""
+        from openai_eval_client._progress import Display  # seldom wanted
 
         def probe() -> Reading:
             troubles = self._governor.recorder.troubles

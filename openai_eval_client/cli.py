@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
 from rich.table import Table
 
 from openai_eval_client._cli_batch import batch_app
-from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail
+from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say
+from openai_eval_client._cli_limits import limits
+from openai_eval_client._cli_run import estimate, run
 from openai_eval_client.config import OpenAIConfig
 
 if TYPE_CHECKING:
     from openai_eval_client._demo import Summary
-    from openai_eval_client.models import ClientStats
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command()(run)
+app.command()(estimate)
 app.add_typer(batch_app, name="batch")
-
-_PROMPTS = 164
+app.command()(limits)
 
 
 def _show_version(wanted: bool) -> None:
@@ -46,6 +41,16 @@ def _commands(
     ] = False,
 ) -> None:
     """Run prompts against the OpenAI API, paced within its rate limits."""
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def simulate(
+    options: Annotated[list[str] | None, typer.Argument(help="See simulate --help.")] = None,
+) -> None:
+    """Serve a simulated API on this machine, to rehearse on: --rpm, --tpm, --latency, --fault, and more."""
+    from openai_eval_client.testing import __main__ as server  # not for any other command
+
+    sys.exit(server.main(options or [], program="openai-eval-client simulate"))
 
 
 @app.command()
@@ -64,42 +69,16 @@ def demo(
         fail(BAD_INPUT, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
     with exit_codes(), _live(model) if live else _demo.simulated() as config:
         where = config.base_url if live else "a simulated server"
-        summary = asyncio.run(_watched(config.model_copy(update={"default_model": model}), where))
+        say(
+            f"HumanEval on {where}: {_demo.LIMITS.requests_per_minute} requests and "
+            f"{_demo.LIMITS.tokens_per_minute:,} tokens per minute"
+        )
+        summary = asyncio.run(_demo.run(config.model_copy(update={"default_model": model}), _demo.LIMITS))
     Console().print(_table(summary))
 
 
 def _live(model: str) -> contextlib.AbstractContextManager[OpenAIConfig]:
     return contextlib.nullcontext(OpenAIConfig(default_model=model))
-
-
-async def _watched(config: OpenAIConfig, where: str) -> Summary:
-    """Run the demonstration under a progress display."""
-    from openai_eval_client import _demo
-
-    columns: list[Any] = [
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[counts]}"),
-    ]
-    console = Console(stderr=True)
-    console.print(
-        f"HumanEval on {where}: {_demo.LIMITS.requests_per_minute} requests and "
-        f"{_demo.LIMITS.tokens_per_minute:,} tokens per minute"
-    )
-    with Progress(*columns, console=console) as display:
-        task = display.add_task(config.default_model, total=_PROMPTS, counts="")
-
-        def show(fraction: float, stats: ClientStats) -> None:
-            display.update(task, completed=round(fraction * _PROMPTS), counts=_counts(stats))
-
-        return await _demo.run(config, _demo.LIMITS, show)
-
-
-def _counts(stats: ClientStats) -> str:
-    return f"{stats.rate_limited} x 429, {stats.retries} retries, ${stats.cost:.4f}"
 
 
 def _table(summary: Summary) -> Table:

@@ -18,11 +18,15 @@ from ._server import SimulatedServer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_HINT = "in another shell: export OPENAI_BASE_URL={url} OPENAI_API_KEY=any"
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(
+    arguments: Sequence[str] | None = None, *, program: str = "python -m openai_eval_client.testing"
+) -> int:
     """Serve until Ctrl-C or SIGTERM; returns the exit code."""
     gc.freeze()  # what was imported stays: collections that skip it stall the server for half as long
-    parser = _parser()
+    parser = _parser(program)
     options = vars(parser.parse_args(arguments))
     if options.pop("child"):
         return _child()
@@ -40,6 +44,7 @@ def _serve(options: dict[str, Any]) -> None:
     _pin(options.pop("cpu"))
     with suppress(KeyboardInterrupt), SimulatedServer(**options) as server:
         print(server.base_url, flush=True)  # noqa: T201
+        print(_HINT.format(url=server.base_url), file=sys.stderr, flush=True)  # noqa: T201
         threading.Event().wait()
 
 
@@ -76,9 +81,9 @@ def _names(text: str) -> list[str]:
     return text.split(",")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(program: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m openai_eval_client.testing",
+        prog=program,
         description="A simulated OpenAI API on 127.0.0.1. Prints its base URL; ends on Ctrl-C or SIGTERM. "
         "Its counters are at /_sim/state, its calls at /_sim/calls.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

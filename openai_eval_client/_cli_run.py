@@ -1,0 +1,222 @@
+"""The commands that answer a file of prompts, or say what that would cost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from pathlib import Path  # noqa: TC003  # typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from openai_eval_client import _cli_options as opt
+from openai_eval_client import _cli_summary, _cli_work
+from openai_eval_client._cli_common import account, exit_codes, say, show_log
+from openai_eval_client._cli_input import Source
+from openai_eval_client._cli_output import Output
+from openai_eval_client.errors import ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from openai_eval_client._cli_work import Order
+    from openai_eval_client.costs import CostEstimate
+
+
+def run(  # one name for each option
+    source: opt.Input,
+    *,
+    output: Annotated[
+        str, typer.Option("--output", "-o", metavar="FILE", help="Where rows go; - is standard output.")
+    ] = "-",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an output: rows that it has are not asked again.")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: ask again for rows that failed.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew, and forget what is in the output.")
+    ] = False,
+    model: opt.Model = None,
+    system: opt.System = None,
+    schema: opt.Schema = None,
+    temperature: opt.Temperature = None,
+    max_tokens: opt.MaxTokens = None,
+    param: opt.Params = None,
+    api: opt.ApiOption = opt.Api.chat,
+    prompt_column: opt.PromptColumn = None,
+    form: opt.FormOption = None,
+    limit: opt.Limit = None,
+    rpm: opt.Rpm = opt.DEFAULT_RPM,
+    tpm: opt.Tpm = opt.DEFAULT_TPM,
+    max_concurrent: opt.MaxConcurrent = opt.DEFAULT_CONCURRENT,
+    max_cost: Annotated[
+        float | None,
+        typer.Option(min=0, metavar="USD", help="What this run may cost at most; needs --max-tokens."),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep answers in this file, and answer from it what it has."),
+    ] = None,
+    batch: Annotated[
+        bool, typer.Option("--batch", help="By the Batch API: half the price, within a day.")
+    ] = False,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of one attempt.")] = None,
+    max_retries: Annotated[int | None, typer.Option(min=0, metavar="N", help="Of one row.")] = None,
+    base_url: opt.BaseUrl = None,
+    key_file: opt.KeyFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost; send nothing.")] = False,
+    progress: Annotated[bool, typer.Option(help="Show how far it is, on standard error.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell of waits and retries.")] = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Answer a file of prompts, one output row for each.
+
+    An output row is the input row with its index (from 0), and the response or
+    the error. Rows are written as they come, each whole, so the output is JSON
+    lines at any time. With --json a summary goes to standard output, or to
+    standard error where the rows go to standard output.
+
+    Exit codes: 0 all answered; 1 some failed; 2 bad input or usage; 3 budget
+    reached; 4 refused by the server for all (key, model, quota, no server there);
+    130 interrupted. After Ctrl-C what is in flight may finish for 5 seconds.
+    """
+    show_log(verbose=verbose)
+    with exit_codes():
+        _check_usage(output, resume=resume, retry_failed=retry_failed, overwrite=overwrite)
+        config = account(
+            base_url=base_url,
+            key_file=key_file,
+            needs_key=not dry_run,
+            default_model=model,
+            timeout=timeout,
+            max_retries=max_retries,
+        )
+        order = _cli_work.Order(
+            config,
+            opt.limits(rpm, tpm, max_concurrent),
+            Source(source, column=prompt_column, form=form and form.value, limit=limit),
+            params=_params(param, schema, api, temperature, max_tokens, system, max_cost),
+            cache=cache,
+            progress=progress and not quiet and not (output == "-" and sys.stdout.isatty()),
+        )
+        if model is None and not quiet:
+            say(f"model: {config.default_model}, the default; --model names another")
+        if dry_run:
+            _prepare(order, quiet=quiet)
+            _show_estimate(asyncio.run(_cli_work.estimate(order)), as_json=as_json)
+            return
+        with _opened(output, order, resume=resume, retry_failed=retry_failed, overwrite=overwrite) as file:
+            failed_before = file.failed
+            _prepare(order, quiet=quiet)
+            work = _cli_work.answer_by_batch if batch else _cli_work.answer
+            result = asyncio.run(work(order, file))
+        _cli_work.check_some(order, result)
+        code = _cli_summary.exit_code(result, failed_before)
+        _cli_summary.sum_up(order, result, output, code, quiet=quiet, as_json=as_json)
+        if isinstance(result.error, OSError):
+            raise result.error
+    sys.exit(code)
+
+
+def estimate(
+    source: opt.Input,
+    *,
+    model: opt.Model = None,
+    system: opt.System = None,
+    schema: opt.Schema = None,
+    max_tokens: opt.MaxTokens = None,
+    param: opt.Params = None,
+    api: opt.ApiOption = opt.Api.chat,
+    prompt_column: opt.PromptColumn = None,
+    form: opt.FormOption = None,
+    limit: opt.Limit = None,
+    rpm: opt.Rpm = opt.DEFAULT_RPM,
+    tpm: opt.Tpm = opt.DEFAULT_TPM,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Say what a file of prompts would need: tokens, dollars, minutes. Sends nothing, and needs no key."""
+    show_log()
+    with exit_codes():
+        order = _cli_work.Order(
+            account(needs_key=False, default_model=model),
+            opt.limits(rpm, tpm, opt.DEFAULT_CONCURRENT),
+            Source(source, column=prompt_column, form=form and form.value, limit=limit),
+            params=_params(param, schema, api, None, max_tokens, system, None),
+        )
+        _prepare(order, quiet=False)
+        _show_estimate(asyncio.run(_cli_work.estimate(order)), as_json=as_json)
+
+
+def _check_usage(output: str, *, resume: bool, retry_failed: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise ValidationError("--resume goes on, --overwrite begins anew: give one of them", field="resume")
+    if retry_failed and not resume:
+        raise ValidationError("--retry-failed needs --resume", field="retry_failed")
+    if resume and output == "-":
+        raise ValidationError("--resume needs --output: standard output cannot be read back", field="resume")
+
+
+def _params(  # noqa: PLR0917  # in the order of the options
+    pairs: list[str] | None,
+    schema: Path | None,
+    api: opt.Api,
+    temperature: float | None,
+    max_tokens: int | None,
+    system: str | None,
+    max_cost: float | None,
+) -> dict[str, Any]:
+    """Return what the client is asked with every row."""
+    named = {
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "system": system,
+        "max_cost": max_cost,
+        "api": api.value,
+    }
+    given = opt.chat_params(pairs or [], schema, api)
+    twice = sorted(given.keys() & {*named, "model", "timeout"})
+    if twice:
+        raise ValidationError(f"--param {twice[0]}: there is an option for it", field="param")
+    return {**given, **{name: value for name, value in named.items() if value is not None}}
+
+
+@contextlib.contextmanager
+def _opened(
+    name: str, order: Order, *, resume: bool, retry_failed: bool, overwrite: bool
+) -> Iterator[Output]:
+    """Open the output, and take from it what is done already."""
+    file = Output(name)
+    try:
+        if resume and not file.is_regular:
+            raise ValidationError(f"--resume: {name} is no file that can be read back", field="resume")
+        if resume:
+            order.done = file.done(without_errors=retry_failed)
+        elif overwrite and file.is_regular:
+            file.clear()
+        elif not file.is_empty:
+            why = "is not empty: --resume goes on with it, --overwrite begins anew"
+            raise ValidationError(f"{name}: {why}", field="output")
+        yield file
+    finally:
+        file.close()
+
+
+def _prepare(order: Order, *, quiet: bool) -> None:
+    """Look at all rows first, where they can be read twice: before anything is paid."""
+    if order.source.is_stream:
+        return
+    found = _cli_work.survey(order)
+    order.total = found.rows
+    if not found.rows and not order.done:
+        raise ValidationError(f"{order.source.name}: no rows", field="input")
+    if found.unsent and not quiet:
+        named = ", ".join(sorted(found.unsent))
+        say(f"carried to the output, not sent: {named}; options set them for all rows", style="yellow")
+
+
+def _show_estimate(found: CostEstimate, *, as_json: bool) -> None:
+    typer.echo(found.model_dump_json() if as_json else str(found))

@@ -1,0 +1,80 @@
+"""Ctrl-C and SIGTERM: what is in flight may finish, for a moment; the second time, nothing may."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client._cli_common import INTERRUPTED, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+GRACE = 5.0  # seconds that what is in flight has to finish
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Takes the signals while it is entered, inside a running event loop.
+
+    Args:
+        in_flight: Says how many requests are.
+        at_once: Whether there is nothing to wait for.
+
+    Attributes:
+        event: Set by the first signal.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.event = asyncio.Event()
+        self._at_once = at_once
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._before: dict[signal.Signals, Any] = {}
+        self._seen = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  # what the system hands over
+        if self._seen:
+            os._exit(INTERRUPTED)
+        self._seen = True
+        self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        end: Callable[[], object] = self._task.cancel if self._task is not None else self._loop.stop
+        self.event.set()
+        if self._at_once:
+            end()
+            return
+        say(f"interrupted: what is in flight may finish, for {GRACE:g} s; again: end at once")
+        self._timer = self._loop.call_later(GRACE, end)
+
+
+def command(*, add: str, without: str) -> str:
+    """Return this program's command line with one option more, and without another."""
+    program = Path(sys.argv[0]).name
+    start = "python -m openai_eval_client" if program == "__main__.py" else program
+    kept = [argument for argument in sys.argv[1:] if argument not in {without, add}]
+    return f"{start} {shlex.join([*kept, add])}"
