@@ -51,7 +51,7 @@ class Cache:
     """
 
     def __init__(self, config: CacheConfig, base_url: str, recorder: Recorder, ledger: Ledger) -> None:
-        self.store = Store(config.path, read_only=not config.write)
+        self.store = Store(Path(config.path).expanduser(), read_only=not config.write)
         self._config = config
         self._base_url = normalised(base_url)
         self._recorder = recorder

@@ -22,6 +22,7 @@ from openai_eval_client._cli_common import (
     is_refusal,
     run,
     say,
+    show_log,
 )
 from openai_eval_client._retry import is_transient
 from openai_eval_client.config import BatchConfig, OpenAIConfig
@@ -55,6 +56,7 @@ def _batch() -> None:
     Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
     4 refused by the server (key, model, quota, no such job); 130 interrupted.
     """
+    show_log()
 
 
 @batch_app.command()

@@ -103,21 +103,23 @@ class Source:
 
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(_LONGEST_FIELD)
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(text, delimiter="\t" if self._form == "tsv" else ",", strict=True)
-        try:
-            header = next(reader, [])
-            for fields in reader:
-                if fields:
-                    if len(fields) != len(header):
-                        self.refuse(
-                            reader.line_num, f"{len(fields)} fields, but the header has {len(header)}"
-                        )
-                    yield reader.line_num, dict(zip(header, fields, strict=True))
-        except csv.Error as error:
-            self.refuse(reader.line_num, f"not CSV: {error}")
-        except UnicodeDecodeError as error:
-            self.refuse(reader.line_num + 1, f"not UTF-8: {error.reason}")
+        delimiter = "\t" if self._form == "tsv" else ","
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            try:
+                yield from self._records(reader)
+            except csv.Error as error:
+                self.refuse(reader.line_num, f"not CSV: {error}")
+            except UnicodeDecodeError as error:
+                self.refuse(reader.line_num + 1, f"not UTF-8: {error.reason}")
+
+    def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        header = next(reader, [])
+        for fields in reader:
+            if fields and len(fields) != len(header):
+                self.refuse(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")
+            if fields:
+                yield reader.line_num, dict(zip(header, fields, strict=True))
 
     def _prompt(self, data: dict[str, Any], index: int, line: int) -> str | list[Any]:
         keys = [self._column] if self._column else [key for key in _PROMPT_KEYS if data.get(key) is not None]

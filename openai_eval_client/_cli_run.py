@@ -211,6 +211,7 @@ def _prepare(order: Order, *, quiet: bool) -> None:
         return
     found = _cli_work.survey(order)
     order.total = found.rows
+    order.progress = order.progress and found.rows > 0
     if not found.rows and not order.done:
         raise ValidationError(f"{order.source.name}: no rows", field="input")
     if found.unsent and not quiet:

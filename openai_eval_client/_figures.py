@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 _MINUTE = 60.0
 _LONG_WAIT = 1.0  # seconds from which a wait is told with its length
 _KILO, _MEGA = 1000, 1_000_000
-_SMALL = 0.1  # USD
+_DIME = 0.1  # USD
 _NAMES = {"requests": "RPM", "tokens": "TPM"}
 
 
@@ -260,4 +261,6 @@ def _brief(number: float) -> str:
 
 
 def _usd(amount: float) -> str:
-    return f"{amount:,.2f}" if amount >= _SMALL or not amount else f"{amount:.2g}"
+    """Return an amount with two decimals, or two digits where it is less than a dime."""
+    digits = 2 if amount >= _DIME or amount <= 0 else 1 - math.floor(math.log10(amount))
+    return f"{amount:,.{digits}f}"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from openai_eval_client._cli_batch import batch_app
-from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say
+from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say, show_log
 from openai_eval_client._cli_limits import limits
 from openai_eval_client._cli_run import estimate, run
 from openai_eval_client.config import OpenAIConfig
@@ -61,6 +61,7 @@ def demo(
     model: Annotated[str, typer.Option(help="The model to ask.")] = "gpt-4o",
 ) -> None:
     """Run the 164 HumanEval prompts on a simulated server with a new account's limits, and sum up."""
+    show_log()
     try:
         from openai_eval_client import _demo  # starts slowly, and needs an extra
 

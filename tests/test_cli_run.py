@@ -1,0 +1,322 @@
+"""`run` and its kin against the simulated server: what is written, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from cli import KEY, cli, rows_of  # noqa: F401  # a fixture among them
+
+from openai_eval_client import ModelResponse
+from openai_eval_client.testing import SimulatedServer
+
+pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Five rows, one of each kind and two more."""
+    path = tmp_path / "prompts.jsonl"
+    lines = [
+        "one é",
+        {"prompt": "two", "id": 7, "index": "mine"},
+        {"messages": [{"role": "user", "content": "three"}], "nested": {"a": [1.5, None]}},
+        "four",
+        "five",
+    ]
+    path.write_text("\n\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    return path
+
+
+def written(path):
+    """The rows of an output file, by index."""
+    found = rows_of(path.read_text("utf-8"))
+    assert len({row["index"] for row in found}) == len(found)
+    return {row["index"]: row for row in found}
+
+
+# --- what is written --------------------------------------------------------------------------------------
+
+
+def test_a_row_is_the_input_its_index_and_the_response(cli, prompts, tmp_path):
+    """Keys are carried; one that would be ours is renamed; the summary is said, and 0 is the exit code."""
+    out = tmp_path / "out.jsonl"
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", out, "--model", "gpt-4o-mini", server=server) == 0
+    rows = written(out)
+    assert sorted(rows) == [0, 1, 2, 3, 4]
+    responses = {index: ModelResponse.model_validate(row.pop("response")) for index, row in rows.items()}
+    assert responses[1].content == "echo: two"
+    assert rows[0] == {"prompt": "one é", "index": 0}
+    assert rows[1] == {"prompt": "two", "id": 7, "input_index": "mine", "index": 1}
+    assert rows[2]["nested"] == {"a": [1.5, None]}
+    assert "5 of 5 answered" in cli.err
+    assert cli.out == ""
+
+
+def test_options_are_sent_with_every_row(cli, prompts, tmp_path):
+    """The system prompt, the schema and any parameter reach the server; a default model is named."""
+    schema = tmp_path / "city.json"
+    schema.write_text('{"type": "object", "properties": {}}')
+    bodies = []
+    options = ["--system", "be brief", "--schema", schema, "--temperature", "0.5", "--max-tokens", "9"]
+    options += ["--param", "seed=7", "--param", 'stop=["END"]', "--param", "user=me", "--limit", "1"]
+    with SimulatedServer(api_key=KEY, answer=lambda body: bodies.append(body) or "{}") as server:
+        assert cli("run", prompts, *options, server=server) == 0
+    (body,) = bodies
+    assert body["messages"][0] == {"role": "system", "content": "be brief"}
+    assert body["response_format"]["json_schema"]["name"] == "city"
+    assert (body["temperature"], body["max_tokens"], body["seed"], body["user"]) == (0.5, 9, 7, "me")
+    assert body["stop"] == ["END"]
+    assert "gpt-3.5-turbo, the default" in cli.err
+    assert [row["index"] for row in rows_of(cli.out)] == [0]
+
+
+def test_a_csv_file(cli, tmp_path):
+    """The prompt is in a column, and the others are carried."""
+    path = tmp_path / "prompts.csv"
+    path.write_text('question,id\n"one\ntwo",a\nthree,b\n')
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", path, "--prompt-column", "question", "--quiet", server=server) == 0
+    rows = sorted(rows_of(cli.out), key=lambda row: row["index"])
+    assert [(row["question"], row["id"]) for row in rows] == [("one\ntwo", "a"), ("three", "b")]
+    assert cli.err == ""
+
+
+def test_the_summary_for_machines(cli, prompts, tmp_path):
+    """On standard output, or on standard error where the rows have it."""
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", tmp_path / "out", "--json", "--no-progress", server=server) == 0
+        summary = json.loads(cli.out)
+        assert cli("run", prompts, "--json", "--quiet", server=server) == 0
+    assert (summary["answered"], summary["failed"], summary["exit_code"]) == (5, 0, 0)
+    assert json.loads(cli.err)["answered"] == 5
+    assert len(rows_of(cli.out)) == 5
+
+
+def test_progress_is_told(cli, prompts, tmp_path):
+    """Where no terminal is, in lines of standard error; --no-progress and --quiet tell nothing."""
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", tmp_path / "a", server=server) == 0
+        assert "5/5 (100%)" in cli.err
+        assert cli("run", prompts, "-o", tmp_path / "b", "--no-progress", server=server) == 0
+        assert "5/5" not in cli.err
+
+
+def test_a_key_from_a_file(cli, prompts, tmp_path):
+    """It is read from there, and never shown."""
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    with SimulatedServer(api_key=KEY) as server:
+        given = ["--api-key-file", tmp_path / "key", "--base-url", server.base_url]
+        assert cli("run", prompts, "-o", tmp_path / "out", *given, key=None) == 0
+
+
+def test_by_batch(cli, prompts, tmp_path):
+    """The same rows through the Batch API, in order, at its price."""
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", tmp_path / "out", "--batch", server=server) == 0
+        assert len(server.batches) == 1
+    assert [row["index"] for row in rows_of((tmp_path / "out").read_text())] == [0, 1, 2, 3, 4]
+
+
+def test_a_cache_answers_again(cli, prompts, tmp_path, monkeypatch):
+    """With ~ for the home directory, which no shell expands after an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with SimulatedServer(api_key=KEY) as server:
+        for name in ("a", "b"):
+            assert cli("run", prompts, "-o", tmp_path / name, "--cache=~/c.sqlite", server=server) == 0
+        assert len(server.calls) == 5
+    assert "5 from the cache" in cli.err
+    assert (tmp_path / "c.sqlite").is_file()
+
+
+# --- resuming ---------------------------------------------------------------------------------------------
+
+
+def test_resuming_asks_for_the_rest(cli, prompts, tmp_path):
+    """Rows that are there are not asked for again; a torn last line is."""
+    out = tmp_path / "out"
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", out, "--limit", "3", server=server) == 0
+        out.write_bytes(out.read_bytes()[:-20])
+        assert cli("run", prompts, "-o", out, "--resume", server=server) == 0
+        assert len(server.calls) == 6
+        assert sorted(written(out)) == [0, 1, 2, 3, 4]
+        assert "2 there before" in cli.err
+        assert cli("run", prompts, "-o", out, "--resume", server=server) == 0
+        assert len(server.calls) == 6
+
+
+def test_a_changed_input_is_noticed(cli, prompts, tmp_path):
+    """The line is named, and nothing is sent."""
+    out = tmp_path / "out"
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", out, server=server) == 0
+        prompts.write_text('"zero"\n' + prompts.read_text())
+        assert cli("run", prompts, "-o", out, "--resume", server=server) == 2
+        assert len(server.calls) == 5
+    assert "prompts.jsonl, line 1: not what the output has at index 0" in cli.err
+
+
+def test_what_failed_is_asked_again(cli, prompts, tmp_path):
+    """Only when that is wanted; its row takes the place of the failed one."""
+    out = tmp_path / "out"
+    options = ["-o", out, "--max-retries", "0", "--max-concurrent", "1"]
+    with SimulatedServer(api_key=KEY, script=["ok", "500"]) as server:
+        assert cli("run", prompts, *options, server=server) == 1
+        assert written(out)[1]["error"]["type"] == "InternalServerError"
+        assert "--resume --retry-failed" in cli.err
+        assert cli("run", prompts, *options, "--resume", server=server) == 1
+        assert len(server.calls) == 5
+        assert cli("run", prompts, *options, "--resume", "--retry-failed", server=server) == 0
+    assert all("response" in row for row in written(out).values())
+    assert len(written(out)) == 5
+
+
+def test_nothing_is_overwritten_unasked(cli, prompts, tmp_path):
+    """An output with rows needs --resume or --overwrite."""
+    out = tmp_path / "out"
+    out.write_text("precious\n")
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", out, server=server) == 2
+        assert "--overwrite" in cli.err
+        assert cli("run", prompts, "-o", out, "--resume", server=server) == 2
+        assert "out, line 1" in cli.err
+        assert out.read_text() == "precious\n"
+        assert cli("run", prompts, "-o", out, "--overwrite", server=server) == 0
+    assert len(written(out)) == 5
+
+
+# --- the other exit codes ---------------------------------------------------------------------------------
+
+
+def test_the_budget_is_reached(cli, prompts, tmp_path):
+    """3, with the rows that were answered and how to go on; the row that did not fit has none."""
+    out = tmp_path / "out"
+    options = ["-o", out, "--model", "gpt-4o", "--max-tokens", "50", "--max-concurrent", "1"]
+    with SimulatedServer(api_key=KEY, output_tokens=50) as server:
+        assert cli("run", prompts, *options, "--max-cost", "0.002", server=server) == 3
+    assert 0 < len(written(out)) < 5
+    assert all("response" in row for row in written(out).values())
+    assert "to go on: openai-eval-client run" in cli.err
+    assert cli.err.rstrip().endswith("--resume")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"api_key": "sk-another-0123456789"}, "Incorrect API key"),
+        ({"models": ["another"]}, "does not exist"),
+        ({"quota_exhausted_after": 0}, "quota"),
+    ],
+    ids=["key", "model", "quota"],
+)
+def test_the_server_refuses_all(cli, prompts, tmp_path, options, said):
+    """4, and no row: it is no row's fault."""
+    with SimulatedServer(**{"api_key": KEY, **options}) as server:
+        assert cli("run", prompts, "-o", tmp_path / "out", server=server) == 4
+    assert said in cli.err
+    assert (tmp_path / "out").read_text() == ""
+
+
+def test_nobody_listens(cli, prompts, tmp_path):
+    """4 as well: port 9 is that of no API."""
+    assert cli("run", prompts, "-o", tmp_path / "out", "--max-retries", "0") == 4
+    assert "connect" in cli.err.lower()
+    assert (tmp_path / "out").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "lines", "said"),
+    {
+        "not JSON": ([], "{", "prompts.jsonl, line 3: not JSON"),
+        "no prompt": ([], '{"question": "a"}', "line 3: no \"prompt\""),
+        "an empty prompt": ([], '{"prompt": " "}', "line 3: prompt=' ': must not be empty"),
+        "no such parameter": (["--param", "temprature=1"], "", "did you mean temperature"),
+        "no pair": (["--param", "seed"], "", "not KEY=JSON"),
+        "an option by another name": (["--param", "temperature=1"], "", "there is an option for it"),
+        "a budget without a bound": (["--max-cost", "1"], "", "max_tokens"),
+        "no schema": (["--schema", "/nowhere/schema.json"], "", "/nowhere/schema.json: No such file"),
+        "no output": (["-o", "/nowhere/out"], "", "/nowhere/out: No such file"),
+        "no reading back": (["--resume"], "", "--resume needs --output"),
+        "a column": (["--prompt-column", "question"], "", 'line 2: no "question"'),
+        "no key file": (["--api-key-file", "/nowhere/key"], "", "/nowhere/key: No such file"),
+        "an address": (["--base-url", "nowhere"], "", "base_url='nowhere'"),
+    }.values(),
+)
+def test_bad_input_and_usage(cli, tmp_path, options, lines, said):
+    """2, and a sentence that names what is wrong; nothing was sent."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'"one"\n{{"prompt": "two"}}\n{lines}')
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", path, *options, server=server) == 2
+        assert server.calls == []
+    assert said in cli.err
+    assert cli.out == ""
+
+
+def test_what_is_missing(cli, tmp_path):
+    """No file, no key, no row: 2."""
+    (tmp_path / "empty").write_text("\n")
+    assert cli("run", tmp_path / "nowhere") == 2
+    assert "nowhere: No such file" in cli.err
+    assert cli("run", tmp_path / "empty") == 2
+    assert "no rows" in cli.err
+    assert cli("run", tmp_path / "empty", key="") == 2
+    assert "OPENAI_API_KEY" in cli.err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk here")
+def test_a_full_disk(cli, prompts):
+    """2, and a sentence."""
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, "-o", "/dev/full", server=server) == 2
+    assert "/dev/full: No space left on device" in cli.err
+
+
+def test_a_key_of_a_row_that_looks_like_a_parameter(cli, tmp_path):
+    """It is carried, and that is said."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "temperature": 0}')
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", path, server=server) == 0
+    assert "not sent: temperature" in cli.err
+
+
+# --- the other commands -----------------------------------------------------------------------------------
+
+
+def test_an_estimate_sends_nothing(cli, prompts):
+    """Neither does a dry run; no key is needed."""
+    assert cli("estimate", prompts, "--model", "gpt-4o", "--max-tokens", "10", key="") == 0
+    assert "5 requests to gpt-4o" in cli.out
+    assert cli("run", prompts, "--model", "gpt-4o", "--max-tokens", "10", "--dry-run", "--json", key="") == 0
+    assert json.loads(cli.out)["requests"] == 5
+
+
+def test_limits_are_asked_for(cli):
+    """One request for each model, and what its headers say."""
+    with SimulatedServer(api_key=KEY, rpm=500, tpm=30_000) as server:
+        assert cli("limits", "--model", "a", "--model", "b", "--json", server=server) == 0
+        assert len(server.calls) == 2
+        found = json.loads(cli.out)
+        assert (found["b"]["requests"]["limit"], found["a"]["tokens"]["limit"]) == (500, 30_000)
+        assert cli("limits", "--model", "a", server=server) == 0
+        assert {"a", "500", "30,000"} <= set(cli.out.split())
+
+
+def test_limits_that_are_not_stated(cli):
+    """That is said; a wrong key is 4."""
+    with SimulatedServer(api_key=KEY, headers=False) as server:
+        assert cli("limits", server=server) == 0
+        assert "states no limits" in cli.err
+        assert cli("limits", server=server, key="sk-another-0123456789") == 4
+
+
+@pytest.mark.parametrize("name", ["run", "estimate", "limits", "simulate", "batch", "demo"])
+def test_every_command_explains_itself(cli, name):
+    """--help of `run` has the exit codes."""
+    assert cli(name, "--help") == 0
+    assert name in cli.out
+    assert name != "run" or "130 interrupted" in cli.out
