@@ -32,7 +32,7 @@ class Bar:
         first.n = figures.done
         first.desc = progress_of(figures)
         for line in rest:
-            line.desc = fitted(details(figures), _columns(line) - 1)
+            line.desc = fitted(details(figures), line.dynamic_ncols(line.fp)[0])
         if not rest:
             first.desc += "  " + "  ".join(details(figures))
         for line in self._lines:
@@ -63,16 +63,21 @@ def in_notebook() -> bool:
     return "IPKernelApp" in getattr(shell, "config", ())
 
 
-def _columns(line: Any) -> int:
-    """Return how wide the terminal is."""
-    measured = line.dynamic_ncols(line.fp)[0] if callable(line.dynamic_ncols) else None
-    return measured or _NARROW
-
-
 def _line(total: int | None, form: str) -> Any:
     from tqdm.auto import tqdm  # asks a notebook for its widgets, which takes time
 
     class Line(tqdm):  # type: ignore[misc,unused-ignore]  # tqdm has no types
         monitor_interval = 0  # no thread: we paint when there is something to paint
 
-    return Line(total=total, bar_format=form, dynamic_ncols=True, leave=True, file=sys.stderr)
+    line = Line(total=total, bar_format=form, dynamic_ncols=True, leave=True, file=sys.stderr)
+    measure = line.dynamic_ncols
+    if not in_notebook():
+        line.dynamic_ncols = lambda file: _shape(measure, file)
+        line.ncols, line.nrows = line.dynamic_ncols(line.fp)
+    return line
+
+
+def _shape(measure: Any, file: object) -> tuple[int, int | None]:
+    """Return columns and rows of a terminal; some say that they have none, or nothing."""
+    columns, rows = measure(file) if measure else (None, None)
+    return (columns, rows) if columns and columns > 0 else (_NARROW, None)

@@ -114,7 +114,7 @@ class Source:
                 self.refuse(reader.line_num + 1, f"not UTF-8: {error.reason}")
 
     def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-        header = next(reader, [])
+        header: list[str] = next(reader, [])
         for fields in reader:
             if fields and len(fields) != len(header):
                 self.refuse(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")

@@ -15,6 +15,7 @@ from openai_eval_client import _cli_summary, _cli_work
 from openai_eval_client._cli_common import account, exit_codes, say, show_log
 from openai_eval_client._cli_input import Source
 from openai_eval_client._cli_output import Output
+from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from openai_eval_client._cli_work import Order
     from openai_eval_client.costs import CostEstimate
+
+_BATCH = BatchConfig()
 
 
 def run(  # one name for each option
@@ -63,6 +66,12 @@ def run(  # one name for each option
     batch: Annotated[
         bool, typer.Option("--batch", help="By the Batch API: half the price, within a day.")
     ] = False,
+    window: Annotated[
+        str, typer.Option(help="With --batch: what the provider may take, 24h, or 7d where it has that.")
+    ] = _BATCH.completion_window,
+    interval: Annotated[
+        float, typer.Option(metavar="SECONDS", help="With --batch: between two looks.")
+    ] = _BATCH.polling_interval,
     timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Of one attempt.")] = None,
     max_retries: Annotated[int | None, typer.Option(min=0, metavar="N", help="Of one row.")] = None,
     base_url: opt.BaseUrl = None,
@@ -101,6 +110,7 @@ def run(  # one name for each option
             Source(source, column=prompt_column, form=form and form.value, limit=limit),
             params=_params(param, schema, api, temperature, max_tokens, system, max_cost),
             cache=cache,
+            batch=BatchConfig(auto_batch_threshold=1, completion_window=window, polling_interval=interval),
             progress=progress and not quiet and not (output == "-" and sys.stdout.isatty()),
         )
         if model is None and not quiet:

@@ -15,7 +15,6 @@ from openai_eval_client._cli_output import carried, fingerprint, line_of
 from openai_eval_client._cli_stop import Interrupts
 from openai_eval_client._retry import is_doom
 from openai_eval_client.client import OpenAIClient
-from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._cli_input import Row, Source
     from openai_eval_client._cli_output import Output
-    from openai_eval_client.config import OpenAIConfig, RateLimitConfig
+    from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
     from openai_eval_client.costs import CostEstimate
     from openai_eval_client.models import ClientStats, ModelResponse
 
@@ -55,6 +54,7 @@ class Order:
         total: How many rows are to be answered; None: nobody knows.
         params: What is asked of the client with every row.
         cache: Where answers are kept; None: nowhere.
+        batch: How the Batch API is used, if it is.
         progress: Whether to show how far it is.
     """
 
@@ -65,6 +65,7 @@ class Order:
     total: int | None = None
     params: dict[str, Any] = field(default_factory=dict)
     cache: Path | None = None
+    batch: BatchConfig | None = None
     progress: bool = False
 
     def rows(self) -> Iterator[Row]:
@@ -82,9 +83,9 @@ class Order:
                     row.line, f"not what the output has at index {row.index}: the input changed"
                 )
 
-    def client(self, **options: Any) -> OpenAIClient:
+    def client(self) -> OpenAIClient:
         """Return a client for it."""
-        return OpenAIClient(self.config, rate_limit=self.limits, cache=self.cache, **options)
+        return OpenAIClient(self.config, rate_limit=self.limits, batch=self.batch, cache=self.cache)
 
 
 @dataclass(slots=True)
@@ -195,7 +196,7 @@ async def answer_by_batch(order: Order, output: Output) -> Result:
     """Answer the rows by the Batch API, and write the outcomes in the end, in order."""
     result, began = Result(), time.monotonic()
     rows = [row async for row in _each(order)]
-    async with order.client(batch=BatchConfig(auto_batch_threshold=1)) as client:
+    async with order.client() as client:
         with Interrupts(at_once=True) as signals:
             outcomes: list[Any] = []
             try:

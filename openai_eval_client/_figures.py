@@ -193,7 +193,9 @@ def progress_of(figures: Figures) -> str:
 
 
 def waited_for(figures: Figures) -> str:
-    """Return what is being waited for, where it is the rate limit."""
+    """Return what is being waited for, where that is not an answer."""
+    if figures.in_flight is None and figures.done != figures.total:
+        return "waiting for the Batch API"
     if not figures.waiting or figures.cause == "concurrency":
         return ""
     long = f" {clock(figures.wait)}" if figures.wait >= _LONG_WAIT else ""

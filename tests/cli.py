@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 
 import pytest
@@ -35,16 +34,6 @@ class Cli:
         assert "Traceback" not in self.err
         assert KEY not in self.out + self.err
         return ended.value.code or 0
-
-
-@pytest.fixture
-def cli(capfd, monkeypatch):
-    """A `Cli`; what it does to the library's log is undone."""
-    logger = logging.getLogger("openai_eval_client")
-    before = logger.handlers[:], logger.level, logger.propagate
-    monkeypatch.setenv("COLUMNS", "100")
-    yield Cli(capfd, monkeypatch)
-    logger.handlers[:], logger.level, logger.propagate = before
 
 
 def rows_of(text):

@@ -2,11 +2,13 @@
 
 import gzip
 import hashlib
+import logging
 from importlib.util import find_spec
 from pathlib import Path
 
 import certifi
 import pytest
+from cli import Cli
 
 VOCABULARIES = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
 
@@ -65,3 +67,13 @@ def empty_vocabularies(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setattr(_tokens, "_VOCABULARIES", _tokens._Vocabularies())
     return folder
+
+
+@pytest.fixture
+def cli(capfd, monkeypatch):
+    """The command line; what it does to the library's log is undone."""
+    logger = logging.getLogger("openai_eval_client")
+    before = logger.handlers[:], logger.level, logger.propagate
+    monkeypatch.setenv("COLUMNS", "100")
+    yield Cli(capfd, monkeypatch)
+    logger.handlers[:], logger.level, logger.propagate = before

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+from pathlib import Path
 
 import pytest
-from cli import KEY, cli, rows_of  # noqa: F401  # a fixture among them
+from cli import KEY, rows_of
 
 from openai_eval_client import ModelResponse
 from openai_eval_client.testing import SimulatedServer
@@ -115,7 +115,8 @@ def test_a_key_from_a_file(cli, prompts, tmp_path):
 def test_by_batch(cli, prompts, tmp_path):
     """The same rows through the Batch API, in order, at its price."""
     with SimulatedServer(api_key=KEY) as server:
-        assert cli("run", prompts, "-o", tmp_path / "out", "--batch", server=server) == 0
+        options = ["-o", tmp_path / "out", "--batch", "--interval", "0.05"]
+        assert cli("run", prompts, *options, server=server) == 0
         assert len(server.batches) == 1
     assert [row["index"] for row in rows_of((tmp_path / "out").read_text())] == [0, 1, 2, 3, 4]
 
@@ -231,7 +232,7 @@ def test_nobody_listens(cli, prompts, tmp_path):
     ("options", "lines", "said"),
     {
         "not JSON": ([], "{", "prompts.jsonl, line 3: not JSON"),
-        "no prompt": ([], '{"question": "a"}', "line 3: no \"prompt\""),
+        "no prompt": ([], '{"question": "a"}', 'line 3: no "prompt"'),
         "an empty prompt": ([], '{"prompt": " "}', "line 3: prompt=' ': must not be empty"),
         "no such parameter": (["--param", "temprature=1"], "", "did you mean temperature"),
         "no pair": (["--param", "seed"], "", "not KEY=JSON"),
@@ -267,7 +268,7 @@ def test_what_is_missing(cli, tmp_path):
     assert "OPENAI_API_KEY" in cli.err
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk here")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk here")
 def test_a_full_disk(cli, prompts):
     """2, and a sentence."""
     with SimulatedServer(api_key=KEY) as server:

@@ -1,0 +1,174 @@
+"""What ends `run` from outside, in a terminal of its own: Ctrl-C, SIGTERM, kill -9, a reader that leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from openai_eval_client.testing import SimulatedServer
+
+ROOT = Path(__file__).parents[1]
+COMMAND = [sys.executable, "-m", "openai_eval_client"]
+KEY = "sk-right-0123456789"
+ROWS = 40
+
+
+def environment(server):
+    """What a user has set."""
+    known = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    paths = {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80"}
+    return {**known, **paths, "OPENAI_BASE_URL": server.base_url, "OPENAI_API_KEY": KEY}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With an input of forty rows."""
+    lines = [json.dumps({"prompt": f"row {n}", "id": n}) for n in range(ROWS)]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def rows(path):
+    """The rows of an output, whole lines of JSON all of them."""
+    text = path.read_bytes()
+    assert not text or text.endswith(b"\n")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+class Terminal:
+    """A terminal session: the command is its foreground process group, as under a shell."""
+
+    def __init__(self, server, folder, *arguments):
+        self.child, self.screen = pty.fork()
+        if not self.child:
+            os.chdir(folder)
+            os.execve(COMMAND[0], [*COMMAND, "run", "in.jsonl", *arguments], environment(server))  # noqa: S606
+        self.said = ""
+
+    def read(self):
+        """Take what is written next; False at the end."""
+        try:
+            ready, _, _ = select.select([self.screen], [], [], 30)
+            assert ready, self.said
+            text = os.read(self.screen, 65536)
+        except OSError:  # how a terminal says that its program has ended
+            return False
+        self.said += text.decode()
+        return bool(text)
+
+    def type(self, text):
+        """Press keys."""
+        os.write(self.screen, text)
+
+    def ended(self):
+        """Read to the end, and return the exit code."""
+        while self.read():
+            pass
+        os.close(self.screen)
+        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+
+
+def started(server, terminal, answered):
+    """Wait until so many rows were answered; the screen is read meanwhile."""
+    while server.counts["200"] < answered:
+        ready, _, _ = select.select([terminal.screen], [], [], 0.01)
+        if ready:
+            assert terminal.read(), terminal.said
+
+
+def test_ctrl_c_and_resume(folder):
+    """What is in flight is finished and written, the command to go on is shown, and it does."""
+    out = folder / "out.jsonl"
+    with SimulatedServer(api_key=KEY, latency=0.1) as server:
+        terminal = Terminal(server, folder, "-o", "out.jsonl", "--max-concurrent", "2")
+        started(server, terminal, 6)
+        terminal.type(b"\x03")
+        assert terminal.ended() == 130
+        before, sent = rows(out), len(server.calls)
+        assert 6 <= len(before) == sent < ROWS
+        assert "Traceback" not in terminal.said
+        assert "may finish" in terminal.said
+        assert f"of {ROWS} answered" in terminal.said
+        assert "run in.jsonl -o out.jsonl --max-concurrent 2 --resume" in " ".join(terminal.said.split())
+        assert "%|" in terminal.said
+
+        again = Terminal(server, folder, "-o", "out.jsonl", "--max-concurrent", "20", "--resume")
+        assert again.ended() == 0
+        assert len(server.calls) == ROWS
+    assert sorted(row["index"] for row in rows(out)) == list(range(ROWS))
+    assert all(row["id"] == row["index"] for row in rows(out))
+
+
+def test_a_second_ctrl_c_ends_at_once(folder):
+    """What is in flight is not waited for."""
+    with SimulatedServer(api_key=KEY, latency=30, latency_sigma=0) as server:
+        terminal = Terminal(server, folder, "-o", "out.jsonl")
+        while not server.in_flight:
+            ready, _, _ = select.select([terminal.screen], [], [], 0.01)
+            if ready:
+                assert terminal.read(), terminal.said
+        terminal.type(b"\x03")
+        while "may finish" not in terminal.said:
+            assert terminal.read()
+        terminal.type(b"\x03")
+        assert terminal.ended() == 130
+    assert "Traceback" not in terminal.said
+    assert rows(folder / "out.jsonl") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_other_ends(folder, number):
+    """SIGTERM is as Ctrl-C; after kill -9 the file is valid, but for a last line that resuming mends."""
+    out = folder / "out.jsonl"
+    options = ["-o", "out.jsonl", "--max-concurrent", "4"]
+    with SimulatedServer(api_key=KEY, latency=0.1) as server:
+        terminal = Terminal(server, folder, *options)
+        started(server, terminal, 8)
+        os.kill(terminal.child, number)
+        assert terminal.ended() == (130 if number == signal.SIGTERM else -number)
+        assert 0 < len(rows(out)) < ROWS
+        out.write_bytes(out.read_bytes() + b'{"prompt":"row')
+        done = subprocess.run(
+            [*COMMAND, "run", "in.jsonl", *options, "--resume"],
+            env=environment(server),
+            cwd=folder,
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(server.calls) <= ROWS + 4
+    assert sorted(row["index"] for row in rows(out)) == list(range(ROWS))
+
+
+def test_rows_are_piped(folder):
+    """A row is answered before the input ends, and a reader that leaves is no fault of ours."""
+    with (
+        SimulatedServer(api_key=KEY) as server,
+        subprocess.Popen(
+            [*COMMAND, "run", "-"],
+            env=environment(server),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as running,
+    ):
+        running.stdin.write(b'"first"\n')
+        running.stdin.flush()
+        row = json.loads(running.stdout.readline())
+        assert (row["index"], row["response"]["content"]) == (0, "echo: first")
+        running.stdout.close()
+        running.stdin.write(b'"second"\n"third"\n')
+        running.stdin.flush()
+        said = running.stderr.read().decode()
+        running.stdin.close()
+    assert running.returncode == 1
+    assert "Traceback" not in said
+    assert "Exception" not in said
