@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import io
 import itertools
 import json
 import stat
@@ -104,14 +103,18 @@ class Source:
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(_LONGEST_FIELD)
         delimiter = "\t" if self._form == "tsv" else ","
-        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
+        reader = csv.reader(self._texts(file), delimiter=delimiter, strict=True)
+        try:
+            yield from self._records(reader)
+        except csv.Error as error:
+            self.refuse(reader.line_num, f"not CSV: {error}")
+
+    def _texts(self, file: IO[bytes]) -> Iterator[str]:
+        for number, line in enumerate(file, start=1):
             try:
-                yield from self._records(reader)
-            except csv.Error as error:
-                self.refuse(reader.line_num, f"not CSV: {error}")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                self.refuse(reader.line_num + 1, f"not UTF-8: {error.reason}")
+                self.refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
 
     def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         header: list[str] = next(reader, [])

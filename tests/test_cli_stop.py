@@ -135,6 +135,8 @@ def test_other_ends(folder, number):
         os.kill(terminal.child, number)
         assert terminal.ended() == (130 if number == signal.SIGTERM else -number)
         assert 0 < len(rows(out)) < ROWS
+        if number == signal.SIGTERM:
+            return
         out.write_bytes(out.read_bytes() + b'{"prompt":"row')
         done = subprocess.run(
             [*COMMAND, "run", "in.jsonl", *options, "--resume"],
