@@ -13,7 +13,7 @@ from openai_eval_client._answers import estimate_usage
 from openai_eval_client._batch_lines import ENDPOINTS, MIXED
 from openai_eval_client._batch_manifest import Manifest, guess_manifest, read_bodies, read_manifest
 from openai_eval_client._batch_meta import read_placement
-from openai_eval_client._batch_results import Reader, Settlement
+from openai_eval_client._batch_results import Reader, Settlement, name_outcomes
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
@@ -127,6 +127,7 @@ class BatchJobs:
             settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
         self._compare(batch, settlement)
         _explain_missing(batch, settlement, manifest)
+        name_outcomes(settlement, manifest)
         await self._count_missing_usage(batch, settlement, manifest.indexes, tab)
         if batch.id not in self._booked:  # else it was settled before
             self._booked.add(batch.id)

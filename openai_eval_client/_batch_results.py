@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._answers import is_answer, read_answer
+from openai_eval_client._batch_lines import number
 from openai_eval_client._batch_manifest import name_of, parsed
 from openai_eval_client._batch_status import EXPIRED, MISSING
 from openai_eval_client._checks import is_header_text
@@ -51,12 +52,14 @@ class Settlement:
         oddities: How often each thing happened that should not.
         lines: How many lines the files have.
         unplaced: The errors of requests without a result of which even the index is not known.
+        names: The custom_id that the caller gave a request, by its index, where one is known.
     """
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     oddities: Counter[str] = field(default_factory=Counter)
     lines: int = 0
     unplaced: list[BatchError] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
 
     @property
     def answered(self) -> int:
@@ -107,10 +110,13 @@ class Reader:
         line = parsed(raw)
         if line is None:
             settlement.oddities["unreadable lines"] += 1
-        index = manifest.index_of(name_of(line, raw))
+        name = name_of(line, raw)
+        index = manifest.index_of(name)
         if index is None or (expected is not None and index not in expected):
             settlement.oddities["lines of no request of this job"] += line is not None
             return
+        if name is not None and manifest.by_name is None and name != number(index):
+            settlement.names[index] = name.removesuffix(f"#{index}")
         before = settlement.outcomes.get(index)
         settlement.oddities["second lines of one request"] += before is not None
         if isinstance(before, ModelResponse):  # not read: it would be priced twice
@@ -150,6 +156,18 @@ class Reader:
             request_id=request_id if isinstance(request_id, str) else None,
             latency=0.0,
         )
+
+
+def name_outcomes(settlement: Settlement, manifest: Manifest) -> None:
+    """Give each outcome the custom_id that the caller gave its request."""
+    named = manifest.by_name or {}
+    settlement.names.update({index: name for name, index in named.items() if name != number(index)})
+    for index, name in settlement.names.items():
+        outcome: Any = settlement.outcomes.get(index)
+        if isinstance(outcome, ModelResponse):
+            outcome._custom_id = name  # noqa: SLF001  # read by users, set here alone
+        elif outcome is not None:
+            outcome.custom_id = name
 
 
 def is_curable(error: Exception) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import sys
 from enum import Enum
+from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import openai
@@ -82,6 +83,10 @@ def submit(
     window: Annotated[
         str, typer.Option(help="What the provider may take: 24h, or 7d where it has that.")
     ] = _DEFAULTS.completion_window,
+    cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Note the batches there: submitted again, they are gone on with."),
+    ] = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Kept with the job by the provider; up to 14 of them."),
@@ -95,12 +100,15 @@ def submit(
     with exit_codes(interrupted=interrupted):
         config = OpenAIConfig() if model is None else OpenAIConfig(default_model=model)
         requests, numbers = _cli_rows.read_requests(source, defaults)
+        if model is None and any(request.model is None for request in requests):
+            say(f"model: {config.default_model}, the default; --model names another")
         try:
             job = run(
                 config,
                 lambda client: client.submit_batch_job(
                     requests, completion_window=window, metadata=pairs, api=api.value
                 ),
+                cache=cache,
             )
         except ValidationError as error:
             fail(BAD_INPUT, _cli_rows.by_lines(error, numbers))

@@ -20,7 +20,6 @@ from openai_eval_client.errors import ValidationError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Iterator
 
-_BOM = b"\xef\xbb\xbf"
 _PROMPT_KEYS = ("prompt", "messages")
 _READ_AHEAD = 100  # rows of a pipe
 _LONGEST_FIELD = 2**30  # characters of a CSV field
@@ -83,17 +82,15 @@ class Source:
 
     def _of_lines(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
-            text = line.removeprefix(_BOM) if number == 1 else line
+            text = self._text(line, number)
             if text.strip():
                 yield number, self._object(text, number)
 
-    def _object(self, line: bytes, number: int) -> dict[str, Any]:
+    def _object(self, line: str, number: int) -> dict[str, Any]:
         try:
-            row = json.loads(line.decode(), parse_constant=_no_json)
-        except UnicodeDecodeError as error:
-            self.refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
+            row = json.loads(line, parse_constant=_no_json)
         except (ValueError, RecursionError) as error:
-            self.refuse(number, f"not JSON: {error}: {shown(line.decode().strip())}")
+            self.refuse(number, f"not JSON: {error}: {shown(line.strip())}")
         if isinstance(row, str):
             return {self._column or "prompt": row}
         if not isinstance(row, dict):
@@ -111,10 +108,13 @@ class Source:
 
     def _texts(self, file: IO[bytes]) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                self.refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
+            yield self._text(line, number)
+
+    def _text(self, line: bytes, number: int) -> str:
+        try:
+            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            self.refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
 
     def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         header: list[str] = next(reader, [])

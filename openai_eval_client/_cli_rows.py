@@ -68,10 +68,14 @@ def by_lines(error: ValidationError, numbers: Sequence[int]) -> str:
 
 def row_of(index: int, outcome: ModelResponse | Exception) -> bytes:
     """Return the line of one outcome."""
+    head: dict[str, Any] = {"index": index}
+    name = getattr(outcome, "custom_id", None)
+    if name is not None:
+        head["custom_id"] = name
     if isinstance(outcome, ModelResponse):
-        return f'{{"index":{index},"response":{outcome.model_dump_json()}}}\n'.encode()
-    row = {"index": index, "error": error_of(outcome)}
-    return json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        start = json.dumps(head, separators=(",", ":"))[:-1]
+        return f'{start},"response":{outcome.model_dump_json()}}}\n'.encode()
+    return json.dumps({**head, "error": error_of(outcome)}, separators=(",", ":")).encode() + b"\n"
 
 
 def error_of(error: Exception) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import OpenAIConfig, RateLimitConfig
 from openai_eval_client.testing import SimulatedServer
+from openai_eval_client.testing import __main__ as server
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from openai_eval_client.models import ClientStats
 
@@ -60,6 +61,11 @@ def simulated() -> Iterator[OpenAIConfig]:
     rpm, tpm = LIMITS.requests_per_minute, LIMITS.tokens_per_minute
     with SimulatedServer(rpm=rpm, tpm=tpm, latency=_LATENCY, faults=_FAULTS, seed=1) as server:
         yield OpenAIConfig(api_key="sk-simulated", base_url=server.base_url, default_model=MODEL)
+
+
+def serve(arguments: Sequence[str]) -> int:
+    """Serve the simulated server until it is interrupted, and return the exit code."""
+    return server.main(arguments, program="openai-eval-client simulate")
 
 
 async def run(config: OpenAIConfig, rate_limit: RateLimitConfig) -> Summary:

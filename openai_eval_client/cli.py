@@ -48,9 +48,9 @@ def simulate(
     options: Annotated[list[str] | None, typer.Argument(help="See simulate --help.")] = None,
 ) -> None:
     """Serve a simulated API on this machine, to rehearse on: --rpm, --tpm, --latency, --fault, and more."""
-    from openai_eval_client.testing import __main__ as server  # not for any other command
+    from openai_eval_client import _demo  # starts slowly
 
-    sys.exit(server.main(options or [], program="openai-eval-client simulate"))
+    sys.exit(_demo.serve(options or []))
 
 
 @app.command()

@@ -8,7 +8,16 @@ from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from openai_eval_client.costs import CostLedger
 from openai_eval_client.errors import BatchError
@@ -96,6 +105,7 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
 
     _parsed: Any = PrivateAttr(default=None)
     _body: Any = PrivateAttr(default=None)
+    _custom_id: str | None = PrivateAttr(default=None)
 
     @property
     def parsed(self) -> Any:
@@ -112,6 +122,11 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
 
         kind: Any = types.chat.ChatCompletion if "choices" in body else types.responses.Response
         return kind.construct(**body)
+
+    @property
+    def custom_id(self) -> str | None:
+        """What the caller named the request of a batch; None for all others, and after a JSON round trip."""
+        return (self.__pydantic_private__ or {}).get("_custom_id")
 
     def _decoded(self) -> Any:
         """Return the body of the answer; of a batch, and of the cache, the line it stands in is kept."""
@@ -158,14 +173,24 @@ class BatchRequest(_Model):
             **params: Any,
         ) -> None: ...
 
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _text_or_messages(cls, value: Any, handler: Any) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise PydanticCustomError("prompt", "must be a text, or a list of chat messages") from None
+
     @model_validator(mode="after")
     def _one_input(self) -> BatchRequest:
         if self.prompt is None and self.messages is None:
             known = set(type(self).model_fields)
             extra = ", ".join(sorted(set(self.model_extra or ()) - known)[:5])
-            raise ValueError(f"give prompt or messages{f', besides {extra}' if extra else ''}")
+            raise PydanticCustomError(
+                "no_input", f"give prompt or messages{f', besides {extra}' if extra else ''}"
+            )
         if self.prompt is not None and self.messages is not None:
-            raise ValueError("give either prompt or messages, not both")
+            raise PydanticCustomError("two_inputs", "give either prompt or messages, not both")
         return self
 
 

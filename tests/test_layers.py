@@ -76,8 +76,11 @@ LAYERS = [
     {"_batch_methods", "_stream_methods"},
     {"_openai"},
     {"client"},
-    {"__init__", "_cli_common", "_cli_rows", "_cli_tables", "_demo"},
-    {"_cli_batch"},
+    {"__init__", "_cli_common", "_cli_input", "_cli_options", "_cli_rows", "_cli_tables", "_demo"},
+    {"_cli_batch", "_cli_limits", "_cli_output", "_cli_stop"},
+    {"_cli_work"},
+    {"_cli_summary"},
+    {"_cli_run"},
     {"cli"},
     {"__main__"},
 ]
@@ -93,7 +96,7 @@ WRAPPED = {
     "tqdm": {"_bar"},
     "rich": {"_cli_common", "_cli_tables", "cli"},
     "tiktoken": {"_tokens"},
-    "typer": {"_cli_batch", "_cli_tables", "cli"},
+    "typer": {"_cli_batch", "_cli_limits", "_cli_options", "_cli_run", "_cli_summary", "_cli_tables", "cli"},
 }
 LATE = {
     "aiohttp",
