@@ -5,19 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from enum import Enum
 from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import openai
 import typer
 
+from openai_eval_client import _cli_options as opt
 from openai_eval_client import _cli_rows, _cli_tables
 from openai_eval_client._checks import check_number
 from openai_eval_client._cli_common import (
     BAD_INPUT,
     REFUSED,
     SOME_FAILED,
+    account,
     exit_codes,
     fail,
     is_refusal,
@@ -26,13 +27,14 @@ from openai_eval_client._cli_common import (
     show_log,
 )
 from openai_eval_client._retry import is_transient
-from openai_eval_client.config import BatchConfig, OpenAIConfig
+from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import PartialFailureError, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from openai_eval_client.client import OpenAIClient
+    from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.models import BatchJobStatus, ModelResponse
 
 batch_app = typer.Typer(no_args_is_help=True)
@@ -43,25 +45,20 @@ Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that submit prin
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-class Api(str, Enum):
-    """The endpoints that a request may be for."""
-
-    chat = "chat"
-    responses = "responses"
-
-
 @batch_app.callback()
-def _batch() -> None:
+def _batch(ctx: typer.Context, *, base_url: opt.BaseUrl = None, key_file: opt.KeyFile = None) -> None:
     """Submit requests as jobs of the Batch API, at half the price, and collect their results.
 
     Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
     4 refused by the server (key, model, quota, no such job); 130 interrupted.
     """
     show_log()
+    ctx.obj = {"base_url": base_url, "key_file": key_file}
 
 
 @batch_app.command()
 def submit(
+    ctx: typer.Context,
     source: Annotated[
         typer.FileBinaryRead,
         typer.Argument(
@@ -79,7 +76,7 @@ def submit(
         int | None, typer.Option(min=1, help="Output tokens at most, for lines that give no number.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt of lines that have none.")] = None,
-    api: Annotated[Api, typer.Option(help="Chat completions, or the Responses API.")] = Api.chat,
+    api: Annotated[opt.Api, typer.Option(help="Chat completions, or the Responses API.")] = opt.Api.chat,
     window: Annotated[
         str, typer.Option(help="What the provider may take: 24h, or 7d where it has that.")
     ] = _DEFAULTS.completion_window,
@@ -98,7 +95,7 @@ def submit(
     defaults = {name: value for name, value in given.items() if value is not None}
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
     with exit_codes(interrupted=interrupted):
-        config = OpenAIConfig() if model is None else OpenAIConfig(default_model=model)
+        config = _config(ctx, default_model=model)
         requests, numbers = _cli_rows.read_requests(source, defaults)
         if model is None and any(request.model is None for request in requests):
             say(f"model: {config.default_model}, the default; --model names another")
@@ -118,6 +115,7 @@ def submit(
 
 @batch_app.command()
 def status(
+    ctx: typer.Context,
     job: Job,
     *,
     wait: Annotated[bool, typer.Option("--wait", help="Look again until it has ended.")] = False,
@@ -131,7 +129,7 @@ def status(
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
         found = run(
-            OpenAIConfig(),
+            _config(ctx),
             lambda client: _waited(client, job, interval) if wait else client.get_batch_status(job),
         )
         _cli_tables.show(found, as_json=as_json)
@@ -141,6 +139,7 @@ def status(
 
 @batch_app.command()
 def results(
+    ctx: typer.Context,
     job: Job,
     *,
     output: Annotated[
@@ -154,7 +153,7 @@ def results(
     written, and the exit code is 1.
     """
     with exit_codes(), _opened(output) as file:
-        outcomes = run(OpenAIConfig(), lambda client: _outcomes(client, job))
+        outcomes = run(_config(ctx), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):
             file.write(_cli_rows.row_of(index, outcome))
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -164,22 +163,28 @@ def results(
 
 
 @batch_app.command()
-def cancel(job: Job, *, as_json: AsJson = False) -> None:
+def cancel(ctx: typer.Context, job: Job, *, as_json: AsJson = False) -> None:
     """Cancel a job; what is answered already stays, and is paid."""
     with exit_codes():
-        _cli_tables.show(run(OpenAIConfig(), lambda client: client.cancel_batch_job(job)), as_json=as_json)
+        _cli_tables.show(run(_config(ctx), lambda client: client.cancel_batch_job(job)), as_json=as_json)
 
 
 @batch_app.command("list")
 def list_jobs(
+    ctx: typer.Context,
     *,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 20,
     as_json: AsJson = False,
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""
     with exit_codes():
-        jobs = run(OpenAIConfig(), lambda client: _newest(client, limit))
+        jobs = run(_config(ctx), lambda client: _newest(client, limit))
         _cli_tables.show_all(jobs, as_json=as_json)
+
+
+def _config(ctx: typer.Context, **fields: Any) -> OpenAIConfig:
+    """Return where the API is, as the options before the command say."""
+    return account(**ctx.obj, **fields)
 
 
 def _pairs(metadata: Sequence[str]) -> dict[str, str]:

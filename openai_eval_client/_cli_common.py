@@ -28,6 +28,8 @@ SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
 T = TypeVar("T")
 
+_NO_KEY = "set OPENAI_API_KEY, or give --api-key-file"
+
 _REFUSALS = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError, QuotaError)
 # What the code of a BatchError about a whole job comes to; any other: not one of its requests was run.
 _OF_JOB = {
@@ -81,7 +83,8 @@ def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
     try:
         yield
     except pydantic.ValidationError as error:  # of a config: it names field and value, but not the key
-        fail(BAD_INPUT, "; ".join(problem["msg"] for problem in error.errors()))
+        said = "; ".join(problem["msg"] for problem in error.errors())
+        fail(BAD_INPUT, said.replace("pass api_key=... or set OPENAI_API_KEY", _NO_KEY))
     except ValidationError as error:
         fail(BAD_INPUT, str(error))
     except openai.OpenAIError as error:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import errno
 import itertools
 import json
+import os
 import stat
 import sys
 import threading
@@ -62,7 +64,15 @@ class Source:
         self._limit = limit
         ending = Path(name).suffix.lower().removeprefix(".")
         self._form = form or (ending if ending in {"csv", "tsv"} else "jsonl")
-        self.is_stream = self.path is None or not stat.S_ISREG(self.path.stat().st_mode)
+        mode = stat.S_IFIFO if self.path is None else self.path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
+        self.is_stream = not stat.S_ISREG(mode)
+
+    def is_file(self, name: str) -> bool:
+        """Return whether another name is that of the same file."""
+        other = Path(name).expanduser()
+        return not self.is_stream and self.path is not None and other.exists() and other.samefile(self.path)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows.
@@ -94,7 +104,7 @@ class Source:
         if isinstance(row, str):
             return {self._column or "prompt": row}
         if not isinstance(row, dict):
-            self.refuse(number, f'{shown(row)}: must be a text, or an object with "prompt" or "messages"')
+            self.refuse(number, f"{shown(row)}: must be a text or an object, one a line")
         return row
 
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -44,13 +44,13 @@ Input = Annotated[
     ),
 ]
 PromptColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The key or column of the prompt.  [default: prompt]")
+    str | None, typer.Option(metavar="NAME", help="The key or column of the prompt. (default: prompt)")
 ]
 FormOption = Annotated[
     Form | None, typer.Option("--format", help="Of the input; by default as its name ends, else jsonl.")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N rows only.")]
-Model = Annotated[str | None, typer.Option(help=f"The model to ask.  [default: {_DEFAULT_MODEL}]")]
+Model = Annotated[str | None, typer.Option(help=f"The model to ask. (default: {_DEFAULT_MODEL})")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system prompt for all rows.")]
 Schema = Annotated[
     Path | None,
@@ -76,11 +76,11 @@ Tpm = Annotated[
 ]
 MaxConcurrent = Annotated[int, typer.Option(min=1, metavar="N", help="Requests in flight at once.")]
 BaseUrl = Annotated[
-    str | None, typer.Option(metavar="URL", help="The API's address, up to /v1.  [default: OPENAI_BASE_URL]")
+    str | None, typer.Option(metavar="URL", help="The API's address, up to /v1. (default: OPENAI_BASE_URL)")
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--api-key-file", metavar="FILE", help="A file with the key.  [default: OPENAI_API_KEY]"),
+    typer.Option("--api-key-file", metavar="FILE", help="A file with the key. (default: OPENAI_API_KEY)"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Say it as a JSON object.")]
 

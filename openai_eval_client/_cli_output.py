@@ -69,6 +69,7 @@ class Output:
     def __init__(self, name: str) -> None:
         self.path = None if name == "-" else Path(name).expanduser()
         self.failed = 0
+        self._is_new = self.path is not None and not self.path.exists()
         if self.path is None:
             self._file = sys.stdout.fileno()
         else:
@@ -102,8 +103,10 @@ class Output:
             raise OSError(error.errno, error.strerror, str(self.path or "standard output")) from None
 
     def close(self) -> None:
-        """Close it."""
+        """Close it; one that was made and holds nothing is removed."""
         if self.path is not None:
+            if self._is_new and self.is_regular and self.is_empty:
+                self.path.unlink(missing_ok=True)
             os.close(self._file)
 
     def done(self, *, without_errors: bool) -> dict[int, bytes]:

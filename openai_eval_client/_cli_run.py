@@ -127,8 +127,6 @@ def run(  # one name for each option
         _cli_work.check_some(order, result)
         code = _cli_summary.exit_code(result, failed_before)
         _cli_summary.sum_up(order, result, output, code, quiet=quiet, as_json=as_json)
-        if isinstance(result.error, OSError):
-            raise result.error
     sys.exit(code)
 
 
@@ -199,6 +197,8 @@ def _opened(
     name: str, order: Order, *, resume: bool, retry_failed: bool, overwrite: bool
 ) -> Iterator[Output]:
     """Open the output, and take from it what is done already."""
+    if order.source.is_file(name):
+        raise ValidationError(f"{name}: is the input as well", field="output")
     file = Output(name)
     try:
         if resume and not file.is_regular:

@@ -28,7 +28,13 @@ def exit_code(result: Result, failed_before: int) -> int:
 
 
 def sum_up(order: Order, result: Result, output: str, code: int, *, quiet: bool, as_json: bool) -> None:
-    """Say what came of it, and how to go on."""
+    """Say what came of it, and how to go on.
+
+    Raises:
+        OSError: That of the output.
+    """
+    reader_left = isinstance(result.error, BrokenPipeError)
+    quiet = quiet or reader_left or (code == BAD_INPUT and not result.answered + result.failed)
     if as_json:
         print_to = sys.stderr if output == "-" else sys.stdout
         typer.echo(json.dumps(_summary(order, result, output, code)), file=print_to)
@@ -39,6 +45,8 @@ def sum_up(order: Order, result: Result, output: str, code: int, *, quiet: bool,
     hint = _hint(order, result, output, code)
     if hint and not quiet:
         say(hint)
+    if isinstance(result.error, OSError):
+        raise result.error
 
 
 def _summary(order: Order, result: Result, output: str, code: int) -> dict[str, Any]:

@@ -192,6 +192,14 @@ def test_nothing_is_overwritten_unasked(cli, prompts, tmp_path):
 # --- the other exit codes ---------------------------------------------------------------------------------
 
 
+def test_the_input_is_not_the_output(cli, prompts):
+    """Whatever name it has, and whatever is asked for."""
+    before = prompts.read_bytes()
+    assert cli("run", prompts, "-o", prompts.parent / "." / prompts.name, "--overwrite") == 2
+    assert "is the input as well" in cli.err
+    assert prompts.read_bytes() == before
+
+
 def test_the_budget_is_reached(cli, prompts, tmp_path):
     """3, with the rows that were answered and how to go on; the row that did not fit has none."""
     out = tmp_path / "out"
@@ -218,14 +226,14 @@ def test_the_server_refuses_all(cli, prompts, tmp_path, options, said):
     with SimulatedServer(**{"api_key": KEY, **options}) as server:
         assert cli("run", prompts, "-o", tmp_path / "out", server=server) == 4
     assert said in cli.err
-    assert (tmp_path / "out").read_text() == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_nobody_listens(cli, prompts, tmp_path):
     """4 as well: port 9 is that of no API."""
     assert cli("run", prompts, "-o", tmp_path / "out", "--max-retries", "0") == 4
     assert "connect" in cli.err.lower()
-    assert (tmp_path / "out").read_text() == ""
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -243,6 +251,7 @@ def test_nobody_listens(cli, prompts, tmp_path):
         "no reading back": (["--resume"], "", "--resume needs --output"),
         "a column": (["--prompt-column", "question"], "", 'line 2: no "question"'),
         "no key file": (["--api-key-file", "/nowhere/key"], "", "/nowhere/key: No such file"),
+        "a folder": (["-o", "/"], "", "/: Is a directory"),
         "an address": (["--base-url", "nowhere"], "", "base_url='nowhere'"),
     }.values(),
 )
@@ -262,6 +271,8 @@ def test_what_is_missing(cli, tmp_path):
     (tmp_path / "empty").write_text("\n")
     assert cli("run", tmp_path / "nowhere") == 2
     assert "nowhere: No such file" in cli.err
+    assert cli("run", tmp_path) == 2
+    assert f"{tmp_path.name}: Is a directory" in cli.err
     assert cli("run", tmp_path / "empty") == 2
     assert "no rows" in cli.err
     assert cli("run", tmp_path / "empty", key="") == 2
