@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from cli import KEY, rows_of
 
 from openai_eval_client import ModelResponse
 from openai_eval_client.testing import SimulatedServer
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
 
@@ -305,6 +309,20 @@ def test_an_estimate_sends_nothing(cli, prompts):
     assert "5 requests to gpt-4o" in cli.out
     assert cli("run", prompts, "--model", "gpt-4o", "--max-tokens", "10", "--dry-run", "--json", key="") == 0
     assert json.loads(cli.out)["requests"] == 5
+
+
+def test_the_readmes_commands_run_as_they_stand(cli, tmp_path, monkeypatch):
+    """One after the other, in one folder."""
+    (lines,) = re.findall(r"<!-- questions.jsonl -->\n```json\n(.*?)```", README, flags=re.DOTALL)
+    (commands,) = re.findall(r"<!-- run -->\n```sh\n(.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "questions.jsonl").write_text(lines)
+    monkeypatch.chdir(tmp_path)
+    with SimulatedServer(api_key=KEY) as server:
+        for command in commands.splitlines():
+            program, *arguments = shlex.split(command)
+            assert (program, cli(*arguments, server=server)) == ("openai-eval-client", 0), cli.err
+    assert len(written(tmp_path / "answers.jsonl")) == 3
+    assert len(rows_of(cli.out)) == 2
 
 
 def test_limits_are_asked_for(cli):
