@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import csv
 import errno
 import itertools
@@ -11,6 +12,7 @@ import os
 import stat
 import sys
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
@@ -128,6 +130,9 @@ class Source:
 
     def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         header: list[str] = next(reader, [])
+        twice = [name for name, times in Counter(header).items() if times > 1]
+        if twice:
+            self.refuse(1, f"the column {twice[0]!r} is there twice")
         for fields in reader:
             if fields and len(fields) != len(header):
                 self.refuse(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")
@@ -161,7 +166,7 @@ async def aside(rows: Iterable[Row]) -> AsyncIterator[Row]:
     room = threading.Semaphore(_READ_AHEAD)
 
     def put(item: Row | BaseException | None) -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def read() -> None:

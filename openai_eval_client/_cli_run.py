@@ -111,6 +111,7 @@ def run(  # one name for each option
             params=_params(param, schema, api, temperature, max_tokens, system, max_cost),
             cache=cache,
             batch=BatchConfig(auto_batch_threshold=1, completion_window=window, polling_interval=interval),
+            farewell="" if output == "-" else f"to go on: {_cli_summary.again()}",
             progress=progress and not quiet and not (output == "-" and sys.stdout.isatty()),
         )
         if model is None and not quiet:

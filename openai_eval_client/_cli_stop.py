@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shlex
 import signal
@@ -11,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openai_eval_client import _bar
 from openai_eval_client._cli_common import INTERRUPTED, say
 
 if TYPE_CHECKING:
@@ -27,16 +29,17 @@ class Interrupts:
     """Takes the signals while it is entered, inside a running event loop.
 
     Args:
-        in_flight: Says how many requests are.
         at_once: Whether there is nothing to wait for.
+        farewell: What is said when the second signal ends it all.
 
     Attributes:
         event: Set by the first signal.
     """
 
-    def __init__(self, *, at_once: bool = False) -> None:
+    def __init__(self, *, at_once: bool = False, farewell: str = "") -> None:
         self.event = asyncio.Event()
         self._at_once = at_once
+        self._farewell = farewell
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.current_task()
         self._timer: asyncio.TimerHandle | None = None
@@ -58,6 +61,9 @@ class Interrupts:
 
     def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  # what the system hands over
         if self._seen:
+            below = "\n\n" if _bar.is_open() else ""
+            with contextlib.suppress(OSError):  # as low as can be: a line may be half written
+                os.write(sys.stderr.fileno(), f"{below}{self._farewell}\n".encode())
             os._exit(INTERRUPTED)
         self._seen = True
         self._loop.call_soon_threadsafe(self._stop)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from openai_eval_client._cli_work import Order, Result
 
 
+def again() -> str:
+    """Return the command that goes on with this one's output."""
+    return command(add="--resume", without="--overwrite")
+
+
 def exit_code(result: Result, failed_before: int) -> int:
     """Return the exit code, where so many rows of the output had failed before."""
     if result.interrupted:
@@ -91,15 +96,14 @@ def _account_of(order: Order, result: Result) -> str:
 
 def _hint(order: Order, result: Result, output: str, code: int) -> str:
     """Return how to go on, where something is left."""
-    again = command(add="--resume", without="--overwrite")
     if result.jobs and order.cache is None:
         return f"the batches go on; their results: openai-eval-client batch results {result.jobs}"
     if result.jobs:
-        return f"the batches go on; to wait for them: {again}"
+        return f"the batches go on; to wait for them: {again()}"
     if code == SOME_FAILED and output != "-":
-        return f"to ask again for what failed: {again} --retry-failed"
+        return f"to ask again for what failed: {again()} --retry-failed"
     if code == 0 or (code == BAD_INPUT and not result.answered):
         return ""
     if output == "-":
         return "" if order.cache is None else "what was answered is in the cache: the same command goes on"
-    return f"to go on: {again}"
+    return f"to go on: {again()}"

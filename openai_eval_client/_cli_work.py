@@ -56,6 +56,7 @@ class Order:
         cache: Where answers are kept; None: nowhere.
         batch: How the Batch API is used, if it is.
         progress: Whether to show how far it is.
+        farewell: How to go on, where it is ended at once.
     """
 
     config: OpenAIConfig
@@ -67,6 +68,7 @@ class Order:
     cache: Path | None = None
     batch: BatchConfig | None = None
     progress: bool = False
+    farewell: str = ""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows that are to be answered.
@@ -154,7 +156,7 @@ async def answer(order: Order, output: Output) -> Result:
     """
     result, began = Result(), time.monotonic()
     async with order.client() as client:
-        with Interrupts() as signals:
+        with Interrupts(farewell=order.farewell) as signals:
             try:
                 await _stream(order, client, output, result, signals.event)
             except asyncio.CancelledError:

@@ -66,6 +66,7 @@ def test_tables(tmp_path, name, comma):
         ("in.jsonl", b'{"question": "a"}', "--prompt-column names another"),
         ("in.jsonl", b'{"prompt": 5}', "line 1: prompt=5"),
         ("in.csv", b"prompt,id\na,1\nb", "line 3: 1 fields, but the header has 2"),
+        ("in.csv", b"prompt,id,id\n", "line 1: the column 'id' is there twice"),
         ("in.csv", b'prompt\n"a', "not CSV"),
         ("in.csv", b"prompt\n\xff", "line 2: not UTF-8"),
         ("in.csv", b"question\na", 'line 2: no "prompt"'),

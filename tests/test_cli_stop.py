@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -9,10 +10,12 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
+from openai_eval_client import _cli_stop
 from openai_eval_client.testing import SimulatedServer
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +124,59 @@ def test_a_second_ctrl_c_ends_at_once(folder):
         terminal.type(b"\x03")
         assert terminal.ended() == 130
     assert "Traceback" not in terminal.said
+    assert "run in.jsonl -o out.jsonl --resume" in terminal.said
     assert rows(folder / "out.jsonl") == []
+
+
+@contextlib.contextmanager
+def interrupting(is_time):
+    """Send this process SIGINT once it is time."""
+    ended = threading.Event()
+
+    def wait():
+        while not ended.wait(0.01):
+            if is_time():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_what_takes_too_long_is_not_waited_for(cli, folder, monkeypatch):
+    """After the time it is given, the run ends as if it had finished."""
+    monkeypatch.setattr(_cli_stop, "GRACE", 0.05)
+    before = signal.getsignal(signal.SIGINT)
+    with (
+        SimulatedServer(api_key=KEY, latency=30, latency_sigma=0) as server,
+        interrupting(lambda: server.in_flight),
+    ):
+        assert cli("run", folder / "in.jsonl", "-o", folder / "out.jsonl", "--json", server=server) == 130
+    assert json.loads(cli.out)["interrupted"] is True
+    assert "--resume" in cli.err
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_batches_go_on(cli, folder, cached):
+    """How to have their results is said; with a cache, the same command waits for the same batches."""
+    options = ["-o", folder / "out.jsonl", "--batch", "--interval", "0.05"]
+    options += ["--cache", folder / "cache.sqlite"] if cached else []
+    with SimulatedServer(api_key=KEY, batch_seconds=1.0) as server:
+        with interrupting(lambda: server.batches and server.batches[0]["status"] == "in_progress"):
+            assert cli("run", folder / "in.jsonl", *options, server=server) == 130
+        (batch,) = server.batches
+        if cached:
+            assert cli("run", folder / "in.jsonl", *options, "--resume", server=server) == 0
+            assert len(server.batches) == 1
+            assert len(rows(folder / "out.jsonl")) == ROWS
+        else:
+            assert f"batch results {batch['id']}" in cli.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
