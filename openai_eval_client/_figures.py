@@ -217,7 +217,7 @@ def details(figures: Figures) -> list[str]:
         f"{figures.in_flight} in flight": figures.in_flight is not None,
         money: True,
         f"{figures.rate_limited:,} x 429": figures.rate_limited,
-        f"{figures.retries:,} retries": figures.retries,
+        f"{figures.retries:,} {'retry' if figures.retries == 1 else 'retries'}": figures.retries,
     }
     return [text for text, is_said in said.items() if is_said]
 
