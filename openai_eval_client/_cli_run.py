@@ -94,6 +94,7 @@ def run(  # one name for each option
     130 interrupted. After Ctrl-C what is in flight may finish for 5 seconds.
     """
     show_log(verbose=verbose)
+    quiet = quiet or (as_json and output == "-")  # the summary is then alone on standard error
     with exit_codes():
         _check_usage(output, resume=resume, retry_failed=retry_failed, overwrite=overwrite)
         config = account(

@@ -93,7 +93,7 @@ def test_the_summary_for_machines(cli, prompts, tmp_path):
     with SimulatedServer(api_key=KEY) as server:
         assert cli("run", prompts, "-o", tmp_path / "out", "--json", "--no-progress", server=server) == 0
         summary = json.loads(cli.out)
-        assert cli("run", prompts, "--json", "--quiet", server=server) == 0
+        assert cli("run", prompts, "--json", server=server) == 0
     assert (summary["answered"], summary["failed"], summary["exit_code"]) == (5, 0, 0)
     assert json.loads(cli.err)["answered"] == 5
     assert len(rows_of(cli.out)) == 5

@@ -22,6 +22,12 @@ ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "openai_eval_client"]
 KEY = "sk-right-0123456789"
 ROWS = 40
+# What a shell does: the terminal becomes that of the session, whose keys are then signals.
+TAKE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 def environment(server):
@@ -50,10 +56,17 @@ class Terminal:
     """A terminal session: the command is its foreground process group, as under a shell."""
 
     def __init__(self, server, folder, *arguments):
-        self.child, self.screen = pty.fork()
-        if not self.child:
-            os.chdir(folder)
-            os.execve(COMMAND[0], [*COMMAND, "run", "in.jsonl", *arguments], environment(server))  # noqa: S606
+        self.screen, inside = pty.openpty()
+        self.child = subprocess.Popen(
+            [sys.executable, "-S", "-c", TAKE_TERMINAL, *COMMAND, "run", "in.jsonl", *arguments],
+            env=environment(server),
+            cwd=folder,
+            start_new_session=True,
+            stdin=inside,
+            stdout=inside,
+            stderr=inside,
+        )
+        os.close(inside)
         self.said = ""
 
     def read(self):
@@ -76,7 +89,7 @@ class Terminal:
         while self.read():
             pass
         os.close(self.screen)
-        return os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        return self.child.wait(timeout=30)
 
 
 def started(server, terminal, answered):
@@ -187,7 +200,7 @@ def test_other_ends(folder, number):
     with SimulatedServer(api_key=KEY, latency=0.1) as server:
         terminal = Terminal(server, folder, *options)
         started(server, terminal, 8)
-        os.kill(terminal.child, number)
+        terminal.child.send_signal(number)
         assert terminal.ended() == (130 if number == signal.SIGTERM else -number)
         assert 0 < len(rows(out)) < ROWS
         if number == signal.SIGTERM:
@@ -201,7 +214,7 @@ def test_other_ends(folder, number):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert len(server.calls) <= ROWS + 4
+        assert len(server.calls) <= ROWS + 2 * 4  # what was in flight, and what had just been answered
     assert sorted(row["index"] for row in rows(out)) == list(range(ROWS))
 
 
