@@ -1,4 +1,4 @@
-"""The HTTP clients under the SDK: one per event loop, and the governed view that paces each attempt.
+"""The governed view of an HTTP client, which paces each attempt.
 
 The SDK calls `http_client.send()` once for every attempt it makes, its own retries included, on whatever
 resource and road; so that is where an attempt is admitted and settled. Mounts, proxies, event hooks and
@@ -7,26 +7,20 @@ mock transports of the client underneath go on working, because nothing below `s
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 import functools
 import json
 import sys
-import weakref
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 import openai
 
 from openai_eval_client._paths import is_charged, is_free, is_metered
 from openai_eval_client._retry import was_never_sent
 from openai_eval_client._wire import Demand, Outcome, Tail, max_output, read_usage
-from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from openai_eval_client._admission import Admission
     from openai_eval_client._governor import Governor
@@ -36,7 +30,6 @@ UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: whoever sen
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
-_CONNECTIONS = 10_000  # of aiohttp's pool: the limiter bounds concurrency, so the pool is not to
 
 
 class Refused(BaseException):
@@ -45,106 +38,6 @@ class Refused(BaseException):
     def __init__(self, error: openai.OpenAIError) -> None:
         super().__init__()
         self.error = error
-
-
-class LoopLocalClient(openai.DefaultAsyncHttpxClient):
-    """An HTTP client that opens one real client per event loop, so that it outlives `asyncio.run`.
-
-    Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
-    shuts down, when this one is closed, or when it is garbage collected.
-
-    Args:
-        factory: Makes a real client, on the loop that is to use it.
-    """
-
-    def __init__(self, factory: Callable[[], Any]) -> None:
-        super().__init__(transport=_Unused())  # type: ignore[arg-type]  # its base differs between SDKs
-        self._factory = factory
-        self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
-        self._shut = False
-        weakref.finalize(self, _close_later, self._real).atexit = False
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether `aclose` was called."""
-        return self._shut
-
-    async def send(self, request: Any, **options: Any) -> Any:
-        """Send through the running loop's own client."""
-        return await (await self._of_this_loop()).send(request, **options)
-
-    async def aclose(self) -> None:
-        """Close this loop's client now, and those of other threads' loops soon, on their own loops."""
-        self._shut = True
-        _, guard = self._real.pop(asyncio.get_running_loop(), (None, None))
-        if guard is not None:
-            await guard.aclose()
-        _close_later(self._real)
-
-    async def _of_this_loop(self) -> Any:
-        if self._shut:
-            raise RuntimeError("Cannot send a request, as the client has been closed.")
-        loop = asyncio.get_running_loop()
-        if loop not in self._real:
-            for closed in [known for known in list(self._real) if known.is_closed()]:
-                self._real.pop(closed, None)
-            client = self._factory()
-            guard = _closing(client, functools.partial(self._real.pop, loop, None))
-            self._real[loop] = client, guard
-            await guard.__anext__()
-        return self._real[loop][0]
-
-
-async def _closing(client: Any, forget: Callable[[], Any]) -> AsyncGenerator[None, None]:
-    """Close `client` when the running loop shuts down: a loop finishes its started async generators last."""
-    try:
-        yield
-    finally:
-        forget()
-        await client.aclose()
-
-
-def _close_later(real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]]) -> None:
-    """Close clients on their own loops, where those still run; nobody waits for it."""
-    for loop, (_, guard) in list(real.items()):
-        with contextlib.suppress(RuntimeError):  # the loop has closed, and with it its connections
-            loop.call_soon_threadsafe(_close_soon, loop, guard)
-
-
-def _close_soon(loop: asyncio.AbstractEventLoop, guard: AsyncGenerator[None, None]) -> None:
-    closing = loop.create_task(_finish(guard))
-    _CLOSING.add(closing)  # a loop keeps only weak references to its tasks
-    closing.add_done_callback(_CLOSING.discard)
-
-
-async def _finish(guard: AsyncGenerator[None, None]) -> None:
-    await guard.aclose()
-
-
-_CLOSING: set[asyncio.Task[None]] = set()
-
-
-class _Unused:
-    """The transport of a LoopLocalClient itself, which sends nothing."""
-
-    async def aclose(self) -> None:
-        """Close nothing."""
-
-
-def default_client() -> LoopLocalClient:
-    """Return what the SDK uses by default."""
-    return LoopLocalClient(openai.DefaultAsyncHttpxClient)
-
-
-def fast_client(base_url: str) -> LoopLocalClient:
-    """Return a client on the aiohttp transport, or the SDK's default where a proxy applies to `base_url`."""
-    parts = urlsplit(base_url)
-    proxies = getproxies()
-    proxied = parts.scheme in proxies or "all" in proxies
-    if proxied and not proxy_bypass(parts.hostname or ""):
-        return default_client()
-    limits = sdk_httpx().Limits(max_connections=_CONNECTIONS)
-    return LoopLocalClient(functools.partial(openai.DefaultAioHttpClient, limits=limits))
 
 
 def govern(client: Any, governor: Governor, counter: TokenCounter) -> Any:

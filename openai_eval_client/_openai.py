@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._clients import default_client
 from openai_eval_client._governor import Governor
-from openai_eval_client._http import UNWRAPS, Refused, default_client, govern
+from openai_eval_client._http import UNWRAPS, Refused, govern
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import ValidationError

@@ -15,8 +15,9 @@ from openai_eval_client._batch_methods import BatchMethods
 from openai_eval_client._callbacks import Guarded, both
 from openai_eval_client._caller import Caller
 from openai_eval_client._checks import check_callback, check_switch, config_of
+from openai_eval_client._clients import fast_client
 from openai_eval_client._governor import Governor
-from openai_eval_client._http import fast_client, govern
+from openai_eval_client._http import govern
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
 from openai_eval_client._stream_methods import StreamMethods

@@ -35,6 +35,7 @@ LAYERS = [
         "_paths",
         "_pricing",
         "_stats",
+        "_transport",
         "_wire",
     },
     {
@@ -42,6 +43,7 @@ LAYERS = [
         "_background",
         "_bar",
         "_belief",
+        "_clients",
         "_connection",
         "_corrections",
         "_input",
@@ -88,6 +90,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 USES_TESTING = {"_demo"}
 
 WRAPPED = {
+    "aiohttp": {"_transport"},
     "aiolimiter": {"_bucket"},
     "backoff": {"_retry"},
     "genai_prices": {"_pricing"},

@@ -1,0 +1,157 @@
+"""The connections of `OpenAIClient`: aiohttp behind httpx's transport interface.
+
+The SDK's own aiohttp transport works alike, under httpx's client, which takes as long again as aiohttp does:
+authentication, redirects, cookies and hooks that no call of the API uses. `fetch` is the road past them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client.errors import sdk_httpx
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import aiohttp
+    from typing_extensions import Self
+
+_KEEP_ALIVE = 5.0  # seconds that an idle connection is kept, as httpx does: servers close theirs soon after
+_CHUNK = 16_384  # bytes of a stream
+
+
+class Transport:
+    """The connections of one event loop, as many as are in flight; made on the loop that uses them.
+
+    Args:
+        secure: Whether TLS is spoken, with the certificates that httpx trusts.
+    """
+
+    def __init__(self, *, secure: bool) -> None:
+        import aiohttp
+
+        tls = sdk_httpx().create_ssl_context() if secure else True
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=tls)
+        jar = aiohttp.DummyCookieJar()
+        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=jar, auto_decompress=False)
+
+    async def fetch(self, request: Any) -> Any:
+        """Send a request and return the whole response; its body is decoded.
+
+        Raises:
+            TransportError: httpx's, of the kind that fits.
+        """
+        with _IN_HTTPX_TERMS:
+            async with self._sent(request) as answer:
+                body = await answer.read()
+        return _response(answer, request, content=body)
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """Send a request of which httpx's client reads the answer piece by piece."""
+        with _IN_HTTPX_TERMS:
+            answer = await self._sent(request)
+        return _response(answer, request, stream=_stream_class()(answer))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._session.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def _sent(self, request: Any) -> Any:
+        from yarl import URL
+
+        return self._session.request(
+            request.method,
+            URL(str(request.url), encoded=True),  # which yarl remembers
+            headers=request.headers.multi_items(),
+            data=_body(request),
+            allow_redirects=False,
+            timeout=_timeout(**request.extensions.get("timeout", {})),
+            server_hostname=request.extensions.get("sni_hostname"),
+        )
+
+
+def _body(request: Any) -> Any:
+    try:
+        return request.content or None
+    except sdk_httpx().RequestNotRead:  # a file that is streamed: its length is known, or it goes in chunks
+        request.headers.pop("transfer-encoding", None)  # aiohttp's business
+        return request.stream
+
+
+def _response(answer: aiohttp.ClientResponse, request: Any, **body: Any) -> Any:
+    reason = (answer.reason or "").encode("ascii", "ignore")
+    said = {"http_version": b"HTTP/1.1", "reason_phrase": reason}
+    return sdk_httpx().Response(
+        answer.status, headers=answer.raw_headers, request=request, extensions=said, **body
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _timeout(
+    connect: float | None = None,
+    read: float | None = None,
+    write: float | None = None,  # noqa: ARG001  # aiohttp has none
+    pool: float | None = None,  # noqa: ARG001  # nobody waits for a connection here
+) -> aiohttp.ClientTimeout:
+    import aiohttp
+
+    return aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
+
+
+@functools.cache
+def _stream_class() -> type:
+    return type("Stream", (_Stream, sdk_httpx().AsyncByteStream), {})
+
+
+class _Stream:
+    """The body of an answer, as it comes."""
+
+    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+        self._answer = answer
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with _IN_HTTPX_TERMS:
+            async for chunk in self._answer.content.iter_chunked(_CHUNK):
+                yield chunk
+
+    async def aclose(self) -> None:
+        """Hand the connection back, or close it where the answer was not read to its end."""
+        self._answer.release()
+
+
+class _InHttpxTerms:
+    """Raises httpx's errors, which the SDK knows, for aiohttp's; made once, as it is entered so often."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
+        kind = None if error is None else _kind(error)
+        if kind is not None:
+            raise kind(str(error) or type(error).__name__) from error
+
+
+_IN_HTTPX_TERMS = _InHttpxTerms()
+
+
+def _kind(error: BaseException) -> Any:
+    import aiohttp
+
+    terms = sdk_httpx()
+    for theirs, ours in (
+        (aiohttp.InvalidURL, terms.UnsupportedProtocol),
+        (aiohttp.ConnectionTimeoutError, terms.ConnectTimeout),
+        (aiohttp.ServerTimeoutError, terms.ReadTimeout),
+        (aiohttp.ClientConnectorError, terms.ConnectError),
+        (aiohttp.ClientError, terms.ReadError),
+        (OSError, terms.ReadError),
+    ):
+        if isinstance(error, theirs):
+            return ours
+    return None
