@@ -18,7 +18,7 @@ else:
     from async_timeout import timeout as deadline
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection
+    from collections.abc import Awaitable, Collection
 
 __all__ = ["Refusals", "deadline", "forget_key", "typed", "without"]
 
@@ -30,15 +30,13 @@ _SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ord
 _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
 
-async def typed(
-    call: Callable[[], Awaitable[Any]], *, seconds: float | None, request: Callable[[], Any]
-) -> Any:
+async def typed(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
     """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours.
 
     Args:
-        call: Calls the SDK, which must have no timeout of its own.
+        call: The call, which must have no timeout of its own.
         seconds: The deadline; None: the call has its own.
-        request: Makes the request that an error names.
+        url: Of the request that an error names.
 
     Returns:
         What the call returns.
@@ -50,22 +48,26 @@ async def typed(
     """
     try:
         async with deadline(seconds):
-            return await call()
+            return await call
     except asyncio.TimeoutError as error:
         limit = "in time" if seconds is None else f"within {seconds:g} s"
-        raise TimeoutError(f"no answer {limit}", request=request()) from error
-    except openai.APITimeoutError as error:
-        if isinstance(error, TimeoutError):
+        raise TimeoutError(f"no answer {limit}", request=_request(url)) from error
+    except openai.APIConnectionError as error:  # also where the SDK calls a refused connection a timeout
+        if isinstance(error, TimeoutError) or error.__cause__ is None:
             raise
-        message = f"connection failed: {error.__cause__ or error}"
+        message = f"connection failed: {error.__cause__}"
         raise openai.APIConnectionError(message=message, request=error.request) from error
     except (json.JSONDecodeError, sdk_httpx().TransportError) as error:  # in the middle of an answer
         message = f"answer cut short: {error}"
-        raise openai.APIConnectionError(message=message, request=request()) from error
+        raise openai.APIConnectionError(message=message, request=_request(url)) from error
     except openai.RateLimitError as error:
         if "insufficient_quota" in {error.code, error.type}:
             raise QuotaError(error.message, response=error.response, body=error.body) from None
         raise
+
+
+def _request(url: str) -> Any:
+    return sdk_httpx().Request("POST", url)
 
 
 class Refusals:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client.config import OpenAIConfig
 
+_URL = "https://client.invalid/"  # of the request that an error names
 _NOT_THERE = frozenset({400, 404})
 
 
@@ -56,7 +57,7 @@ class Calls:
 
     async def _attempted(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
         try:
-            return await typed(attempt, seconds=seconds, request=_request)
+            return await typed(attempt(), seconds=seconds, url=_URL)
         except openai.APIError as error:
             forget_key(error, self._key)
             if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error.code, error.message):
@@ -92,7 +93,7 @@ def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
 
 
 def _request() -> Any:
-    return sdk_httpx().Request("POST", "https://client.invalid/")
+    return sdk_httpx().Request("POST", _URL)
 
 
 def _nothing() -> None:

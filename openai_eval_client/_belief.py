@@ -114,6 +114,10 @@ class Belief:
             if self.bucket is not None:
                 self.bucket.charge(-amount)
 
+    def heeds(self, mark: Mark) -> bool:
+        """Return whether no answer to a fresher request was heard."""
+        return mark.at >= self._freshest
+
     def hear(self, quota: Quota, mark: Mark) -> None:
         """Take over what an answer's headers say.
 
@@ -124,7 +128,7 @@ class Belief:
             quota: What the headers say.
             mark: Of the ticket that was answered.
         """
-        if mark.at < self._freshest:
+        if not self.heeds(mark):
             return
         self.limit = max(quota.limit, self.limit or 0)
         now, rate = self._clock.time(), _rate(quota)

@@ -110,6 +110,10 @@ class Budget:
         elif self._configured is not None and amount > 0:  # after the wait, this one and then the rate
             self._configured.lower_to(amount - wait * self._configured.rate)
 
+    def heeds(self, mark: Mark | None) -> bool:
+        """Return whether an answer's headers would be heeded."""
+        return self._server is not None and mark is not None and self._server.heeds(mark)
+
     def hear(self, quota: Quota, mark: Mark | None) -> None:
         """Heed an answer's headers."""
         if self._server is not None and mark is not None:

@@ -32,19 +32,7 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
 
-@dataclass(frozen=True, slots=True)
-class _Terms:
-    """On what terms the prompts of a call are sent.
-
-    Attributes:
-        lane: The concurrency bound they run under; None: the model's.
-        purse: What they are paid from besides the client's purse; None: nothing.
-        sending: Entered for as long as a request is in flight.
-    """
-
-    lane: Lane | None
-    purse: Purse | None
-    sending: Callable[[], contextlib.AbstractContextManager[None]]
+_NOT_SENT, _UNKNOWN = Outcome(sent=False), Outcome()
 
 
 @dataclass(slots=True)
@@ -54,20 +42,24 @@ class _Job:
     Attributes:
         parameters: What is asked.
         body: The request's body, as first asked for.
+        lane: The concurrency bound it runs under; None: the model's.
+        purse: What it is paid from besides the client's purse; None: nothing.
+        sending: Entered for as long as a request is in flight.
+        keep: Keeps the answer, before the request ceases to be in flight.
         input_tokens: What its input counts.
         most_cost: USD that one attempt can cost; None: nobody keeps a budget.
         turn: Its place in the queue, kept through all attempts.
-        terms: Those of its call.
-        keep: Keeps the answer, before the request ceases to be in flight.
     """
 
     parameters: Parameters
     body: dict[str, Any]
-    input_tokens: int
-    most_cost: Decimal | None
-    turn: int
-    terms: _Terms
-    keep: Callable[[ModelResponse], Awaitable[None]] | None
+    lane: Lane | None
+    purse: Purse | None
+    sending: Callable[[], contextlib.AbstractContextManager[None]]
+    keep: Callable[[ModelResponse], Awaitable[None]] | None = None
+    input_tokens: int = 0
+    most_cost: Decimal | None = None
+    turn: int = 0
 
 
 class Caller:
@@ -98,6 +90,8 @@ class Caller:
         self._counter = counter
         self._pricer = pricer
         self._cache = cache
+        self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
+        self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
         self.refusals = Refusals()
         self._retrying = retrying(
             self._attempt,
@@ -106,7 +100,7 @@ class Caller:
             on_retry=governor.recorder.retry,
         )
 
-    async def __call__(
+    def __call__(
         self,
         prompt: str | Sequence[Any],
         parameters: Parameters,
@@ -114,7 +108,7 @@ class Caller:
         lane: Lane | None = None,
         purse: Purse | None = None,
         sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> ModelResponse:
+    ) -> Awaitable[ModelResponse]:
         """Answer one prompt.
 
         Args:
@@ -135,29 +129,30 @@ class Caller:
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
-        send = functools.partial(self._answer, body, parameters, _Terms(lane, purse, sending))
-        return await (send() if self._cache is None else self._cache.answer(body, parameters, send))
+        job = _Job(parameters, body, lane, purse, sending)
+        if self._cache is None:
+            return self._answer(job)
+        return self._cache.answer(body, parameters, functools.partial(self._answer, job))
 
     async def _answer(
-        self,
-        body: dict[str, Any],
-        parameters: Parameters,
-        terms: _Terms,
-        keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
+        self, job: _Job, keep: Callable[[ModelResponse], Awaitable[None]] | None = None
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
-        payments, counter = self._governor.payments, self._counter
+        governor, counter, body = self._governor, self._counter, job.body
         try:
-            tokens = await counter.count_input(body)
-            most = await payments.most(body, PATHS[parameters.api], counter, terms.purse)
-            job = _Job(parameters, body, tokens, most, self._governor.next_turn(), terms, keep)
+            counted = counter.count_input_now(body)
+            job.input_tokens = await counter.count_input(body) if counted is None else counted
+            if governor.payments.purses(job.purse):
+                path = PATHS[job.parameters.api]
+                job.most_cost = await governor.payments.most(body, path, counter, job.purse)
+            job.turn, job.keep = governor.next_turn(), keep
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
-            self._governor.recorder.failed()
+            governor.recorder.failed()
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
             raise
-        self._governor.recorder.answered()
+        governor.recorder.answered()
         return response
 
     async def _attempt(self, job: _Job) -> ModelResponse:
@@ -172,12 +167,11 @@ class Caller:
 
     async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
         demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
-        terms = job.terms
-        admission = await self._governor.admit(demand, lane=terms.lane, turn=job.turn, purse=terms.purse)
-        started, outcome = time.perf_counter(), Outcome(sent=False)
+        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn, purse=job.purse)
+        started, outcome = time.perf_counter(), _NOT_SENT
         try:
-            with terms.sending():
-                outcome = Outcome()
+            with job.sending():
+                outcome = _UNKNOWN
                 reply = await self._post(job.parameters, body)
                 latency = time.perf_counter() - started
                 answer = _decode(reply, job.parameters.api)
@@ -186,6 +180,7 @@ class Caller:
                 answer,
                 job.parameters,
                 usage=counted,
+                kept=reply.content,  # less memory than what is read from it
                 temperature=body.get("temperature"),
                 request_id=reply.headers.get("x-request-id"),
                 latency=latency,
@@ -224,21 +219,18 @@ class Caller:
             estimated=True,
         )
 
-    async def _post(self, parameters: Parameters, body: dict[str, Any]) -> Any:
+    def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
-        options: Any = {"timeout": None, "headers": parameters.headers, "params": parameters.query}
-        path, seconds = PATHS[parameters.api], parameters.timeout
-        call = functools.partial(
-            self._sdk.post, path, body=body, cast_to=sdk_httpx().Response, options=options
-        )
-        return await typed(call, seconds=seconds, request=functools.partial(self._request, path))
-
-    def _request(self, path: str) -> Any:
-        return sdk_httpx().Request("POST", str(self._sdk.base_url).rstrip("/") + path)
+        given = {"headers": parameters.headers, "params": parameters.query}
+        options: Any = {"timeout": None, "max_retries": 0, **given}
+        url = self._urls[parameters.api]
+        call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
+        return typed(call, seconds=parameters.timeout, url=url)
 
     async def _price(self, response: ModelResponse, usage: Usage) -> None:
         """Price an answer for its reader; the ledger prices every attempt that was billed."""
-        await self._pricer.ready()
+        if not self._pricer.loaded:
+            await self._pricer.ready()
         cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
         response.usage.estimated_cost = None if cost is None else float(cost)
 

@@ -262,9 +262,12 @@ class Governor:
 
     def _heed(self, gate: Gate, ticket: Ticket, outcome: Outcome, headers: Mapping[str, str]) -> None:
         """Take over what the server says of its limits; where it refused, pause as long as it says."""
+        refused = outcome.is_congestion
+        if not refused and not gate.heeds(ticket):
+            return
         quotas = read_quotas(headers)
         gate.hear(ticket, quotas)
-        if not outcome.is_congestion:
+        if not refused:
             return
         wait, dimension = stated_wait(headers, outcome.message) or 0.0, refused_dimension(outcome.message)
         self._refused[dimension or "unknown"] += 1

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_DIGITS = 10  # of a number below _LONGEST
 _LONGEST = 1e9  # a number in a header: thirty years, or more tokens than any limit
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
@@ -45,13 +46,29 @@ def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
     Where a project has a limit of its own beside the organisation's, the one with less left counts.
     """
     found: dict[str, Quota] = {}
-    stated = {name: text for name, text in headers.items() if name.startswith("x-ratelimit-")}
-    for dimension in DIMENSIONS if stated else ():  # read once: HTTP headers are slow to look up in
-        quotas = [read_quota(stated, dimension), read_quota(stated, f"project-{dimension}")]
-        known = [quota for quota in quotas if quota is not None]
-        if known:
-            found[dimension] = min(known, key=lambda quota: (quota.remaining, quota.limit))
+    stated = _ratelimits(headers)
+    for dimension in DIMENSIONS if stated else ():
+        quota = read_quota(stated, dimension)
+        if f"x-ratelimit-limit-project-{dimension}" in stated:
+            quota = _tighter(quota, read_quota(stated, f"project-{dimension}"))
+        if quota is not None:
+            found[dimension] = quota
     return found
+
+
+def _ratelimits(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers that state limits, by their names in lower case; httpx's are slow to look up in."""
+    raw = getattr(headers, "raw", None)
+    if raw is None:
+        return {name: text for name, text in headers.items() if name.startswith("x-ratelimit-")}
+    stated = [(name.lower(), text) for name, text in raw if name[:12].lower() == b"x-ratelimit-"]
+    return {name.decode("ascii", "replace"): text.decode("ascii", "replace") for name, text in stated}
+
+
+def _tighter(one: Quota | None, other: Quota | None) -> Quota | None:
+    if one is None or other is None:
+        return one or other
+    return min(one, other, key=lambda quota: (quota.remaining, quota.limit))
 
 
 def refused_dimension(message: str) -> str | None:
@@ -142,5 +159,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _whole(text: str | None) -> int | None:
+    if text is not None and len(text) < _DIGITS and text.isdecimal():
+        return int(text)
     value = _number(text)
     return None if value is None else int(value)

@@ -121,6 +121,11 @@ class Gate:
         if dimension != "requests":
             self.tokens.refused(ticket.tokens, ticket.marks[1], wait, spoke="tokens" in spoken)
 
+    def heeds(self, ticket: Ticket) -> bool:
+        """Return whether what the answer to this ticket states is news: no fresher one has said it."""
+        requests, tokens = ticket.marks
+        return self.requests.heeds(requests) or self.tokens.heeds(tokens)
+
     def hear(self, ticket: Ticket, quotas: Mapping[str, Quota]) -> None:
         """Heed the limits that the answer to this ticket states."""
         for dimension, budget, mark in zip(

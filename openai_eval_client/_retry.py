@@ -63,7 +63,12 @@ def retrying(
         reason = getattr(error, "status_code", None) or type(error).__name__
         logger.info("attempt %d failed (%s): next in %.2f s", details["tries"], reason, details["wait"])
 
-    return backoff.on_exception(
+    async def failed_or_again(failures: list[openai.APIError], *args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return await attempt(*args)
+
+    retried = backoff.on_exception(
         delays,
         openai.APIError,
         max_tries=max_retries + 1,
@@ -72,7 +77,16 @@ def retrying(
         jitter=None,
         logger=None,
         governed=governed,
-    )(attempt)
+    )(failed_or_again)
+
+    async def first(*args: Any) -> Any:
+        try:
+            return await attempt(*args)
+        except openai.APIError as error:  # only now is it worth the time that backoff takes
+            failures = [error]
+        return await retried(failures, *args)
+
+    return first
 
 
 def patient(

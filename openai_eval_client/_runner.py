@@ -102,21 +102,20 @@ class Crew:
         if not self._stopped:
             self._stop(None)
 
-    @contextlib.contextmanager
-    def sending(self) -> Iterator[None]:
-        """Say that the running item has a request in flight; once answered, until its outcome is out."""
-        task = asyncio.current_task()
+    def sending(self) -> Crew:
+        """Return what says that the running item has a request in flight: until its outcome is out."""
+        return self
+
+    def __enter__(self) -> None:
         if self._stopped:
             raise asyncio.CancelledError
-        self._sending.add(task)
-        try:
-            yield
-        except BaseException:
-            self._sending.discard(task)
-            self._end_if_stopped(task)
-            raise
+        self._sending.add(asyncio.current_task())
 
-    def _end_if_stopped(self, task: asyncio.Task[Any] | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is None:
+            return
+        task = asyncio.current_task()
+        self._sending.discard(task)
         if self._stopped and task is not None:
             task.cancel()  # no further attempt
 
@@ -207,9 +206,9 @@ def crew(
         check_count(max_concurrent, "max_concurrent")
     lane = Lane(max_concurrent) if max_concurrent else None
 
-    async def answer(index: int, prompt: Any, *, sending: Any) -> ModelResponse:
+    def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         check_prompt(prompt, index)
-        return await call(prompt, parameters, lane=lane, purse=purse, sending=sending)
+        return call(prompt, parameters, lane=lane, purse=purse, sending=sending)
 
     def dooms(error: Exception, answered: bool) -> bool:
         return is_doom(error, limits.max_wait, answered=answered)

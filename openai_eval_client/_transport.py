@@ -42,16 +42,20 @@ class Transport:
         Raises:
             TransportError: httpx's, of the kind that fits.
         """
-        with _IN_HTTPX_TERMS:
+        try:
             async with self._sent(request) as answer:
                 body = await answer.read()
+        except Exception as error:
+            raise _in_httpx_terms(error, request) from error
         return _response(answer, request, content=body)
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request of which httpx's client reads the answer piece by piece."""
-        with _IN_HTTPX_TERMS:
+        try:
             answer = await self._sent(request)
-        return _response(answer, request, stream=_stream_class()(answer))
+        except Exception as error:
+            raise _in_httpx_terms(error, request) from error
+        return _response(answer, request, stream=_stream_class()(answer, request))
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -69,12 +73,17 @@ class Transport:
         return self._session.request(
             request.method,
             URL(str(request.url), encoded=True),  # which yarl remembers
-            headers=request.headers.multi_items(),
+            headers=_headers(request.headers),
             data=_body(request),
             allow_redirects=False,
             timeout=_timeout(**request.extensions.get("timeout", {})),
             server_hostname=request.extensions.get("sni_hostname"),
         )
+
+
+def _headers(headers: Any) -> list[tuple[str, str]]:
+    encoding = headers.encoding
+    return [(name.decode(encoding), value.decode(encoding)) for name, value in headers.raw]
 
 
 def _body(request: Any) -> Any:
@@ -113,34 +122,24 @@ def _stream_class() -> type:
 class _Stream:
     """The body of an answer, as it comes."""
 
-    def __init__(self, answer: aiohttp.ClientResponse) -> None:
+    def __init__(self, answer: aiohttp.ClientResponse, request: Any) -> None:
         self._answer = answer
+        self._request = request
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        with _IN_HTTPX_TERMS:
+        try:
             async for chunk in self._answer.content.iter_chunked(_CHUNK):
                 yield chunk
+        except Exception as error:
+            raise _in_httpx_terms(error, self._request) from error
 
     async def aclose(self) -> None:
         """Hand the connection back, or close it where the answer was not read to its end."""
         self._answer.release()
 
 
-class _InHttpxTerms:
-    """Raises httpx's errors, which the SDK knows, for aiohttp's; made once, as it is entered so often."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: object, error: BaseException | None, trace: object) -> None:
-        kind = None if error is None else _kind(error)
-        if kind is not None:
-            raise kind(str(error) or type(error).__name__) from error
-
-
-_IN_HTTPX_TERMS = _InHttpxTerms()
-
-
-def _kind(error: BaseException) -> Any:
+def _in_httpx_terms(error: Exception, request: Any) -> Exception:
+    """Return httpx's error, which the SDK knows, for aiohttp's; raise any other."""
     import aiohttp
 
     terms = sdk_httpx()
@@ -153,5 +152,6 @@ def _kind(error: BaseException) -> Any:
         (OSError, terms.ReadError),
     ):
         if isinstance(error, theirs):
-            return ours
-    return None
+            made: Exception = ours(str(error) or type(error).__name__, request=request)
+            return made
+    raise error

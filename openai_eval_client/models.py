@@ -129,8 +129,11 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         return (self.__pydantic_private__ or {}).get("_custom_id")
 
     def _decoded(self) -> Any:
-        """Return the body of the answer; of a batch, and of the cache, the line it stands in is kept."""
-        return json.loads(self._body)["response"]["body"] if isinstance(self._body, bytes) else self._body
+        """Return the body of the answer, as it came or from the line of a batch or of the cache."""
+        if not isinstance(self._body, bytes):
+            return self._body
+        value = json.loads(self._body)
+        return value if "choices" in value or "output" in value else value["response"]["body"]
 
     def __eq__(self, other: object) -> bool:  # mutable, as every pydantic model
         if not isinstance(other, ModelResponse):
