@@ -31,14 +31,12 @@ class Bucket(AsyncLimiter):
         clock: Where the time comes from.
     """
 
+    _loop: Any = None  # a property in the class above, which asks asyncio
+
     def __init__(self, rate: float, capacity: float, clock: Clock) -> None:
         capacity = max(capacity, 1.0)
         super().__init__(capacity, capacity / rate)
-        self._clock = clock
-
-    @property
-    def _loop(self) -> Any:
-        return self._clock
+        self._loop = clock
 
     @property
     def rate(self) -> float:

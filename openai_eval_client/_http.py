@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import openai
 
 from openai_eval_client._paths import is_charged, is_free, is_metered
 from openai_eval_client._retry import was_never_sent
-from openai_eval_client._wire import Demand, Outcome, Tail, max_output, read_usage
+from openai_eval_client._wire import Demand, Outcome, Tail, max_output, read_json, read_usage
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -114,7 +113,7 @@ async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dic
             path.rpartition("/")[2], max_output=0, retry=retry
         ), {}  # a form: its model is not at hand
     try:
-        body = json.loads(request.content)
+        body = read_json(request.content)
     except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
         return Demand(None), {}
     model = body.get("model") if isinstance(body, dict) else None

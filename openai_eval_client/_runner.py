@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
-_READ_AHEAD = 2  # prompts being worked on per request in flight: the next one is counted while it waits
+_READ_AHEAD = 32  # prompts beyond those in flight: counted, and first to go; more would only take memory
 
 
 class Crew:
@@ -213,7 +213,8 @@ def crew(
     def dooms(error: Exception, answered: bool) -> bool:
         return is_doom(error, limits.max_wait, answered=answered)
 
-    return Crew(answer, width=_READ_AHEAD * (max_concurrent or limits.max_concurrent), is_doom=dooms)
+    in_flight = max_concurrent or limits.max_concurrent
+    return Crew(answer, width=in_flight + min(in_flight, _READ_AHEAD), is_doom=dooms)
 
 
 async def collect(

@@ -511,7 +511,7 @@ async def test_leaving_early_ends_the_rest(leave) -> None:
             assert asyncio.all_tasks() == before
             assert no_slot_is_taken(client)
             assert (await client.generate_response("still here")).content == "echo: still here"
-        assert len(server.calls) <= 2 * WIDE.max_concurrent + 2
+        assert len(server.calls) <= WIDE.max_concurrent + 34
 
 
 @pytest.mark.parametrize("leave", WAYS_TO_LEAVE)
@@ -608,6 +608,7 @@ async def test_a_batch_whose_client_is_closed_hands_out_what_was_answered() -> N
 
 async def test_a_cancelled_run_keeps_the_answers_that_a_slow_callback_kept_waiting() -> None:
     """All that the server answered, and the client read, is in `.responses`."""
+    taken = WIDE.max_concurrent + 32  # in flight, and a few ahead
 
     async def slowly(_: float) -> None:
         await asyncio.sleep(60)
@@ -621,11 +622,11 @@ async def test_a_cancelled_run_keeps_the_answers_that_a_slow_callback_kept_waiti
     with SimulatedServer() as server:
         async with connect(server) as client:
             run = asyncio.create_task(keep(client))
-            while client.stats.requests < 2 * WIDE.max_concurrent:
+            while client.stats.requests < taken:
                 await asyncio.sleep(0.01)
             run.cancel()
             answered = [response for response in await run if response is not None]
-    assert len(answered) == 2 * WIDE.max_concurrent
+    assert len(answered) == taken
 
 
 async def test_two_streams_share_one_budget() -> None:
