@@ -45,17 +45,21 @@ class Transport:
         try:
             async with self._sent(request) as answer:
                 body = await answer.read()
-        except Exception as error:
-            raise _in_httpx_terms(error, request) from error
-        return _response(answer, request, content=body)
+        except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
+            failure = _in_httpx_terms(error, request)
+        else:
+            return _response(answer, request, content=body)
+        raise failure
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request of which httpx's client reads the answer piece by piece."""
         try:
             answer = await self._sent(request)
-        except Exception as error:
-            raise _in_httpx_terms(error, request) from error
-        return _response(answer, request, stream=_stream_class()(answer, request))
+        except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
+            failure = _in_httpx_terms(error, request)
+        else:
+            return _response(answer, request, stream=_stream_class()(answer, request))
+        raise failure
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -130,8 +134,11 @@ class _Stream:
         try:
             async for chunk in self._answer.content.iter_chunked(_CHUNK):
                 yield chunk
-        except Exception as error:
-            raise _in_httpx_terms(error, self._request) from error
+        except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
+            failure = _in_httpx_terms(error, self._request)
+        else:
+            return
+        raise failure
 
     async def aclose(self) -> None:
         """Hand the connection back, or close it where the answer was not read to its end."""
@@ -139,7 +146,11 @@ class _Stream:
 
 
 def _in_httpx_terms(error: Exception, request: Any) -> Exception:
-    """Return httpx's error, which the SDK knows, for aiohttp's; raise any other."""
+    """Return httpx's error, which the SDK knows, for aiohttp's; raise any other.
+
+    Of aiohttp's errors, those of a response show the request's headers, and so the key: they are not even
+    the cause, and what is returned is to be raised where they are no longer handled.
+    """
     import aiohttp
 
     terms = sdk_httpx()
@@ -153,5 +164,6 @@ def _in_httpx_terms(error: Exception, request: Any) -> Exception:
     ):
         if isinstance(error, theirs):
             made: Exception = ours(str(error) or type(error).__name__, request=request)
+            made.__cause__ = None if isinstance(error, aiohttp.ClientResponseError) else error
             return made
     raise error
