@@ -177,7 +177,7 @@ class Governor:
                 gate.tokens.give_back(ticket.tokens)
             if outcome.counted is not None:
                 gate.observe_output(outcome.counted.completion_tokens)
-            if outcome.headers is not None:
+            if outcome.headers is not None and (outcome.is_congestion or gate.heeds(ticket)):
                 self._heed(gate, ticket, outcome, outcome.headers)
         finally:
             self._pump(gate)
@@ -262,12 +262,9 @@ class Governor:
 
     def _heed(self, gate: Gate, ticket: Ticket, outcome: Outcome, headers: Mapping[str, str]) -> None:
         """Take over what the server says of its limits; where it refused, pause as long as it says."""
-        refused = outcome.is_congestion
-        if not refused and not gate.heeds(ticket):
-            return
         quotas = read_quotas(headers)
         gate.hear(ticket, quotas)
-        if not refused:
+        if not outcome.is_congestion:
             return
         wait, dimension = stated_wait(headers, outcome.message) or 0.0, refused_dimension(outcome.message)
         self._refused[dimension or "unknown"] += 1
