@@ -104,6 +104,7 @@ class Caller:
             max_retries=config.max_retries,
             max_wait=governor.config.max_wait,
             on_retry=governor.recorder.retry,
+            model_of=_model_of,
         )
 
     async def __call__(
@@ -153,9 +154,9 @@ class Caller:
             job = _Job(parameters, body, tokens, most, self._governor.next_turn(), terms, keep)
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
-            self._governor.recorder.failed()
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
+            self._governor.recorder.failed(body["model"], error)
             raise
         self._governor.recorder.answered()
         return response
@@ -241,6 +242,11 @@ class Caller:
         await self._pricer.ready()
         cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
         response.usage.estimated_cost = None if cost is None else float(cost)
+
+
+def _model_of(job: _Job) -> str:
+    name: str = job.body["model"]
+    return name
 
 
 def _decode(reply: Any, api: str) -> dict[str, Any]:

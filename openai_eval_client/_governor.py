@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._admission import Admission
+from openai_eval_client._events import inform, request_id
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from openai_eval_client._spending import Purse
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
-
-logger = logging.getLogger("openai_eval_client")
 
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
 _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
@@ -141,7 +139,7 @@ class Governor:
             if payment is not None:
                 payment.give_back()
             raise
-        self.recorder.admitted(ticket.tokens, ticket.granted_at - ticket.asked_at)
+        self.recorder.admitted(demand.model, ticket.tokens, ticket.asked_at, ticket.granted_at)
         return Admission(self, gate, ticket, demand, payment)
 
     def settle(self, gate: Gate, ticket: Ticket, demand: Demand, outcome: Outcome) -> None:
@@ -160,6 +158,7 @@ class Governor:
         if ticket.state is not State.GRANTED:
             return
         self.recorder.called(demand, outcome)
+        self.recorder.ended(demand.model, outcome, self._clock.time())
         self.ledger.settled(demand, outcome, ticket.tokens)
         try:
             if not outcome.sent:
@@ -182,7 +181,9 @@ class Governor:
         """Log what was noted under the lock: a log handler has a lock of its own."""
         with contextlib.suppress(IndexError):  # there are none, or none any more: another thread logs too
             while True:
-                logger.info(*self._notes.popleft())
+                wait, about = self._notes.popleft()
+                text = "%s rate limited by the server: pausing %.2f s"
+                inform(text, about["model"], wait, event="rate_limited", wait_seconds=wait, **about)
 
     def _gate(self, model: str | None) -> Gate:
         gate = self._gates.get(model)
@@ -217,7 +218,8 @@ class Governor:
             raise
         waited = ticket.granted_at - ticket.asked_at
         if waited >= _WORTH_SAYING:
-            logger.info("waited %.2f s for the rate limit of %s", waited, gate.model)
+            about = {"model": gate.model, "wait_seconds": waited}
+            inform("waited %.2f s for the rate limit of %s", waited, gate.model, event="waited", **about)
 
     def _withdraw(self, gate: Gate, ticket: Ticket) -> None:
         gate.withdraw(ticket)
@@ -266,7 +268,8 @@ class Governor:
         gate.refused(ticket, dimension, wait, quotas)
         if wait:
             gate.pause(wait)
-            self._notes.append(("%s rate limited by the server: pausing %.2f s", gate.model, wait))
+            about = {"model": gate.model, "status": outcome.status, "limit": dimension}
+            self._notes.append((wait, {**about, "request_id": request_id(headers)}))
         if wait > self.config.max_wait:
             self._refuse_all(gate)
 

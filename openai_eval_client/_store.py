@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sqlite3
 import time
 from hashlib import blake2b
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from openai_eval_client._background import Background
 from openai_eval_client._connection import Connection
 from openai_eval_client._database import Database, is_passing, patiently
+from openai_eval_client._events import warn
 from openai_eval_client._locks import FileLock
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Statement = tuple[str, tuple[Any, ...]]
-
-logger = logging.getLogger("openai_eval_client")
 
 _PATIENCE = 60.0  # seconds that another process may be in the way; once it was longer, it is not waited for
 
@@ -198,7 +196,7 @@ class Store:
     def _warn(self, message: str, why: object) -> None:
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message, self._database.name, why)
+            warn(message, self._database.name, why, event="cache_failed")
 
 
 def _put(table: str, key: bytes, value: bytes) -> Statement:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -13,6 +12,7 @@ from openai_eval_client._batch_client import Batches
 from openai_eval_client._batch_methods import BatchMethods
 from openai_eval_client._caller import Caller
 from openai_eval_client._checks import check_callback, config_of
+from openai_eval_client._events import inform
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats, ModelResponse
 
     Prompt = str | Sequence[Any]
-
-logger = logging.getLogger("openai_eval_client")
 
 
 class OpenAIClient(BatchMethods, StreamMethods):
@@ -190,7 +188,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         listed = list_prompts(prompts)
         if use_batch_api and len(listed) < self._batch.auto_batch_threshold:
             least = self._batch.auto_batch_threshold
-            logger.info("%d prompts, fewer than auto_batch_threshold=%d: sent online", len(listed), least)
+            text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
+            inform(text, len(listed), least, event="batch_too_small", requests=len(listed))
         elif use_batch_api:
             return await self._jobs.collect(
                 listed,

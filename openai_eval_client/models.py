@@ -214,6 +214,9 @@ class ClientStats(_Model):
         rate_limited_by: Those by the limit they named, "requests", "tokens" or "unknown".
         wait_seconds: Seconds requests spent waiting for their admission, summed.
         wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
+        retry_seconds: Seconds waited between the attempts of one prompt, summed; those of the drop-in client's
+            calls the SDK alone knows.
+        server_seconds: Seconds that attempts took, from their admission to their end, summed.
         utilisation: By model, the used share of what its limits on "requests" and "tokens" admitted since the
             first request, a full bucket included; above 1 where a limit was only learnt on the way.
         output_length: By model, "mean" and "spread" (standard deviation) of its latest answers, in tokens.
@@ -239,6 +242,8 @@ class ClientStats(_Model):
     rate_limited_by: dict[str, int] = Field(default_factory=dict)
     wait_seconds: float = 0.0
     wait_seconds_by: dict[str, float] = Field(default_factory=dict)
+    retry_seconds: float = 0.0
+    server_seconds: float = 0.0
     utilisation: dict[str, dict[str, float]] = Field(default_factory=dict)
     output_length: dict[str, dict[str, float]] = Field(default_factory=dict)
     prompt_tokens: int = 0
