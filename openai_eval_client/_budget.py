@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from openai_eval_client._belief import Belief
 from openai_eval_client._bucket import MINUTE, Bucket
@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 
 MARGIN = 0.25  # seconds of quota left unused: requests travel at different speeds, so some arrive early
 MARGIN_SHARE = 0.1  # of the bucket, at most
+
+
+class Limit(NamedTuple):
+    """What holds in one dimension.
+
+    Attributes:
+        configured: Units per minute that the user set; None: none.
+        server: Units per minute that the server stated or its refusals taught; None: not known.
+        burst: Units that a full bucket admits at once.
+    """
+
+    configured: float | None
+    server: float | None
+    burst: float
+
+    @property
+    def per_minute(self) -> float | None:
+        """The lower of both; None where neither is known."""
+        return min((value for value in (self.configured, self.server) if value is not None), default=None)
 
 
 class Budget:
@@ -41,6 +60,15 @@ class Budget:
         self._clock = clock
         self._began: float | None = None
         self._spent = 0.0
+
+    def limit(self) -> Limit:
+        """Return what holds."""
+        bucket = self._configured or (self._server.bucket if self._server is not None else None)
+        return Limit(
+            None if self._configured is None else self._configured.rate * MINUTE,
+            None if self._server is None else self._server.known_limit(),
+            0.0 if bucket is None else bucket.max_rate,
+        )
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""

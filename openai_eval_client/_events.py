@@ -39,11 +39,6 @@ def warn(text: str, *values: Any, event: str, **fields: Any) -> None:
     logger.warning(text, *values, extra=_known(event, fields), stacklevel=2)
 
 
-def raised(text: str, *values: Any, event: str, **fields: Any) -> None:
-    """Log the exception that is just handled, with its traceback; see `warn`."""
-    logger.exception(text, *values, extra=_known(event, fields), stacklevel=2)
-
-
 def of_error(error: BaseException) -> dict[str, Any]:
     """Return the fields of an error: its class, and of the API's its status, code and request id."""
     return {

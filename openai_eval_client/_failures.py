@@ -59,30 +59,31 @@ class Failures:
 
     def raised(self, model: str, error: Exception, *, for_good: bool) -> None:
         """Count an error that an attempt, or a prompt for good, ended with."""
-        status = status_of(error)
-        attempts = int(isinstance(error, openai.APIError))  # of the others, nothing was sent
-        self._note(model, type(error).__name__, status, code_of(error), attempts, int(for_good))
+        row = self._row(model, type(error).__name__, status_of(error), code_of(error))
+        row.attempts += isinstance(error, openai.APIError)  # of the others, nothing was sent
+        row.prompts += for_good
 
     def refused(self, model: str, status: int | None, body: str, *, for_good: bool) -> None:
         """Count an attempt whose error the SDK will make: of what came back, or where nothing did."""
         other = "APIStatusError" if status is not None and status < _SERVER_ERROR else "InternalServerError"
         kind = "APIConnectionError" if status is None else _KINDS.get(status, other)
         found = _CODE.search(body[:_LONGEST_BODY])
-        self._note(model, kind, status, found[1] if found else "", 1, int(for_good))
+        row = self._row(model, kind, status, found[1] if found else "")
+        row.attempts += 1
+        row.prompts += for_good
 
     def rows(self) -> list[Failure]:
         """Return the kinds there were, the most frequent first."""
         return sorted(self._rows.values(), key=lambda row: (-row.prompts, -row.attempts, row.model))
 
-    def _note(self, model: str, kind: str, status: int | None, code: str, attempts: int, lost: int) -> None:
+    def _row(self, model: str, kind: str, status: int | None, code: str) -> Failure:
         now = time.time()
         key = model, kind, status, code
         if key not in self._rows and len(self._rows) >= _MOST:
             key = _OTHER, _OTHER, None, ""
         row = self._rows.get(key) or self._rows.setdefault(key, Failure(*key, first=now))
-        row.attempts += attempts
-        row.prompts += lost
         row.last = now
+        return row
 
 
 def status_of(error: object) -> int | None:

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._admission import Admission
@@ -19,7 +19,7 @@ from openai_eval_client._events import inform, request_id
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
-from openai_eval_client._limiter import Gate
+from openai_eval_client._limiter import Gate, sums
 from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
 from openai_eval_client._payments import Payments
 from openai_eval_client._stats import Recorder
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openai_eval_client._bucket import Clock
+    from openai_eval_client._limiter import Facts
     from openai_eval_client._spending import Purse
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
@@ -78,19 +79,16 @@ class Governor:
     def stats(self) -> ClientStats:
         """What went through so far."""
         with self._lock:
-            gates = [gate for gate in self._gates.values() if gate.model is not None]
-            waited: defaultdict[str, float] = defaultdict(float)
-            for cause, seconds in itertools.chain(*(gate.waited.items() for gate in self._gates.values())):
-                waited[cause] += seconds
-            details = {
-                "rate_limited_by": dict(self._refused),
-                "wait_seconds_by": dict(waited),
-                "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
-                "output_length": {str(gate.model): gate.output_length() for gate in gates},
-            }
+            details = {**sums(self._gates.values()), "rate_limited_by": dict(self._refused)}
         cost = self.ledger.snapshot()
         money = {"cost": cost, "unpriced": cost.unpriced, "budget": self.payments.stats}
         return self.recorder.snapshot(**details, **money)
+
+    @property
+    def facts(self) -> list[Facts]:
+        """What holds for each model, and what it waited for."""
+        with self._lock:
+            return [gate.facts() for gate in self._gates.values() if gate.model is not None]
 
     def output_length(self, model: str) -> dict[str, float]:
         """Return how long a model's answers are, in the words of `ClientStats.output_length`."""
@@ -158,7 +156,8 @@ class Governor:
         if ticket.state is not State.GRANTED:
             return
         self.recorder.called(demand, outcome)
-        self.recorder.ended(demand.model, outcome, self._clock.time())
+        ticket.ended_at = self._clock.time()
+        self.recorder.ended(demand.model, outcome, ticket.ended_at)
         self.ledger.settled(demand, outcome, ticket.tokens)
         try:
             if not outcome.sent:
@@ -175,7 +174,7 @@ class Governor:
                 self._heed(gate, ticket, outcome, outcome.headers)
         finally:
             self._pump(gate)
-        self.recorder.attempt(outcome, self._clock.time() - ticket.granted_at)
+        self.recorder.attempt(outcome, ticket.ended_at - ticket.granted_at)
 
     def _log_notes(self) -> None:
         """Log what was noted under the lock: a log handler has a lock of its own."""

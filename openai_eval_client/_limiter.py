@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._budget import Budget
@@ -15,14 +16,36 @@ from openai_eval_client._headers import DIMENSIONS
 from openai_eval_client._tickets import Lane, State, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from openai_eval_client._bucket import Clock
+    from openai_eval_client._budget import Limit
     from openai_eval_client._headers import Quota
     from openai_eval_client.config import RateLimitConfig
 
 FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for an answer while none of this model has been seen
 _OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks back on
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What holds for one model, and what it waited for.
+
+    Attributes:
+        model: Which.
+        requests: Its limit on requests.
+        tokens: Its limit on tokens.
+        max_concurrent: Its bound on requests in flight; infinite where there is none.
+        waited: Seconds summed over those who waited, by what for.
+        output_length: Mean and spread of its latest answers, in tokens; empty before the first.
+    """
+
+    model: str
+    requests: Limit
+    tokens: Limit
+    max_concurrent: float
+    waited: dict[str, float]
+    output_length: dict[str, float]
 
 
 class Gate:
@@ -144,6 +167,12 @@ class Gate:
         """Return mean and standard deviation of the latest answers, in tokens; empty before the first."""
         return {"mean": self.expected_output, "spread": self._variance**0.5} if self._answers else {}
 
+    def facts(self) -> Facts:
+        """Return what a report says of this model."""
+        limits = self.requests.limit(), self.tokens.limit()
+        waited, output = dict(self.waited), self.output_length()
+        return Facts(str(self.model), *limits, self.lane.limit, waited, output)
+
     def pause(self, seconds: float) -> None:
         """Let nobody go for that long, as the server asked."""
         self._paused_until = max(self._paused_until, self._clock.time() + seconds)
@@ -193,3 +222,18 @@ class Gate:
         self.waiting[ticket.owner] -= 1
         if not self.waiting[ticket.owner]:
             del self.waiting[ticket.owner]
+
+
+def sums(gates: Iterable[Gate]) -> dict[str, Any]:
+    """Return what `ClientStats` says of all models, and of each."""
+    waited: defaultdict[str, float] = defaultdict(float)
+    metered: list[Gate] = []
+    for gate in gates:
+        metered += [gate] if gate.model is not None else []
+        for cause, seconds in gate.waited.items():
+            waited[cause] += seconds
+    return {
+        "wait_seconds_by": dict(waited),
+        "utilisation": {str(gate.model): gate.utilisation() for gate in metered},
+        "output_length": {str(gate.model): gate.output_length() for gate in metered},
+    }

@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import inspect
 import itertools
+import logging
 from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai_eval_client._checks import check_count
-from openai_eval_client._events import raised
 from openai_eval_client._requests import check_prompt
 from openai_eval_client._retry import is_doom
 from openai_eval_client._tickets import Lane
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
     Progress = Callable[[float], Any]
+
+logger = logging.getLogger("openai_eval_client")
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
@@ -278,4 +280,5 @@ async def report(progress: Progress | None, fraction: float) -> None:
         if inspect.isawaitable(result):
             await result
     except Exception:
-        raised("progress_callback raised at %.3f; the run goes on", fraction, event="callback_raised")
+        text = "progress_callback raised at %.3f; the run goes on"
+        logger.exception(text, fraction, extra={"event": "callback_raised"})

@@ -41,9 +41,14 @@ class Histogram:
                 return math.exp(number * _STEP)
         return None
 
-    def classes(self) -> dict[float, int]:
-        """Return how often each class was seen, by its value, in order."""
-        return {math.exp(number * _STEP): self._classes[number] for number in sorted(self._classes)}
+    def classes(self) -> dict[int, int]:
+        """Return how often each class was seen, by its number."""
+        return dict(self._classes)
+
+    @staticmethod
+    def value_of(number: float) -> float:
+        """Return the value in the middle of a class; between two of them where the number is."""
+        return math.exp(number * _STEP)
 
 
 @dataclass(slots=True)
@@ -71,12 +76,12 @@ class Story:
 
     Attributes:
         history: What happened when.
-        latency: How often a successful attempt took so many seconds.
+        latency: How often a successful attempt took how long: the counts of a `Histogram`, by class.
         failures: What went wrong, by kind.
     """
 
     history: History
-    latency: dict[float, int]
+    latency: dict[int, int]
     failures: list[Failure]
 
 

@@ -16,12 +16,14 @@ from openai_eval_client._events import inform
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
+from openai_eval_client._report import write_report
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
 from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Sequence
     from decimal import Decimal
     from pathlib import Path
@@ -217,6 +219,24 @@ class OpenAIClient(BatchMethods, StreamMethods):
     def stats(self) -> ClientStats:
         """What the client did so far."""
         return self._governor.stats
+
+    def report(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+        """Write a page about what the client did so far: pictures, what held it up, what it cost, what failed.
+
+        One HTML file, which loads nothing and runs nothing, without prompts, answers or keys. It may be
+        written at any time, also in the middle of a run and after `close`.
+
+        Args:
+            path: The file; an older one is replaced, whole or not at all.
+            title: Its heading; None: "Run report".
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: It cannot be written there.
+        """
+        return write_report(path, self._governor, self._config.base_url, title)
 
     async def close(self) -> None:
         """Close the connections and the cache; the client cannot be used after this."""

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
+from openai_eval_client import _notebook
+from openai_eval_client._record import Record
 from openai_eval_client.costs import CostLedger
 from openai_eval_client.errors import BatchError
 
 __all__ = ["BatchJob", "BatchJobStatus", "BatchRequest", "ClientStats", "ModelResponse", "TokenUsage"]
 
 
-class _Model(BaseModel):
+class _Model(Record):
     """A model whose JSON reads back as it was, infinite log probabilities included."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
@@ -113,6 +115,16 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         kind: Any = types.chat.ChatCompletion if "choices" in body else types.responses.Response
         return kind.construct(**body)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as `Record.to_dict` does, and `parsed` where there is one."""
+        plain = super().to_dict()
+        if isinstance(self._parsed, BaseModel):
+            plain["parsed"] = self._parsed.model_dump(mode="json")
+        return plain
+
+    def _repr_html_(self) -> str:
+        return _notebook.answer(self)
+
     def _decoded(self) -> Any:
         """Return the body of the answer; of a batch, and of the cache, the line it stands in is kept."""
         return json.loads(self._body)["response"]["body"] if isinstance(self._body, bytes) else self._body
@@ -192,6 +204,9 @@ class BatchJobStatus(_Model):
     failed_count: int = 0
     errors: list[BatchError] = Field(default_factory=list)
 
+    def _repr_html_(self) -> str:
+        return _notebook.job(self)
+
     @property
     def has_ended(self) -> bool:
         """Whether nothing will change any more: its results can be retrieved."""
@@ -214,8 +229,8 @@ class ClientStats(_Model):
         rate_limited_by: Those by the limit they named, "requests", "tokens" or "unknown".
         wait_seconds: Seconds requests spent waiting for their admission, summed.
         wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
-        retry_seconds: Seconds waited between the attempts of one prompt, summed; those of the drop-in client's
-            calls the SDK alone knows.
+        retry_seconds: Seconds waited between the attempts of one prompt, summed; the SDK alone knows those of
+            the drop-in client's calls.
         server_seconds: Seconds that attempts took, from their admission to their end, summed.
         utilisation: By model, the used share of what its limits on "requests" and "tokens" admitted since the
             first request, a full bucket included; above 1 where a limit was only learnt on the way.
@@ -256,3 +271,6 @@ class ClientStats(_Model):
     latency_p50: float | None = None
     latency_p95: float | None = None
     latency_p99: float | None = None
+
+    def _repr_html_(self) -> str:
+        return _notebook.stats(self)
