@@ -63,12 +63,11 @@ class Budget:
 
     def limit(self) -> Limit:
         """Return what holds."""
-        bucket = self._configured or (self._server.bucket if self._server is not None else None)
-        return Limit(
-            None if self._configured is None else self._configured.rate * MINUTE,
-            None if self._server is None else self._server.known_limit(),
-            0.0 if bucket is None else bucket.max_rate,
-        )
+        own, server = self._configured, self._server
+        known = None if server is None else server.known_limit()
+        theirs = server.bucket if server is not None and known is not None else None
+        bursts = [bucket.max_rate for bucket in (own, theirs) if bucket is not None]
+        return Limit(None if own is None else own.rate * MINUTE, known, min(bursts, default=0.0))
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""

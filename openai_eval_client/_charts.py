@@ -19,10 +19,12 @@ _TICKS = 6  # of an axis of time, at most
 _FAR = 8.0  # times the highest column: a limit beyond is named, not drawn
 _PEAK = 2.0  # times the rest: a column beyond is cut off, and says so
 _CUT = 1.3  # times the rest is what is left to see then
+_MANY = 10  # columns, from which one of them may be cut off
 _USUAL = 0.9  # of the columns are not higher than this
 _BARS, _FEWEST = 36, 12  # of a histogram
 _LINE = 11.0  # the height of a line of text
 _EDGE = 60.0
+_LABEL = 76.0  # how long one is
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Timeline:
         step: Seconds of each column.
         layers: The columns.
         line: A line over them.
-        limits: Values to be marked, by name.
+        limits: Values to be marked, by what is written there.
         breaks: Seconds left out, by where on the axis.
     """
 
@@ -79,7 +81,7 @@ def over_time(of: Timeline) -> Markup:
     """Return columns over time."""
     values = [*of.sums, *(of.line.values if of.line else ())]
     near = {label: value for label, value in of.limits.items() if value <= _FAR * max(values)}
-    top, ticks = _svg.scale(_reach(values, near.values()))
+    top, ticks = _svg.scale(_reach(of, near.values()))
     parts = [
         _svg.grid(ticks, top, of.unit),
         *_time_axis(of.seconds),
@@ -87,7 +89,7 @@ def over_time(of: Timeline) -> Markup:
         *_peaks(of, top),
         *(_steps(of, of.line, top) if of.line else ()),
         *_limits(near, top),
-        *_far(of.limits.keys() - near.keys(), of.limits),
+        *_far(of.limits.keys() - near.keys()),
         *(_break(at / of.seconds, left_out) for at, left_out in of.breaks.items()),
     ]
     return _svg.picture(of.title, _described(of), parts)
@@ -145,11 +147,12 @@ def shares(title: str, parts: Sequence[tuple[str, str, float]]) -> Markup:
 # --- the parts of a picture ------------------------------------------------------------------------------
 
 
-def _reach(values: Sequence[float], limits: Iterable[float]) -> float:
+def _reach(of: Timeline, limits: Iterable[float]) -> float:
     """Return how high the picture reaches: above all but a peak, as a full bucket at the start makes one."""
-    usual = max([sorted(values)[int(_USUAL * (len(values) - 1))], *limits])
-    highest = max([*values, *limits, 1e-9])
-    return highest if highest <= _PEAK * usual or not usual else _CUT * usual
+    sums, line = of.sums, of.line.values if of.line else ()
+    highest = max([*sums, *line, *limits, 1e-9])
+    usual = max([sorted(sums)[int(_USUAL * (len(sums) - 1))], *limits])
+    return _CUT * usual if len(sums) >= _MANY and highest > _PEAK * usual > 0 else highest
 
 
 def _columns(of: Timeline, top: float) -> Iterator[str]:
@@ -184,19 +187,18 @@ def _steps(of: Timeline, layer: Layer, top: float) -> Iterator[str]:
 
 
 def _limits(limits: Mapping[str, float], top: float) -> Iterator[str]:
-    """Mark each limit with a line; a label that would cover the one before stands below its line."""
-    before = -math.inf
-    for label, value in sorted(limits.items(), key=lambda pair: -pair[1]):
+    """Mark each limit with a line; labels stand above the highest, and below others where there is room."""
+    for number, (label, value) in enumerate(sorted(limits.items(), key=lambda pair: -pair[1])):
         y = y_of(value / top)
-        before = y - 4 if y - 4 - before > _LINE else y + _LINE
+        below = number > 0 and y + 2 * _LINE < BOTTOM
         yield f'<path class="limit" d="M{LEFT} {y:.1f}H{RIGHT}"/>'
-        yield text(RIGHT - 2, before, f"{label} {short(value)}", "end", "label")
+        yield text(RIGHT - 2, y + _LINE if below else y - 4, label, "end", "label")
 
 
-def _far(labels: Iterable[str], limits: Mapping[str, float]) -> Iterator[str]:
-    named = ", ".join(f"{label} {short(limits[label])}" for label in sorted(labels))
+def _far(labels: Iterable[str]) -> Iterator[str]:
+    named = ", ".join(sorted(labels))
     if named:
-        yield text(RIGHT, TOP - 10, f"far above: {named}", "end")
+        yield text(RIGHT, TOP - 10, f"far below {named}", "end")
 
 
 def _break(share: float, left_out: float) -> str:
@@ -227,13 +229,13 @@ def _log_axis(low: float, high: float, place: Callable[[float], float]) -> Itera
 def _marks(marks: Mapping[str, float], place: Callable[[float], float]) -> Iterator[str]:
     for level, (label, seconds) in enumerate(marks.items()):
         x, y = place(seconds), TOP - 10 + _LINE * 1.2 * level
-        anchor, shift = ("end", -4) if x > RIGHT - 2 * _EDGE else ("start", 4)
+        anchor, shift = ("end", -4) if x > RIGHT - _LABEL else ("start", 4)
         yield f'<path class="mark" d="M{x:.1f} {BOTTOM}V{y - 8:.1f}"/>'
         yield text(x + shift, y, f"{label} {duration(seconds)}", anchor, "label")
 
 
 def _described(of: Timeline) -> str:
     sums = of.sums
-    limits = "".join(f" {label}: {value:,.4g}." for label, value in of.limits.items())
+    limits = "".join(f" {label}." for label in of.limits)
     mean, most = sum(sums) / len(sums), max(sums)
     return f"{duration(of.seconds)}; {mean:,.4g} {of.unit} on average, {most:,.4g} at most.{limits}"

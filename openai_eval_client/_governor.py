@@ -157,7 +157,7 @@ class Governor:
             return
         self.recorder.called(demand, outcome)
         ticket.ended_at = self._clock.time()
-        self.recorder.ended(demand.model, outcome, ticket.ended_at)
+        self.recorder.ended(demand.model, outcome, ticket.granted_at, ticket.ended_at)
         self.ledger.settled(demand, outcome, ticket.tokens)
         try:
             if not outcome.sent:

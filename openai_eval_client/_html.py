@@ -66,7 +66,8 @@ def duration(seconds: float) -> str:
     if seconds < _SECOND:
         return f"{1000 * seconds:.0f} ms"
     if seconds < _MINUTE:
-        return f"{seconds:.1f} s" if seconds < _SMALL else f"{min(seconds, 59.4):.0f} s"
+        shown = f"{seconds:.1f}".removesuffix(".0") if seconds < _SMALL else f"{min(seconds, 59.4):.0f}"
+        return f"{shown} s"
     if seconds < _HOUR:
         return _two(seconds, _MINUTE, "min", _SECOND, "s")
     return (

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openai_eval_client._html import Markup, clock, escape
-from openai_eval_client._style import CSS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser itself sees to it
+
+
+def _style() -> str:
+    return Path(__file__).with_name("_report.css").read_text(encoding="utf-8")
 
 
 def page(title: str, about: str, summary: object, sections: Iterable[str]) -> Markup:
@@ -32,7 +35,7 @@ def page(title: str, about: str, summary: object, sections: Iterable[str]) -> Ma
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head><body><main>\n"
+        f"<title>{escape(title)}</title><style>{_style()}</style></head><body><main>\n"
         f'<header><h1>{escape(title)}</h1><p class="meta">{escape(about)}; written {made}</p>'
         f'<p class="summary">{escape(summary)}</p></header>\n{"".join(sections)}</main></body></html>\n'
     )

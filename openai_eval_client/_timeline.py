@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from array import array
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 BINS = 240
 _FIRST_WIDTH = 0.25  # seconds
 _IDLE = 10.0  # seconds with nothing in flight and nobody waiting, from which they are left out
 _MODELS = 24  # that are told apart; what others did is put together
+_TOO_MANY_REQUESTS = 429
 _OTHERS = "other models"
 
 
@@ -29,6 +31,7 @@ class Track:
         failed: Attempts that brought no answer for any other reason.
         first: Seconds of the first admission.
         last: Seconds of the latest event.
+        seconds: How long its attempts took, summed.
     """
 
     admitted: array[float] = field(default_factory=_bins)
@@ -38,14 +41,33 @@ class Track:
     failed: array[float] = field(default_factory=_bins)
     first: float = 0.0
     last: float = 0.0
+    seconds: float = 0.0
 
     def copy(self) -> Track:
         """Return one that stays as it is."""
         counts = {name: array("d", getattr(self, name)) for name in _COUNTS}
-        return Track(**counts, first=self.first, last=self.last)
+        return Track(**counts, first=self.first, last=self.last, seconds=self.seconds)
 
 
 _COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
+
+
+class End(NamedTuple):
+    """The end of an attempt.
+
+    Attributes:
+        at: Clock time.
+        seconds: How long it took.
+        status: The HTTP status; None: no answer came.
+        tokens: What it came to, as far as the server said.
+        ok: Whether it was answered, or never sent.
+    """
+
+    at: float
+    seconds: float
+    status: int | None
+    tokens: int
+    ok: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +108,7 @@ class Timeline:
         self._busy = _bins()
         self._breaks: dict[int, float] = {}
         self._changing = False
-        self._late: list[tuple[str | None, float, int | None, bool, int]] = []
+        self._late: list[tuple[str | None, End]] = []
 
     def admitted(self, model: str | None, asked_at: float, now: float, tokens: float) -> None:
         """Note an admission.
@@ -107,25 +129,18 @@ class Timeline:
         track.admitted[index] += 1
         track.reserved[index] += tokens
 
-    def ended(self, model: str | None, now: float, status: int | None, used: int, *, ok: bool) -> None:
-        """Note the end of an attempt.
-
-        Args:
-            model: Whose.
-            now: Clock time.
-            status: The HTTP status; None: no answer came.
-            used: Tokens that it came to, as far as the server said.
-            ok: Whether it was answered.
-        """
+    def ended(self, model: str | None, end: End) -> None:
+        """Note the end of an attempt."""
         if self._changing:  # a stream that was dropped settles whenever it is collected
-            self._late.append((model, now, status, ok, used))
+            self._late.append((model, end))
             return
-        index = self._pass(now)
-        track = self._track(model, now)
+        index = self._pass(end.at)
+        track = self._track(model, end.at)
         self._in_flight -= 1
-        if ok:
-            track.used[index] += used
-        elif status == 429:  # noqa: PLR2004
+        track.seconds += end.seconds
+        if end.ok:
+            track.used[index] += end.tokens
+        elif end.status == _TOO_MANY_REQUESTS:
             track.rate_limited[index] += 1
         else:
             track.failed[index] += 1
@@ -180,8 +195,8 @@ class Timeline:
             self._breaks = joined
         self._changing = False
         late, self._late = self._late, []
-        for model, at, status, ok, used in late:
-            self.ended(model, at, status, used, ok=ok)
+        for model, end in late:
+            self.ended(model, end)
         return int((now - self._zero) / self._width)
 
     def _leave_out(self, now: float) -> None:

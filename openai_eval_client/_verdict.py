@@ -75,7 +75,7 @@ def verdict(stats: ClientStats, facts: Sequence[Facts], history: History) -> Ver
     if cause == "pause":
         return _paused(stats, one)
     if cause == "concurrency":
-        return _concurrency(stats, one, track, history)
+        return _concurrency(one, track, history)
     return _limited(cause, one, track)
 
 
@@ -91,8 +91,8 @@ def _limited(cause: str, facts: Facts, track: Track) -> Verdict:
         text = (
             "It was short: a client begins with one second's quota, and learns the rest from the answers."
             if seconds < _MINUTE
-            else "Requests waited although the limit was not used up on the whole: they came in bursts, or the "
-            "server had less left than its limit says, as it does where others spend the same quota."
+            else "Requests waited although the limit was not used up on the whole: they came in bursts, or "
+            "the server had less left than its limit says, as it does where others spend the same quota."
         )
         return Verdict(cause, f"paced by {where}: {percent(share)} used", (text, *_corrections(cause, limit)))
     advice = (*_corrections(cause, limit), *_ways_out(cause, facts, track))
@@ -125,61 +125,66 @@ def _ways_out(cause: str, facts: Facts, track: Track) -> Iterator[str]:
         enough = math.ceil((length["mean"] + 3 * length["spread"]) / 10) * 10
         yield (
             f"A request reserved {count(reserved)} tokens and used {count(used)}: servers count what is "
-            f"reserved, so a smaller max_tokens lets more through. Answers took {count(length['mean'])} tokens "
-            f"on average; {count(enough)} would have been enough for nearly all."
+            "reserved, so a smaller max_tokens lets more through. "
+            f"Answers took {count(length['mean'])} tokens on average; {count(enough)} are enough for nearly all."
         )
     elif cause == "tokens":
         yield "Shorter prompts, or a smaller max_tokens, let more through."
     else:
         yield "Several questions in one prompt make fewer requests of the same tokens."
     yield (
-        "The Batch API (use_batch_api=True) has limits of its own, and half the price; a higher usage tier or "
-        "another model has higher ones."
+        "The Batch API (use_batch_api=True) has limits of its own, and half the price; "
+        "a higher usage tier or another model has higher ones."
     )
 
 
-def _concurrency(stats: ClientStats, facts: Facts, track: Track, history: History) -> Verdict:
+def _concurrency(facts: Facts, track: Track, history: History) -> Verdict:
     """Return the verdict on a run that could have had more requests in flight."""
     used = shares(facts, track)
+    level = "".join(f", {percent(share)} of its {each} per minute used" for each, share in used.items())
+    headline = f"bound by max_concurrent ({facts.model}){level}"
+    enough, latency = _enough_in_flight(facts, track), duration(_latency(track))
     most = max(history.in_flight[: history.bins], default=0.0)
-    level = (
-        f", {', '.join(f'{percent(share)} of the {each} per minute used' for each, share in used.items())}"
-    )
-    headline = f"bound by max_concurrent (at most {most:.0f} in flight){level if used else ''}"
-    enough = _enough_in_flight(stats, facts, track)
+    now = max(1.0, min(facts.max_concurrent, most))
     if enough is None:
         text = "Raise max_concurrent step by step, for as long as latency and 429s do not rise with it."
-    elif enough > _FAR_FROM * most:
-        latency = duration(stats.server_seconds / stats.attempts)
+    elif enough > _FAR_FROM * now:
         text = (
-            f"At {latency} a request, max_concurrent={enough} would use the limits up; requests then take up to "
-            f"{enough / max(most, 1.0):.1f} times less long in all, if the server keeps its pace."
+            f"At {latency} a request, about {enough} in flight would use the limits up; "
+            f"there were at most {most:.0f}."
+        )
+    elif max(used.values(), default=0.0) < _FULL:
+        text = (
+            "More in flight would only spend sooner what a full bucket admits at once: "
+            f"at {latency} a request, {enough} in flight use up what the limits admit in the long run."
         )
     else:
-        text = "The limits on requests and tokens are nearly reached, too: more in flight would gain little."
+        text = "The limits on requests and tokens are nearly used up, too: more in flight would gain little."
     return Verdict("concurrency", headline, (text,))
 
 
-def _enough_in_flight(stats: ClientStats, facts: Facts, track: Track) -> int | None:
+def _latency(track: Track) -> float:
+    """Return the mean seconds of an attempt."""
+    return track.seconds / max(sum(track.admitted), 1.0)
+
+
+def _enough_in_flight(facts: Facts, track: Track) -> int | None:
     """Return how many in flight use the limits up: rate x latency (Little's law); None without a limit."""
-    requests = sum(track.admitted)
-    latency = stats.server_seconds / stats.attempts
-    rates = [facts.requests.per_minute, facts.tokens.per_minute]
-    costs = [1.0, sum(track.reserved) / max(requests, 1.0)]
-    each = [rate / _MINUTE / cost for rate, cost in zip(rates, costs, strict=True) if rate and cost]
-    return math.ceil(min(each) * latency) if each else None
+    limits = facts.requests.per_minute, facts.tokens.per_minute
+    costs = 1.0, sum(track.reserved) / max(sum(track.admitted), 1.0)
+    rates = [limit / _MINUTE / cost for limit, cost in zip(limits, costs, strict=True) if limit and cost]
+    return math.ceil(min(rates) * _latency(track)) if rates else None
 
 
 def _paused(stats: ClientStats, facts: Facts) -> Verdict:
     """Return the verdict on a run that the server refused again and again."""
     where = max(stats.rate_limited_by.items(), key=lambda pair: pair[1], default=("unknown", 0))[0]
     named = f", mostly for {where}" if where != "unknown" else ""
-    advice = [
-        *_corrections("requests", facts.requests),
-        *_corrections("tokens", facts.tokens),
-        "Programs that spend the same quota at the same time can share one budget; else lower the configured "
-        "limits to the part of it that is this program's.",
-    ]
+    share = (
+        "Programs that spend the same quota at the same time can share one budget; "
+        "else lower the configured limits to the part of it that is this program's."
+    )
+    advice = [*_corrections("requests", facts.requests), *_corrections("tokens", facts.tokens), share]
     headline = f"held up by the server's refusals: {count(stats.rate_limited)} times 429{named}"
     return Verdict("pause", headline, tuple(advice))
 
