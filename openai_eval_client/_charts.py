@@ -24,6 +24,7 @@ _USUAL = 0.9  # of the columns are not higher than this
 _BARS, _FEWEST = 36, 12  # of a histogram
 _LINE = 11.0  # the height of a line of text
 _EDGE = 60.0
+_SPOKEN = 3  # breaks whose length is written under them
 _LABEL = 76.0  # how long one is
 
 
@@ -90,7 +91,7 @@ def over_time(of: Timeline) -> Markup:
         *(_steps(of, of.line, top) if of.line else ()),
         *_limits(near, top),
         *_far(of.limits.keys() - near.keys()),
-        *(_break(at / of.seconds, left_out) for at, left_out in of.breaks.items()),
+        *_breaks(of),
     ]
     return _svg.picture(of.title, _described(of), parts)
 
@@ -201,11 +202,15 @@ def _far(labels: Iterable[str]) -> Iterator[str]:
         yield text(RIGHT, TOP - 10, f"far below {named}", "end")
 
 
-def _break(share: float, left_out: float) -> str:
-    x = x_of(share)
-    said = escape(f"{duration(left_out)} in which nothing was sent are left out here")
-    line = f'<path class="break" d="M{x:.1f} {TOP}V{BOTTOM}"><title>{said}</title></path>'
-    return line + text(x, BOTTOM + 34, f"{duration(left_out)} idle", "end" if x > RIGHT - _EDGE else "middle")
+def _breaks(of: Timeline) -> Iterator[str]:
+    """Mark where time is left out; where that is often, how much is told by the pointer alone."""
+    for at, left_out in of.breaks.items():
+        x = x_of(at / of.seconds)
+        said = escape(f"{duration(left_out)} in which nothing happened are left out here")
+        yield f'<path class="break" d="M{x:.1f} {TOP}V{BOTTOM}"><title>{said}</title></path>'
+        if len(of.breaks) <= _SPOKEN:
+            anchor = "end" if x > RIGHT - _EDGE else "middle"
+            yield text(x, BOTTOM + 34, f"{duration(left_out)} idle", anchor)
 
 
 def _time_axis(seconds: float) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -51,12 +51,38 @@ class Database:
         Raises:
             ValidationError: It is not ours, damaged, of a newer version, or cannot be used. It is left alone.
         """
-        try:
+        with self._refusing():
             if not self.path.exists():
                 self._create()
             self._status = self._recognised()
             with contextlib.closing(patiently(self.connect, _PATIENCE)) as connection:
                 self._check_writable(connection)
+
+    def look(self) -> sqlite3.Connection:
+        """Open a file that exists only to read it: nothing of it changes, whoever uses it meanwhile.
+
+        Raises:
+            ValidationError: There is none, it is not ours, damaged, or of a newer version.
+        """
+        with self._refusing():
+            if not self.path.exists():
+                raise self.unusable("there is no such file")
+            self._status = self._recognised()
+            return patiently(self._looked_at, _PATIENCE)
+
+    def _looked_at(self) -> sqlite3.Connection:
+        try:
+            return self._open("mode=ro")
+        except sqlite3.OperationalError:
+            if not self._is_at_rest():
+                raise
+        return self._open("immutable=1")
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Name the file in whatever is wrong with it."""
+        try:
+            yield
         except sqlite3.OperationalError as error:
             raise self.unusable(f"cannot be used: {error}") from None
         except sqlite3.DatabaseError as error:

@@ -72,7 +72,7 @@ class Store:
             return None
         except sqlite3.DatabaseError as error:
             raise self._database.damaged(error) from None
-        if row is not None and not _is_intact(key, row):
+        if row is not None and not is_intact(key, row):
             self._warn("cache %s: an answer is damaged (%s): asking again", "wrong checksum")
             return None
         return row[1] if row is not None and row[0] >= since else None
@@ -101,7 +101,7 @@ class Store:
             row = await self._do(self._reads, (_GET.format("journal"), (name,)))
         if row is None:
             return None
-        if not _is_intact(name, row):
+        if not is_intact(name, row):
             raise self._database.damaged(f"wrong checksum of {key!r} in the journal")
         entry: dict[str, Any] = json.loads(row[1])
         return entry
@@ -208,7 +208,8 @@ def _checksum(key: bytes, created: float, value: bytes) -> bytes:
     return blake2b(b"%s %s " % (key, created.hex().encode()) + value, digest_size=16).digest()
 
 
-def _is_intact(key: bytes, row: Any) -> bool:
+def is_intact(key: bytes, row: Any) -> bool:
+    """Return whether a row is as it was written."""
     created, value, checksum = row
     return (
         isinstance(created, float) and isinstance(value, bytes) and checksum == _checksum(key, created, value)

@@ -126,7 +126,7 @@ def _ways_out(cause: str, facts: Facts, track: Track) -> Iterator[str]:
         yield (
             f"A request reserved {count(reserved)} tokens and used {count(used)}: servers count what is "
             "reserved, so a smaller max_tokens lets more through. "
-            f"Answers took {count(length['mean'])} tokens on average; {count(enough)} are enough for nearly all."
+            f"Answers took {count(length['mean'])} tokens on average; {count(enough)} fit nearly all."
         )
     elif cause == "tokens":
         yield "Shorter prompts, or a smaller max_tokens, let more through."
@@ -199,7 +199,7 @@ def _server(stats: ClientStats, history: History) -> Verdict:
     most = max(history.in_flight[: history.bins], default=0.0)
     latency = duration(stats.server_seconds / stats.attempts)
     text = (
-        f"No request waited for a limit: each took {latency} at the server, {most:.1f} at a time. To go faster, ask "
-        "for more at once: batch_generate or as_completed instead of one prompt after the other."
+        f"No request waited for a limit: each took {latency} at the server, at most {most:.1f} at a time. "
+        "To go faster, ask for more at once: batch_generate instead of one prompt after the other."
     )
     return Verdict("server", "bound by the time the server takes", (text,) if stats.requests > 1 else ())

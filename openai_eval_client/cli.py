@@ -21,6 +21,7 @@ from rich.table import Table
 
 from openai_eval_client._cli_batch import batch_app
 from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail
+from openai_eval_client._cli_report import report
 from openai_eval_client.config import OpenAIConfig
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(batch_app, name="batch")
+app.command()(report)
 
 _PROMPTS = 164
 

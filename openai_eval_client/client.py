@@ -221,7 +221,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         return self._governor.stats
 
     def report(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
-        """Write a page about what the client did so far: pictures, what held it up, what it cost, what failed.
+        """Write a page about what the client did so far: what held it up, what it cost, what failed.
 
         One HTML file, which loads nothing and runs nothing, without prompts, answers or keys. It may be
         written at any time, also in the middle of a run and after `close`.
