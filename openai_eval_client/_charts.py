@@ -25,7 +25,7 @@ _BARS, _FEWEST = 36, 12  # of a histogram
 _LINE = 11.0  # the height of a line of text
 _EDGE = 60.0
 _SPOKEN = 3  # breaks whose length is written under them
-_LABEL = 76.0  # how long one is
+_LABEL = 66.0  # how long one is
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,8 +58,11 @@ class Database:
             with contextlib.closing(patiently(self.connect, _PATIENCE)) as connection:
                 self._check_writable(connection)
 
-    def look(self) -> sqlite3.Connection:
-        """Open a file that exists only to read it: nothing of it changes, whoever uses it meanwhile.
+    def look(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """Read a file that exists, whoever uses it meanwhile; where nobody does, no trace is left beside it.
+
+        Args:
+            read: Reads it; may be called a second time.
 
         Raises:
             ValidationError: There is none, it is not ours, damaged, or of a newer version.
@@ -68,15 +71,28 @@ class Database:
             if not self.path.exists():
                 raise self.unusable("there is no such file")
             self._status = self._recognised()
-            return patiently(self._looked_at, _PATIENCE)
+            if not self._log.exists():  # nobody has it open; SQLite would leave its side files there
+                with contextlib.suppress(sqlite3.DatabaseError):
+                    found = self._read("immutable=1", read)
+                    if not self._log.exists() and self._is_unchanged():
+                        return found
+            return patiently(lambda: self._read_in_use(read), _PATIENCE)
 
-    def _looked_at(self) -> sqlite3.Connection:
+    def _read_in_use(self, read: Callable[[sqlite3.Connection], T]) -> T:
         try:
-            return self._open("mode=ro")
+            return self._read("mode=ro", read)
         except sqlite3.OperationalError:
             if not self._is_at_rest():
                 raise
-        return self._open("immutable=1")
+        return self._read("immutable=1", read)  # in a directory where SQLite cannot make its side files
+
+    def _read(self, mode: str, read: Callable[[sqlite3.Connection], T]) -> T:
+        with contextlib.closing(self._open(mode)) as connection:
+            return read(connection)
+
+    def _is_unchanged(self) -> bool:
+        now, before = self.path.stat(), self._status
+        return (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 import zlib
 from array import array
 from collections import Counter
@@ -16,6 +14,7 @@ from openai_eval_client._store import is_intact
 from openai_eval_client._wire import Usage, read_json, token_count, usage_of
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Mapping
     from pathlib import Path
 
@@ -113,18 +112,16 @@ def read_kept(path: str | Path) -> Kept:
         ValidationError: There is no such file, or it is no cache of ours that can be read.
     """
     database = Database(path, read_only=True)
-    kept = Kept(database.name)
-    with contextlib.closing(database.look()) as connection:
-        try:
-            connection.execute("BEGIN")
-            for row in connection.execute(_ROWS):
-                _take(kept, *row)
-            (kept.journal,) = connection.execute("SELECT count(*) FROM journal").fetchone()
-        except sqlite3.OperationalError as error:
-            raise database.unusable(f"cannot be read: {error}") from None
-        except sqlite3.DatabaseError as error:
-            raise database.damaged(error) from None
-    return kept
+
+    def read(connection: sqlite3.Connection) -> Kept:
+        kept = Kept(database.name)
+        connection.execute("BEGIN")
+        for row in connection.execute(_ROWS):
+            _take(kept, *row)
+        (kept.journal,) = connection.execute("SELECT count(*) FROM journal").fetchone()
+        return kept
+
+    return database.look(read)
 
 
 def _take(kept: Kept, key: bytes, created: float, value: bytes, checksum: bytes) -> None:

@@ -77,10 +77,8 @@ def figures(drawn: Iterable[str]) -> Markup:
 
 def part(share: float, said: object) -> Markup:
     """Return a value with a bar beside it that shows its share (0 to 1) of the largest."""
-    width = 100 * min(max(share, 0.0), 1.0)
-    return Markup(
-        f'<span class="track"><span class="part" style="width:{width:.1f}%"></span></span>{escape(said)}'
-    )
+    bar = f'<span class="part" style="width:{100 * min(share, 1.0):.1f}%"></span>' if share > 0 else ""
+    return Markup(f'<span class="track">{bar}</span><span class="amount">{escape(said)}</span>')
 
 
 def write(path: str | os.PathLike[str], text: str) -> Path:

