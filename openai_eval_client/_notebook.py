@@ -82,7 +82,7 @@ def job(of: BatchJobStatus) -> Markup:
         ("completed", "-" if of.completed_at is None else clock(of.completed_at.timestamp())),
     ]
     rows += [(f"error {error.code or ''}", error.message) for error in of.errors[:_MOST]]
-    return table((), rows)
+    return table((), rows, texts=2)
 
 
 def bill(of: CostLedger) -> Markup:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._failures import Failures
-from openai_eval_client._timeline import End, Timeline
+from openai_eval_client._timeline import Timeline
 from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
@@ -104,11 +104,11 @@ class Recorder:
 
     def ended(self, model: str | None, outcome: Outcome, began: float, now: float) -> None:
         """Note when an admitted attempt began and ended, sent or not."""
-        used = outcome.usage
-        tokens = 0 if used is None else used.prompt_tokens + used.completion_tokens
-        end = End(now, now - began, outcome.status, tokens, outcome.ok or not outcome.sent)
+        usage, used = outcome.usage, None
+        if outcome.ok or not outcome.sent:
+            used = 0 if usage is None else usage.prompt_tokens + usage.completion_tokens
         with self._lock:
-            self._timeline.ended(model, end)
+            self._timeline.ended(model, now, now - began, outcome.status, used)
 
     def attempt(self, outcome: Outcome, seconds: float) -> None:
         """Count one HTTP attempt that was sent, and how long it took."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 BINS = 240
 _FIRST_WIDTH = 0.25  # seconds
@@ -13,6 +13,7 @@ _IDLE = 10.0  # seconds with nothing in flight and nobody waiting, from which th
 _MODELS = 24  # that are told apart; what others did is put together
 _TOO_MANY_REQUESTS = 429
 _OTHERS = "other models"
+_UNMETERED = "files and batches"
 
 
 def _bins() -> array[float]:
@@ -52,24 +53,6 @@ class Track:
 _COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
 
 
-class End(NamedTuple):
-    """The end of an attempt.
-
-    Attributes:
-        at: Clock time.
-        seconds: How long it took.
-        status: The HTTP status; None: no answer came.
-        tokens: What it came to, as far as the server said.
-        ok: Whether it was answered, or never sent.
-    """
-
-    at: float
-    seconds: float
-    status: int | None
-    tokens: int
-    ok: bool
-
-
 @dataclass(frozen=True, slots=True)
 class History:
     """A timeline as it stood at one moment.
@@ -103,12 +86,14 @@ class Timeline:
         self._began_at: float | None = None
         self._zero = self._latest = 0.0
         self._width = _FIRST_WIDTH
+        self._index = 0
+        self._until = -math.inf  # the end of that interval
         self._in_flight = 0
         self._tracks: dict[str, Track] = {}
         self._busy = _bins()
         self._breaks: dict[int, float] = {}
         self._changing = False
-        self._late: list[tuple[str | None, End]] = []
+        self._late: list[tuple[str | None, float, float, int | None, int | None]] = []
 
     def admitted(self, model: str | None, asked_at: float, now: float, tokens: float) -> None:
         """Note an admission.
@@ -124,23 +109,33 @@ class Timeline:
         elif not self._in_flight and asked_at - self._latest > _IDLE:
             self._leave_out(asked_at)
         index = self._pass(now)
-        track = self._track(model, now)
+        track = self._track(model)
         self._in_flight += 1
         track.admitted[index] += 1
         track.reserved[index] += tokens
 
-    def ended(self, model: str | None, end: End) -> None:
-        """Note the end of an attempt."""
+    def ended(
+        self, model: str | None, now: float, seconds: float, status: int | None, used: int | None
+    ) -> None:
+        """Note the end of an attempt.
+
+        Args:
+            model: Whose.
+            now: Clock time.
+            seconds: How long it took.
+            status: The HTTP status; None: no answer came.
+            used: Tokens that it came to, as far as the server said; None: it was sent and brought no answer.
+        """
         if self._changing:  # a stream that was dropped settles whenever it is collected
-            self._late.append((model, end))
+            self._late.append((model, now, seconds, status, used))
             return
-        index = self._pass(end.at)
-        track = self._track(model, end.at)
+        index = self._pass(now)
+        track = self._track(model)
         self._in_flight -= 1
-        track.seconds += end.seconds
-        if end.ok:
-            track.used[index] += end.tokens
-        elif end.status == _TOO_MANY_REQUESTS:
+        track.seconds += seconds
+        if used is not None:
+            track.used[index] += used
+        elif status == _TOO_MANY_REQUESTS:
             track.rate_limited[index] += 1
         else:
             track.failed[index] += 1
@@ -155,29 +150,38 @@ class Timeline:
         busy = [area / length for area, length in zip(self._busy, whole, strict=True)]
         return History(self._began_at, seconds, width, tracks, busy, dict(self._breaks))
 
-    def _track(self, model: str | None, now: float) -> Track:
-        name = model or "files and batches"
-        track = self._tracks.get(name)
-        if track is None:
-            name = name if len(self._tracks) < _MODELS else _OTHERS
-            track = self._tracks.get(name) or self._tracks.setdefault(name, Track(first=now - self._zero))
+    def _track(self, model: str | None) -> Track:
+        track = self._tracks.get(model or _UNMETERED) or self._new_track(model or _UNMETERED)
         track.last = self._latest - self._zero
         return track
 
+    def _new_track(self, name: str) -> Track:
+        name = name if len(self._tracks) < _MODELS else _OTHERS
+        return self._tracks.setdefault(name, Track(first=self._latest - self._zero))
+
     def _pass(self, now: float) -> int:
         """Count who was in flight since the last event, and return the interval of this one."""
-        now = max(now, self._latest)  # threads tell of their events in any order
+        if now >= self._until:
+            return self._advance(now)
+        if now > self._latest:  # threads tell of their events in any order
+            self._busy[self._index] += (now - self._latest) * self._in_flight
+            self._latest = now
+        return self._index
+
+    def _advance(self, now: float) -> int:
+        """Do that where another interval has begun."""
+        now = max(now, self._latest)
         index = int((now - self._zero) / self._width)
         if index >= BINS:
             index = self._widen(now)
         before = self._latest
-        start = int((before - self._zero) / self._width)
-        while start < index:
-            end = self._zero + (start + 1) * self._width
-            self._busy[start] += (end - before) * self._in_flight
-            before, start = end, start + 1
+        for passed in range(int((before - self._zero) / self._width), index):
+            end = self._zero + (passed + 1) * self._width
+            self._busy[passed] += (end - before) * self._in_flight
+            before = end
         self._busy[index] += (now - before) * self._in_flight
-        self._latest = now
+        self._latest, self._index = now, index
+        self._until = self._zero + (index + 1) * self._width
         return index
 
     def _widen(self, now: float) -> int:
@@ -195,8 +199,8 @@ class Timeline:
             self._breaks = joined
         self._changing = False
         late, self._late = self._late, []
-        for model, end in late:
-            self.ended(model, end)
+        for event in late:
+            self.ended(*event)
         return int((now - self._zero) / self._width)
 
     def _leave_out(self, now: float) -> None:
@@ -204,7 +208,7 @@ class Timeline:
         index = min(int((self._latest - self._zero) / self._width), BINS - 1)
         self._breaks[index] = self._breaks.get(index, 0.0) + now - self._latest
         self._zero += now - self._latest
-        self._latest = now
+        self._latest, self._until = now, -math.inf
 
 
 def _joined(bins: array[float]) -> array[float]:

@@ -16,7 +16,6 @@ from openai_eval_client._events import inform
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import fast_client, govern
 from openai_eval_client._openai import AsyncOpenAI
-from openai_eval_client._report import write_report
 from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
 from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
@@ -236,6 +235,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         Raises:
             OSError: It cannot be written there.
         """
+        from openai_eval_client._report import write_report  # nobody waits for pictures at the start
+
         return write_report(path, self._governor, self._config.base_url, title)
 
     async def close(self) -> None:
