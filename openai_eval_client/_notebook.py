@@ -37,12 +37,12 @@ def stats(of: ClientStats) -> Markup:
         "latency p50 / p95 / p99": " / ".join("-" if value is None else duration(value) for value in latency),
         "waited, summed": _waits(of),
     }
-    shares = {
-        f"of the {dimension} limit of {model}": percent(share)
+    shares = [
+        (Markup(f"{name(model)}: of its {dimension} limit"), percent(share))
         for model, each in of.utilisation.items()
         for dimension, share in each.items()
-    }
-    return table((), [*rows.items(), *((name(key), value) for key, value in shares.items())])
+    ]
+    return table((), [*rows.items(), *shares])
 
 
 def _waits(of: ClientStats) -> str:

@@ -4,10 +4,11 @@ import asyncio
 import os
 import re
 import threading
-from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+from pages import Page, check
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig, _html
 from openai_eval_client._charts import Layer, Timeline, histogram, over_time
@@ -17,67 +18,6 @@ from openai_eval_client.testing import SimulatedServer
 KEY = "sk-report-0123456789"
 PROMPT = "the secret of the third island"
 SCRIPT = '<script>alert("x")</script>'
-VOID = {"meta", "br"}
-
-
-class Page(HTMLParser):
-    """A page read back: every tag is closed, and all text is at hand."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.text, self.open, self.tags, self.said = text, [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
-            self.said.append(data.strip())
-
-    @property
-    def words(self):
-        """All that is written on it."""
-        return " ".join(filter(None, self.said))
-
-    def tiles(self):
-        """The figures at the top, by name."""
-        pairs = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", self.text)
-        return dict(pairs)
-
-    def svgs(self):
-        """Every picture, as XML."""
-        return [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.text, flags=re.DOTALL)]  # noqa: S314
-
-
-def check(page):
-    """What holds for every page: it loads nothing, runs nothing, and its pictures can be read aloud."""
-    assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "form"} == set()
-    loaded = [value for _, attrs in page.tags for name, value in attrs.items() if name in {"src", "href"}]
-    assert loaded == []
-    assert not [name for _, attrs in page.tags for name in attrs if name.startswith("on")]
-    assert "url(" not in page.text
-    assert "default-src 'none'" in page.text
-    for svg in page.svgs():
-        names = [child.tag.rpartition("}")[2] for child in list(svg)[:2]]
-        assert names == ["title", "desc"]
-        assert all(child.text for child in list(svg)[:2])
-        assert svg.get("role") == "img"
-        for rect in svg.iter("{http://www.w3.org/2000/svg}rect"):
-            assert float(rect.get("height")) >= 0
-            assert float(rect.get("width")) > 0
-    assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", page.text)
-    return page
 
 
 def client_of(server, **options):
@@ -219,7 +159,7 @@ def test_a_page_replaces_another_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write(path, "three")
     assert path.read_text() == "two"
-    assert os.listdir(tmp_path) == ["run.html"]
+    assert [each.name for each in tmp_path.iterdir()] == ["run.html"]
 
 
 def _full(*_):
@@ -239,7 +179,7 @@ def test_a_page_is_written_through_a_link(tmp_path):
 def test_a_device_is_written_to_and_not_replaced():
     """Or /dev/null would be a file from then on."""
     write(os.devnull, "page")
-    assert not os.path.isfile(os.devnull)
+    assert not Path(os.devnull).is_file()
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path):
@@ -286,7 +226,7 @@ def test_a_limit_far_above_is_named_and_not_drawn():
 
 def test_a_histogram_has_every_value_in_a_bar():
     """However many classes there are."""
-    svg = histogram("t", {number: 2 for number in range(-100, 400)}, lambda n: 1.02**n, {"p50": 1.0})
+    svg = histogram("t", dict.fromkeys(range(-100, 400), 2), lambda n: 1.02**n, {"p50": 1.0})
     counted = sum(int(count) for count in re.findall(r": (\d+)</title>", svg))
     assert counted == 1000
     assert len(heights(svg)) <= 36
@@ -294,8 +234,17 @@ def test_a_histogram_has_every_value_in_a_bar():
 
 @pytest.mark.parametrize(
     ("seconds", "said"),
-    [(0, "0 s"), (0.0123, "12 ms"), (1, "1 s"), (9.87, "9.9 s"), (59.9, "59 s"), (250, "4 min 10 s")]
-    + [(3600, "1 h"), (7500, "2 h 5 min"), (200_000, "2 d 7 h")],
+    [
+        (0, "0 s"),
+        (0.0123, "12 ms"),
+        (1, "1 s"),
+        (9.87, "9.9 s"),
+        (59.9, "59 s"),
+        (250, "4 min 10 s"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (200_000, "2 d 7 h"),
+    ],
 )
 def test_times_have_units(seconds, said):
     """The two largest."""

@@ -58,7 +58,11 @@ def test_reservations_that_are_too_large_are_named():
 @pytest.mark.parametrize(
     ("configured", "server", "said"),
     [
-        (60_000, 600_000, "RateLimitConfig(tokens_per_minute=600000) would let the run go 10.0 times as fast"),
+        (
+            60_000,
+            600_000,
+            "RateLimitConfig(tokens_per_minute=600000) would let the run go 10.0 times as fast",
+        ),
         (600_000, 60_000, "tokens_per_minute=60000 says it from the start"),
         (60_000, 60_000, None),
         (60_000, None, None),
