@@ -147,6 +147,39 @@ async def test_calls_on_the_drop_in_client_are_on_the_page(tmp_path, few_certifi
     assert PROMPT not in page.text
 
 
+async def test_nothing_stays_in_flight_after_cancelled_and_failed_runs(few_certificates, no_pauses):
+    """However a run ends, each attempt that began has ended."""
+    with SimulatedServer(latency=0.05, faults={"drop": 0.2, "500": 0.2}, seed=5) as server:
+        async with client_of(server) as client:
+            for seconds in (0.02, 0.1, 0.2):
+                run = client.batch_generate(["x"] * 50, max_tokens=5, return_exceptions=True)
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(run, seconds)
+            await client.batch_generate(["x"] * 20, max_tokens=5, return_exceptions=True)
+            timeline = client._governor.recorder._timeline
+    assert timeline._in_flight == 0
+    track = timeline.history().tracks["gpt-4o-mini"]
+    assert sum(track.admitted) > 20
+
+
+def test_threads_keep_one_history(few_certificates):
+    """What four event loops did at a time adds up."""
+    with SimulatedServer() as server:
+        client = client_of(server)
+        runs = [
+            threading.Thread(target=lambda: asyncio.run(client.batch_generate(["x"] * 25, max_tokens=5)))
+            for _ in range(4)
+        ]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        timeline = client._governor.recorder._timeline
+        asyncio.run(client.close())
+    assert timeline._in_flight == 0
+    assert sum(timeline.history().tracks["gpt-4o-mini"].admitted) == 100
+
+
 # --- the file --------------------------------------------------------------------------------------------
 
 
