@@ -60,7 +60,11 @@ def client_page(
 def summary(stats: ClientStats, history: History, said: Verdict) -> str:
     """Return all of it in a line."""
     cached = f" ({count(stats.cache_hits)} from the cache)" if stats.cache_hits else ""
-    whole = f", over {duration(history.seconds + sum(history.breaks.values()))}" if history.breaks else ""
+    whole = (
+        f" at work within {duration(history.seconds + sum(history.breaks.values()))}"
+        if history.breaks
+        else ""
+    )
     return (
         f"{count(stats.requests - stats.failures)} answered{cached}, {count(stats.failures)} failed, "
         f"{bill(stats.cost)}, {duration(history.seconds)}{whole}; {said.headline}"
@@ -153,7 +157,7 @@ def _models(history: History, facts: Sequence[Facts]) -> Markup:
     )
     rows = []
     for model, track in sorted(history.tracks.items(), key=lambda pair: -sum(pair[1].admitted)):
-        used = shares(known[model], track) if model in known else {}
+        used = shares(known[model], track, history.breaks) if model in known else {}
         length = known[model].output_length.get("mean") if model in known else None
         counts = (
             sum(each)

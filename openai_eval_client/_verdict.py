@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from openai_eval_client._html import count, duration, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from openai_eval_client._budget import Limit
     from openai_eval_client._limiter import Facts
@@ -40,16 +40,19 @@ class Verdict:
     advice: tuple[str, ...] = ()
 
 
-def shares(facts: Facts, track: Track) -> dict[str, float]:
+def shares(facts: Facts, track: Track, breaks: Mapping[int, float]) -> dict[str, float]:
     """Return the share of each limit that was used, from a model's first request to its last.
 
-    What a full bucket admitted at once is part of the limit, as in `ClientStats.utilisation`.
+    What a full bucket admitted at once is part of the limit, as in `ClientStats.utilisation`, and so is what
+    was refilled while nothing was sent.
     """
     spent = {"requests": sum(track.admitted), "tokens": sum(track.reserved)}
     used: dict[str, float] = {}
     for dimension, limit in (("requests", facts.requests), ("tokens", facts.tokens)):
         if limit.per_minute:
-            admitted = limit.burst + limit.per_minute / _MINUTE * (track.last - track.first)
+            rate = limit.per_minute / _MINUTE
+            refilled = sum(min(limit.burst, seconds * rate) for seconds in breaks.values())
+            admitted = limit.burst + refilled + rate * (track.last - track.first)
             used[dimension] = spent[dimension] / max(admitted, 1.0)
     return used
 
@@ -76,13 +79,13 @@ def verdict(stats: ClientStats, facts: Sequence[Facts], history: History) -> Ver
         return _paused(stats, one)
     if cause == "concurrency":
         return _concurrency(one, track, history)
-    return _limited(cause, one, track)
+    return _limited(cause, one, track, history)
 
 
-def _limited(cause: str, facts: Facts, track: Track) -> Verdict:
+def _limited(cause: str, facts: Facts, track: Track, history: History) -> Verdict:
     """Return the verdict on a run that waited for requests or tokens per minute."""
     limit = facts.requests if cause == "requests" else facts.tokens
-    share = shares(facts, track).get(cause)
+    share = shares(facts, track, history.breaks).get(cause)
     where = f"{cause} per minute ({facts.model})"
     if share is None:
         return Verdict(cause, f"bound by {where}", tuple(_ways_out(cause, facts, track)))
@@ -107,8 +110,8 @@ def _corrections(cause: str, limit: Limit) -> Iterator[str]:
     if server > _FAR_FROM * configured:
         yield (
             f"The server states a limit of {count(server)}, and {count(configured)} is configured: "
-            f"RateLimitConfig({field}={round(server)}) would let the run go "
-            f"{server / configured:.1f} times as fast."
+            f"RateLimitConfig({field}={round(server)}) would admit up to "
+            f"{server / configured:.1f} times as much."
         )
     elif configured > _FAR_FROM * server:
         yield (
@@ -140,7 +143,7 @@ def _ways_out(cause: str, facts: Facts, track: Track) -> Iterator[str]:
 
 def _concurrency(facts: Facts, track: Track, history: History) -> Verdict:
     """Return the verdict on a run that could have had more requests in flight."""
-    used = shares(facts, track)
+    used = shares(facts, track, history.breaks)
     level = "".join(f", {percent(share)} of its {each} per minute used" for each, share in used.items())
     headline = f"bound by max_concurrent ({facts.model}){level}"
     enough, latency = _enough_in_flight(facts, track), duration(_latency(track))

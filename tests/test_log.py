@@ -61,7 +61,8 @@ def client_of(server):
     config = OpenAIConfig(
         api_key=KEY, base_url=server.base_url, default_model="gpt-4o-mini", max_retries=2, timeout=0.5
     )
-    return OpenAIClient(config, rate_limit=RateLimitConfig(adaptive_throttling=False))
+    limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, adaptive_throttling=False)
+    return OpenAIClient(config, rate_limit=limits)
 
 
 async def test_every_fault_is_logged_with_its_fields(log, no_pauses, few_certificates):

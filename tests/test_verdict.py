@@ -61,7 +61,7 @@ def test_reservations_that_are_too_large_are_named():
         (
             60_000,
             600_000,
-            "RateLimitConfig(tokens_per_minute=600000) would let the run go 10.0 times as fast",
+            "RateLimitConfig(tokens_per_minute=600000) would admit up to 10.0 times as much",
         ),
         (600_000, 60_000, "tokens_per_minute=60000 says it from the start"),
         (60_000, 60_000, None),
@@ -141,6 +141,8 @@ def test_shares_are_of_the_lower_limit_and_count_the_burst():
     """As `ClientStats.utilisation` has it, but until the last event."""
     history = ran(600, seconds=60.0, reserved=100)
     one = facts(requests=600, tokens=600_000, server=60_000, burst=600.0)
-    used = shares(one, history.tracks["m"])
+    used = shares(one, history.tracks["m"], history.breaks)
     assert used["requests"] == pytest.approx(0.5, rel=0.01)
     assert used["tokens"] == pytest.approx(60_000 / 60_600, rel=0.01)
+    rested = shares(one, history.tracks["m"], {3: 60.0, 9: 3600.0})
+    assert rested["requests"] == pytest.approx(600 / 2400, rel=0.01)
