@@ -244,8 +244,8 @@ class Caller:
         response.usage.estimated_cost = None if cost is None else float(cost)
 
 
-def _model_of(job: _Job) -> str:
-    name: str = job.body["model"]
+def _model_of(*arguments: Any) -> str:
+    name: str = arguments[-1].body["model"]
     return name
 
 

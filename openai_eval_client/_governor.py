@@ -19,7 +19,7 @@ from openai_eval_client._events import inform, request_id
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
-from openai_eval_client._limiter import Gate, sums
+from openai_eval_client._limiter import Gate, describe
 from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
 from openai_eval_client._payments import Payments
 from openai_eval_client._stats import Recorder
@@ -79,7 +79,7 @@ class Governor:
     def stats(self) -> ClientStats:
         """What went through so far."""
         with self._lock:
-            details = {**sums(self._gates.values()), "rate_limited_by": dict(self._refused)}
+            details = {"rate_limited_by": dict(self._refused), **describe(self._gates.values())}
         cost = self.ledger.snapshot()
         money = {"cost": cost, "unpriced": cost.unpriced, "budget": self.payments.stats}
         return self.recorder.snapshot(**details, **money)

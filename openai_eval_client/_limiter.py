@@ -7,6 +7,7 @@ without one. `_governor.py` does the waiting.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from openai_eval_client._headers import DIMENSIONS
 from openai_eval_client._tickets import Lane, State, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Collection, Container, Mapping
 
     from openai_eval_client._bucket import Clock
     from openai_eval_client._budget import Limit
@@ -224,16 +225,14 @@ class Gate:
             del self.waiting[ticket.owner]
 
 
-def sums(gates: Iterable[Gate]) -> dict[str, Any]:
-    """Return what `ClientStats` says of all models, and of each."""
+def describe(gates: Collection[Gate]) -> dict[str, dict[str, Any]]:
+    """Return what `ClientStats` says of gates."""
     waited: defaultdict[str, float] = defaultdict(float)
-    metered: list[Gate] = []
-    for gate in gates:
-        metered += [gate] if gate.model is not None else []
-        for cause, seconds in gate.waited.items():
-            waited[cause] += seconds
+    for cause, seconds in itertools.chain(*(gate.waited.items() for gate in gates)):
+        waited[cause] += seconds
+    models = {gate.model: gate for gate in gates if gate.model is not None}
     return {
         "wait_seconds_by": dict(waited),
-        "utilisation": {str(gate.model): gate.utilisation() for gate in metered},
-        "output_length": {str(gate.model): gate.output_length() for gate in metered},
+        "utilisation": {model: gate.utilisation() for model, gate in models.items()},
+        "output_length": {model: gate.output_length() for model, gate in models.items()},
     }

@@ -198,11 +198,13 @@ def _flight(axis: _Axis, facts: Sequence[Facts]) -> Iterator[Markup]:
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
     known = {"server": stats.server_seconds, "retries": stats.retry_seconds, **stats.wait_seconds_by}
-    spent = {cause: known.get(cause, 0.0) for cause in _CAUSES if known.get(cause, 0.0) > 0}
+    spent = {cause: known[cause] for cause in {**_CAUSES, **known} if known.get(cause, 0.0) > 0}
     whole = sum(spent.values())
     if not whole:
         return
-    parts = [(_CAUSES[cause], cause, seconds / whole) for cause, seconds in spent.items()]
+    parts = [
+        (_CAUSES.get(cause, f"waiting: {cause}"), cause, seconds / whole) for cause, seconds in spent.items()
+    ]
     rows = [(_swatch(cause, label), duration(spent[cause]), percent(share)) for label, cause, share in parts]
     drawn = f"{_charts.shares('Where time went', parts)}{table(('', 'time', 'share'), rows)}"
     yield _page.figure("Time of all requests together", drawn, {}, kind="share")

@@ -83,7 +83,9 @@ def verdict(stats: ClientStats, facts: Sequence[Facts], history: History) -> Ver
 
 
 def _limited(cause: str, facts: Facts, track: Track, history: History) -> Verdict:
-    """Return the verdict on a run that waited for requests or tokens per minute."""
+    """Return the verdict on a run that waited for requests or tokens per minute, or whatever else it was."""
+    if cause not in _FIELDS:
+        return Verdict(cause, f"held up by {cause} ({facts.model})")
     limit = facts.requests if cause == "requests" else facts.tokens
     share = shares(facts, track, history.breaks).get(cause)
     where = f"{cause} per minute ({facts.model})"

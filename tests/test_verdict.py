@@ -146,3 +146,9 @@ def test_shares_are_of_the_lower_limit_and_count_the_burst():
     assert used["tokens"] == pytest.approx(60_000 / 60_600, rel=0.01)
     rested = shares(one, history.tracks["m"], {3: 60.0, 9: 3600.0})
     assert rested["requests"] == pytest.approx(600 / 2400, rel=0.01)
+
+
+def test_a_wait_for_something_else_is_named():
+    """Whatever else a limit may be shared through."""
+    said = verdict(stats(), [facts({"elsewhere": 900.0})], ran())
+    assert said.headline == "held up by elsewhere (m)"
