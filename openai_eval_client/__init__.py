@@ -1,5 +1,6 @@
 """Run thousands of prompts against the OpenAI API: paced within its limits, retried, priced, in order."""
 
+from openai_eval_client._frames import to_pandas
 from openai_eval_client._openai import AsyncOpenAI
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
@@ -49,4 +50,5 @@ __all__ = [
     "TimeoutError",
     "TokenUsage",
     "ValidationError",
+    "to_pandas",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Protocol
+
+from openai_eval_client._events import debug, logger, request_id
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +29,7 @@ class Admitter(Protocol):
 class Admission:
     """The right to send one attempt; settle it exactly once, whatever comes of the attempt."""
 
-    __slots__ = ("_admitter", "_gate", "_payment", "_ticket", "demand")
+    __slots__ = ("_admitter", "_gate", "_payment", "_ticket", "_unsaid", "demand")
 
     def __init__(
         self, admitter: Admitter, gate: Gate, ticket: Ticket, demand: Demand, payment: Payment | None
@@ -35,6 +38,7 @@ class Admission:
         self._gate = gate
         self._ticket = ticket
         self._payment = payment
+        self._unsaid = True
         self.demand = demand
 
     def hear(self, headers: Mapping[str, str]) -> None:
@@ -47,3 +51,19 @@ class Admission:
         if payment is not None:
             payment.settle(self.demand, outcome)
         self._admitter.settle(self._gate, self._ticket, self.demand, outcome)
+        if self._unsaid and logger.isEnabledFor(logging.DEBUG):
+            self._say(outcome)
+        self._unsaid = False
+
+    def _say(self, outcome: Outcome) -> None:
+        ticket, model = self._ticket, self.demand.model
+        about = {
+            "model": model,
+            "status": outcome.status,
+            "wait_seconds": ticket.granted_at - ticket.asked_at,
+            "seconds": ticket.ended_at - ticket.granted_at,
+            "tokens": outcome.tokens,
+            "request_id": request_id(outcome.headers),
+        }
+        text = "attempt for %s: %s after %.2f s"
+        debug(text, model, outcome.status or "no answer", about["seconds"], event="attempt", **about)

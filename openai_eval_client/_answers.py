@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
+from openai_eval_client._events import warn
 from openai_eval_client._wire import token_count
 from openai_eval_client.models import ModelResponse, TokenUsage
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from openai_eval_client._requests import Parameters
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Usage
-
-logger = logging.getLogger("openai_eval_client")
 
 # Items of a response that wait for the caller; the API runs its hosted tools itself.
 _CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local_shell_call"})
@@ -154,7 +152,9 @@ def _parse(response: ModelResponse, schema: type[BaseModel] | None) -> Any:
         return schema.model_validate_json(response.content)
     except Exception as error:  # noqa: BLE001  # a validator may raise anything; the answer is paid for
         kind, name = type(error).__name__, schema.__name__
-        logger.warning("answer %s does not fit %s (%s): parsed is None", response.request_id, name, kind)
+        about = {"model": response.model, "request_id": response.request_id, "error_type": kind}
+        text = "answer %s does not fit %s (%s): parsed is None"
+        warn(text, response.request_id, name, kind, event="not_parsed", **about)
         return None
 
 

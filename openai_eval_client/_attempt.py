@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._events import inform, of_error
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if sys.version_info >= (3, 11):
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Collection
 
 __all__ = ["Refusals", "deadline", "forget_key", "typed", "without"]
-
-logger = logging.getLogger("openai_eval_client")
 
 # What a model may refuse, and what takes its place: learnt from its 400, never guessed from its name.
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
@@ -93,7 +91,9 @@ class Refusals:
         known = self._of_model.setdefault(model, set())
         if name not in known:
             instead = _SUBSTITUTES[name] or "without it"
-            logger.info("%s refuses %s: sending %s from now on", model, name, instead)
+            about = {"model": model, "parameter": name, **of_error(error)}
+            text = "%s refuses %s: sending %s from now on"
+            inform(text, model, name, instead, event="parameter_refused", **about)
             known.add(name)
         return True
 

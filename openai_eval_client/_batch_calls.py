@@ -51,9 +51,7 @@ class Calls:
         """
         limit = None if seconds is None else self._timeout + seconds
         once = functools.partial(self._attempted, attempt, limit)
-        return await retrying(
-            once, max_retries=self._retries, max_wait=self._max_wait, on_retry=_nothing, governed=False
-        )()
+        return await retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)()
 
     async def _attempted(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
         try:
@@ -94,7 +92,3 @@ def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
 
 def _request() -> Any:
     return sdk_httpx().Request("POST", _URL)
-
-
-def _nothing() -> None:
-    pass

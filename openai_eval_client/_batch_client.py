@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client import _batch_lines
@@ -28,6 +27,7 @@ from openai_eval_client._batch_status import (
 )
 from openai_eval_client._batch_submit import Submitter
 from openai_eval_client._checks import check_window, refuse
+from openai_eval_client._events import warn
 from openai_eval_client._runner import handed_out
 from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJob, BatchJobStatus
@@ -47,8 +47,6 @@ if TYPE_CHECKING:
     from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.config import BatchConfig, OpenAIConfig
-
-logger = logging.getLogger("openai_eval_client")
 
 
 class Batches:
@@ -177,9 +175,8 @@ class Batches:
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         if len(batches) > 1 and any(read_placement(batch.metadata) is None for batch in batches):
-            logger.warning(
-                "job of %d batches that do not say where they stand: theirs is the order", len(batches)
-            )
+            text = "job of %d batches that do not say where they stand: theirs is the order"
+            warn(text, len(batches), event="batch_order_unknown")
         outcomes: dict[int, Any] = {}
         unplaced: list[BatchError] = []
         lines = 0

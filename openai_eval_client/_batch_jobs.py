@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
@@ -15,6 +14,7 @@ from openai_eval_client._batch_manifest import Manifest, guess_manifest, read_bo
 from openai_eval_client._batch_meta import read_placement
 from openai_eval_client._batch_results import Reader, Settlement, name_outcomes
 from openai_eval_client._batch_status import Reasons, ended_at, request_counts
+from openai_eval_client._events import inform, warn
 from openai_eval_client._ledger import exact
 from openai_eval_client._wire import Usage
 from openai_eval_client.errors import BatchError
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from openai_eval_client._pricing import Pricer
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.models import ModelResponse
-
-logger = logging.getLogger("openai_eval_client")
 
 
 class BatchJobs:
@@ -64,14 +62,14 @@ class BatchJobs:
         if known is not None:
             with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
                 made = await self._api.get(known)
-                logger.info("going on with batch %s: %s", made.id, made.status)
+                _say_resumed(made)
                 return made
         if not (intent.recovered or part.key in intent.unclear):
             return None
         batch = await self._api.find(order.placement, since=intent.since)
         if batch is not None:
             self._note(part, batch, intent)
-            logger.info("going on with batch %s: %s", batch.id, batch.status)
+            _say_resumed(batch)
         return batch
 
     async def make(self, part: Part, order: Order, intent: Intent) -> Batch:
@@ -80,7 +78,9 @@ class BatchJobs:
             part.file_id = await self._api.upload(part)
         batch = await self._api.create(order, part.file_id, since=intent.since, unclear=intent.unclear)
         self._note(part, batch, intent)
-        logger.info("batch %s created: %d requests of %s", batch.id, part.count, part.model)
+        about = {"batch_id": batch.id, "model": part.model, "requests": part.count}
+        text = "batch %s created: %d requests of %s"
+        inform(text, batch.id, part.count, part.model, event="batch_created", **about)
         return batch
 
     async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
@@ -173,18 +173,21 @@ class BatchJobs:
         try:
             return await self._api.download(file_id, made_at=made_at)
         except openai.NotFoundError:
-            logger.warning("batch %s: its %s file %s is gone", batch.id, kind, file_id)
+            text = "batch %s: its %s file %s is gone"
+            warn(text, batch.id, kind, file_id, event="batch_file_gone", batch_id=batch.id)
             return None
 
     def _compare(self, batch: Batch, settlement: Settlement) -> None:
         """Say what is odd about the files, and where the API counts otherwise."""
         for what, times in settlement.oddities.items():
             if times:
-                logger.warning("batch %s: %d %s in its result files", batch.id, times, what)
+                text = "batch %s: %d %s in its result files"
+                warn(text, batch.id, times, what, event="batch_results_odd", batch_id=batch.id)
         said = batch.request_counts
         if said is not None and (said.completed or 0) != settlement.answered:
             text = "batch %s: the API counts %d completed requests, its files hold %d answers"
-            logger.warning(text, batch.id, said.completed or 0, settlement.answered)
+            counts = said.completed or 0, settlement.answered
+            warn(text, batch.id, *counts, event="batch_results_odd", batch_id=batch.id)
 
     async def _count_missing_usage(
         self, batch: Batch, settlement: Settlement, indexes: Sequence[int], tab: Tab
@@ -253,6 +256,11 @@ def _consecutive(placement: Placement) -> Manifest:
     return Manifest(range(start, start + placement.count), temperature=_shared(placement.temperature))
 
 
+def _say_resumed(batch: Batch) -> None:
+    about = {"batch_id": batch.id, "batch_status": batch.status}
+    inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
+
+
 def _shared(temperature: float | str | None) -> float | None:
     return None if isinstance(temperature, str) else temperature
 
@@ -264,7 +272,8 @@ def _guessed(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> Manifest:
     if placement is not None and placement.numbered:
         manifest = guess_manifest(files, numbered=True, start=0, count=count)
     else:
-        logger.warning("batch %s: the order of its requests is not known any more", batch.id)
+        text = "batch %s: the order of its requests is not known any more"
+        warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
         start = offset if placement is None or placement.start is None else placement.start
         manifest = guess_manifest(files, numbered=False, start=start, count=count)
     manifest.temperature = None if placement is None else _shared(placement.temperature)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import random
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from openai_eval_client._batch_status import (
     was_refused,
 )
 from openai_eval_client._checks import window_seconds
+from openai_eval_client._events import inform, of_error, warn
 from openai_eval_client._retry import is_transient
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_results import Outcome
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.errors import BatchError, BudgetExceededError
-
-logger = logging.getLogger("openai_eval_client")
 
 _FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
 _ALONE = 1  # refusals of a part that is not cut yet, with no other of ours enqueued
@@ -169,8 +167,8 @@ class Round:
         """Let what waits wait for the next poll; raise what no waiting cures."""
         if not is_transient(error) or not self._patient:
             raise error
-        text = "%d requests could not be submitted (%s): later again"
-        logger.warning(text, self.waiting[0].count, error.message)
+        text, about = "%d requests could not be submitted (%s): later again", of_error(error)
+        warn(text, self.waiting[0].count, about["error_type"], event="batch_not_submitted", **about)
         self._paused = True
 
     async def _refused(self, error: openai.OpenAIError) -> None:
@@ -219,7 +217,7 @@ class Round:
         else:
             self._refused_alone += not self.running
             self._held = True
-            logger.info("%d requests held back: %s", part.count, message)
+            inform("%d requests held back: too many are enqueued", part.count, event="batch_held")
 
     async def _replace(self, counts: Sequence[int], limit: str) -> None:
         """Cut the first part into parts of so many requests."""
@@ -227,7 +225,8 @@ class Round:
         smaller = _batch_lines.cut(part, counts)
         self.waiting.popleft()
         self.waiting.extendleft(reversed(smaller))
-        logger.info("%d requests cut into %d batches, to fit %s", part.count, len(smaller), limit)
+        text = "%d requests cut into %d batches, to fit %s"
+        inform(text, part.count, len(smaller), limit, event="batch_cut", requests=part.count)
         await self._save()
 
     async def _tokens(self, part: Part) -> int:
@@ -255,7 +254,8 @@ class Round:
         except openai.APIError as error:
             if not is_transient(error):
                 raise
-            logger.warning("batch %s could not be read (%s): later again", batch_id, type(error).__name__)
+            text, about = "batch %s could not be read (%s): later again", of_error(error)
+            warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)
 
     async def _take(self, batch: Batch, part: Part) -> None:
         """Take in what a batch has become."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from openai_eval_client._batch_funds import Funds
 from openai_eval_client._batch_journal import Intent, Journal
 from openai_eval_client._batch_meta import Placement
 from openai_eval_client._batch_status import SEPARATOR, request_counts, state_of
+from openai_eval_client._events import of_error, warn
 
 if TYPE_CHECKING:
     from openai.types import Batch
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from openai_eval_client._batch_lines import Part
     from openai_eval_client._payments import Payments
     from openai_eval_client._tokens import TokenCounter
-
-logger = logging.getLogger("openai_eval_client")
 
 
 class Submitter:
@@ -152,7 +150,8 @@ class Submitter:
             for batch in made:
                 await self._api.cancel(batch.id)
         except openai.OpenAIError as error:
-            logger.warning("batches of a job that failed could not be cancelled (%s)", type(error).__name__)
+            text = "batches of a job that failed could not be cancelled (%s)"
+            warn(text, type(error).__name__, event="batch_not_cancelled", **of_error(error))
             return False
         return True
 
@@ -181,7 +180,9 @@ def _name_made(made: list[Batch], intent: Intent, error: BaseException) -> None:
     ids = list(dict.fromkeys([*(batch.id for batch in made), *intent.made.values()]))
     if ids:
         job_id = error.__dict__["job_id"] = SEPARATOR.join(ids)
-        logger.warning("job not submitted whole (%s): created were %s", type(error).__name__, job_id)
+        about = {"batch_id": job_id, **of_error(error)}
+        text = "job not submitted whole (%s): created were %s"
+        warn(text, type(error).__name__, job_id, event="batch_job_incomplete", **about)
 
 
 def _are_of_use(batches: list[Batch]) -> bool:

@@ -84,6 +84,11 @@ class Belief:
         self._last = self._busy_from = -math.inf
         self._busy_granted = 0.0
 
+    def known_limit(self) -> float | None:
+        """Return the limit per minute that the server stated, or that its refusals taught; else None."""
+        taught = self.bucket is not None and self._cut_at > 0
+        return self.bucket.rate * MINUTE if self.limit is None and self.bucket and taught else self.limit
+
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
         return self.bucket.ready_in(amount) if self.bucket is not None else 0.0

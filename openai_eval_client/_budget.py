@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from openai_eval_client._belief import Belief
 from openai_eval_client._bucket import MINUTE, Bucket
@@ -15,6 +15,25 @@ if TYPE_CHECKING:
 
 MARGIN = 0.25  # seconds of quota left unused: requests travel at different speeds, so some arrive early
 MARGIN_SHARE = 0.1  # of the bucket, at most
+
+
+class Limit(NamedTuple):
+    """What holds in one dimension.
+
+    Attributes:
+        configured: Units per minute that the user set; None: none.
+        server: Units per minute that the server stated or its refusals taught; None: not known.
+        burst: Units that a full bucket admits at once.
+    """
+
+    configured: float | None
+    server: float | None
+    burst: float
+
+    @property
+    def per_minute(self) -> float | None:
+        """The lower of both; None where neither is known."""
+        return min((value for value in (self.configured, self.server) if value is not None), default=None)
 
 
 class Budget:
@@ -41,6 +60,14 @@ class Budget:
         self._clock = clock
         self._began: float | None = None
         self.spent = 0.0
+
+    def limit(self) -> Limit:
+        """Return what holds."""
+        own, server = self._configured, self._server
+        known = None if server is None else server.known_limit()
+        theirs = server.bucket if server is not None and known is not None else None
+        bursts = [bucket.max_rate for bucket in (own, theirs) if bucket is not None]
+        return Limit(None if own is None else own.rate * MINUTE, known, min(bursts, default=0.0))
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
@@ -80,13 +107,6 @@ class Budget:
         """Learn that what was reserved was refused for good, and so not spent."""
         if self._server is not None:
             self._server.give_back(amount)
-
-    @property
-    def per_minute(self) -> float | None:
-        """What may be spent in a minute, by configuration or as the server states it; None: nobody said."""
-        stated = self._server.limit if self._server is not None else None
-        known = [*([self._configured.rate * MINUTE] if self._configured is not None else []), stated]
-        return min((limit for limit in known if limit is not None), default=None)
 
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import time
 import zlib
 from pathlib import Path
@@ -14,6 +13,7 @@ import pydantic
 
 from openai_eval_client._answers import is_answer, read_answer
 from openai_eval_client._checks import refuse
+from openai_eval_client._events import of_error, warn
 from openai_eval_client._keys import Sample, Samples, is_sampled, normalised, request_digest
 from openai_eval_client._store import Store
 from openai_eval_client._wire import Usage, read_json, usage_of
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     Keep = Callable[[ModelResponse], Awaitable[None]]
     Send = Callable[[Keep], Awaitable[ModelResponse]]
-
-logger = logging.getLogger("openai_eval_client")
 
 _LARGE = 2048  # bytes from which a value is compressed
 _INCOMPLETE = ("length", "content_filter")
@@ -182,7 +180,9 @@ class Cache:
         try:
             value = json.dumps(kept, separators=(",", ":")).encode()
         except RecursionError:  # nested as deep as could just be read
-            logger.warning("answer %s is nested too deeply to be kept", response.request_id)
+            about = {"model": response.model, "request_id": response.request_id}
+            text = "answer %s is nested too deeply to be kept"
+            warn(text, response.request_id, event="cache_not_kept", **about)
             return None
         return zlib.compress(value, 1) if len(value) > _LARGE else value
 
@@ -192,7 +192,8 @@ class Cache:
             text = value if value[:1] == b"{" else zlib.decompress(value)
             response, usage = _rebuilt(read_json(text), parameters)
         except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
-            logger.warning("a kept answer cannot be read (%s): asking again", type(error).__name__)
+            reason, about = type(error).__name__, {"model": parameters.model, **of_error(error)}
+            warn("a kept answer cannot be read (%s): asking again", reason, event="cache_unreadable", **about)
             return None
         response._body = text  # noqa: SLF001  # a tenth of the parsed body's memory
         self._recorder.cached()

@@ -33,9 +33,8 @@ class Guarded:
                 await result
         except Exception:
             if not self._has_raised:
-                logger.exception(
-                    "progress_callback raised at %.3f; the run goes on, and this is said once", fraction
-                )
+                text = "progress_callback raised at %.3f; the run goes on, and this is said once"
+                logger.exception(text, fraction, extra={"event": "callback_raised"})
             self._has_raised = True
 
 

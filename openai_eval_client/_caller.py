@@ -98,6 +98,7 @@ class Caller:
             max_retries=config.max_retries,
             max_wait=governor.config.max_wait,
             on_retry=governor.recorder.retry,
+            model_of=_model_of,
         )
 
     def __call__(
@@ -148,9 +149,9 @@ class Caller:
             job.turn, job.keep = governor.next_turn(), keep
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
-            governor.recorder.failed()
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
+            governor.recorder.failed(body["model"], error)
             raise
         governor.recorder.answered()
         return response
@@ -233,6 +234,11 @@ class Caller:
             await self._pricer.ready()
         cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
         response.usage.estimated_cost = None if cost is None else float(cost)
+
+
+def _model_of(*arguments: Any) -> str:
+    name: str = arguments[-1].body["model"]
+    return name
 
 
 def _decode(reply: Any, api: str) -> dict[str, Any]:

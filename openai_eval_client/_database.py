@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 
@@ -51,12 +51,54 @@ class Database:
         Raises:
             ValidationError: It is not ours, damaged, of a newer version, or cannot be used. It is left alone.
         """
-        try:
+        with self._refusing():
             if not self.path.exists():
                 self._create()
             self._status = self._recognised()
             with contextlib.closing(patiently(self.connect, _PATIENCE)) as connection:
                 self._check_writable(connection)
+
+    def look(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """Read a file that exists, whoever uses it meanwhile; where nobody does, no trace is left beside it.
+
+        Args:
+            read: Reads it; may be called a second time.
+
+        Raises:
+            ValidationError: There is none, it is not ours, damaged, or of a newer version.
+        """
+        with self._refusing():
+            if not self.path.exists():
+                raise self.unusable("there is no such file")
+            self._status = self._recognised()
+            if not self._log.exists():  # nobody has it open; SQLite would leave its side files there
+                with contextlib.suppress(sqlite3.DatabaseError):
+                    found = self._read("immutable=1", read)
+                    if not self._log.exists() and self._is_unchanged():
+                        return found
+            return patiently(lambda: self._read_in_use(read), _PATIENCE)
+
+    def _read_in_use(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        try:
+            return self._read("mode=ro", read)
+        except sqlite3.OperationalError:
+            if not self._is_at_rest():
+                raise
+        return self._read("immutable=1", read)  # in a directory where SQLite cannot make its side files
+
+    def _read(self, mode: str, read: Callable[[sqlite3.Connection], T]) -> T:
+        with contextlib.closing(self._open(mode)) as connection:
+            return read(connection)
+
+    def _is_unchanged(self) -> bool:
+        now, before = self.path.stat(), self._status
+        return (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size)
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Name the file in whatever is wrong with it."""
+        try:
+            yield
         except sqlite3.OperationalError as error:
             raise self.unusable(f"cannot be used: {error}") from None
         except sqlite3.DatabaseError as error:

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import logging
 import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._admission import Admission
+from openai_eval_client._events import inform, request_id
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
-from openai_eval_client._limiter import Gate
+from openai_eval_client._limiter import Gate, describe
 from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
 from openai_eval_client._payments import Payments
 from openai_eval_client._stats import Recorder
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 
     from openai_eval_client._bucket import Clock
     from openai_eval_client._figures import Gauge
+    from openai_eval_client._limiter import Facts
     from openai_eval_client._spending import Purse
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
-
-logger = logging.getLogger("openai_eval_client")
 
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
 _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
@@ -81,18 +80,15 @@ class Governor:
     def stats(self) -> ClientStats:
         """What went through so far."""
         with self._lock:
-            gates = [gate for gate in self._gates.values() if gate.model is not None]
-            waited: Counter[Any] = Counter()  # of seconds
-            for gate in self._gates.values():
-                waited.update(gate.waited)
-            details = {
-                "rate_limited_by": dict(self._refused),
-                "wait_seconds_by": dict(waited),
-                "utilisation": {str(gate.model): gate.utilisation() for gate in gates},
-                "output_length": {str(gate.model): gate.output_length() for gate in gates},
-            }
+            details = {"rate_limited_by": dict(self._refused), **describe(self._gates.values())}
         cost, budget = self.ledger.snapshot(), self.payments.stats
         return self.recorder.snapshot(**details, cost=cost, unpriced=cost.unpriced, budget=budget)
+
+    @property
+    def facts(self) -> list[Facts]:
+        """What holds for each model, and what it waited for."""
+        with self._lock:
+            return [gate.facts() for gate in self._gates.values() if gate.model is not None]
 
     def output_length(self, model: str) -> dict[str, float]:
         """Return how long a model's answers are, in the words of `ClientStats.output_length`."""
@@ -146,7 +142,7 @@ class Governor:
             if payment is not None:
                 payment.give_back()
             raise
-        self.recorder.admitted(ticket.tokens, ticket.granted_at - ticket.asked_at)
+        self.recorder.admitted(demand.model, ticket.tokens, ticket.asked_at, ticket.granted_at)
         return Admission(self, gate, ticket, demand, payment)
 
     def settle(self, gate: Gate, ticket: Ticket, demand: Demand, outcome: Outcome) -> None:
@@ -165,6 +161,8 @@ class Governor:
         if ticket.state is not State.GRANTED:
             return
         self.recorder.called(demand, outcome)
+        ticket.ended_at = self._clock.time()
+        self.recorder.ended(demand.model, outcome, ticket.granted_at, ticket.ended_at)
         self.ledger.settled(demand, outcome, ticket.tokens)
         try:
             if not outcome.sent:
@@ -181,13 +179,15 @@ class Governor:
                 self._heed(gate, ticket, outcome, outcome.headers)
         finally:
             self._pump(gate)
-        self.recorder.attempt(outcome, self._clock.time() - ticket.granted_at)
+        self.recorder.attempt(outcome, ticket.ended_at - ticket.granted_at)
 
     def _log_notes(self) -> None:
         """Log what was noted under the lock: a log handler has a lock of its own."""
         with contextlib.suppress(IndexError):  # there are none, or none any more: another thread logs too
             while True:
-                logger.info(*self._notes.popleft())
+                wait, about = self._notes.popleft()
+                text = "%s rate limited by the server: pausing %.2f s"
+                inform(text, about["model"], wait, event="rate_limited", wait_seconds=wait, **about)
 
     def _gate(self, model: str | None) -> Gate:
         gate = self._gates.get(model)
@@ -222,7 +222,8 @@ class Governor:
             raise
         waited = ticket.granted_at - ticket.asked_at
         if waited >= _WORTH_SAYING:
-            logger.info("waited %.2f s for the rate limit of %s", waited, gate.model)
+            about = {"model": gate.model, "wait_seconds": waited}
+            inform("waited %.2f s for the rate limit of %s", waited, gate.model, event="waited", **about)
 
     def _withdraw(self, gate: Gate, ticket: Ticket) -> None:
         gate.withdraw(ticket)
@@ -271,7 +272,8 @@ class Governor:
         gate.refused(ticket, dimension, wait, quotas)
         if wait:
             gate.pause(wait)
-            self._notes.append(("%s rate limited by the server: pausing %.2f s", gate.model, wait))
+            about = {"model": gate.model, "status": outcome.status, "limit": dimension}
+            self._notes.append((wait, {**about, "request_id": request_id(headers)}))
         if wait > self.config.max_wait:
             self._refuse_all(gate)
 

@@ -7,7 +7,9 @@ without one. `_governor.py` does the waiting.
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import Counter, defaultdict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._budget import Budget
@@ -16,14 +18,36 @@ from openai_eval_client._headers import DIMENSIONS
 from openai_eval_client._tickets import Lane, State, Ticket
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Collection, Container, Mapping
 
     from openai_eval_client._bucket import Clock
+    from openai_eval_client._budget import Limit
     from openai_eval_client._headers import Quota
     from openai_eval_client.config import RateLimitConfig
 
 FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for an answer while none of this model has been seen
 _OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks back on
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What holds for one model, and what it waited for.
+
+    Attributes:
+        model: Which.
+        requests: Its limit on requests.
+        tokens: Its limit on tokens.
+        max_concurrent: Its bound on requests in flight; infinite where there is none.
+        waited: Seconds summed over those who waited, by what for.
+        output_length: Mean and spread of its latest answers, in tokens; empty before the first.
+    """
+
+    model: str
+    requests: Limit
+    tokens: Limit
+    max_concurrent: float
+    waited: dict[str, float]
+    output_length: dict[str, float]
 
 
 class Gate:
@@ -138,7 +162,7 @@ class Gate:
         """Return where the limits stand."""
         budgets = {"requests": self.requests, "tokens": self.tokens}
         spent = {name: budget.spent for name, budget in budgets.items()}
-        limits = {name: budget.per_minute for name, budget in budgets.items()}
+        limits = {name: budget.limit().per_minute for name, budget in budgets.items()}
         head = self._head()
         seconds, cause = (0.0, "concurrency") if head is None else self._held_up(head)
         return Gauge(spent, limits, sum(self.waiting.values()), cause, seconds)
@@ -158,6 +182,12 @@ class Gate:
     def output_length(self) -> dict[str, float]:
         """Return mean and standard deviation of the latest answers, in tokens; empty before the first."""
         return {"mean": self.expected_output, "spread": self._variance**0.5} if self._answers else {}
+
+    def facts(self) -> Facts:
+        """Return what a report says of this model."""
+        limits = self.requests.limit(), self.tokens.limit()
+        waited, output = dict(self.waited), self.output_length()
+        return Facts(str(self.model), *limits, self.lane.limit, waited, output)
 
     def pause(self, seconds: float) -> None:
         """Let nobody go for that long, as the server asked."""
@@ -208,3 +238,16 @@ class Gate:
         self.waiting[ticket.owner] -= 1
         if not self.waiting[ticket.owner]:
             del self.waiting[ticket.owner]
+
+
+def describe(gates: Collection[Gate]) -> dict[str, dict[str, Any]]:
+    """Return what `ClientStats` says of gates."""
+    waited: defaultdict[str, float] = defaultdict(float)
+    for cause, seconds in itertools.chain(*(gate.waited.items() for gate in gates)):
+        waited[cause] += seconds
+    models = {gate.model: gate for gate in gates if gate.model is not None}
+    return {
+        "wait_seconds_by": dict(waited),
+        "utilisation": {model: gate.utilisation() for model, gate in models.items()},
+        "output_length": {model: gate.output_length() for model, gate in models.items()},
+    }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections import deque
@@ -14,6 +13,8 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from openai_eval_client._events import inform
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Usage
 
 _Steps: TypeAlias = tuple[tuple[int, Decimal], ...]
-
-logger = logging.getLogger("openai_eval_client")
 
 _OPENAI = "openai"
 _ORDINARY_TIERS = frozenset({None, "auto", "default", "standard", "on_demand"})
@@ -164,7 +163,8 @@ class Pricer:
             self._unpriced.add(case)
         model, batch, tier = case
         kind = "batch " if batch else f"{tier} " if tier else ""
-        logger.info("genai-prices has no %sprice for %r: its cost is unknown", kind, model)
+        text = "genai-prices has no %sprice for %r: its cost is unknown"
+        inform(text, kind, model, event="unpriced", model=model, service_tier=tier)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,8 @@ class Display:
         try:
             act()
         except Exception:
-            logger.exception("progress cannot be shown; the run goes on without")
+            text = "progress cannot be shown; the run goes on without"
+            logger.exception(text, extra={"event": "progress_failed"})
             self._screen = None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from decimal import Decimal
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+from openai_eval_client._events import warn
 from openai_eval_client._ledger import exact
 from openai_eval_client._paths import is_free
 from openai_eval_client._wire import token_count
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from openai_eval_client._ledger import Ledger
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Demand, Outcome
-
-logger = logging.getLogger("openai_eval_client")
 
 _NOTHING = Decimal(0)
 _CAPS = {  # what bounds the output, by the end of the path; the first that fits
@@ -142,7 +140,8 @@ class Quoter:
         text = "an answer of %s cost %s USD, more than the %s reserved for it: max_cost may be overspent"
         with contextlib.suppress(IndexError):  # there are none, or none any more: another thread logs too
             while True:
-                logger.warning(text, *self._surprises.popleft())
+                model, cost, most = self._surprises.popleft()
+                warn(text, model, cost, most, event="overspent", model=model, cost=float(cost))
 
 
 def most_output(body: Mapping[str, Any], path: str) -> int:

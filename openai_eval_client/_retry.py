@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import backoff
 import openai
 
+from openai_eval_client._events import inform, of_error
 from openai_eval_client._headers import stated_wait
 from openai_eval_client._wire import FOR_GOOD
 from openai_eval_client.errors import BudgetExceededError, QuotaError, ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
-
-logger = logging.getLogger("openai_eval_client")
 
 _FIRST_DELAY = 0.5  # seconds; the SDK's own first and longest delays
 _LONGEST_DELAY = 8.0
@@ -38,7 +36,8 @@ def retrying(
     *,
     max_retries: int,
     max_wait: float,
-    on_retry: Callable[[], None],
+    on_retry: Callable[[str, Exception, float], None] | None = None,
+    model_of: Callable[..., str] | None = None,
     governed: bool = True,
 ) -> Callable[..., Awaitable[Any]]:
     """Return `attempt`, tried again where that may help.
@@ -47,7 +46,8 @@ def retrying(
         attempt: Sends one request; raises the SDK's errors.
         max_retries: Attempts after the first.
         max_wait: Seconds beyond which a wait asked for by the server is not waited for.
-        on_retry: Called before each further attempt.
+        on_retry: Called before each further attempt with the model, the error, and the seconds until then.
+        model_of: Which model an attempt asks, from its arguments; None: none.
         governed: Whether an attempt itself waits for as long as the server asked after a 429.
 
     Returns:
@@ -58,10 +58,13 @@ def retrying(
         return not is_transient(error) or (asked_wait(error) or 0.0) > max_wait
 
     def before_retry(details: Any) -> None:
-        on_retry()
-        error = details["exception"]
+        tries, wait, error = details["tries"], details["wait"], details["exception"]
+        model = None if model_of is None else model_of(*details["args"])
+        if on_retry is not None:
+            on_retry(str(model), error, wait)
         reason = getattr(error, "status_code", None) or type(error).__name__
-        logger.info("attempt %d failed (%s): next in %.2f s", details["tries"], reason, details["wait"])
+        about = {"model": model, "attempt": tries, "wait_seconds": wait, **of_error(error)}
+        inform("attempt %d failed (%s): next in %.2f s", tries, reason, wait, event="retry", **about)
 
     async def failed_or_again(failures: list[openai.APIError], *args: Any) -> Any:
         if failures:

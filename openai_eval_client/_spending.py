@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import logging
 import time
 from collections import deque
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+from openai_eval_client._events import inform
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._loops import call_on, refuse, resolve
 from openai_eval_client.costs import EXACT
@@ -22,8 +22,6 @@ from openai_eval_client.errors import BudgetExceededError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-logger = logging.getLogger("openai_eval_client")
 
 _NOTHING = Decimal(0)
 _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
@@ -96,7 +94,8 @@ class Purse:
             raise
         waited = time.monotonic() - asked_at
         if waited >= _WORTH_SAYING:
-            logger.info("waited %.2f s for money reserved by others, within max_cost=%s", waited, self._limit)
+            text = "waited %.2f s for money reserved by others, within max_cost=%s"
+            inform(text, waited, self._limit, event="waited_for_money", wait_seconds=waited)
         return hold
 
     def reserve_now(self, amount: Decimal) -> Hold | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import sqlite3
 import time
 from hashlib import blake2b
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from openai_eval_client._background import Background
 from openai_eval_client._connection import Connection
 from openai_eval_client._database import Database, is_passing, patiently
+from openai_eval_client._events import warn
 from openai_eval_client._locks import FileLock
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Statement = tuple[str, tuple[Any, ...]]
-
-logger = logging.getLogger("openai_eval_client")
 
 _PATIENCE = 60.0  # seconds that another process may be in the way; once it was longer, it is not waited for
 
@@ -74,7 +72,7 @@ class Store:
             return None
         except sqlite3.DatabaseError as error:
             raise self._database.damaged(error) from None
-        if row is not None and not _is_intact(key, row):
+        if row is not None and not is_intact(key, row):
             self._warn("cache %s: an answer is damaged (%s): asking again", "wrong checksum")
             return None
         return row[1] if row is not None and row[0] >= since else None
@@ -103,7 +101,7 @@ class Store:
             row = await self._do(self._reads, (_GET.format("journal"), (name,)))
         if row is None:
             return None
-        if not _is_intact(name, row):
+        if not is_intact(name, row):
             raise self._database.damaged(f"wrong checksum of {key!r} in the journal")
         entry: dict[str, Any] = json.loads(row[1])
         return entry
@@ -198,7 +196,7 @@ class Store:
     def _warn(self, message: str, why: object) -> None:
         if message not in self._said:
             self._said.add(message)
-            logger.warning(message, self._database.name, why)
+            warn(message, self._database.name, why, event="cache_failed")
 
 
 def _put(table: str, key: bytes, value: bytes) -> Statement:
@@ -210,7 +208,8 @@ def _checksum(key: bytes, created: float, value: bytes) -> bytes:
     return blake2b(b"%s %s " % (key, created.hex().encode()) + value, digest_size=16).digest()
 
 
-def _is_intact(key: bytes, row: Any) -> bool:
+def is_intact(key: bytes, row: Any) -> bool:
+    """Return whether a row is as it was written."""
     created, value, checksum = row
     return (
         isinstance(created, float) and isinstance(value, bytes) and checksum == _checksum(key, created, value)

@@ -11,7 +11,7 @@ from openai_eval_client import _estimate, _runner
 from openai_eval_client._callbacks import Guarded
 from openai_eval_client._checks import check_callback, check_event, check_switch
 from openai_eval_client._figures import Reading
-from openai_eval_client._requests import PATHS, check_iterable
+from openai_eval_client._requests import PATHS, check_iterable, check_parameters
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from openai_eval_client._requests import Parameters
     from openai_eval_client._spending import Purse
     from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.costs import CostEstimate
     from openai_eval_client.models import ModelResponse
 
@@ -34,11 +35,9 @@ class StreamMethods:
 
     _call: Caller
     _counter: TokenCounter
+    _config: OpenAIConfig
     _governor: Governor
-
-    if TYPE_CHECKING:
-
-        def _parameters(self, *given: Any) -> Parameters: ...
+    _http: Any
 
     def as_completed(
         self,
@@ -139,6 +138,28 @@ class StreamMethods:
             progress_callback = Guarded(progress_callback)
         return await _estimate.estimate(
             prompts, parameters, counter=self._counter, governor=self._governor, progress=progress_callback
+        )
+
+    def _parameters(  # noqa: PLR0917  # in the order of the methods that call it
+        self,
+        model: str | None,
+        temperature: float | None,
+        max_tokens: int | None,
+        timeout: float | None,
+        system: str | None,
+        api: str,
+        params: dict[str, Any],
+    ) -> Parameters:
+        if self._http.is_closed:
+            raise RuntimeError("this client was closed")
+        return check_parameters(
+            model=self._config.default_model if model is None else model,
+            timeout=self._config.timeout if timeout is None else timeout,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            system=system,
+            api=api,
+            params=params,
         )
 
     def _display(self, total: int | None, model: str, crew: _runner.Crew | None) -> Display:

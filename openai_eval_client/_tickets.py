@@ -53,6 +53,7 @@ class Ticket:
         waiter: The future to resolve.
         state: Where it is.
         granted_at: Clock time at which it was admitted.
+        ended_at: Clock time at which it was settled.
         marks: Where the budgets of requests and of tokens stood then.
     """
 
@@ -64,6 +65,7 @@ class Ticket:
     waiter: Any = None
     state: State = State.WAITING
     granted_at: float = 0.0
+    ended_at: float = 0.0
     marks: tuple[Mark | None, Mark | None] = (None, None)
 
     def __lt__(self, other: Ticket) -> bool:

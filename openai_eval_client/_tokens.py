@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import threading
 import time
 from concurrent.futures import Future
@@ -13,12 +12,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openai_eval_client._corrections import Corrections, put
+from openai_eval_client._events import inform, warn
 from openai_eval_client._input import Input
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-logger = logging.getLogger("openai_eval_client")
 
 _FALLBACK = "o200k_base"
 _ON_LOOP = 20_000  # characters: 0.6 ms of English, 3 ms of Chinese; a hop to a thread costs 0.1-0.3 ms
@@ -212,7 +210,8 @@ class _Vocabulary:
     def _complain(self, reason: str) -> None:
         if not self._complained:
             self._complained = True
-            logger.warning("no token vocabulary %s (%s): token counts are estimates", self.name, reason)
+            text = "no token vocabulary %s (%s): token counts are estimates"
+            warn(text, self.name, reason, event="no_vocabulary", error_type=reason)
 
 
 class _Fit(NamedTuple):
@@ -244,7 +243,8 @@ class _Vocabularies:
             if model not in self._fits:
                 name = _encoding_name(model)
                 if name is None:
-                    logger.info("tiktoken does not know model %r: counting with %s", model, _FALLBACK)
+                    text = "tiktoken does not know model %r: counting with %s"
+                    inform(text, model, _FALLBACK, event="unknown_model", model=model)
                 vocabulary = self._loaded.get(name or _FALLBACK) or _Vocabulary(name or _FALLBACK)
                 self._loaded[vocabulary.name] = vocabulary
                 put(self._fits, model, _Fit(vocabulary, own=name is not None), _MODELS)

@@ -15,6 +15,7 @@ from rich.table import Table
 from openai_eval_client._cli_batch import batch_app
 from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say, show_log
 from openai_eval_client._cli_limits import limits
+from openai_eval_client._cli_report import report
 from openai_eval_client._cli_run import estimate, run
 from openai_eval_client.config import OpenAIConfig
 
@@ -26,6 +27,7 @@ app.command()(run)
 app.command()(estimate)
 app.add_typer(batch_app, name="batch")
 app.command()(limits)
+app.command()(report)
 
 
 def _show_version(wanted: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -16,15 +15,17 @@ from openai_eval_client._callbacks import Guarded, both
 from openai_eval_client._caller import Caller
 from openai_eval_client._checks import check_callback, check_switch, config_of
 from openai_eval_client._clients import fast_client
+from openai_eval_client._events import inform
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import govern
 from openai_eval_client._openai import AsyncOpenAI
-from openai_eval_client._requests import Parameters, check_parameters, check_prompt, list_prompts
+from openai_eval_client._requests import check_prompt, list_prompts
 from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Iterable, Sequence
     from decimal import Decimal
     from pathlib import Path
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats, ModelResponse
 
     Prompt = str | Sequence[Any]
-
-logger = logging.getLogger("openai_eval_client")
 
 
 class OpenAIClient(BatchMethods, StreamMethods):
@@ -199,7 +198,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         online = not use_batch_api or len(listed) < self._batch.auto_batch_threshold
         if use_batch_api and online:
             least = self._batch.auto_batch_threshold
-            logger.info("%d prompts, fewer than auto_batch_threshold=%d: sent online", len(listed), least)
+            text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
+            inform(text, len(listed), least, event="batch_too_small", requests=len(listed))
         display = self._display(len(listed), parameters.model, crew if online else None) if progress else None
         with display or contextlib.nullcontext():
             if online:
@@ -234,6 +234,26 @@ class OpenAIClient(BatchMethods, StreamMethods):
         """What the client did so far."""
         return self._governor.stats
 
+    def report(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
+        """Write a page about what the client did so far: what held it up, what it cost, what failed.
+
+        One HTML file, which loads nothing and runs nothing, without prompts, answers or keys. It may be
+        written at any time, also in the middle of a run and after `close`.
+
+        Args:
+            path: The file; an older one is replaced, whole or not at all.
+            title: Its heading; None: "Run report".
+
+        Returns:
+            The path.
+
+        Raises:
+            OSError: It cannot be written there.
+        """
+        from openai_eval_client._report import write_report  # nobody waits for pictures at the start
+
+        return write_report(path, self._governor, self._config.base_url, title)
+
     async def close(self) -> None:
         """Close the connections and the cache; the client cannot be used after this."""
         try:
@@ -265,25 +285,3 @@ class OpenAIClient(BatchMethods, StreamMethods):
             "organization": config.organization_id,
             "base_url": config.base_url,
         }
-
-    def _parameters(  # noqa: PLR0917  # in the order of the two methods above
-        self,
-        model: str | None,
-        temperature: float | None,
-        max_tokens: int | None,
-        timeout: float | None,
-        system: str | None,
-        api: str,
-        params: dict[str, Any],
-    ) -> Parameters:
-        if self._http.is_closed:
-            raise RuntimeError("this client was closed")
-        return check_parameters(
-            model=self._config.default_model if model is None else model,
-            timeout=self._config.timeout if timeout is None else timeout,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            system=system,
-            api=api,
-            params=params,
-        )

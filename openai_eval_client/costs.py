@@ -7,7 +7,10 @@ import operator
 from decimal import Context, Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from openai_eval_client import _notebook
+from openai_eval_client._record import Record
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +23,7 @@ _DIME = 0.1  # USD
 _ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv
 
 
-class ModelCost(BaseModel):
+class ModelCost(Record):
     """What one model came to by one road and in one service tier.
 
     Attributes:
@@ -80,7 +83,7 @@ def _alike(ledger: CostLedger, other: Any) -> tuple[Any, Any]:
     return (ledger.total if isinstance(other, Decimal) else float(ledger.total)), other
 
 
-class CostLedger(BaseModel):  # noqa: PLW1641  # mutable, as every pydantic model
+class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
     """Everything that was billed so far, and what was not.
 
     It stands for its total wherever a number is wanted: `float(cost)`, `f"{cost:.2f}"`, `cost < 5`,
@@ -115,6 +118,9 @@ class CostLedger(BaseModel):  # noqa: PLW1641  # mutable, as every pydantic mode
             costs[row.model] = before if row.cost is None else row.cost + (before or _NOTHING)
         return costs
 
+    def _repr_html_(self) -> str:
+        return _notebook.bill(self)
+
     def __float__(self) -> float:
         return float(self.total)
 
@@ -140,7 +146,7 @@ class CostLedger(BaseModel):  # noqa: PLW1641  # mutable, as every pydantic mode
     __radd__, __rsub__, __rmul__, __rtruediv__ = map(_computed, map(_swapped, _ARITHMETIC))
 
 
-class CostEstimate(BaseModel):
+class CostEstimate(Record):
     """What prompts will need, between two bounds; `print` shows it in three lines.
 
     Every prompt is counted as one request that is sent, none as answered from the local cache, and all input
@@ -189,6 +195,9 @@ class CostEstimate(BaseModel):
     batch_cost_high: float | None = None
     unpriced: int = 0
     minutes: float | None = None
+
+    def _repr_html_(self) -> str:
+        return _notebook.estimate(self)
 
     def __str__(self) -> str:
         output = _range(

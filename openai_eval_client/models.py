@@ -19,13 +19,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from openai_eval_client import _notebook
+from openai_eval_client._record import Record
 from openai_eval_client.costs import CostLedger
 from openai_eval_client.errors import BatchError
 
 __all__ = ["BatchJob", "BatchJobStatus", "BatchRequest", "ClientStats", "ModelResponse", "TokenUsage"]
 
 
-class _Model(BaseModel):
+class _Model(Record):
     """A model whose JSON reads back as it was, infinite log probabilities included."""
 
     model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
@@ -128,6 +130,16 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         """What the caller named the request of a batch; None for all others, and after a JSON round trip."""
         return (self.__pydantic_private__ or {}).get("_custom_id")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, as `Record.to_dict` does, and `parsed` where there is one."""
+        plain = super().to_dict()
+        if isinstance(self._parsed, BaseModel):
+            plain["parsed"] = self._parsed.model_dump(mode="json")
+        return plain
+
+    def _repr_html_(self) -> str:
+        return _notebook.answer(self)
+
     def _decoded(self) -> Any:
         """Return the body of the answer, as it came or from the line of a batch or of the cache."""
         if not isinstance(self._body, bytes):
@@ -220,6 +232,9 @@ class BatchJobStatus(_Model):
     failed_count: int = 0
     errors: list[BatchError] = Field(default_factory=list)
 
+    def _repr_html_(self) -> str:
+        return _notebook.job(self)
+
     @property
     def has_ended(self) -> bool:
         """Whether nothing will change any more: its results can be retrieved."""
@@ -242,6 +257,9 @@ class ClientStats(_Model):
         rate_limited_by: Those by the limit they named, "requests", "tokens" or "unknown".
         wait_seconds: Seconds requests spent waiting for their admission, summed.
         wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
+        retry_seconds: Seconds waited between the attempts of one prompt, summed; the SDK alone knows those of
+            the drop-in client's calls.
+        server_seconds: Seconds that attempts took, from their admission to their end, summed.
         utilisation: By model, the used share of what its limits on "requests" and "tokens" admitted since the
             first request, a full bucket included; above 1 where a limit was only learnt on the way.
         output_length: By model, "mean" and "spread" (standard deviation) of its latest answers, in tokens.
@@ -267,6 +285,8 @@ class ClientStats(_Model):
     rate_limited_by: dict[str, int] = Field(default_factory=dict)
     wait_seconds: float = 0.0
     wait_seconds_by: dict[str, float] = Field(default_factory=dict)
+    retry_seconds: float = 0.0
+    server_seconds: float = 0.0
     utilisation: dict[str, dict[str, float]] = Field(default_factory=dict)
     output_length: dict[str, dict[str, float]] = Field(default_factory=dict)
     prompt_tokens: int = 0
@@ -279,3 +299,6 @@ class ClientStats(_Model):
     latency_p50: float | None = None
     latency_p95: float | None = None
     latency_p99: float | None = None
+
+    def _repr_html_(self) -> str:
+        return _notebook.stats(self)

