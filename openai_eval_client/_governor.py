@@ -183,8 +183,8 @@ class Governor:
 
     def _log_notes(self) -> None:
         """Log what was noted under the lock: a log handler has a lock of its own."""
-        with contextlib.suppress(IndexError):  # there are none, or none any more: another thread logs too
-            while True:
+        while self._notes:
+            with contextlib.suppress(IndexError):  # another thread logs too
                 wait, about = self._notes.popleft()
                 text = "%s rate limited by the server: pausing %.2f s"
                 inform(text, about["model"], wait, event="rate_limited", wait_seconds=wait, **about)
@@ -193,8 +193,7 @@ class Governor:
         gate = self._gates.get(model)
         if gate is None:
             gate = self._gates[model] = Gate(model, self.config, self._clock)
-            if not self._bounded:
-                gate.lane.limit = float("inf")
+            gate.lane.limit = gate.lane.limit if self._bounded else float("inf")
         return gate
 
     def _ticket(self, gate: Gate, demand: Demand, lane: Lane | None, turn: int | None) -> Ticket:

@@ -8,15 +8,8 @@ from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from openai_eval_client import _notebook
@@ -193,7 +186,7 @@ class BatchRequest(_Model):
     def _text_or_messages(cls, value: Any, handler: Any) -> Any:
         try:
             return handler(value)
-        except ValidationError:
+        except pydantic.ValidationError:
             raise PydanticCustomError("prompt", "must be a text, or a list of chat messages") from None
 
     @model_validator(mode="after")
