@@ -146,7 +146,7 @@ class Governor:
         return Admission(self, gate, ticket, demand, payment)
 
     def settle(self, gate: Gate, ticket: Ticket, demand: Demand, outcome: Outcome) -> None:
-        """Free the slot of an attempt, replace its estimate by what it came to, and heed the server."""
+        """Free an attempt's slot, replace its estimate by what it came to, and heed the server."""
         self._lock.when_free(lambda: self._settle(gate, ticket, demand, outcome))
         self._log_notes()
         self.ledger.keep_up()
@@ -183,11 +183,11 @@ class Governor:
 
     def _log_notes(self) -> None:
         """Log what was noted under the lock: a log handler has a lock of its own."""
-        while self._notes:
-            with contextlib.suppress(IndexError):  # another thread logs too
+        with contextlib.suppress(IndexError):  # another thread logs too
+            while self._notes:
                 wait, about = self._notes.popleft()
-                text = "%s rate limited by the server: pausing %.2f s"
-                inform(text, about["model"], wait, event="rate_limited", wait_seconds=wait, **about)
+                text, model = "%s rate limited by the server: pausing %.2f s", about["model"]
+                inform(text, model, wait, event="rate_limited", wait_seconds=wait, **about)
 
     def _gate(self, model: str | None) -> Gate:
         gate = self._gates.get(model)
