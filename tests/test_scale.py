@@ -65,7 +65,7 @@ def benchmark(name: str):
 @pytest.mark.parametrize(
     ("options", "most"),
     [
-        ({"prompts": 240, "event": "kill", "after": 3}, 0),
+        ({"prompts": 320, "event": "kill", "after": 1.5}, 0),
         ({"prompts": 200, "event": "stop", "after": 2, "seconds": 2}, 0.05),
     ],
     ids=["one killed", "redis lost"],

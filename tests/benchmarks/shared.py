@@ -113,7 +113,7 @@ def measure(row: Row) -> dict:
             worker.stdin.write("go\n")
             worker.stdin.flush()
         if row.event:
-            befall(row, redis, workers[0])
+            befall(row, redis, workers[-1])
         outputs = [worker.communicate(timeout=600)[0] for worker in workers]
         calls = server.calls[before[1] :]
         questions = redis.questions() - (before[0] if row.event != "stop" else 0)
@@ -128,11 +128,11 @@ def measure(row: Row) -> dict:
         "ratio": round(wall / ((len(served) - RATE * row.window) / RATE + LATENCY), 3),
         "refused": round(sum(call.status == 429 for call in calls) / row.prompts, 4),
         "failed": sum(failed for _, _, failed, _ in ends),
-        "least_share": round(least_share(served, count, [*range(row.event == "kill", len(workers))]), 2),
+        "least_share": round(least_share(served, count, [*range(len(workers) - (row.event == "kill"))]), 2),
         "questions": round(questions / len(calls), 2) if row.event != "stop" else None,
     }
     if row.event == "kill":
-        figures["full_again"] = full_again(served, count)
+        figures["full_again"] = full_again(served, count, len(workers) - 1)
     return figures
 
 
@@ -151,9 +151,9 @@ def least_share(served: list, count: int, workers: list) -> float:
     return min(parts) * len(parts) / sum(parts)
 
 
-def full_again(served: list, count: int) -> float:
+def full_again(served: list, count: int, victim: int) -> float:
     """Return the seconds from the last request of the killed process until the quota was used again."""
-    killed = max(call.at for call in served if worker_of(call, count) == 0)
+    killed = max(call.at for call in served if worker_of(call, count) == victim)
     times = [call.at for call in served]
     for step in range(200):
         since = killed + step / 10
