@@ -1,11 +1,13 @@
-"""The right to send one attempt."""
+"""The right to send one attempt, and who is refused it without having to wait."""
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Protocol
 
 from openai_eval_client._events import debug, logger, request_id
+from openai_eval_client.errors import RequestTooLargeError, rate_limited
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from openai_eval_client._payments import Payment
     from openai_eval_client._tickets import Ticket
     from openai_eval_client._wire import Demand, Outcome
+    from openai_eval_client.errors import RateLimitError
 
 
 class Admitter(Protocol):
@@ -67,3 +70,27 @@ class Admission:
         }
         text = "attempt for %s: %s after %.2f s"
         debug(text, model, outcome.status or "no answer", about["seconds"], event="attempt", **about)
+
+
+def check_size(gate: Gate, demand: Demand, max_wait: float) -> None:
+    """Refuse a request that is too large for the limit on tokens."""
+    tokens = demand.input_tokens + (demand.max_output or 0)  # what is known of it, without guesses
+    limit = gate.tokens.too_small_for(tokens, max_wait)
+    if limit is not None:
+        raise RequestTooLargeError(str(gate.model), tokens=tokens, limit=limit)
+
+
+def check_pause(gate: Gate, max_wait: float) -> None:
+    """Refuse whoever comes during a pause longer than `max_wait` seconds."""
+    if gate.pause_left() > max_wait:
+        raise too_long(gate, max_wait)
+
+
+def too_long(gate: Gate, max_wait: float) -> RateLimitError:
+    """Return the error for who would wait longer than `max_wait` seconds."""
+    left = gate.pause_left()
+    back = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
+    message = (
+        f"{gate.model}: rate limited for {left:.0f} s, more than max_wait={max_wait:g} s; come back at {back}"
+    )
+    return rate_limited(message, left)

@@ -136,8 +136,8 @@ class Belief:
         if not self.heeds(mark):
             return
         self.limit = max(quota.limit, self.limit or 0)
-        now, rate = self._clock.time(), _rate(quota)
-        capacity = self._capacity(quota, rate, mark)
+        now = self._clock.time()
+        rate, capacity = self.stated(quota, mark)
         others = self._others_rate(quota, rate, capacity, now)
         ours = max(rate - others, rate * LEAST_SHARE)
         after = self._granted - mark.arrived
@@ -150,6 +150,11 @@ class Belief:
             left = left if left < had else had + (left - had) * share
         self._replace(ours, capacity, left)
         self._spoken, self._freshest, self._heard_at = True, mark.at, now
+
+    def stated(self, quota: Quota, mark: Mark) -> tuple[float, float]:
+        """Return the refill per second and the size of the bucket that an answer's headers state."""
+        rate = _rate(quota)
+        return rate, self._capacity(quota, rate, mark)
 
     def _capacity(self, quota: Quota, rate: float, mark: Mark) -> float:
         """Return the size of the server's bucket: what is left and the refill until it is full again.

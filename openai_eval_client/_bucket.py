@@ -8,7 +8,7 @@ from aiolimiter import AsyncLimiter
 
 MINUTE = 60.0
 _SAME = 0.005  # of the capacity: headers round what they say
-_ROUNDING = 1e-9  # part of the capacity; far below one token, far above float error
+ROUNDING = 1e-9  # part of the capacity; far below one token, far above float error
 
 
 class Clock(Protocol):
@@ -51,7 +51,7 @@ class Bucket(AsyncLimiter):
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` fits, or until the bucket is full where it never can."""
         missing = min(amount, self.max_rate) - self.left()
-        return missing / self._rate_per_sec if missing > self.max_rate * _ROUNDING else 0.0
+        return missing / self._rate_per_sec if missing > self.max_rate * ROUNDING else 0.0
 
     def charge(self, amount: float) -> None:
         """Take `amount`, or give it back where negative; never more than there was to give."""

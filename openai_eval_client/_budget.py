@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 MARGIN = 0.25  # seconds of quota left unused: requests travel at different speeds, so some arrive early
 MARGIN_SHARE = 0.1  # of the bucket, at most
+UNLIMITED = 1e12  # units per second, for who needs a number: more than any limit
+UNLIMITED_SHARE = UNLIMITED / 10_000  # so much is a part of it, however many share
 
 
 class Limit(NamedTuple):
@@ -55,7 +57,8 @@ class Budget:
         rate = per_minute / MINUTE if per_minute and metered else None
         margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
         capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
-        self._configured = Bucket(rate, capacity, clock) if rate else None
+        self._whole = Bucket(rate, capacity, clock) if rate else None
+        self._configured = self._whole
         self._server = Belief(rate, capacity, clock) if config.adaptive_throttling and metered else None
         self._clock = clock
         self._began: float | None = None
@@ -68,6 +71,39 @@ class Budget:
         theirs = server.bucket if server is not None and known is not None else None
         bursts = [bucket.max_rate for bucket in (own, theirs) if bucket is not None]
         return Limit(None if own is None else own.rate * MINUTE, known, min(bursts, default=0.0))
+
+    @property
+    def limit_rate(self) -> float:
+        """The configured limit, in units per second; `UNLIMITED` where there is none."""
+        return self._whole.rate if self._whole is not None else UNLIMITED
+
+    @property
+    def limit_size(self) -> float:
+        """What the configured limit lets through at once, likewise."""
+        return self._whole.max_rate if self._whole is not None else UNLIMITED
+
+    def hold_to(self, rate: float, left: float, *, least: float) -> None:
+        """Keep to a part of the limit for now.
+
+        Args:
+            rate: Units per second.
+            left: Units to begin with.
+            least: Units that its bucket has to hold, so that one request waits for all that it takes.
+        """
+        if rate < UNLIMITED_SHARE:
+            size = max(rate * self.limit_size / self.limit_rate, least)
+            self._configured = Bucket(rate, size, self._clock)
+            self._configured.set_left(left)
+
+    def let_go(self) -> None:
+        """Go back to the whole limit."""
+        self._configured = self._whole
+
+    def stated(self, quota: Quota, mark: Mark | None) -> tuple[float, float]:
+        """Return the rate and the size of the server's bucket, as an answer's headers state them."""
+        assert self._server is not None  # noqa: S101  # asked only by who heeds the server
+        assert mark is not None  # noqa: S101  # as is given out then
+        return self._server.stated(quota, mark)
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
@@ -83,7 +119,7 @@ class Budget:
         server = self._server.limit if self._server is not None else None
         if server is not None and amount > server:
             return server
-        bucket = self._configured
+        bucket = self._whole
         if bucket is None or amount <= bucket.max_rate + bucket.rate * max_wait:
             return None
         return round(bucket.rate * MINUTE)
@@ -113,7 +149,7 @@ class Budget:
 
         None where no limit is known. It is what was reserved: servers charge that.
         """
-        bucket = self._configured or (self._server.bucket if self._server is not None else None)
+        bucket = self._whole or (self._server.bucket if self._server is not None else None)
         if bucket is None or self._began is None:
             return None
         return self.spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))

@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import itertools
-import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._admission import Admission
+from openai_eval_client._admission import Admission, check_pause, check_size, too_long
 from openai_eval_client._events import inform, request_id
 from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
-from openai_eval_client._limiter import Gate, describe
+from openai_eval_client._limiter import describe
 from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
 from openai_eval_client._payments import Payments
+from openai_eval_client._sharing import Sharing
 from openai_eval_client._stats import Recorder
 from openai_eval_client._tickets import Lane, State, Ticket
 from openai_eval_client.config import RateLimitConfig
-from openai_eval_client.errors import RateLimitError, RequestTooLargeError, rate_limited
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from openai_eval_client._bucket import Clock
     from openai_eval_client._figures import Gauge
-    from openai_eval_client._limiter import Facts
+    from openai_eval_client._limiter import Facts, Gate
     from openai_eval_client._spending import Purse
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ClientStats
@@ -41,7 +41,7 @@ _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
 _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
 
 
-class Governor:
+class Governor(Sharing):
     """The limits of one client, shared by everything that sends through it.
 
     Args:
@@ -105,12 +105,7 @@ class Governor:
         return next(self._turns)
 
     async def admit(
-        self,
-        demand: Demand,
-        *,
-        lane: Lane | None = None,
-        turn: int | None = None,
-        purse: Purse | None = None,
+        self, demand: Demand, *, lane: Lane | None = None, turn: int | None = None, purse: Purse | None = None
     ) -> Admission:
         """Wait until the request may be sent, and reserve what it needs: its cost first, then its tokens.
 
@@ -133,8 +128,8 @@ class Governor:
             with self._lock:
                 gate = self._gate(demand.model)
                 ticket = self._ticket(gate, demand, lane, turn)
-                self._refuse_long_pause(gate)
-                self._refuse_too_large(gate, demand)
+                check_pause(gate, self.config.max_wait)
+                check_size(gate, demand, self.config.max_wait)
                 waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
             if waiter is not None:
                 await self._wait(gate, ticket, waiter)
@@ -172,7 +167,7 @@ class Governor:
             if outcome.ok:
                 gate.served(ticket)
             elif outcome.is_refusal and not outcome.is_congestion:
-                gate.tokens.give_back(ticket.tokens)
+                gate.rejected(ticket)
             if outcome.counted is not None:
                 gate.observe_output(outcome.counted.completion_tokens)
             if outcome.headers is not None and (outcome.is_congestion or gate.heeds(ticket)):
@@ -192,7 +187,7 @@ class Governor:
     def _gate(self, model: str | None) -> Gate:
         gate = self._gates.get(model)
         if gate is None:
-            gate = self._gates[model] = Gate(model, self.config, self._clock)
+            gate = self._gates[model] = self._new_gate(model)
             gate.lane.limit = gate.lane.limit if self._bounded else float("inf")
         return gate
 
@@ -276,25 +271,8 @@ class Governor:
         if wait > self.config.max_wait:
             self._refuse_all(gate)
 
-    def _refuse_all(self, gate: Gate) -> None:
+    def _refuse_all(self, gate: Gate, reason: Exception | None = None) -> None:
         for ticket in gate.waiters():
             gate.withdraw(ticket)
-            call_on(ticket.owner, refuse, ticket.waiter, self._too_long(gate))
-
-    def _refuse_long_pause(self, gate: Gate) -> None:
-        if gate.pause_left() > self.config.max_wait:
-            raise self._too_long(gate)
-
-    def _refuse_too_large(self, gate: Gate, demand: Demand) -> None:
-        tokens = demand.input_tokens + (demand.max_output or 0)  # what is known of it, without guesses
-        limit = gate.tokens.too_small_for(tokens, self.config.max_wait)
-        if limit is not None:
-            raise RequestTooLargeError(str(gate.model), tokens=tokens, limit=limit)
-
-    def _too_long(self, gate: Gate) -> RateLimitError:
-        left, most = gate.pause_left(), self.config.max_wait
-        back = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
-        message = (
-            f"{gate.model}: rate limited for {left:.0f} s, more than max_wait={most:g} s; come back at {back}"
-        )
-        return rate_limited(message, left)
+            error = too_long(gate, self.config.max_wait) if reason is None else copy.copy(reason)
+            call_on(ticket.owner, refuse, ticket.waiter, error)

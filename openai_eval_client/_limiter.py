@@ -135,6 +135,10 @@ class Gate:
         self.requests.passed(1)
         self.tokens.passed(ticket.tokens)
 
+    def rejected(self, ticket: Ticket) -> None:
+        """Learn that the server refused this ticket for good, and so did not count its tokens."""
+        self.tokens.give_back(ticket.tokens)
+
     def refused(self, ticket: Ticket, dimension: str | None, wait: float, spoken: Container[str]) -> None:
         """Learn that the server had no room for this ticket: in "requests", "tokens", or it did not say.
 
@@ -166,6 +170,10 @@ class Gate:
         head = self._head()
         seconds, cause = (0.0, "concurrency") if head is None else self._held_up(head)
         return Gauge(spent, limits, sum(self.waiting.values()), cause, seconds)
+
+    def leave(self) -> dict[str, Any] | None:
+        """Return what others have to be told in the end: nothing, where nothing is shared."""
+        return None
 
     def utilisation(self) -> dict[str, float]:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""
@@ -205,9 +213,12 @@ class Gate:
     def _head(self) -> Ticket | None:
         if len(self._lanes) == 1:
             return self.lane.first()
-        self._lanes = [lane for lane in self._lanes if lane.queue or lane is self.lane]
-        heads = [head for lane in self._lanes if (head := lane.first()) is not None]
+        heads = [head for lane in self._lanes_in_use() if (head := lane.first()) is not None]
         return min(heads, key=lambda ticket: ticket.turn, default=None)
+
+    def _lanes_in_use(self) -> list[Lane]:
+        self._lanes = [lane for lane in self._lanes if lane.queue or lane is self.lane]
+        return self._lanes
 
     def _ready_in(self, ticket: Ticket) -> float:
         return self._held_up(ticket)[0]

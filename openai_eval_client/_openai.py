@@ -82,6 +82,7 @@ class AsyncOpenAI(openai.AsyncOpenAI):
                 plain = govern(plain, self._governor, self._counter)
             super().__init__(http_client=plain, **options)
             self._governor.ledger.pricer_for(str(self.base_url))
+            self._governor.share(*account_of(self))
 
         __init__.__signature__ = _signature()
 
@@ -109,6 +110,11 @@ class AsyncOpenAI(openai.AsyncOpenAI):
     def stats(self) -> ClientStats:
         """What went through this client and its copies so far."""
         return self._governor.stats
+
+
+def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:
+    """Return whose limits a client of the SDK spends: key, server, organisation, project."""
+    return client.api_key, str(client.base_url).rstrip("/"), client.organization, client.project
 
 
 def _same(value: object, other: object) -> bool:

@@ -136,7 +136,7 @@ def is_doom(error: Exception, max_wait: float, *, answered: bool = True) -> bool
     long as no prompt was `answered`.
     """
     if isinstance(error, ValidationError):
-        return error.field == "max_cost"
+        return error.field in {"max_cost", "redis_url"}
     if not answered and was_never_sent(error):
         return True
     if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:

@@ -18,7 +18,7 @@ from openai_eval_client._clients import fast_client
 from openai_eval_client._events import inform
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import govern
-from openai_eval_client._openai import AsyncOpenAI
+from openai_eval_client._openai import AsyncOpenAI, account_of
 from openai_eval_client._requests import check_prompt, list_prompts
 from openai_eval_client._stream_methods import StreamMethods
 from openai_eval_client._tokens import TokenCounter
@@ -73,6 +73,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         self._http = http_client or fast_client(self._config.base_url)
         sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
+        self._governor.share(*account_of(sdk))
         pricer = self._governor.ledger.pricer_for(self._config.base_url)
         self._cache = self._opened(cache)
         self._call = Caller(self._config, sdk, self._governor, self._counter, pricer, cache=self._cache)
@@ -256,6 +257,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
 
     async def close(self) -> None:
         """Close the connections and the cache; the client cannot be used after this."""
+        self._governor.leave()
         try:
             await self._http.aclose()
         finally:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchConfig", "CacheConfig", "OpenAIConfig", "RateLimitConfig"]
 
 _HIDDEN = "[hidden]"
-_SECRET = frozenset({"api_key"})
+_SECRET = frozenset({"api_key", "redis_url"})
 # Errors whose input may be anything, the key in the wrong place included.
 _UNSHOWN = frozenset(
     {"extra_forbidden", "frozen_instance", "json_invalid", "model_attributes_type", "model_type", "userinfo"}
@@ -71,10 +71,11 @@ def _detail(problem: Any) -> InitErrorDetails:
     field = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
     secret = field in _SECRET or problem["type"] in _UNSHOWN
+    shown = f"{field}: {message}" if secret else f"{field}={problem['input']!r}: {message}"
+    if field == "redis_url":
+        shown = f"{field}={without_password(problem['input'])!r}: {message}"
     return InitErrorDetails(
-        type=PydanticCustomError(
-            problem["type"], f"{field}: {message}" if secret else f"{field}={problem['input']!r}: {message}"
-        ),
+        type=PydanticCustomError(problem["type"], shown),
         loc=problem["loc"],
         input=_HIDDEN if secret else problem["input"],
     )
@@ -168,6 +169,10 @@ class RateLimitConfig(_Config):
             quota of 0.25 s, is left unused: requests travel at different speeds, and some arrive early.
         max_wait: The longest pause, in seconds, that the server may ask for; beyond it the call fails. 600 by
             default.
+        redis_url: A Redis or Valkey through which all processes and machines that name it share these limits:
+            "redis://...", "rediss://..." (TLS) or "unix://..."; None, the default: this client has them to
+            itself. Not in repr or dump, as it may hold a password. Needs the extra `redis`.
+        namespace: The first part of the names of the keys there: those who share limits have the same one.
     """
 
     requests_per_minute: Count | None = 500
@@ -176,6 +181,37 @@ class RateLimitConfig(_Config):
     adaptive_throttling: bool = True
     burst_seconds: Seconds = 60.0
     max_wait: Seconds = 600.0
+    redis_url: Annotated[str, Field(strict=True)] | None = Field(default=None, repr=False, exclude=True)
+    namespace: Annotated[str, Field(strict=True, pattern=r"^[^\s{}]+$")] = "openai-eval-client"
+
+    @field_validator("redis_url", mode="after")
+    @classmethod
+    def _known_scheme(cls, url: str | None) -> str | None:
+        if url is not None and not _names_redis(url):
+            raise ValueError("must be a URL that starts with redis://, rediss:// or unix://")
+        return url
+
+
+def _names_redis(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises where it is no port
+    except ValueError:
+        return False
+    place = parts.path if parts.scheme == "unix" else parts.hostname
+    return parts.scheme in {"redis", "rediss", "unix"} and bool(place) and not any(map(str.isspace, url))
+
+
+def without_password(url: object) -> object:
+    """Return a URL as it may be shown: without user, password and query."""
+    if not isinstance(url, str):
+        return _HIDDEN
+    scheme, marks, rest = url.partition("://") if "://" in url else ("", "", url)
+    base, mark, query = rest.partition("?")
+    before, at, place = base.rpartition("@")
+    shown = f"***@{place}" if before or at else base
+    hidden = "***" if "@" in query + scheme else f"{shown}{mark and '?***'}"
+    return hidden if "@" in scheme else f"{scheme}{marks}{hidden}"
 
 
 class BatchConfig(_Config):

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -77,3 +78,28 @@ def cli(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     yield Cli(capfd, monkeypatch)
     logger.handlers[:], logger.level, logger.propagate = before
+
+
+def started_redis(**options):
+    """A Redis server of the tests' own; where there is none to start, the test is skipped."""
+    from local_redis import SERVER, LocalRedis
+
+    if SERVER is None:
+        reason = "no redis-server on this machine"
+        pytest.fail(reason) if os.environ.get("OPENAI_EVAL_CLIENT_SKIP_NOTHING") else pytest.skip(reason)
+    pytest.importorskip("redis")
+    return LocalRedis(**options)
+
+
+@pytest.fixture(scope="session")
+def redis_server():
+    """One for all tests that leave it running."""
+    with started_redis() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_with_password():
+    """One that asks for a password."""
+    with started_redis(password="open-sesame") as server:
+        yield server

@@ -38,6 +38,8 @@ WRONG = {
         "adaptive_throttling": ("5", 5, None, NAN, INF, []),
         "burst_seconds": NOT_SECONDS,
         "max_wait": NOT_SECONDS,
+        "redis_url": ("", "redis", "http://h", "redis://", "unix://", "redis://h:port", "redis://h h"),
+        "namespace": (5, True, None, "", "a b", "{a}", ["a"]),
     },
     BatchConfig: {
         "auto_batch_threshold": (*NOT_COUNTS, None),
@@ -90,6 +92,7 @@ def test_the_defaults_are_the_specifications():
         "adaptive_throttling": True,
         "burst_seconds": 60.0,
         "max_wait": 600.0,
+        "namespace": "openai-eval-client",
     }
     assert BatchConfig().model_dump() == {
         "auto_batch_threshold": 100,

@@ -1,0 +1,75 @@
+"""A Redis server of the tests' own: on a free port, ended by its process."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+class LocalRedis:
+    """A server that keeps nothing on disk; what it knew is gone when it is started again."""
+
+    def __init__(self, *, password: str = "") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.password = password
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
+        self._folder = tempfile.TemporaryDirectory()  # ended with the server
+        self.socket = f"{self._folder.name}/redis.sock"
+        secret = ["--requirepass", password] if password else []
+        quiet = ["--save", "", "--appendonly", "no", "--loglevel", "warning", "--dir", self._folder.name]
+        quiet += ["--unixsocket", self.socket]
+        self._command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", *quiet, *secret]
+
+    def add(self, *options: str) -> None:
+        """Start it with more options."""
+        self._command += options
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+        self._folder.cleanup()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        while not self._listens():
+            assert self._process.poll() is None, "redis-server has ended"
+            time.sleep(0.01)
+
+    def _listens(self) -> bool:
+        try:
+            socket.create_connection(("127.0.0.1", self.port), 1).close()
+        except OSError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End it at once, as a crash would."""
+        self._process.kill()
+        self._process.wait()
+
+    def hang(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
+    def client(self):
+        import redis
+
+        return redis.Redis.from_url(self.url)
+
+    def questions(self) -> int:
+        """How often workers asked since the server started."""
+        with self.client() as client:
+            return client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
