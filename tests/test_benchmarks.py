@@ -21,6 +21,7 @@ def load(name: str):
     return module
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("case", "most"),
     [
@@ -38,6 +39,7 @@ def test_the_pacing_table_in_short(case: str, most: float) -> None:
     assert figures["refused"] <= most
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(120)
 async def test_a_short_soak_leaves_nothing_behind() -> None:
     """Mixed sizes, faults and changing limits: all answered in order, nothing kept."""
@@ -45,7 +47,7 @@ async def test_a_short_soak_leaves_nothing_behind() -> None:
     with SimulatedServer(
         rpm=6000, tpm=1_500_000, window=5, latency=0.1, faults=soak.FAULTS, seed=1, process=True
     ) as server:
-        verdict = await soak.soak(server, 20, batch=100)
+        verdict = await soak.soak(server, 12, batch=100)
     assert verdict.clean, verdict
     assert verdict.answered >= 100
 
