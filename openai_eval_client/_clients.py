@@ -19,7 +19,23 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
 _PLAIN = {"content", "json", "timeout"}  # what is given of a request that is built at once
+_URLS = 256  # of different URLs that are remembered: those with ids are many
 _DECODED = "accept-encoding"  # what httpx can decode; the only header of its own that the SDK does not set
+
+
+class AsyncOpenAI(openai.AsyncOpenAI):  # by its name the SDK calls itself in the User-Agent
+    """The SDK's client, which does not take apart again the URL that it asks for again."""
+
+    if not TYPE_CHECKING:
+        _prepared: tuple[Any, dict[str, Any]] = None, {}
+
+        def _prepare_url(self, url: str) -> Any:
+            base, known = self._prepared
+            if base is not self.base_url or len(known) >= _URLS:
+                base, known = self._prepared = self.base_url, {}
+            if url not in known:
+                known[url] = super()._prepare_url(url)
+            return known[url]
 
 
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
@@ -149,7 +165,7 @@ class FastClient(LoopLocalClient):
         return await real.send(request) if response.has_redirect_location else response
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=_URLS)
 def _url(url: str) -> Any:
     return sdk_httpx().URL(url)
 

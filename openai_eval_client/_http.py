@@ -7,7 +7,6 @@ mock transports of the client underneath go on working, because nothing below `s
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from typing import TYPE_CHECKING, Any
@@ -92,9 +91,9 @@ async def _admitted(request: Any, governor: Governor, counter: TokenCounter) -> 
     """Wait until a request may be sent."""
     try:
         demand, body = await _read_demand(request, counter)
-        if is_charged(request.method, request.url.path):
+        if governor.payments.purses() and is_charged(request.method, request.url.path):
             most = await governor.payments.most(body, request.url.path, counter)
-            demand = demand if most is None else dataclasses.replace(demand, most_cost=most)
+            demand = demand._replace(most_cost=most)
         return await governor.admit(demand)
     except openai.OpenAIError as error:
         if request.extensions.get(UNWRAPS):
@@ -119,7 +118,9 @@ async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dic
     model = body.get("model") if isinstance(body, dict) else None
     if not isinstance(model, str):
         return Demand(None), {}
-    tokens = await counter.count_input(body)
+    tokens = counter.count_input_now(body)
+    if tokens is None:
+        tokens = await counter.count_input(body)
     return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path)), body
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._clients import default_client
+from openai_eval_client import _clients
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import UNWRAPS, Refused, govern
 from openai_eval_client._tokens import TokenCounter
@@ -38,7 +38,7 @@ def _signature() -> inspect.Signature:
     return theirs.replace(parameters=[first, ours, *rest])
 
 
-class AsyncOpenAI(openai.AsyncOpenAI):
+class AsyncOpenAI(_clients.AsyncOpenAI):
     """The SDK's `AsyncOpenAI`, paced: change the import and nothing else.
 
     Every HTTP attempt of every resource waits for its place within the requests and tokens per minute of its
@@ -77,7 +77,7 @@ class AsyncOpenAI(openai.AsyncOpenAI):
             view = http_client if isinstance(getattr(http_client, "governor", None), Governor) else None
             self._governor = _governor(rate_limit, view)
             self._counter = view.counter if view is not None else TokenCounter()
-            plain = view.original if view is not None else http_client or default_client()
+            plain = view.original if view is not None else http_client or _clients.default_client()
             if hasattr(plain, "send"):  # anything else is for the SDK to refuse
                 plain = govern(plain, self._governor, self._counter)
             super().__init__(http_client=plain, **options)

@@ -6,15 +6,12 @@ import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
-import openai
-
-from openai_eval_client import _runner
+from openai_eval_client import _clients, _runner
 from openai_eval_client._batch_client import Batches
 from openai_eval_client._batch_methods import BatchMethods
 from openai_eval_client._callbacks import Guarded, both
 from openai_eval_client._caller import Caller
 from openai_eval_client._checks import check_callback, check_switch, config_of
-from openai_eval_client._clients import fast_client
 from openai_eval_client._events import inform
 from openai_eval_client._governor import Governor
 from openai_eval_client._http import govern
@@ -70,8 +67,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         limits = config_of("rate_limit", rate_limit, RateLimitConfig)
         self._governor = Governor(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
-        self._http = http_client or fast_client(self._config.base_url)
-        sdk = openai.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
+        self._http = http_client or _clients.fast_client(self._config.base_url)
+        sdk = _clients.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
         self._governor.share(*account_of(sdk))
         pricer = self._governor.ledger.pricer_for(self._config.base_url)

@@ -1,7 +1,6 @@
 """What is read from the JSON on the wire: what is metered, what it may use, what it used."""
 
 import json
-from dataclasses import replace
 
 import openai
 import pytest
@@ -277,7 +276,7 @@ OF_RESPONSE = Usage(11, 22, 5, 3, 0, 0, 6, "gpt-5", "priority")
         (b"data:" + json.dumps(CHAT).encode() + b"\r\n\r\ndata: [DONE]\r\n\r\n", OF_CHAT),
         (
             json.dumps({**CHAT, "model": None, "service_tier": 5}).encode(),
-            replace(OF_CHAT, model=None, service_tier=None),
+            OF_CHAT._replace(model=None, service_tier=None),
         ),
     ],
 )
@@ -294,10 +293,10 @@ def test_a_long_answer_is_of_the_model_that_was_asked(size):
     long = {**RESPONSE, "output": [item], "tools": tools}
     stream = fed(chunks({"type": "response.completed", "response": long}), range(0, 9 * _TAIL, 1000)).read()
     tier = "priority" if size < _TAIL else None
-    assert read_usage(stream) == replace(OF_RESPONSE, model=None, service_tier=tier)
-    assert read_usage(json.dumps(long).encode()) == replace(OF_RESPONSE, model=None)
+    assert read_usage(stream) == OF_RESPONSE._replace(model=None, service_tier=tier)
+    assert read_usage(json.dumps(long).encode()) == OF_RESPONSE._replace(model=None)
     chat = {**CHAT, "choices": [{"message": {"content": "x" * (2 * _TAIL)}}]}
-    assert read_usage(json.dumps(chat).encode()) == replace(OF_CHAT, model=None)
+    assert read_usage(json.dumps(chat).encode()) == OF_CHAT._replace(model=None)
 
 
 def test_large_embeddings_name_their_model():
