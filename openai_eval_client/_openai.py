@@ -87,7 +87,14 @@ class AsyncOpenAI(_clients.AsyncOpenAI):
         __init__.__signature__ = _signature()
 
         def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
-            """Copy, on the same budget; one for another account has the same limits to itself."""
+            """Copy, on the same budget; one for another account has the same limits to itself.
+
+            Args:
+                **options: What is to differ, as the SDK's `copy` takes it.
+
+            Returns:
+                The copy, on the same connections.
+            """
             named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
             same = all(_same(value, getattr(self, name, None)) for name, value in named.items())
             governor = self._governor if same else self._governor.fresh()
@@ -96,7 +103,15 @@ class AsyncOpenAI(_clients.AsyncOpenAI):
         with_options = copy
 
         async def request(self, *args: Any, **options: Any) -> Any:
-            """Send as the SDK does; our own errors are raised at once and as they are."""
+            """Send as the SDK does; our own errors are raised at once and as they are.
+
+            Args:
+                *args: What the SDK's `request` takes.
+                **options: Likewise.
+
+            Returns:
+                What the SDK's returns.
+            """
             try:
                 return await super().request(*args, **options)
             except Refused as refused:

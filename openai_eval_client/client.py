@@ -49,8 +49,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         cache: A file, or its `CacheConfig`: answers are kept there before the call returns, and what was
             asked before, by an earlier run for instance, is answered from there. None: no cache. Streams and
             calls on `client.openai` are not kept.
-        http_client: An HTTP client of your own, of either httpx family; None: aiohttp's speed through the
-            SDK's own transport, or the SDK's default client where a proxy is set in the environment.
+        http_client: An HTTP client of your own, of either httpx family; None: one on aiohttp, which is
+            faster, or the SDK's default client where a proxy is set in the environment.
     """
 
     def __init__(

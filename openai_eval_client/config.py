@@ -45,7 +45,15 @@ class _Config(BaseModel):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **options: Any) -> Self:
-        """Read a config from JSON; an error does not show it."""
+        """Read a config from JSON; an error does not show it.
+
+        Args:
+            *args: What pydantic's takes, the JSON first.
+            **options: Likewise.
+
+        Returns:
+            The config.
+        """
         with _reworded(cls.__name__):
             return super().model_validate_json(*args, **options)
 

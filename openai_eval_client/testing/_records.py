@@ -47,7 +47,7 @@ class Call:
         return self.status == 200  # noqa: PLR2004
 
     def as_json(self) -> dict[str, Any]:
-        """The fields by name, not copied."""
+        """Return the fields by name, not copied."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
