@@ -212,10 +212,7 @@ class BatchJob(_Model):
 
 
 class BatchJobStatus(_Model):
-    """How far a Batch job is: its counts are sums over its batches, as the API has them.
-
-    An error's `line` is the request's position in the list that was submitted, counted from 1.
-    """
+    """How far a Batch job is. Counts are sums over its batches; the `line` of an error counts from 1."""
 
     job_id: str
     status: Literal[

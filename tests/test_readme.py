@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ BLOCKS = [  # those for workers need Redis, and are run by test_scale.py
 ]
 SHELL_BLOCKS = re.findall(r"^([^\n]*)\n```(?:sh|bash)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 REFERENCE = README.partition("\n## API reference\n")[2].partition("\n## ")[0]
+BASH = shutil.which("bash") or "bash"
 OURS = {name: getattr(package, name) for name in package.__all__}
 THEIRS = {"APIError", "RateLimitError", "QuotaError", "TimeoutError"}  # made as the SDK's errors are
 
@@ -115,7 +117,7 @@ def test_the_simulated_server_is_served_as_shown() -> None:
             )
             script = f'openai-eval-client() {{ "{sys.executable}" -m openai_eval_client "$@"; }}\n{asking}'
             done = subprocess.run(
-                ["bash", "-euc", script], env=environment, capture_output=True, text=True, check=False
+                [BASH, "-euc", script], env=environment, capture_output=True, text=True, check=False
             )
         finally:
             serving.terminate()
