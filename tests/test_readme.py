@@ -67,7 +67,7 @@ def test_there_are_exactly_two_set_up_commands() -> None:
     (block,) = re.findall(r"<!-- set-up -->\n```sh\n(.*?)```", README, flags=re.DOTALL)
     demo, tests = block.splitlines()
     assert demo.endswith("&& openai-eval-client demo")
-    assert tests.endswith("&& pytest")
+    assert tests.endswith("&& pytest -n 2")
 
 
 def test_every_name_the_readme_imports_is_public() -> None:
