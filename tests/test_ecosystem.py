@@ -62,9 +62,7 @@ class Paced:
 
 @contextlib.asynccontextmanager
 async def drop_in(server, limits):
-    async with AsyncOpenAI(
-        api_key=KEY, base_url=server.base_url, rate_limit=limits, max_retries=0
-    ) as client:
+    async with AsyncOpenAI(api_key=KEY, base_url=server.base_url, rate_limit=limits, max_retries=0) as client:
         yield Paced(client, lambda: client.stats, server)
 
 
@@ -94,7 +92,7 @@ async def failing():
 async def small():
     """The drop-in client with a limit that no request of the tests fits in."""
     with SimulatedServer() as server:
-        async with drop_in(server, RateLimitConfig(tokens_per_minute=1)) as client:
+        async with drop_in(server, RateLimitConfig(tokens_per_minute=1, max_wait=1)) as client:
             yield client
 
 
@@ -235,7 +233,7 @@ def judge(sdk):
 
 
 async def test_autoevals_is_paced(paced):
-    """More judgements at once than the server admits: each has its score from a tool call, none is refused."""
+    """More judgements at once than the server admits: each a score from a tool call, none refused."""
     score = judge(paced.sdk).eval_async
     scores = await asyncio.gather(*[score(output=f"{n}", expected=f"{n}") for n in range(LOAD)])
     assert [each.metadata["choice"] for each in scores] == ["Y"] * LOAD
@@ -248,7 +246,7 @@ async def test_autoevals_embeds_through_the_limiter(paced):
     """Scorers that compare vectors ask for embeddings, and those are counted too."""
     autoevals = pytest.importorskip("autoevals")
     similar = autoevals.EmbeddingSimilarity(client=paced.sdk, model="text-embedding-3-small")
-    assert (await similar.eval_async(output="same", expected="same")).score > 0
+    assert 0 <= (await similar.eval_async(output="one", expected="another")).score <= 1
     paced.sent(2)
 
 
