@@ -59,7 +59,7 @@ async def typed(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any
         message = f"answer cut short: {error}"
         raise openai.APIConnectionError(message=message, request=_request(url)) from error
     except openai.RateLimitError as error:
-        if "insufficient_quota" in {error.code, error.type}:
+        if "insufficient_quota" in (error.code, error.type):  # which may be anything, lists too
             raise QuotaError(error.message, response=error.response, body=error.body) from None
         raise
 
@@ -85,8 +85,8 @@ class Refusals:
 
     def learn(self, error: openai.BadRequestError, sent: dict[str, Any]) -> bool:
         """Remember a parameter that the model refuses; False where sending again would not help."""
-        name, model = error.param, sent["model"]
-        if error.code not in _REFUSALS or name not in _SUBSTITUTES or name not in sent:
+        code, name, model = str(error.code), str(error.param), sent["model"]  # servers send lists here too
+        if code not in _REFUSALS or name not in _SUBSTITUTES or name not in sent:
             return False
         known = self._of_model.setdefault(model, set())
         if name not in known:

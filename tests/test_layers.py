@@ -36,6 +36,7 @@ LAYERS = [
         "_loops",
         "_images",
         "_paths",
+        "_status_errors",
         "_svg",
         "_timeline",
         "_transport",
