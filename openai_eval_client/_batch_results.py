@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._answers import is_answer, read_answer
+from openai_eval_client._attempt import status_error
 from openai_eval_client._batch_lines import number
 from openai_eval_client._batch_manifest import name_of, parsed
 from openai_eval_client._batch_status import EXPIRED, MISSING
 from openai_eval_client._checks import is_header_text
 from openai_eval_client._requests import Parameters
 from openai_eval_client._retry import is_transient
-from openai_eval_client._status_errors import status_error
 from openai_eval_client._wire import usage_of
 from openai_eval_client.errors import BatchError, sdk_httpx
 from openai_eval_client.models import ModelResponse

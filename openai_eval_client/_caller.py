@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._answers import estimate_usage, is_answer, read_answer
-from openai_eval_client._attempt import Refusals, forget_key, typed
+from openai_eval_client._attempt import Refusals, forget_key, not_an_answer, typed
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
-from openai_eval_client._status_errors import not_an_answer
 from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_json, read_usage, usage_of
 from openai_eval_client.errors import sdk_httpx
 

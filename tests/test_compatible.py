@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import json
 
 import openai
@@ -195,6 +197,9 @@ async def test_an_error_without_an_envelope_is_one_too(no_pauses):
     )
     assert type(raised) is openai.BadRequestError
     assert "too long" in str(raised)
+    raised = await failed(reply({"error": "no such model", "code": 404}), attempts=1)
+    assert type(raised) is openai.NotFoundError
+    assert "no such model" in str(raised)
 
 
 async def test_an_error_in_a_200_heals(no_pauses):
@@ -341,11 +346,18 @@ async def test_streams_are_passed_and_settled(road, stream, usage):
 
 
 async def test_an_error_in_a_stream_is_the_sdks(no_pauses):
-    """And leaves no slot taken."""
-    wrong = events(chunk("one "), b'data: {"error": {"message": "upstream", "code": 502}}\n\n')
-    async with listening(wrong, hang_up=True) as (url, _), AsyncOpenAI(api_key=KEY, base_url=url) as sdk:
+    """And leaves no slot taken, where the SDK closes the stream and where it forgets to."""
+
+    async def read(sdk) -> None:
         with pytest.raises(openai.APIError, match="upstream"):
             [each async for each in await sdk.chat.completions.create(**CHAT, stream=True)]
+
+    wrong = events(chunk("one "), b'data: {"error": {"message": "upstream", "code": 502}}\n\n')
+    async with listening(wrong, hang_up=True) as (url, _), AsyncOpenAI(api_key=KEY, base_url=url) as sdk:
+        await read(sdk)
+        for _ in range(10):  # an old SDK leaves closing to the garbage collector, and that to the loop
+            gc.collect()
+            await asyncio.sleep(0)
         assert sdk.stats.attempts == 1
 
 

@@ -36,7 +36,6 @@ LAYERS = [
         "_loops",
         "_images",
         "_paths",
-        "_status_errors",
         "_svg",
         "_timeline",
         "_transport",
