@@ -1,4 +1,4 @@
-"""What one attempt may meet: a deadline, a parameter that is refused, an error in a 200, one that shows the key."""
+"""What one attempt may meet: a deadline, a parameter refused, an error in a 200, one that shows the key."""
 
 from __future__ import annotations
 
