@@ -169,10 +169,10 @@ async def test_pydantic_ai_raises_its_own_errors(failing, small):
 
 
 def chat_model(sdk, **options):
-    """Both clients: `async_client` for plain calls, `root_async_client` for parsed ones and responses."""
+    """`async_client` is for plain calls, `root_async_client` for parsed ones; no key, no unpaced `invoke`."""
     langchain_openai = pytest.importorskip("langchain_openai")
     clients = {"async_client": sdk.chat.completions, "root_async_client": sdk}
-    return langchain_openai.ChatOpenAI(model=MODEL, api_key=KEY, **clients, **options)
+    return langchain_openai.ChatOpenAI(model=MODEL, **clients, **options)
 
 
 async def test_langchain_is_paced(paced):
