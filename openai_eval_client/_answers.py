@@ -87,18 +87,24 @@ def _chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     choices = _dicts(body["choices"])
     first = choices[0] if choices else {}
     message = _dict(first.get("message"))
-    content = _text(message.get("content"))
+    content = _content(message)
     calls, logprobs = message.get("tool_calls"), first.get("logprobs")
     return {
         "content": content,
-        "choices": [
-            content if each is first else _text(_dict(each.get("message")).get("content")) for each in choices
-        ],
+        "choices": [content if each is first else _content(_dict(each.get("message"))) for each in choices],
         "finish_reason": _text(first.get("finish_reason")),
         "tool_calls": _clean(_dicts(calls)) if calls else [],
         "refusal": _text(message.get("refusal")) or None,
         "logprobs": _clean(_dict(logprobs)) or None if logprobs else None,
     }
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """Return the text of a message; some servers send it in parts, among others that are no text."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return _text(content)
+    return "".join(_text(part.get("text")) for part in _dicts(content) if part.get("type") == "text")
 
 
 def _responses_fields(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import openai
-
 from openai_eval_client._answers import is_answer, read_answer
+from openai_eval_client._attempt import status_error
 from openai_eval_client._batch_lines import number
 from openai_eval_client._batch_manifest import name_of, parsed
 from openai_eval_client._batch_status import EXPIRED, MISSING
@@ -17,27 +16,20 @@ from openai_eval_client._checks import is_header_text
 from openai_eval_client._requests import Parameters
 from openai_eval_client._retry import is_transient
 from openai_eval_client._wire import usage_of
-from openai_eval_client.errors import BatchError, QuotaError, sdk_httpx
+from openai_eval_client.errors import BatchError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import openai
 
     from openai_eval_client._batch_manifest import Manifest
     from openai_eval_client._wire import Usage
 
     Outcome = ModelResponse | Exception
 
-_OK, _BAD_REQUEST, _SERVER_ERROR = 200, 400, 500
-_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
-    400: openai.BadRequestError,
-    401: openai.AuthenticationError,
-    403: openai.PermissionDeniedError,
-    404: openai.NotFoundError,
-    409: openai.ConflictError,
-    422: openai.UnprocessableEntityError,
-    429: openai.RateLimitError,
-}
+_OK, _BAD_REQUEST = 200, 400
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
 _TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
@@ -191,20 +183,10 @@ def _line_error(error: Any, index: int) -> BatchError:
 
 def _status_error(status: int, body: Any, request_id: Any) -> openai.APIStatusError:
     """Return the SDK's own error for a line that was refused."""
-    details = body.get("error", body) if isinstance(body, dict) else body
-    given = details if isinstance(details, dict) else {}
-    message = given.get("message")
-    kind: Any = _BY_STATUS.get(status)
-    if kind is None:
-        kind = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
-    if status == 429 and "insufficient_quota" in (given.get("code"), given.get("type")):  # noqa: PLR2004
-        kind = QuotaError
     headers = {"content-type": "application/json"}
     if isinstance(request_id, str) and is_header_text(request_id):
         headers["x-request-id"] = request_id
     request = sdk_httpx().Request("POST", "https://batch.invalid/")
     content = json.dumps(body).encode()  # half a surrogate pair stays escaped
     answer = sdk_httpx().Response(status, headers=headers, content=content, request=request)
-    text = message if isinstance(message, str) and message else f"status {status}"
-    error: openai.APIStatusError = kind(text, response=answer, body=details)
-    return error
+    return status_error(status, body, answer)

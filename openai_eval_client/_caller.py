@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._answers import estimate_usage, is_answer, read_answer
-from openai_eval_client._attempt import Refusals, forget_key, typed
+from openai_eval_client._attempt import Refusals, forget_key, not_an_answer, typed
 from openai_eval_client._requests import PATHS
 from openai_eval_client._retry import retrying, was_never_sent
 from openai_eval_client._wire import Demand, Outcome, Usage, max_output, read_json, read_usage, usage_of
@@ -246,13 +246,13 @@ def _decode(reply: Any, api: str) -> dict[str, Any]:
 
     Raises:
         openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
+        openai.APIStatusError: It is an error that names a status.
     """
     try:
         body = read_json(reply.content)
     except (ValueError, RecursionError):
         body = None
-    if not is_answer(body, api):
-        message = f"the answer is not what {PATHS[api]} returns: {reply.content[:80]!r}"
-        raise openai.APIResponseValidationError(response=reply, body=body, message=message)
+    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
+        raise not_an_answer(reply, body, PATHS[api])
     decoded: dict[str, Any] = body
     return decoded
