@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -167,6 +168,35 @@ async def test_the_right_password_opens(redis_with_password) -> None:
             config(server.base_url), rate_limit=limits(redis_with_password.url)
         ) as client:
             assert (await client.generate_response("hello")).content == "echo: hello"
+
+
+async def test_a_cluster_that_is_gone_is_no_redis() -> None:
+    """Its errors are none of redis-py's family, and nobody waits for ever."""
+    async with moved() as url, OpenAIClient(config(), rate_limit=limits(url)) as client:
+        with pytest.raises(ValidationError, match="RedisClusterException"):
+            await asyncio.wait_for(client.generate_response("hello"), 10)
+
+
+@contextlib.asynccontextmanager
+async def moved():
+    """A node that names another one, and is gone with it."""
+
+    async def serve(reader, writer) -> None:
+        while line := await reader.readline():
+            parts = []
+            for _ in range(int(line[1:])):
+                length = int((await reader.readline())[1:])
+                parts.append((await reader.readexactly(length + 2))[:-2])
+            if parts[0].upper().startswith(b"EVAL"):
+                server.close()
+            writer.write(_ANSWERS.get(parts[0].upper(), b"+OK\r\n"))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+_ANSWERS = {b"HELLO": b"%1\r\n+proto\r\n:3\r\n", b"EVALSHA": b"-MOVED 1 127.0.0.1:1\r\n"}
 
 
 # --- what is shared -----------------------------------------------------------------------------------------
