@@ -11,6 +11,7 @@ import multiprocessing
 import pickle
 import sys
 import threading
+import time
 
 import pydantic
 import pytest
@@ -644,6 +645,29 @@ def test_a_forked_child_asks_for_itself(redis_server) -> None:
         assert outcomes.get(timeout=20) == ("echo: hello", 1)
         child.join()
         assert asyncio.run(client.generate_response("again")).content == "echo: again"
+        asyncio.run(client.close())
+
+
+def test_a_fork_waits_for_a_reply_that_is_being_heard(redis_server) -> None:
+    """The child could not leave the region that the parent's thread is in."""
+    context = multiprocessing.get_context("fork")
+    with SimulatedServer(process=True) as server:
+        client = OpenAIClient(config(server.base_url), rate_limit=limits(redis_server.url, 6000))
+        assert asyncio.run(client.generate_response("hello")).content == "echo: hello"
+        inside = threading.Event()
+
+        def hear(_: object) -> None:
+            with client._governor._lock:
+                inside.set()
+                time.sleep(0.2)
+
+        client._governor._link.ask("another", {}, hear)
+        assert inside.wait(5)
+        outcomes = context.Queue()
+        child = context.Process(target=_generate, args=(client, server.base_url, outcomes), daemon=True)
+        child.start()
+        assert outcomes.get(timeout=10)[0] == "echo: hello"
+        child.join()
         asyncio.run(client.close())
 
 
