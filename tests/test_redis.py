@@ -181,8 +181,10 @@ async def test_a_cluster_that_is_gone_is_no_redis() -> None:
 @contextlib.asynccontextmanager
 async def moved():
     """A node that names another one, and is gone with it."""
+    writers = []
 
     async def serve(reader, writer) -> None:
+        writers.append(writer)
         while line := await reader.readline():
             parts = []
             for _ in range(int(line[1:])):
@@ -191,10 +193,12 @@ async def moved():
             if parts[0].upper().startswith(b"EVAL"):
                 server.close()
             writer.write(_ANSWERS.get(parts[0].upper(), b"+OK\r\n"))
-        writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
 
 
 _ANSWERS = {b"HELLO": b"%1\r\n+proto\r\n:3\r\n", b"EVALSHA": b"-MOVED 1 127.0.0.1:1\r\n"}
