@@ -74,8 +74,8 @@ class Interrupts:
         if self._at_once:
             end()
             return
-        say(f"interrupted: what is in flight may finish, for {GRACE:g} s; again: end at once")
         self._timer = self._loop.call_later(GRACE, end)
+        say(f"interrupted: what is in flight may finish, for {GRACE:g} s; again: end at once")
 
 
 def command(*, add: str, without: str) -> str:

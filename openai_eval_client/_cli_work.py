@@ -182,12 +182,12 @@ async def _stream(
             row = taken.pop(position)
             if isinstance(outcome, Exception) and _dooms(outcome, order, result):
                 continue  # raised in the end: it is not this row's fault
-            result.count(outcome)
             line = line_of(row, outcome)
             if output.is_regular:
                 output.write(line)
             else:
                 await asyncio.to_thread(output.write, line)  # a pipe may be full
+            result.count(outcome)  # what is not written is not done
 
 
 def _dooms(error: Exception, order: Order, result: Result) -> bool:
@@ -219,8 +219,8 @@ async def answer_by_batch(order: Order, output: Output) -> Result:
         result.stats = client.stats
     for row, outcome in zip(rows, outcomes, strict=False):
         if outcome is not None:
-            result.count(outcome)
             output.write(line_of(row, outcome))
+            result.count(outcome)
     result.seconds = time.monotonic() - began
     return result
 

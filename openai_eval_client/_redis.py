@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +69,7 @@ class RedisLink:
     def _begin(self) -> None:
         self._worker = uuid.uuid4().hex
         self._down = False
+        self._replying = threading.Lock()
         self._client = self._connected(redis.Redis)
         self._thread = ThreadPoolExecutor(1, "openai-eval-client-redis")
 
@@ -83,7 +85,7 @@ class RedisLink:
 
     def ask(self, model: str, told: dict[str, Any], done: Callable[[Any], None]) -> None:
         """Ask and tell; `done` is called with the reply or the exception, on the thread."""
-        self._thread.submit(lambda: done(self._exchange(model, told)))
+        self._thread.submit(self._ask, model, told, done)
 
     def leave(self, told: Mapping[str, dict[str, Any]]) -> None:
         """Tell the last, by model, and close the connection; only the interpreter's end waits for it."""
@@ -92,23 +94,25 @@ class RedisLink:
         self._thread.submit(self._client.close)
 
     def before_fork(self) -> None:
-        """Nothing: what is asked goes on in the parent."""
+        """Let what is being told be heard: a child cannot leave the lock that our thread is in."""
+        self._replying.acquire()
 
     def after_fork(self, *, child: bool) -> None:
-        """Be another worker in the child, with a connection of its own."""
+        """Be another worker in the child, with a connection of its own; the parent's goes on."""
+        self._replying.release()
         if child:
             self.generation += 1
             self._begin()
 
+    def _ask(self, model: str, told: dict[str, Any], done: Callable[[Any], None]) -> None:
+        reply = self._exchange(model, told)
+        with self._replying:
+            done(reply)
+
     def _exchange(self, model: str, told: dict[str, Any]) -> Sequence[float] | Exception:
         try:
             reply = self._run(self._keys(model), json.dumps({**told, "worker": self._worker}))
-        except (
-            redis.RedisError,
-            OSError,
-            ValueError,
-            TypeError,
-        ) as error:  # the last two: a reply that is none
+        except Exception as error:  # noqa: BLE001  # of a cluster, not even RedisError; a gate waits for a word
             self._note(error)
             return self._unusable(error)
         self._note(None)

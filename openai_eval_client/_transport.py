@@ -7,6 +7,8 @@ authentication, redirects, cookies and hooks that no call of the API uses. `fetc
 from __future__ import annotations
 
 import functools
+import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client.errors import sdk_httpx
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 _KEEP_ALIVE = 5.0  # seconds that an idle connection is kept, as httpx does: servers close theirs soon after
 _CHUNK = 16_384  # bytes of a stream
+_LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bound is 8190
 
 
 class Transport:
@@ -34,7 +37,9 @@ class Transport:
         tls = sdk_httpx().create_ssl_context() if secure else True
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=tls)
         jar = aiohttp.DummyCookieJar()
-        self._session = aiohttp.ClientSession(connector=connector, cookie_jar=jar, auto_decompress=False)
+        self._session = aiohttp.ClientSession(
+            connector=connector, cookie_jar=jar, auto_decompress=False, max_field_size=_LONGEST_HEADER
+        )
 
     async def fetch(self, request: Any) -> Any:
         """Send a request and return the whole response; its body is decoded.
@@ -42,13 +47,16 @@ class Transport:
         Raises:
             TransportError: httpx's, of the kind that fits.
         """
+        began = time.perf_counter()
         try:
             async with self._sent(request) as answer:
                 body = await answer.read()
         except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
             failure = _in_httpx_terms(error, request)
         else:
-            return _response(answer, request, content=body)
+            response = _response(answer, request, content=body)
+            response.elapsed = timedelta(seconds=time.perf_counter() - began)
+            return response
         raise failure
 
     async def handle_async_request(self, request: Any) -> Any:
@@ -115,7 +123,9 @@ def _timeout(
 ) -> aiohttp.ClientTimeout:
     import aiohttp
 
-    return aiohttp.ClientTimeout(total=None, sock_connect=connect, sock_read=read)
+    return aiohttp.ClientTimeout(
+        total=None, connect=connect, sock_read=read
+    )  # connect: with the name's look-up
 
 
 @functools.cache

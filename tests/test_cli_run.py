@@ -289,6 +289,7 @@ def test_a_full_disk(cli, prompts):
     with SimulatedServer(api_key=KEY) as server:
         assert cli("run", prompts, "-o", "/dev/full", server=server) == 2
     assert "/dev/full: No space left on device" in cli.err
+    assert "answered" not in cli.err
 
 
 def test_a_key_of_a_row_that_looks_like_a_parameter(cli, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -10,6 +11,7 @@ import multiprocessing
 import pickle
 import sys
 import threading
+import time
 
 import pydantic
 import pytest
@@ -167,6 +169,39 @@ async def test_the_right_password_opens(redis_with_password) -> None:
             config(server.base_url), rate_limit=limits(redis_with_password.url)
         ) as client:
             assert (await client.generate_response("hello")).content == "echo: hello"
+
+
+async def test_a_cluster_that_is_gone_is_no_redis() -> None:
+    """Its errors are none of redis-py's family, and nobody waits for ever."""
+    async with moved() as url, OpenAIClient(config(), rate_limit=limits(url)) as client:
+        with pytest.raises(ValidationError, match="RedisClusterException"):
+            await asyncio.wait_for(client.generate_response("hello"), 10)
+
+
+@contextlib.asynccontextmanager
+async def moved():
+    """A node that names another one, and is gone with it."""
+    writers = []
+
+    async def serve(reader, writer) -> None:
+        writers.append(writer)
+        while line := await reader.readline():
+            parts = []
+            for _ in range(int(line[1:])):
+                length = int((await reader.readline())[1:])
+                parts.append((await reader.readexactly(length + 2))[:-2])
+            if parts[0].upper().startswith(b"EVAL"):
+                server.close()
+            writer.write(_ANSWERS.get(parts[0].upper(), b"+OK\r\n"))
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    for writer in writers:
+        writer.close()
+        await writer.wait_closed()
+
+
+_ANSWERS = {b"HELLO": b"%1\r\n+proto\r\n:3\r\n", b"EVALSHA": b"-MOVED 1 127.0.0.1:1\r\n"}
 
 
 # --- what is shared -----------------------------------------------------------------------------------------
@@ -614,6 +649,29 @@ def test_a_forked_child_asks_for_itself(redis_server) -> None:
         assert outcomes.get(timeout=20) == ("echo: hello", 1)
         child.join()
         assert asyncio.run(client.generate_response("again")).content == "echo: again"
+        asyncio.run(client.close())
+
+
+def test_a_fork_waits_for_a_reply_that_is_being_heard(redis_server) -> None:
+    """The child could not leave the region that the parent's thread is in."""
+    context = multiprocessing.get_context("fork")
+    with SimulatedServer(process=True) as server:
+        client = OpenAIClient(config(server.base_url), rate_limit=limits(redis_server.url, 6000))
+        assert asyncio.run(client.generate_response("hello")).content == "echo: hello"
+        inside = threading.Event()
+
+        def hear(_: object) -> None:
+            with client._governor._lock:
+                inside.set()
+                time.sleep(0.2)
+
+        client._governor._link.ask("another", {}, hear)
+        assert inside.wait(5)
+        outcomes = context.Queue()
+        child = context.Process(target=_generate, args=(client, server.base_url, outcomes), daemon=True)
+        child.start()
+        assert outcomes.get(timeout=10)[0] == "echo: hello"
+        child.join()
         asyncio.run(client.close())
 
 

@@ -54,9 +54,10 @@ async def test_the_request_is_the_one_that_the_sdk_sends(road: str) -> None:
         whole(gzip.compress(ANSWER), "content-encoding: gzip"),
         whole(zlib.compress(ANSWER), "content-encoding: deflate"),
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(ANSWER), ANSWER),
+        whole(ANSWER, f"content-security-policy: {'x' * 20_000}"),
         whole(ANSWER, "set-cookie: a=b", "X-Odd: na\u00efve".encode("latin-1").decode("latin-1")),
     ],
-    ids=["gzip", "deflate", "chunked", "odd headers"],
+    ids=["gzip", "deflate", "chunked", "long header", "odd headers"],
 )
 async def test_however_an_answer_is_packed_it_is_read(reply: bytes) -> None:
     """Compressed, in chunks, with headers that are no ASCII."""
@@ -102,6 +103,27 @@ async def test_silence_is_a_timeout() -> None:
     async with listening(None) as (url, _), connect(url, timeout=0.1) as client:
         with pytest.raises(openai.APITimeoutError):
             await client.openai.with_options(max_retries=0).chat.completions.create(**CHAT)
+
+
+async def test_a_name_that_is_not_found_in_time_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking it up is a part of connecting."""
+
+    async def silence(*_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", silence)
+    async with connect("http://nowhere.invalid/v1", timeout=0.1) as client:
+        with pytest.raises(openai.APITimeoutError):
+            await asyncio.wait_for(
+                client.openai.with_options(max_retries=0).chat.completions.create(**CHAT), 5
+            )
+
+
+async def test_an_answer_says_how_long_it_took() -> None:
+    """As one of the SDK's own client does."""
+    async with listening(whole()) as (url, _), connect(url) as client:
+        answer = await client.openai.chat.completions.with_raw_response.create(**CHAT)
+    assert answer.elapsed.total_seconds() > 0
 
 
 async def test_a_redirect_is_followed_as_httpx_does() -> None:
