@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import openai
@@ -259,3 +264,23 @@ async def test_autoevals_raises_the_sdks_errors(failing, small):
     with pytest.raises(RequestTooLargeError):
         await judge(small.sdk).eval_async(output="a", expected="b")
     assert small.server.calls == []
+
+
+def test_the_readmes_block_runs_as_it_stands() -> None:
+    """All three on one client."""
+    pytest.importorskip("autoevals")
+    pytest.importorskip("langchain_openai")
+    pytest.importorskip("pydantic_ai")
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text("utf-8")
+    (block,) = re.findall(
+        r"<!-- ecosystem: frameworks -->\n```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL
+    )
+    with SimulatedServer() as server:
+        named = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": server.base_url, "PYTHONPATH": str(root)}
+        command = [sys.executable, "-c", block]
+        done = subprocess.run(
+            command, env={**os.environ, **named}, capture_output=True, text=True, check=True
+        )
+        assert len(server.calls) == 2
+    assert done.stdout.splitlines()[-1] == "2 requests, Factuality is ready"

@@ -120,7 +120,7 @@ def test_the_highest_tier_passed_is_the_price(made_up):
 
 @given(st.sampled_from(UNTIERED[:-1]), usages(), usages(), st.booleans())
 def test_without_tiers_costs_add_up(model, one, other, batch):
-    both = Usage(*(getattr(one, name) + getattr(other, name) for name in Usage.__slots__[:6]))
+    both = Usage(*(getattr(one, name) + getattr(other, name) for name in Usage._fields[:6]))
     costs = [PRICER.cost(model, usage, batch=batch) for usage in (one, other)]
     assert PRICER.cost(model, both, batch=batch) == sum(costs)
 

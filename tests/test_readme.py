@@ -19,9 +19,9 @@ from openai_eval_client.testing import SimulatedServer
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FOR_WORKERS = re.findall(
-    r"<!-- scale: \w+ -->\n```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL
+    r"<!-- (?:scale|ecosystem): \w+ -->\n```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL
 )
-BLOCKS = [  # those for workers need Redis, and are run by test_scale.py
+BLOCKS = [  # the others need Redis or frameworks: test_scale.py and test_ecosystem.py run them
     block
     for block in re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     if block not in FOR_WORKERS

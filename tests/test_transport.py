@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 import ssl
+import sys
 import zlib
 
 import openai
@@ -171,6 +172,8 @@ async def test_a_stream_that_is_left_hands_its_connection_back() -> None:
 @pytest.mark.parametrize("trusted", [True, False])
 async def test_certificates_are_checked(trusted: bool, monkeypatch, tmp_path) -> None:
     """Against what httpx trusts, SSL_CERT_FILE too; an unknown one is no connection, and ends the run."""
+    if sys.version_info < (3, 11):
+        pytest.skip("asyncio leaves its TLS transports to the garbage collector there, which warns")
     trustme = pytest.importorskip("trustme")
     authority = trustme.CA()
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
