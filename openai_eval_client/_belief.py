@@ -22,6 +22,7 @@ CUT = 0.7  # of the rate is kept when a silent server refuses
 SURE_SECONDS = 1.0  # between two refusals: then what passed between them is a better measure than a cut
 CREEP = 0.01  # of the configured rate comes back each second after a cut
 UNBOUNDED_CREEP = 0.05  # of the rate itself, where no limit is configured
+MOMENT = 0.002  # seconds in which nothing is news: at a thousand answers a second, reading all is a waste
 IDLE_SECONDS = 5.0  # without a request: what passed before then says nothing of the rate
 SMOOTHING = 2.0  # seconds: time constant of believing in more; less is believed at once
 TRANSIT = 0.15  # seconds: what was sent since then may not have reached the server when it answered
@@ -120,8 +121,10 @@ class Belief:
                 self.bucket.charge(-amount)
 
     def heeds(self, mark: Mark) -> bool:
-        """Return whether no answer to a fresher request was heard."""
-        return mark.at >= self._freshest
+        """Return whether the answer is news: the last word is a moment old, and of no fresher request."""
+        if mark.at < self._freshest:
+            return False
+        return not self._spoken or self._clock.time() - self._heard_at >= MOMENT
 
     def hear(self, quota: Quota, mark: Mark) -> None:
         """Take over what an answer's headers say.
@@ -133,7 +136,7 @@ class Belief:
             quota: What the headers say.
             mark: Of the ticket that was answered.
         """
-        if not self.heeds(mark):
+        if mark.at < self._freshest:
             return
         self.limit = max(quota.limit, self.limit or 0)
         now = self._clock.time()

@@ -136,5 +136,5 @@ async def test_the_same_system_prompt_is_counted_once(server) -> None:
         await client.batch_generate(texts(100), system=system, max_tokens=9)
         after = fit.vocabulary._remember.cache_info()
     assert after.misses - before.misses == 1
-    assert after.hits - before.hits == 99
+    assert after.hits - before.hits >= 99  # and roles
     assert after.maxsize is not None

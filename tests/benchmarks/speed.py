@@ -21,7 +21,7 @@ import importlib.util
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -66,7 +66,9 @@ def work(name: str, url: str, prompts: int, in_flight: int) -> dict[str, float]:
         figures["per_second"] = prompts / figures["seconds"]
 
     asyncio.run(CLIENTS[name][0](url, in_flight, measured))
-    figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    status = Path("/proc/self/status")  # `ru_maxrss` begins with that of the parent
+    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    figures["peak_mb"] = int(peak[1]) / 1024 if peak else 0.0
     return figures
 
 
