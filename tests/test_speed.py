@@ -130,7 +130,7 @@ async def test_the_same_system_prompt_is_counted_once(server) -> None:
     """A bounded cache remembers how many tokens it has."""
     system = "You answer questions about numbers, and give reasons. " * 20
     async with connect(server) as client:
-        await client.batch_generate(texts(1), max_tokens=9)
+        await client.batch_generate(texts(1), system="Be brief.", max_tokens=9)
         fit = _VOCABULARIES.known(MODEL)
         before = fit.vocabulary._remember.cache_info()
         await client.batch_generate(texts(100), system=system, max_tokens=9)
