@@ -26,6 +26,7 @@ from openai_eval_client._cli_common import (
     say,
     show_log,
 )
+from openai_eval_client._figures import usd
 from openai_eval_client._retry import is_transient
 from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import PartialFailureError, ValidationError
@@ -235,7 +236,7 @@ def _cost(responses: Sequence[ModelResponse]) -> str:
     if not known:
         return "at a price that is not known"
     unpriced = len(costs) - len(known)
-    return f"at {sum(known):.6f} USD" + (f" and {unpriced} unpriced" if unpriced else "")
+    return f"at {usd(sum(known))} USD" + (f" and {unpriced} unpriced" if unpriced else "")
 
 
 async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
-from openai_eval_client._checks import shown
+from openai_eval_client._checks import not_json, shown
 from openai_eval_client._requests import check_prompt
 from openai_eval_client.errors import ValidationError
 
@@ -102,7 +102,7 @@ class Source:
         try:
             row = json.loads(line, parse_constant=_no_json)
         except (ValueError, RecursionError) as error:
-            self.refuse(number, f"not JSON: {error}: {shown(line.strip())}")
+            self.refuse(number, not_json(line.strip(), error))
         if isinstance(row, str):
             return {self._column or "prompt": row}
         if not isinstance(row, dict):

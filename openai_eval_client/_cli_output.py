@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,7 @@ class Output:
     Attributes:
         is_regular: Whether it is a file, and no pipe or device.
         failed: Rows in it that failed, as far as they were read.
+        models: How many of its responses name which model, likewise.
 
     Raises:
         OSError: It cannot be written.
@@ -69,6 +71,7 @@ class Output:
     def __init__(self, name: str) -> None:
         self.path = None if name == "-" else Path(name).expanduser()
         self.failed = 0
+        self.models: Counter[str] = Counter()
         self._is_new = self.path is not None and not self.path.exists()
         if self.path is None:
             self._file = sys.stdout.fileno()
@@ -109,18 +112,21 @@ class Output:
                 self.path.unlink(missing_ok=True)
             os.close(self._file)
 
-    def done(self, *, without_errors: bool) -> dict[int, bytes]:
+    def done(self, *, without_errors: bool, only_look: bool = False) -> dict[int, bytes]:
         """Return the fingerprint of each row that is there, by its index; a line torn by a crash is removed.
 
         Args:
             without_errors: Remove the rows that failed, too.
+            only_look: Leave the file as it is: what would be removed is only left out.
 
         Raises:
             ValidationError: It holds what no run wrote.
         """
-        self._mend()
+        if not only_look:
+            self._mend()
         rows = {}
         self.failed = 0
+        self.models.clear()
         for number, _, row in self._rows():
             if row["index"] in rows:
                 self._refuse(number, f"index {row['index']} is there twice")
@@ -128,8 +134,9 @@ class Output:
                 self.failed += 1
                 if without_errors:
                     continue
+            self.models.update(_model_of(row))
             rows[row["index"]] = fingerprint(row)
-        if without_errors and self.failed:
+        if without_errors and self.failed and not only_look:
             self._drop_errors()
             self.failed = 0
         return rows
@@ -139,6 +146,8 @@ class Output:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 row = _read(line)
+                if not line.endswith(b"\n") and not isinstance(row, dict):
+                    return  # torn
                 index = row.get("index") if isinstance(row, dict) else None
                 if not isinstance(index, int) or ("response" in row) == ("error" in row):
                     self._refuse(number, "not a row of this program's output")
@@ -180,6 +189,12 @@ class Output:
 
     def _refuse(self, line: int, why: str) -> None:
         raise ValidationError(f"{self.path}, line {line}: {why}", field="output")
+
+
+def _model_of(row: Mapping[str, Any]) -> list[str]:
+    response = row.get("response")
+    model = response.get("model") if isinstance(response, dict) else None
+    return [model] if isinstance(model, str) else []
 
 
 def _last_line(file: Any, size: int) -> int:

@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import pydantic
 
-from openai_eval_client._checks import shown
+from openai_eval_client._checks import not_json, shown
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest, ModelResponse
 
@@ -123,7 +123,7 @@ def _row(line: bytes, number: int) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         _refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:
-        _refuse(number, f"not JSON: {error}: {shown(line.decode().strip())}")
+        _refuse(number, not_json(line.decode().strip(), error))
     if isinstance(row, str):
         return {"prompt": row}
     if not isinstance(row, dict):

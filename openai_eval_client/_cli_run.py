@@ -118,11 +118,17 @@ def run(  # one name for each option
         if model is None and not quiet:
             say(f"model: {config.default_model}, the default; --model names another")
         if dry_run:
+            if resume:
+                _look(output, order, retry_failed=retry_failed, quiet=quiet)
+            if cache is not None and not quiet:
+                say("the cache is not looked at: answers that it has are estimated as well, but cost nothing")
             _prepare(order, quiet=quiet)
             _show_estimate(asyncio.run(_cli_work.estimate(order)), as_json=as_json)
             return
         with _opened(output, order, resume=resume, retry_failed=retry_failed, overwrite=overwrite) as file:
             failed_before = file.failed
+            if not quiet:
+                _cli_summary.say_models(file.models, config.default_model)
             _prepare(order, quiet=quiet)
             work = _cli_work.answer_by_batch if batch else _cli_work.answer
             result = asyncio.run(work(order, file))
@@ -196,7 +202,7 @@ def _params(  # noqa: PLR0917  # in the order of the options
 
 @contextlib.contextmanager
 def _opened(
-    name: str, order: Order, *, resume: bool, retry_failed: bool, overwrite: bool
+    name: str, order: Order, *, resume: bool, retry_failed: bool, overwrite: bool, only_look: bool = False
 ) -> Iterator[Output]:
     """Open the output, and take from it what is done already."""
     if order.source.is_file(name):
@@ -206,7 +212,7 @@ def _opened(
         if resume and not file.is_regular:
             raise ValidationError(f"--resume: {name} is no file that can be read back", field="resume")
         if resume:
-            order.done = file.done(without_errors=retry_failed)
+            order.done = file.done(without_errors=retry_failed, only_look=only_look)
         elif overwrite and file.is_regular:
             file.clear()
         elif not file.is_empty:
@@ -215,6 +221,16 @@ def _opened(
         yield file
     finally:
         file.close()
+
+
+def _look(name: str, order: Order, *, retry_failed: bool, quiet: bool) -> None:
+    """Take from an output what is done already, and leave it as it is."""
+    with _opened(
+        name, order, resume=True, retry_failed=retry_failed, overwrite=False, only_look=True
+    ) as file:
+        if not quiet:
+            say(f"there already, and not estimated: {len(order.done):,}")
+            _cli_summary.say_models(file.models, order.config.default_model)
 
 
 def _prepare(order: Order, *, quiet: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import openai
 from openai_eval_client._cli_input import aside
 from openai_eval_client._cli_output import carried, fingerprint, line_of
 from openai_eval_client._cli_stop import Interrupts
+from openai_eval_client._failures import code_of, status_of
 from openai_eval_client._retry import is_doom
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.errors import ValidationError
@@ -123,6 +125,7 @@ class Result:
     Attributes:
         answered: Rows with a response.
         failed: Rows with an error.
+        kinds: How many of those had which class of error, HTTP status and code.
         cached: Answers from the cache.
         seconds: Wall time.
         stats: The client's counts.
@@ -133,6 +136,7 @@ class Result:
 
     answered: int = 0
     failed: int = 0
+    kinds: Counter[tuple[str, int | None, str]] = field(default_factory=Counter)
     cached: int = 0
     seconds: float = 0.0
     stats: ClientStats | None = None
@@ -144,6 +148,7 @@ class Result:
         """Count the outcome of a row."""
         if isinstance(outcome, Exception):
             self.failed += 1
+            self.kinds[type(outcome).__name__, status_of(outcome), code_of(outcome)] += 1
         else:
             self.answered += 1
             self.cached += outcome.cached

@@ -48,19 +48,20 @@ def failures_table(failures: Sequence[Failure]) -> Markup:
 
 def _row(of: Failure) -> tuple[object, ...]:
     said = " ".join(str(part) for part in (of.kind, of.status, of.code) if part)
-    meaning = Markup(f'<span class="wide">{escape(_meaning(of))}</span>')
+    means = Markup(f'<span class="wide">{escape(meaning(of))}</span>')
     times = (Markup(escape(clock(at)).replace(" ", "<br>")) for at in (of.first, of.last))
     return (
         name(of.model),
         Markup(f'<span class="wide">{name(said)}</span>'),
-        meaning,
+        means,
         count(of.attempts),
         count(of.prompts),
         *times,
     )
 
 
-def _meaning(of: Failure) -> str:
+def meaning(of: Failure) -> str:
+    """Return what a kind of failure means."""
     if of.code in _BY_CODE:
         return _BY_CODE[of.code]
     if of.status is not None and of.status >= _SERVER_ERROR:

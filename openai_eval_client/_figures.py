@@ -206,9 +206,9 @@ def waited_for(figures: Figures) -> str:
 
 def details(figures: Figures) -> list[str]:
     """Return the rest of it, the most telling first."""
-    money = f"${_usd(figures.cost)}"
+    money = f"${usd(figures.cost)}"
     if figures.projected is not None and figures.done != figures.total:
-        money += f" of ~${_usd(figures.projected)}"
+        money += f" of ~${usd(figures.projected)}"
     if figures.unpriced:
         money = "cost unknown" if not figures.cost else f"{money} + {figures.unpriced:,} unpriced"
     said = {
@@ -262,7 +262,7 @@ def _brief(number: float) -> str:
     return f"{number:.3g}" if number < _KILO else f"{number:.0f}"
 
 
-def _usd(amount: float) -> str:
+def usd(amount: float) -> str:
     """Return an amount with two decimals, or two digits where it is less than a dime."""
     digits = 2 if amount >= _DIME or amount <= 0 else 1 - math.floor(math.log10(amount))
     return f"{amount:,.{digits}f}"

@@ -98,6 +98,9 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
     try:
         new.write_text(text, encoding="utf-8")
         new.replace(target)
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None  # the name that the caller knows
+        raise
     finally:
         with contextlib.suppress(OSError):
             new.unlink()

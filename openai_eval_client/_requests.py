@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
+_KEYWORDS = {  # of our own methods
+    "api", "max_concurrent", "max_cost", "max_tokens", "model", "progress", "progress_callback",
+    "return_exceptions", "stop_event", "system", "temperature", "timeout", "use_batch_api",
+}  # fmt: skip
 _OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
 
 
@@ -192,8 +196,9 @@ def _known_names(api: str) -> frozenset[str]:
 
 
 def _unknown(name: str, api: str) -> str:
-    named = {"model", "temperature", "max_tokens", "timeout", "system", "api"}
-    alike = difflib.get_close_matches(name, _known_names(api) | named, n=1)
+    if name in _KEYWORDS:
+        return "not a parameter here"
+    alike = difflib.get_close_matches(name, _known_names(api) | _KEYWORDS, n=1)
     meant = f"did you mean {alike[0]}? " if alike else ""
     return f"not a parameter; {meant}What only your server knows goes into extra_body={{{name!r}: ...}}"
 

@@ -17,6 +17,7 @@ from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say, sho
 from openai_eval_client._cli_limits import limits
 from openai_eval_client._cli_report import report
 from openai_eval_client._cli_run import estimate, run
+from openai_eval_client._figures import usd
 from openai_eval_client.config import OpenAIConfig
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _table(summary: Summary) -> Table:
         "retries": f"{stats.retries}",
         "429s": f"{stats.rate_limited}",
         "tokens in / out": f"{stats.prompt_tokens:,} / {stats.completion_tokens:,}",
-        "cost": f"${stats.cost:.4f}" + (f" and {stats.unpriced} unpriced" if stats.unpriced else ""),
+        "cost": f"${usd(float(stats.cost))}" + (f" and {stats.unpriced} unpriced" if stats.unpriced else ""),
         "wall time": f"{summary.seconds:.1f} s",
         "share of the limit used": f"{summary.share:.0%}",
         "latency p50 / p95": " / ".join(latency),

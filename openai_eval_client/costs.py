@@ -205,7 +205,7 @@ class CostEstimate(Record):
         )
         online = _range(self.cost_low, self.cost_expected, self.cost_high, _dollars)
         batch = _range(self.batch_cost_low, self.batch_cost_expected, self.batch_cost_high, _dollars)
-        time = "no limit is configured" if self.minutes is None else f"{self.minutes:,.1f} minutes"
+        time = "no limit is configured" if self.minutes is None else _time(self.minutes)
         return (
             f"{self.requests:,} requests to {self.model}: {self.prompt_tokens:,} tokens in, {output} out\n"
             f"USD: {online} online, {batch} by batch\n"
@@ -221,6 +221,10 @@ def _range(
         return "unknown"
     likely = "" if expected is None else f" (likely {shown(expected)})"
     return f"{shown(low)} or more{likely}" if high is None else f"{shown(low)} to {shown(high)}{likely}"
+
+
+def _time(minutes: float) -> str:
+    return f"{minutes:,.1f} minutes" if minutes >= 1 else f"{60 * minutes:.2g} seconds"
 
 
 def _count(number: float) -> str:

@@ -46,6 +46,7 @@ def test_lines_keep_their_numbers(lines):
         (b"[1]", "line 2: [1]: must be a text, or an object"),
         (b"{", "line 2: not JSON"),
         (b"[" * 100_000, "line 2: not JSON"),
+        (b"Hi", "line 2: not JSON: Expecting value: line 1 column 1 (char 0): 'Hi'; a text stands in JSON"),
         (b"9" * 10_000, "line 2: "),
         (b'"\xff"', "line 2: not UTF-8"),
         (b"{}", "line 2: give prompt or messages"),

@@ -172,11 +172,44 @@ def test_what_failed_is_asked_again(cli, prompts, tmp_path):
         assert cli("run", prompts, *options, server=server) == 1
         assert written(out)[1]["error"]["type"] == "InternalServerError"
         assert "--resume --retry-failed" in cli.err
+        assert "1 x InternalServerError 500: the server failed" in cli.err
         assert cli("run", prompts, *options, "--resume", server=server) == 1
         assert len(server.calls) == 5
         assert cli("run", prompts, *options, "--resume", "--retry-failed", server=server) == 0
     assert all("response" in row for row in written(out).values())
     assert len(written(out)) == 5
+
+
+def test_another_model_is_noticed(cli, prompts, tmp_path):
+    """Before rows of two models stand in one file; a dated version of the model asked is that model."""
+    options = ["-o", tmp_path / "out", "--resume"]
+    with SimulatedServer(api_key=KEY) as server:
+        assert (
+            cli("run", prompts, *options, "--model", "gpt-4o-2024-08-06", "--limit", "2", server=server) == 0
+        )
+        assert cli("run", prompts, *options, "--model", "gpt-4o", "--limit", "3", server=server) == 0
+        assert "this run asks" not in cli.err
+        (tmp_path / "out").write_text((tmp_path / "out").read_text().replace('"gpt-4o', '"gpt-4o-mini'))
+        assert cli("run", prompts, *options, "--model", "gpt-4o", server=server) == 0
+    assert "the answers there (3) are of gpt-4o-mini" in cli.err
+    assert "; this run asks gpt-4o" in cli.err
+
+
+def test_a_dry_run_counts_what_is_left(cli, prompts, tmp_path):
+    """It leaves the output as it is, a torn line and a failed row in it too."""
+    out = tmp_path / "out"
+    options = ["-o", out, "--max-retries", "0", "--max-concurrent", "1"]
+    with SimulatedServer(api_key=KEY, script=["500"]) as server:
+        assert cli("run", prompts, *options, "--limit", "3", server=server) == 1
+    out.write_bytes(before := out.read_bytes()[:-20])
+    dry = ["-o", out, "--resume", "--dry-run", "--json", "--cache", tmp_path / "cache"]
+    assert cli("run", prompts, *dry) == 0
+    assert json.loads(cli.out)["requests"] == 3
+    assert "there already, and not estimated: 2" in cli.err
+    assert "the cache is not looked at" in cli.err
+    assert cli("run", prompts, *dry, "--retry-failed") == 0
+    assert json.loads(cli.out)["requests"] == 4
+    assert out.read_bytes() == before
 
 
 def test_nothing_is_overwritten_unasked(cli, prompts, tmp_path):
@@ -214,29 +247,54 @@ def test_the_budget_is_reached(cli, prompts, tmp_path):
     assert all("response" in row for row in written(out).values())
     assert "to go on: openai-eval-client run" in cli.err
     assert cli.err.rstrip().endswith("--resume")
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, *options, "--overwrite", "--max-cost", "0", server=server) == 3
+    assert "nothing fits: raise --max-cost" in cli.err
+    assert "--resume" not in cli.err
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"api_key": "sk-another-0123456789"}, "Incorrect API key"),
-        ({"models": ["another"]}, "does not exist"),
-        ({"quota_exhausted_after": 0}, "quota"),
+        ({"api_key": "sk-another-0123456789"}, ("Incorrect API key", "check OPENAI_API_KEY")),
+        ({"models": ["another"]}, ("does not exist", "check --model")),
+        ({"quota_exhausted_after": 0}, ("quota", "check the account's credit")),
     ],
     ids=["key", "model", "quota"],
 )
 def test_the_server_refuses_all(cli, prompts, tmp_path, options, said):
-    """4, and no row: it is no row's fault."""
+    """4, and no row: it is no row's fault. What to look at is said, not how to meet it again."""
     with SimulatedServer(**{"api_key": KEY, **options}) as server:
         assert cli("run", prompts, "-o", tmp_path / "out", server=server) == 4
-    assert said in cli.err
+    assert said[0] in cli.err
+    assert cli.err.splitlines()[-1].startswith(said[1])
+    assert "--resume" not in cli.err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_address_without_its_path(cli, prompts):
+    """The server's 404 names no model: it is the address that is wrong."""
+    with SimulatedServer(api_key=KEY) as server:
+        address = server.base_url.removesuffix("/v1")
+        assert cli("run", prompts, "--base-url", address, server=server) == 4
+    assert "it goes up to /v1" in cli.err.splitlines()[-1]
+
+
+def test_the_cost_of_a_run_in_the_summary(cli, prompts, tmp_path):
+    """As many digits as say something; nothing is said to be free that has no price."""
+    with SimulatedServer(api_key=KEY) as server:
+        for model, said in (("gpt-4o-mini", r" 0\.00000\d\d USD,"), ("no-such-model", " cost unknown,")):
+            options = ["--model", model, "--limit", "1", "--no-progress"]
+            assert cli("run", prompts, "-o", tmp_path / model, *options, server=server) == 0
+            assert re.search(said, cli.err)
 
 
 def test_nobody_listens(cli, prompts, tmp_path):
     """4 as well: port 9 is that of no API."""
     assert cli("run", prompts, "-o", tmp_path / "out", "--max-retries", "0") == 4
     assert "connect" in cli.err.lower()
+    assert "check --base-url" in cli.err.splitlines()[-1]
+    assert "--resume" not in cli.err
     assert not (tmp_path / "out").exists()
 
 
@@ -244,6 +302,7 @@ def test_nobody_listens(cli, prompts, tmp_path):
     ("options", "lines", "said"),
     {
         "not JSON": ([], "{", "prompts.jsonl, line 3: not JSON"),
+        "a bare text": ([], "What is it?", 'a text stands in JSON quotes: "..."'),
         "no prompt": ([], '{"question": "a"}', 'line 3: no "prompt"'),
         "an empty prompt": ([], '{"prompt": " "}', "line 3: prompt=' ': must not be empty"),
         "no such parameter": (["--param", "temprature=1"], "", "did you mean temperature"),

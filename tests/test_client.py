@@ -649,7 +649,15 @@ async def test_a_callback_of_the_wrong_shape_is_refused() -> None:
         assert server.calls == []
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("max_token", "max_tokens"), ("temprature", "temperature")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("max_token", "max_tokens"),
+        ("temprature", "temperature"),
+        ("max_concurent", "max_concurrent"),
+        ("progres", "progress"),
+    ],
+)
 async def test_a_misspelt_parameter_is_told_its_name(wrong: str, right: str) -> None:
     """The advice is the right name before extra_body."""
     with SimulatedServer() as server:

@@ -372,6 +372,7 @@ def test_it_reads_well() -> None:
     ]
     assert CostEstimate.model_validate_json(estimate.model_dump_json()) == estimate
     assert pickle.loads(pickle.dumps(estimate)) == estimate  # noqa: S301  # our own
+    assert str(estimate.model_copy(update={"minutes": 0.04})).endswith("limits: 2.4 seconds")
     bare = CostEstimate(model="m", requests=0, prompt_tokens=0)
     assert "unknown online, unknown by batch" in str(bare)
     assert "no limit is configured" in str(bare)

@@ -164,6 +164,14 @@ async def test_the_command_writes_a_page_and_says_where(cache, monkeypatch):
     assert check(Page((path.parent / "runs.sqlite.html").read_text("utf-8"))).tiles()["answers"] == "12"
 
 
+async def test_a_page_that_cannot_be_written(cache):
+    """The file is named as it was given."""
+    path, _ = cache
+    done = CliRunner().invoke(app, ["report", str(path), "-o", "/nowhere/page.html"])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("/nowhere/page.html: No such file")
+
+
 async def test_the_command_writes_to_standard_output(cache):
     """For a pipe."""
     path, _ = cache
