@@ -61,15 +61,13 @@ class SharedGate(Gate):
         self._link = link
         self._replied = functools.partial(replied, self)
         self._adapts = config.adaptive_throttling
-        self._keep = round(max(_KEEP, 2 * config.burst_seconds))
-        self._burst = config.burst_seconds
+        self._burst, self._keep = config.burst_seconds, round(max(_KEEP, 2 * config.burst_seconds))
         self._largest = [1.0, 0.0]  # that one ticket took
         self._forget()
 
     def _forget(self) -> None:
         """Know nothing of the shared state, as at first."""
-        self._generation = self._link.generation
-        self._alone = False
+        self._generation, self._alone = self._link.generation, False
         self._view: View | None = None
         self._taken = [0.0, 0.0]
         self._reserved: dict[Ticket, Place] = {}
@@ -144,6 +142,10 @@ class SharedGate(Gate):
         for line, (name, amount) in enumerate(zip(DIMENSIONS, (1, ticket.tokens), strict=True)):
             if dimension in {None, name}:
                 self._news.refuse(line, amount, wait, place[line] + amount, spoke=name in spoken)
+
+    def heeds(self, ticket: Ticket) -> bool:
+        """Return whether what the answer to this ticket states is news: the shared state decides that."""
+        return True
 
     def hear(self, ticket: Ticket, quotas: Mapping[str, Quota]) -> None:
         """Heed the limits that the answer to this ticket states."""
@@ -240,8 +242,7 @@ class SharedGate(Gate):
         beat = self._reserved and now >= self._next_beat()
         tell = self._news and (self._news.urgent or now - self._told_at >= _TELL_SECONDS)
         if wanted or beat or tell or self._alone:
-            self._asked = wanted
-            self._told_at = now
+            self._asked, self._told_at = wanted, now
             self._link.ask(str(self.model), self._told(wanted), self._replied)
 
     def _next_beat(self) -> float:
