@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._events import inform, of_error
+from openai_eval_client._failures import class_of
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if sys.version_info >= (3, 11):
@@ -27,17 +28,8 @@ __all__ = ["Refusals", "deadline", "forget_key", "not_an_answer", "status_error"
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
 _SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ordinary words
 _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
-_TOO_MANY_REQUESTS, _SERVER_ERROR = 429, 500
+_TOO_MANY_REQUESTS = 429
 _NUMBER = re.compile("[45][0-9][0-9]")
-_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
-    400: openai.BadRequestError,
-    401: openai.AuthenticationError,
-    403: openai.PermissionDeniedError,
-    404: openai.NotFoundError,
-    409: openai.ConflictError,
-    422: openai.UnprocessableEntityError,
-    429: openai.RateLimitError,
-}
 _BY_WORD = {
     "authentication_error": 401,
     "insufficient_quota": 429,
@@ -155,9 +147,7 @@ def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
     """
     details = body.get("error", body) if isinstance(body, dict) else body
     given = details if isinstance(details, dict) else {}
-    kind: Any = _BY_STATUS.get(status)
-    if kind is None:
-        kind = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
+    kind: Any = class_of(status)
     if status == _TOO_MANY_REQUESTS and "insufficient_quota" in (given.get("code"), given.get("type")):
         kind = QuotaError
     text = given.get("message")

@@ -87,8 +87,9 @@ class Belief:
 
     def known_limit(self) -> float | None:
         """Return the limit per minute that the server stated, or that its refusals taught; else None."""
-        taught = self.bucket is not None and self._cut_at > 0
-        return self.bucket.rate * MINUTE if self.limit is None and self.bucket and taught else self.limit
+        if self.limit is None and self.bucket is not None and self._cut_at > 0:
+            return self.bucket.rate * MINUTE
+        return self.limit
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""

@@ -15,7 +15,7 @@ from openai_eval_client._answers import is_answer, read_answer
 from openai_eval_client._checks import refuse
 from openai_eval_client._events import of_error, warn
 from openai_eval_client._keys import Sample, Samples, is_sampled, normalised, request_digest
-from openai_eval_client._store import Store
+from openai_eval_client._store import Store, unpacked
 from openai_eval_client._wire import Usage, read_json, usage_of
 from openai_eval_client.config import CacheConfig
 from openai_eval_client.models import TokenUsage
@@ -189,7 +189,7 @@ class Cache:
     def _read(self, value: bytes, parameters: Parameters, *, batch: bool = False) -> ModelResponse | None:
         """Return the response as it was, None where the value cannot be one."""
         try:
-            text = value if value[:1] == b"{" else zlib.decompress(value)
+            text = unpacked(value)
             response, usage = _rebuilt(read_json(text), parameters)
         except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
             reason, about = type(error).__name__, {"model": parameters.model, **of_error(error)}

@@ -141,11 +141,9 @@ class Caller:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         governor, counter, body = self._governor, self._counter, job.body
         try:
-            counted = counter.count_input_now(body)
-            job.input_tokens = await counter.count_input(body) if counted is None else counted
-            if governor.payments.purses(job.purse):
-                path = PATHS[job.parameters.api]
-                job.most_cost = await governor.payments.most(body, path, counter, job.purse)
+            job.input_tokens = await counter.count_input(body)
+            path = PATHS[job.parameters.api]
+            job.most_cost = await governor.payments.most(body, path, counter, job.purse)
             job.turn, job.keep = governor.next_turn(), keep
             response: ModelResponse = await self._retrying(job)
         except openai.OpenAIError as error:
@@ -230,8 +228,7 @@ class Caller:
 
     async def _price(self, response: ModelResponse, usage: Usage) -> None:
         """Price an answer for its reader; the ledger prices every attempt that was billed."""
-        if not self._pricer.loaded:
-            await self._pricer.ready()
+        await self._pricer.ready()
         cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
         response.usage.estimated_cost = None if cost is None else float(cost)
 

@@ -26,9 +26,10 @@ from openai_eval_client._cli_common import (
     say,
     show_log,
 )
-from openai_eval_client._figures import usd
+from openai_eval_client._replacing import replacing
 from openai_eval_client._retry import is_transient
 from openai_eval_client.config import BatchConfig
+from openai_eval_client.costs import usd
 from openai_eval_client.errors import PartialFailureError, ValidationError
 
 if TYPE_CHECKING:
@@ -260,5 +261,5 @@ def _opened(output: str) -> Iterator[IO[bytes]]:
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()  # a pipe that was closed is found out here
     else:
-        with _cli_rows.replacing(output) as file:
+        with replacing(output) as file:
             yield file

@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._cli_rows import error_of, replacing
+from openai_eval_client._cli_rows import error_of
+from openai_eval_client._replacing import replacing
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import ModelResponse
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import uuid
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pydantic
 
@@ -16,7 +13,7 @@ from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest, ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 _BOM = b"\xef\xbb\xbf"
 _OTHER = re.compile(r"that of requests\[(\d+)\]")
@@ -85,36 +82,6 @@ def error_of(error: Exception) -> dict[str, Any]:
         "message": getattr(error, "message", str(error)),
         "code": getattr(error, "code", None),
     }
-
-
-@contextlib.contextmanager
-def replacing(name: str) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name when all is written: until then, what had the name keeps it.
-
-    Args:
-        name: The file; what is there and no regular file (a pipe, /dev/null) is written to as it is.
-
-    Raises:
-        OSError: It cannot be written.
-    """
-    path = Path(name).resolve()
-    is_special = path.exists() and not path.is_file()
-    target = path if is_special else path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.part")
-    try:
-        file = target.open("wb" if is_special else "xb")
-    except OSError as error:
-        error.filename = name
-        raise
-    if is_special:
-        with file:
-            yield file
-        return
-    try:
-        with file:
-            yield file
-        target.replace(path)
-    finally:
-        target.unlink(missing_ok=True)
 
 
 def _row(line: bytes, number: int) -> dict[str, Any]:

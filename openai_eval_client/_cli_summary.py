@@ -22,8 +22,8 @@ from openai_eval_client._cli_common import (
 from openai_eval_client._cli_stop import command
 from openai_eval_client._failures import Failure
 from openai_eval_client._failures_shown import meaning
-from openai_eval_client._figures import usd
 from openai_eval_client._retry import was_never_sent
+from openai_eval_client.costs import usd
 from openai_eval_client.errors import QuotaError
 
 if TYPE_CHECKING:

@@ -15,14 +15,14 @@ _LONGEST = 48
 _LONGEST_BODY = 16_384
 _OTHER = "other"
 _SERVER_ERROR = 500
-_KINDS = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    403: "PermissionDeniedError",
-    404: "NotFoundError",
-    409: "ConflictError",
-    422: "UnprocessableEntityError",
-    429: "RateLimitError",
+_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
+    400: openai.BadRequestError,
+    401: openai.AuthenticationError,
+    403: openai.PermissionDeniedError,
+    404: openai.NotFoundError,
+    409: openai.ConflictError,
+    422: openai.UnprocessableEntityError,
+    429: openai.RateLimitError,
 }
 
 
@@ -65,8 +65,7 @@ class Failures:
 
     def refused(self, model: str, status: int | None, body: str, *, for_good: bool) -> None:
         """Count an attempt whose error the SDK will make: of what came back, or where nothing did."""
-        other = "APIStatusError" if status is not None and status < _SERVER_ERROR else "InternalServerError"
-        kind = "APIConnectionError" if status is None else _KINDS.get(status, other)
+        kind = "APIConnectionError" if status is None else class_of(status).__name__
         found = _CODE.search(body[:_LONGEST_BODY])
         row = self._row(model, kind, status, found[1] if found else "")
         row.attempts += 1
@@ -84,6 +83,12 @@ class Failures:
         row = self._rows.get(key) or self._rows.setdefault(key, Failure(*key, first=now))
         row.last = now
         return row
+
+
+def class_of(status: int) -> type[openai.APIStatusError]:
+    """Return the class of the error that the SDK makes of a status."""
+    other = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
+    return _BY_STATUS.get(status, other)
 
 
 def status_of(error: object) -> int | None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
+from openai_eval_client.costs import usd
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _MINUTE = 60.0
 _LONG_WAIT = 1.0  # seconds from which a wait is told with its length
 _KILO, _MEGA = 1000, 1_000_000
-_DIME = 0.1  # USD
 _NAMES = {"requests": "RPM", "tokens": "TPM"}
 
 
@@ -260,9 +259,3 @@ def _brief(number: float) -> str:
     if number >= 10 * _KILO:
         return f"{number / _KILO:.0f}k"
     return f"{number:.3g}" if number < _KILO else f"{number:.0f}"
-
-
-def usd(amount: float) -> str:
-    """Return an amount with two decimals, or two digits where it is less than a dime."""
-    digits = 2 if amount >= _DIME or amount <= 0 else 1 - math.floor(math.log10(amount))
-    return f"{amount:,.{digits}f}"

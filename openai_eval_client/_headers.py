@@ -22,7 +22,6 @@ _WAIT = re.compile(
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
 
 
-_X = frozenset({b"x-", b"X-"})
 DIMENSIONS = ("requests", "tokens")
 
 
@@ -62,9 +61,7 @@ def _ratelimits(headers: Mapping[str, str]) -> dict[str, str]:
     raw = getattr(headers, "raw", None)
     if raw is None:
         return {name: text for name, text in headers.items() if name.startswith("x-ratelimit-")}
-    stated = [
-        (name.lower(), text) for name, text in raw if name[:2] in _X and name[:12].lower() == b"x-ratelimit-"
-    ]
+    stated = [(name.lower(), text) for name, text in raw if name[:12].lower() == b"x-ratelimit-"]
     return {name.decode("ascii", "replace"): text.decode("ascii", "replace") for name, text in stated}
 
 

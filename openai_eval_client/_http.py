@@ -91,9 +91,9 @@ async def _admitted(request: Any, governor: Governor, counter: TokenCounter) -> 
     """Wait until a request may be sent."""
     try:
         demand, body = await _read_demand(request, counter)
-        if governor.payments.purses() and is_charged(request.method, request.url.path):
+        if is_charged(request.method, request.url.path):
             most = await governor.payments.most(body, request.url.path, counter)
-            demand = demand._replace(most_cost=most)
+            demand = demand if most is None else demand._replace(most_cost=most)
         return await governor.admit(demand)
     except openai.OpenAIError as error:
         if request.extensions.get(UNWRAPS):
@@ -118,9 +118,7 @@ async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dic
     model = body.get("model") if isinstance(body, dict) else None
     if not isinstance(model, str):
         return Demand(None), {}
-    tokens = counter.count_input_now(body)
-    if tokens is None:
-        tokens = await counter.count_input(body)
+    tokens = await counter.count_input(body)
     return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path)), body
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._database import Database
 from openai_eval_client._stats import Histogram
-from openai_eval_client._store import is_intact
+from openai_eval_client._store import is_intact, unpacked
 from openai_eval_client._wire import Usage, read_json, token_count, usage_of
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def _take(kept: Kept, key: bytes, created: float, value: bytes, checksum: bytes)
     try:
         if not is_intact(key, (created, value, checksum)):
             raise ValueError("wrong checksum")  # noqa: TRY301  # counted as all others are
-        kept.add(created, read_json(value if value[:1] == b"{" else zlib.decompress(value)))
+        kept.add(created, read_json(unpacked(value)))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, zlib.error):
         kept.unreadable += 1
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openai_eval_client._html import Markup, clock, escape
+from openai_eval_client._replacing import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -82,7 +81,7 @@ def part(share: float, said: object) -> Markup:
 
 
 def write(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a page, in place of what was there: whoever reads the file sees the old one or the new one.
+    """Write a page, in place of what was there, as `replacing` does.
 
     Returns:
         The path, as it was given.
@@ -90,18 +89,10 @@ def write(path: str | os.PathLike[str], text: str) -> Path:
     Raises:
         OSError: It cannot be written there.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not target.is_file():
-        target.write_text(text, encoding="utf-8")  # a pipe, say; of a folder it says so
-        return Path(path)
-    new = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.new")
     try:
-        new.write_text(text, encoding="utf-8")
-        new.replace(target)
+        with replacing(os.fspath(path)) as file:
+            file.write(text.encode())
     except OSError as error:
         error.filename, error.filename2 = os.fspath(path), None  # the name that the caller knows
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            new.unlink()
     return Path(path)

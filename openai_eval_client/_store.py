@@ -6,6 +6,7 @@ import contextlib
 import json
 import sqlite3
 import time
+import zlib
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,15 @@ def _put(table: str, key: bytes, value: bytes) -> Statement:
 
 def _checksum(key: bytes, created: float, value: bytes) -> bytes:
     return blake2b(b"%s %s " % (key, created.hex().encode()) + value, digest_size=16).digest()
+
+
+def unpacked(value: bytes) -> bytes:
+    """Return the JSON of a value, which is compressed where it is large.
+
+    Raises:
+        zlib.error: It is neither.
+    """
+    return value if value[:1] == b"{" else zlib.decompress(value)
 
 
 def is_intact(key: bytes, row: Any) -> bool:

@@ -17,8 +17,8 @@ from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say, sho
 from openai_eval_client._cli_limits import limits
 from openai_eval_client._cli_report import report
 from openai_eval_client._cli_run import estimate, run
-from openai_eval_client._figures import usd
 from openai_eval_client.config import OpenAIConfig
+from openai_eval_client.costs import usd
 
 if TYPE_CHECKING:
     from openai_eval_client._demo import Summary

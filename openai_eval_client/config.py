@@ -7,7 +7,7 @@ import os
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -151,12 +151,18 @@ def _fits_header(text: str) -> bool:
 
 
 def _is_absolute(url: str) -> bool:
+    parts = _parts(url)
+    return parts is not None and parts.scheme in {"http", "https"} and bool(parts.hostname)
+
+
+def _parts(url: str) -> SplitResult | None:
+    """Return what a URL is made of; None where it is none."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises where it is no port
     except ValueError:
-        return False
-    return parts.scheme in {"http", "https"} and bool(parts.hostname) and not any(map(str.isspace, url))
+        return None
+    return None if any(map(str.isspace, url)) else parts
 
 
 class RateLimitConfig(_Config):
@@ -201,13 +207,10 @@ class RateLimitConfig(_Config):
 
 
 def _names_redis(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises where it is no port
-    except ValueError:
+    parts = _parts(url)
+    if parts is None or parts.scheme not in {"redis", "rediss", "unix"}:
         return False
-    place = parts.path if parts.scheme == "unix" else parts.hostname
-    return parts.scheme in {"redis", "rediss", "unix"} and bool(place) and not any(map(str.isspace, url))
+    return bool(parts.path if parts.scheme == "unix" else parts.hostname)
 
 
 def without_password(url: object) -> object:

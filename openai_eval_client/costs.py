@@ -203,8 +203,8 @@ class CostEstimate(Record):
         output = _range(
             self.completion_tokens_low, self.completion_tokens_expected, self.completion_tokens_high, _count
         )
-        online = _range(self.cost_low, self.cost_expected, self.cost_high, _dollars)
-        batch = _range(self.batch_cost_low, self.batch_cost_expected, self.batch_cost_high, _dollars)
+        online = _range(self.cost_low, self.cost_expected, self.cost_high, usd)
+        batch = _range(self.batch_cost_low, self.batch_cost_expected, self.batch_cost_high, usd)
         time = "no limit is configured" if self.minutes is None else _time(self.minutes)
         return (
             f"{self.requests:,} requests to {self.model}: {self.prompt_tokens:,} tokens in, {output} out\n"
@@ -231,7 +231,7 @@ def _count(number: float) -> str:
     return f"{number:,}"
 
 
-def _dollars(amount: float) -> str:
+def usd(amount: float) -> str:
     """Return an amount with two decimals, or two digits where it is less than a dime."""
     digits = 2 if amount >= _DIME or not amount else 1 - math.floor(math.log10(amount))
     return f"{amount:,.{digits}f}"

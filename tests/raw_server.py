@@ -36,7 +36,7 @@ async def listening(*replies: bytes | None, tls: ssl.SSLContext | None = None, h
 
     async def serve(reader, writer) -> None:
         tasks.add(asyncio.current_task())
-        try:
+        with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while left:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
@@ -49,10 +49,6 @@ async def listening(*replies: bytes | None, tls: ssl.SSLContext | None = None, h
                 await writer.drain()
                 if hang_up:
                     break
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     scheme = "http" if tls is None else "https"

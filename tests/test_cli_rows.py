@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import BatchError, BatchRequest, ModelResponse, TokenUsage, ValidationError
-from openai_eval_client._cli_rows import by_lines, read_requests, replacing, row_of
+from openai_eval_client._cli_rows import by_lines, read_requests, row_of
+from openai_eval_client._replacing import replacing
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 

@@ -36,6 +36,7 @@ LAYERS = [
         "_loops",
         "_images",
         "_paths",
+        "_replacing",
         "_svg",
         "_timeline",
         "_transport",
