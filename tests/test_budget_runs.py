@@ -193,7 +193,7 @@ async def test_one_call_with_its_retries() -> None:
 
     async def spent(script: list[str], attempts: int) -> tuple[object, int]:
         with simulated(script=script) as server:
-            async with connect(server, max_retries=8, timeout=0.3) as client:
+            async with connect(server, max_retries=8, timeout=1) as client:
                 cap = attempts * await most(client, "hello")
                 try:
                     outcome: object = await client.generate_response("hello", max_tokens=MOST, max_cost=cap)
