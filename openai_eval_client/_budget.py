@@ -66,7 +66,7 @@ class Budget:
 
     def limit(self) -> Limit:
         """Return what holds."""
-        own, server = self._configured, self._server
+        own, server = self._whole, self._server
         known = None if server is None else server.known_limit()
         theirs = server.bucket if server is not None and known is not None else None
         bursts = [bucket.max_rate for bucket in (own, theirs) if bucket is not None]

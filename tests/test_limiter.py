@@ -365,3 +365,13 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
     largest = max((t.tokens for t in asked), default=0)
     tokens = [(time, ticket.tokens) for time, ticket in queue.admitted]
     assert most_in_any_window(tokens, 60) <= 2 * tpm + largest + given_back + EPSILON
+
+
+def test_what_holds_is_told_as_the_user_set_it() -> None:
+    """Also while a worker keeps to its part of a quota, because the others cannot be reached."""
+    budget = Queue(RateLimitConfig(requests_per_minute=600)).gate.requests
+    before = budget.limit()
+    budget.hold_to(2.5, 0.0, least=1.0)
+    assert budget.ready_in(1) == pytest.approx(0.4)
+    assert budget.limit() == before
+    assert before.configured == 600
