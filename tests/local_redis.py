@@ -16,9 +16,10 @@ class LocalRedis:
     """A server that keeps nothing on disk; what it knew is gone when it is started again."""
 
     def __init__(self, *, password: str = "") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        with socket.socket() as port, socket.socket() as bus:
+            port.bind(("127.0.0.1", 0))
+            bus.bind(("127.0.0.1", 0))
+            self.port, self.bus = port.getsockname()[1], bus.getsockname()[1]
         self.password = password
         self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
         self._folder = tempfile.TemporaryDirectory()  # ended with the server
@@ -28,9 +29,10 @@ class LocalRedis:
         quiet += ["--unixsocket", self.socket]
         self._command = [SERVER, "--port", str(self.port), "--bind", "127.0.0.1", *quiet, *secret]
 
-    def add(self, *options: str) -> None:
-        """Start it with more options."""
-        self._command += options
+    def as_node(self) -> LocalRedis:
+        """Start it as a node of a cluster."""
+        self._command += ["--cluster-enabled", "yes", "--cluster-port", str(self.bus)]
+        return self
 
     def __enter__(self):
         self.start()
@@ -42,16 +44,20 @@ class LocalRedis:
 
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        while not self._listens():
+        while not self._answers():
             assert self._process.poll() is None, "redis-server has ended"
             time.sleep(0.01)
 
-    def _listens(self) -> bool:
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-        except OSError:
-            return False
-        return True
+    def _answers(self) -> bool:
+        """Whether it has begun to serve; its port may be open before it ends because another is taken."""
+        with socket.socket(socket.AF_UNIX) as own:
+            own.settimeout(1)
+            try:
+                own.connect(self.socket)
+                own.sendall(b"PING\r\n")
+                return bool(own.recv(1))
+            except OSError:
+                return False
 
     def stop(self) -> None:
         """End it at once, as a crash would."""

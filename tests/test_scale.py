@@ -39,20 +39,6 @@ def own_redis() -> Iterator[LocalRedis]:
         yield server
 
 
-@pytest.fixture
-def own_node():
-    """Makes nodes of a cluster."""
-    from conftest import started_redis
-
-    def node() -> LocalRedis:
-        server = started_redis()
-        server.bus = server.port + (1 if server.port < 65_000 else -1)
-        server.add("--cluster-enabled", "yes", "--cluster-port", str(server.bus))
-        return server
-
-    return node
-
-
 def benchmark(name: str):
     spec = importlib.util.spec_from_file_location(name, TESTS / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -113,9 +99,11 @@ async def test_a_lost_redis_is_said_once_and_so_is_its_return(
     ] * 2
 
 
-async def test_a_cluster_keeps_each_quota_whole(own_node) -> None:
+async def test_a_cluster_keeps_each_quota_whole() -> None:
     """Two nodes, and models on both of them: both keys of each are on one."""
-    first, second = own_node(), own_node()
+    from conftest import started_redis
+
+    first, second = started_redis().as_node(), started_redis().as_node()
     with first, second, first.client() as one, second.client() as other:
         one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 8191)
         other.execute_command("CLUSTER ADDSLOTSRANGE", 8192, 16383)
