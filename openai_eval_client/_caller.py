@@ -186,7 +186,9 @@ class Caller:
             )
             usage = counted or await self._estimate(answer, response, job.input_tokens)
             outcome = Outcome(reply.status_code, reply.headers, usage)
-            await self._price(response, usage)
+            if not self._pricer.loaded:
+                await self._pricer.ready()
+            self._price(response, usage)
             if job.keep is not None:
                 await job.keep(response)
         except openai.APIResponseValidationError as error:
@@ -226,9 +228,8 @@ class Caller:
         call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
         return typed(call, seconds=parameters.timeout, url=url)
 
-    async def _price(self, response: ModelResponse, usage: Usage) -> None:
+    def _price(self, response: ModelResponse, usage: Usage) -> None:
         """Price an answer for its reader; the ledger prices every attempt that was billed."""
-        await self._pricer.ready()
         cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
         response.usage.estimated_cost = None if cost is None else float(cost)
 

@@ -18,7 +18,12 @@ from openai_eval_client.errors import sdk_httpx
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-_PLAIN = {"content", "json", "timeout"}  # what is given of a request that is built at once
+_PLAIN = {"content", "timeout"}  # what is given of a request that is built at once
+_AUTOMATIC = {
+    "content-length",
+    "host",
+    "transfer-encoding",
+}  # headers; whoever sets one means something by it
 _URLS = 256  # of different URLs that are remembered: those with ids are many
 _DECODED = "accept-encoding"  # what httpx can decode; the only header of its own that the SDK does not set
 
@@ -146,15 +151,25 @@ class FastClient(LoopLocalClient):
         self._decoded = (_DECODED, self.headers[_DECODED])
 
     def build_request(self, method: str, url: Any, *, headers: Any = None, **options: Any) -> Any:
-        """Build a request as httpx does; that of the SDK in a third of the time."""
-        plain = {name: value for name, value in options.items() if value is not None}
-        if not isinstance(headers, list) or not plain.keys() <= _PLAIN:
+        """Build a request as httpx does; that of the SDK in a quarter of the time."""
+        given = {name: value for name, value in options.items() if value is not None}
+        content = given.get("content")
+        names = {name.lower() for name, _ in headers} if isinstance(headers, list) else _AUTOMATIC
+        if names & _AUTOMATIC or not isinstance(content, bytes) or not given.keys() <= _PLAIN:
             return super().build_request(method, url, headers=headers, **options)
-        if _DECODED not in {name.lower() for name, _ in headers}:
+        if _DECODED not in names:
             headers.append(self._decoded)
-        timeout = sdk_httpx().Timeout(plain.pop("timeout", None))
-        known = {"timeout": timeout.as_dict()}
-        return sdk_httpx().Request(method, _url(str(url)), headers=headers, extensions=known, **plain)
+        whole, terms = _url(str(url)), sdk_httpx()
+        request = terms.Request(
+            method,
+            whole,
+            headers=[("Host", whole.netloc.decode()), *headers, ("Content-Length", str(len(content)))],
+            stream=terms.ByteStream(content),
+            extensions={"timeout": terms.Timeout(given.get("timeout")).as_dict()},
+        )
+        request.headers.encoding = "ascii"  # as they were encoded: httpx would look at each of them
+        request.read()
+        return request
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Send through the running loop's connections."""
@@ -162,7 +177,9 @@ class FastClient(LoopLocalClient):
         if stream or options:
             return await real.send(request, stream=stream, **options)
         response = await real.fetch(request)
-        return await real.send(request) if response.has_redirect_location else response
+        if response.is_redirect and response.has_redirect_location:
+            return await real.send(request)
+        return response
 
 
 @functools.lru_cache(maxsize=_URLS)

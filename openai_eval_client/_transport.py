@@ -54,7 +54,8 @@ class Transport:
         except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
             failure = _in_httpx_terms(error, request)
         else:
-            response = _response(answer, request, content=body)
+            response = _response(answer, request, stream=sdk_httpx().ByteStream(body))
+            response.read()
             response.elapsed = timedelta(seconds=time.perf_counter() - began)
             return response
         raise failure
@@ -80,11 +81,9 @@ class Transport:
         await self.aclose()
 
     def _sent(self, request: Any) -> Any:
-        from yarl import URL
-
         return self._session.request(
             request.method,
-            URL(str(request.url), encoded=True),  # which yarl remembers
+            _url(str(request.url)),
             headers=_headers(request.headers),
             data=_body(request),
             allow_redirects=False,
@@ -112,6 +111,13 @@ def _response(answer: aiohttp.ClientResponse, request: Any, **body: Any) -> Any:
     return sdk_httpx().Response(
         answer.status, headers=answer.raw_headers, request=request, extensions=said, **body
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _url(url: str) -> Any:
+    from yarl import URL
+
+    return URL(url, encoded=True)
 
 
 @functools.lru_cache(maxsize=64)
