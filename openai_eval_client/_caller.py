@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import time
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +94,7 @@ class Caller:
         self._cache = cache
         self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
         self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
+        self._ids = map(f"{uuid.uuid4()}-{{}}".format, itertools.count())  # the SDK would draw one for each
         self.refusals = Refusals()
         self._retrying = retrying(
             self._attempt,
@@ -223,7 +226,7 @@ class Caller:
     def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
         given = {"headers": parameters.headers, "params": parameters.query}
-        options: Any = {"timeout": None, "max_retries": 0, **given}
+        options: Any = {"timeout": None, "max_retries": 0, "idempotency_key": next(self._ids), **given}
         url = self._urls[parameters.api]
         call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
         return typed(call, seconds=parameters.timeout, url=url)

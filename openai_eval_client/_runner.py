@@ -151,7 +151,8 @@ class Crew:
                 except StopAsyncIteration:
                     return
                 self._start(self._one(index, item))
-                await asyncio.sleep(0)  # items may be slow to make, and this one can go
+                if not self._room.locked():  # else there is a wait anyway
+                    await asyncio.sleep(0)  # items may be slow to make, and this one can go
 
     async def _one(self, index: int, item: object) -> None:
         try:

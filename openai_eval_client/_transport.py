@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     import aiohttp
     from typing_extensions import Self
@@ -49,12 +49,12 @@ class Transport:
         """
         began = time.perf_counter()
         try:
-            async with self._sent(request) as answer:
+            async with await self._sent(request) as answer:
                 body = await answer.read()
         except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
             failure = _in_httpx_terms(error, request)
         else:
-            response = _response(answer, request, stream=sdk_httpx().ByteStream(body))
+            response = _response(_whole_class(), answer, request, sdk_httpx().ByteStream(body))
             response.read()
             response.elapsed = timedelta(seconds=time.perf_counter() - began)
             return response
@@ -67,7 +67,7 @@ class Transport:
         except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
             failure = _in_httpx_terms(error, request)
         else:
-            return _response(answer, request, stream=_stream_class()(answer, request))
+            return _response(sdk_httpx().Response, answer, request, _stream_class()(answer, request))
         raise failure
 
     async def aclose(self) -> None:
@@ -105,12 +105,10 @@ def _body(request: Any) -> Any:
         return request.stream
 
 
-def _response(answer: aiohttp.ClientResponse, request: Any, **body: Any) -> Any:
+def _response(kind: Any, answer: aiohttp.ClientResponse, request: Any, body: Any) -> Any:
     reason = (answer.reason or "").encode("ascii", "ignore")
     said = {"http_version": b"HTTP/1.1", "reason_phrase": reason}
-    return sdk_httpx().Response(
-        answer.status, headers=answer.raw_headers, request=request, extensions=said, **body
-    )
+    return kind(answer.status, headers=answer.raw_headers, request=request, extensions=said, stream=body)
 
 
 @functools.lru_cache(maxsize=256)
@@ -132,6 +130,36 @@ def _timeout(
     return aiohttp.ClientTimeout(
         total=None, connect=connect, sock_read=read
     )  # connect: with the name's look-up
+
+
+@functools.cache
+def _whole_class() -> type:
+    return type("Response", (_Whole, sdk_httpx().Response), {})
+
+
+class _Whole:
+    """A response that has its body at hand; what is not encoded it reads without httpx's decoders."""
+
+    stream: Any
+    headers: Any
+    is_closed: bool
+    is_stream_consumed: bool
+
+    def iter_bytes(self, chunk_size: int | None = None) -> Iterator[bytes]:
+        """Return the body, in pieces of that size."""
+        if chunk_size is not None or self.is_closed or "content-encoding" in self.headers:
+            pieces: Iterator[bytes] = super().iter_bytes(chunk_size)  # type: ignore[misc]  # of httpx's class
+            return pieces
+        self.is_closed = self.is_stream_consumed = True
+        return iter(self.stream)
+
+    def __reduce__(self) -> Any:
+        """Pickle as httpx's own class does, and become one."""
+        return _unmade, (sdk_httpx().Response,), self.__getstate__()
+
+
+def _unmade(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import pickle
 import ssl
 import sys
 import zlib
@@ -125,6 +126,35 @@ async def test_an_answer_says_how_long_it_took() -> None:
     async with listening(whole()) as (url, _), connect(url) as client:
         answer = await client.openai.chat.completions.with_raw_response.create(**CHAT)
     assert answer.elapsed.total_seconds() > 0
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+async def test_a_response_is_read_and_pickled_as_httpxs_own(packed: bool) -> None:
+    """In whole, in pieces, as text; and again in another process, which knows only httpx's class."""
+    reply = whole(gzip.compress(ANSWER), "content-encoding: gzip") if packed else whole()
+    async with listening(reply) as (url, _), connect(url) as client:
+        raw = await client.openai.chat.completions.with_raw_response.create(**CHAT)
+    mine = raw.http_response
+    again = pickle.loads(pickle.dumps(mine))  # noqa: S301
+    assert type(again) is sdk_httpx().Response
+    for response in (mine, again):
+        assert response.is_closed
+        assert response.content == response.read() == await response.aread() == ANSWER
+        assert b"".join(response.iter_bytes(7)) == b"".join(response.iter_bytes()) == ANSWER
+        assert response.json() == json.loads(response.text) == json.loads(ANSWER)
+    with pytest.raises(sdk_httpx().StreamConsumed):
+        next(mine.iter_raw())
+
+
+@pytest.mark.parametrize("name", ["Host", "content-length", "Accept-Encoding"])
+async def test_a_header_of_the_callers_own_is_sent_once(name: str) -> None:
+    """Those that HTTP libraries add are left out then."""
+    async with listening(whole()) as (url, sent), connect(url) as client:
+        content = json.dumps(CHAT, separators=(",", ":"))
+        value = {"Host": "elsewhere.test", "content-length": str(len(content))}.get(name, "identity")
+        await client.openai.chat.completions.create(**CHAT, extra_headers={name: value})
+    lines = sent[0].partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
+    assert [line for line in lines if line.startswith(f"{name.lower()}:")] == [f"{name.lower()}: {value}"]
 
 
 async def test_a_redirect_is_followed_as_httpx_does() -> None:
