@@ -152,7 +152,9 @@ async def test_a_header_of_the_callers_own_is_sent_once(name: str) -> None:
     async with listening(whole()) as (url, sent), connect(url) as client:
         content = json.dumps(CHAT, separators=(",", ":"))
         value = {"Host": "elsewhere.test", "content-length": str(len(content))}.get(name, "identity")
-        await client.openai.chat.completions.create(**CHAT, extra_headers={name: value})
+        create = client.openai.chat.completions.with_raw_response.create
+        answer = await create(**CHAT, extra_headers={name: value})
+    assert answer.http_request.headers.get_list(name) == [value]
     lines = sent[0].partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
     assert [line for line in lines if line.startswith(f"{name.lower()}:")] == [f"{name.lower()}: {value}"]
 
