@@ -1,29 +1,20 @@
 """What all tests share: tiktoken's vocabularies without a network."""
 
-import gzip
-import hashlib
 import logging
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import certifi
 import pytest
 from cli import Cli
-
-VOCABULARIES = "https://openaipublic.blob.core.windows.net/encodings/{}.tiktoken"
+from vocabularies import unpack_vocabularies
 
 
 @pytest.fixture(scope="session", autouse=True)
 def vocabularies(tmp_path_factory):
     """Unpacks both vocabularies, which bpe-openai carries, to where tiktoken looks for what it downloaded."""
     folder = tmp_path_factory.mktemp("vocabularies")
-    packed = Path(find_spec("bpe_openai").origin).with_name(
-        "data"
-    )  # importing it unpacks them all, and warns
-    for name in ("cl100k_base", "o200k_base"):
-        key = hashlib.sha1(VOCABULARIES.format(name).encode()).hexdigest()  # noqa: S324
-        (folder / key).write_bytes(gzip.decompress((packed / f"{name}.tiktoken.gz").read_bytes()))
+    unpack_vocabularies(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
         yield folder
