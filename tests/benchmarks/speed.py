@@ -30,8 +30,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-for folder in (Path(__file__).parents[2], Path(__file__).parents[1], Path(__file__).parent):
-    sys.path.insert(0, str(folder))
+sys.path[:0] = [str(Path(__file__).parents[up]) for up in range(3)]
 
 import openai
 from speed_clients import ANY, CLIENTS, texts
