@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Caller:
         self._cache = cache
         self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
         self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
-        self._ids = map(f"{uuid.uuid4()}-{{}}".format, itertools.count())  # the SDK would draw one for each
+        self._name, self._count = uuid.uuid4(), itertools.count()
         self.refusals = Refusals()
         self._retrying = retrying(
             self._attempt,
@@ -189,7 +190,7 @@ class Caller:
             )
             usage = counted or await self._estimate(answer, response, job.input_tokens)
             outcome = Outcome(reply.status_code, reply.headers, usage)
-            if not self._pricer.loaded:
+            if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()
             self._price(response, usage)
             if job.keep is not None:
@@ -226,7 +227,8 @@ class Caller:
     def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
         given = {"headers": parameters.headers, "params": parameters.query}
-        options: Any = {"timeout": None, "max_retries": 0, "idempotency_key": next(self._ids), **given}
+        unique = f"{self._name}-{os.getpid()}-{next(self._count)}"  # not sent, but the SDK would draw a UUID
+        options: Any = {"timeout": None, "max_retries": 0, "idempotency_key": unique, **given}
         url = self._urls[parameters.api]
         call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
         return typed(call, seconds=parameters.timeout, url=url)

@@ -25,7 +25,7 @@ _AUTOMATIC = {
     "transfer-encoding",
 }  # headers; whoever sets one means something by it
 _URLS = 256  # of different URLs that are remembered: those with ids are many
-_DECODED = "accept-encoding"  # what httpx can decode; the only header of its own that the SDK does not set
+_DECODED = "accept-encoding"  # what httpx can decode: of its client's own headers the one that matters
 
 
 class AsyncOpenAI(openai.AsyncOpenAI):  # by its name the SDK calls itself in the User-Agent
@@ -151,11 +151,13 @@ class FastClient(LoopLocalClient):
         self._decoded = (_DECODED, self.headers[_DECODED])
 
     def build_request(self, method: str, url: Any, *, headers: Any = None, **options: Any) -> Any:
-        """Build a request as httpx does; that of the SDK in a quarter of the time."""
+        """Build a request as httpx does; that of a newer SDK, whose body is bytes, in half the time."""
         given = {name: value for name, value in options.items() if value is not None}
         content = given.get("content")
-        names = {name.lower() for name, _ in headers} if isinstance(headers, list) else _AUTOMATIC
-        if names & _AUTOMATIC or not isinstance(content, bytes) or not given.keys() <= _PLAIN:
+        if not isinstance(headers, list) or not isinstance(content, bytes) or not given.keys() <= _PLAIN:
+            return super().build_request(method, url, headers=headers, **options)
+        names = {name.lower() for name, _ in headers}
+        if names & _AUTOMATIC:
             return super().build_request(method, url, headers=headers, **options)
         if _DECODED not in names:
             headers.append(self._decoded)
@@ -177,9 +179,7 @@ class FastClient(LoopLocalClient):
         if stream or options:
             return await real.send(request, stream=stream, **options)
         response = await real.fetch(request)
-        if response.is_redirect and response.has_redirect_location:
-            return await real.send(request)
-        return response
+        return await real.send(request) if response.has_redirect_location else response
 
 
 @functools.lru_cache(maxsize=_URLS)

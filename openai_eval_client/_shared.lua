@@ -101,7 +101,8 @@ local function hear(line, quota)
   local at = now - quota.age
   if at < line.fresh then return end
   local had = line.server
-  -- Of those who set out together when a full bucket was opened, nobody knows who came before it.
+  -- Of those who set out together at first, or after a pause, nobody knows who arrived before it: none of
+  -- them counts. A late answer from before the pause keeps its place.
   local place = at < line.busy_from + TRANSIT and math.min(line.busy_taken, quota.place) or quota.place
   local free = math.min(line.gone, place + quota.rate * quota.age) + quota.left
   free = math.max(free, line.gone) - quota.rate * TRANSIT

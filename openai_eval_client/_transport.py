@@ -81,9 +81,11 @@ class Transport:
         await self.aclose()
 
     def _sent(self, request: Any) -> Any:
+        from yarl import URL
+
         return self._session.request(
             request.method,
-            _url(str(request.url)),
+            URL(str(request.url), encoded=True),  # which yarl remembers
             headers=_headers(request.headers),
             data=_body(request),
             allow_redirects=False,
@@ -111,13 +113,6 @@ def _response(kind: Any, answer: aiohttp.ClientResponse, request: Any, body: Any
     return kind(answer.status, headers=answer.raw_headers, request=request, extensions=said, stream=body)
 
 
-@functools.lru_cache(maxsize=256)
-def _url(url: str) -> Any:
-    from yarl import URL
-
-    return URL(url, encoded=True)
-
-
 @functools.lru_cache(maxsize=64)
 def _timeout(
     connect: float | None = None,
@@ -140,6 +135,7 @@ def _whole_class() -> type:
 class _Whole:
     """A response that has its body at hand; what is not encoded it reads without httpx's decoders."""
 
+    status_code: int
     stream: Any
     headers: Any
     is_closed: bool
@@ -154,12 +150,8 @@ class _Whole:
         return iter(self.stream)
 
     def __reduce__(self) -> Any:
-        """Pickle as httpx's own class does, and become one."""
-        return _unmade, (sdk_httpx().Response,), self.__getstate__()
-
-
-def _unmade(kind: Any) -> Any:
-    return kind.__new__(kind)
+        """Pickle as one of httpx's own class."""
+        return sdk_httpx().Response, (self.status_code,), self.__getstate__()
 
 
 @functools.cache
