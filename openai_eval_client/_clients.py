@@ -19,11 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
 _PLAIN = {"content", "timeout"}  # what is given of a request that is built at once
-_AUTOMATIC = {
-    "content-length",
-    "host",
-    "transfer-encoding",
-}  # headers; whoever sets one means something by it
+_AUTOMATIC = {"content-length", "host", "transfer-encoding"}  # headers; who sets one means something by it
 _URLS = 256  # of different URLs that are remembered: those with ids are many
 _DECODED = "accept-encoding"  # what httpx can decode: of its client's own headers the one that matters
 
@@ -154,10 +150,9 @@ class FastClient(LoopLocalClient):
         """Build a request as httpx does; that of a newer SDK, whose body is bytes, in half the time."""
         given = {name: value for name, value in options.items() if value is not None}
         content = given.get("content")
-        if not isinstance(headers, list) or not isinstance(content, bytes) or not given.keys() <= _PLAIN:
-            return super().build_request(method, url, headers=headers, **options)
-        names = {name.lower() for name, _ in headers}
-        if names & _AUTOMATIC:
+        plain = isinstance(headers, list) and isinstance(content, bytes) and given.keys() <= _PLAIN
+        names = {name.lower() for name, _ in headers} if plain else set()
+        if not plain or names & _AUTOMATIC:
             return super().build_request(method, url, headers=headers, **options)
         if _DECODED not in names:
             headers.append(self._decoded)
