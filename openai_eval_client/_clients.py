@@ -150,9 +150,9 @@ class FastClient(LoopLocalClient):
         """Build a request as httpx does; that of a newer SDK, whose body is bytes, in half the time."""
         given = {name: value for name, value in options.items() if value is not None}
         content = given.get("content")
-        plain = isinstance(headers, list) and isinstance(content, bytes) and given.keys() <= _PLAIN
+        plain = isinstance(headers, list) and given.keys() <= _PLAIN
         names = {name.lower() for name, _ in headers} if plain else set()
-        if not plain or names & _AUTOMATIC:
+        if not plain or not isinstance(content, bytes) or names & _AUTOMATIC:
             return super().build_request(method, url, headers=headers, **options)
         if _DECODED not in names:
             headers.append(self._decoded)
