@@ -1,7 +1,7 @@
 """The one place where requests wait: admits them by `_limiter.Gate`, from any event loop and any thread.
 
 One lock stands round all gates. Nothing is awaited under it: a ticket that cannot go gets a future of its
-own loop, and whoever frees budget or a slot resolves it there. When only time can help, each loop with
+own loop, and whoever frees budget or a slot has it woken there. When only time can help, each loop with
 waiters holds one timer, so that no loop depends on another that may be busy or closed.
 """
 
@@ -20,7 +20,7 @@ from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
 from openai_eval_client._limiter import describe
-from openai_eval_client._loops import Monotonic, call_on, refuse, resolve, running_loop
+from openai_eval_client._loops import Monotonic, Wakes, call_on, refuse, running_loop
 from openai_eval_client._payments import Payments
 from openai_eval_client._sharing import Sharing
 from openai_eval_client._stats import Recorder
@@ -66,6 +66,7 @@ class Governor(Sharing):
         self.payments = Payments(self.ledger, self._lock, max_cost)
         self._notes: deque[tuple[Any, ...]] = deque()  # to be logged once the lock is left
         self._turns = itertools.count()
+        self._wakes = Wakes()
         self._refused: Counter[str] = Counter()
         self._gates: dict[str | None, Gate] = {}
         self._timers: dict[tuple[Gate, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
@@ -226,7 +227,7 @@ class Governor(Sharing):
     def _pump(self, gate: Gate) -> None:
         """Admit all who can go; where only time can help the next, set the timers."""
         while (ticket := gate.grant_next()) is not None:
-            if not call_on(ticket.owner, resolve, ticket.waiter):
+            if not call_on(ticket.owner, self._wakes.wake, ticket.waiter):
                 gate.withdraw(ticket)
         delay = gate.next_in()
         if delay is not None:

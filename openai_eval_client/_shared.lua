@@ -101,7 +101,10 @@ local function hear(line, quota)
   local at = now - quota.age
   if at < line.fresh then return end
   local had = line.server
-  local free = math.min(line.gone, quota.place + quota.rate * quota.age) + quota.left
+  -- Of those who set out together at first, or after a pause, nobody knows who arrived before it: none of
+  -- them counts. A late answer from before the pause keeps its place.
+  local place = at < line.busy_from + TRANSIT and math.min(line.busy_taken, quota.place) or quota.place
+  local free = math.min(line.gone, place + quota.rate * quota.age) + quota.left
   free = math.max(free, line.gone) - quota.rate * TRANSIT
   if line.spoken and had and free > had.free then
     free = had.free + (free - had.free) * (1 - math.exp(-(now - line.heard_at) / SMOOTHING))

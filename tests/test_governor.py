@@ -12,6 +12,7 @@ from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
 from openai_eval_client._governor import Admission, Governor
+from openai_eval_client._loops import Wakes
 from openai_eval_client._tickets import Lane
 from openai_eval_client._wire import Demand, Outcome, Usage
 
@@ -477,3 +478,59 @@ def test_threads_that_log_at_the_same_time_do_not_trip_over_each_other() -> None
         await send(governor)
 
     assert in_virtual_time(scenario, limits()).stats.attempts == 1
+
+
+# --- waking -------------------------------------------------------------------------------------------------
+
+
+async def test_those_admitted_at_once_begin_a_few_at_a_time() -> None:
+    """In their order, without whoever has left meanwhile, and with nothing left behind."""
+    wakes, loop, order = Wakes(), asyncio.get_running_loop(), []
+    waiters = [loop.create_future() for _ in range(30)]
+    for number, waiter in enumerate(waiters):
+        waiter.add_done_callback(lambda done, number=number: done.cancelled() or order.append(number))
+        wakes.wake(waiter)
+    waiters[3].cancel()
+    at_most, turns = 0, 0
+    while len(order) < 29:
+        before = len(order)
+        await asyncio.sleep(0)
+        at_most, turns = max(at_most, len(order) - before), turns + 1
+    assert order == [number for number in range(30) if number != 3]
+    assert at_most == 8
+    assert turns < 9
+
+
+async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
+    """By the collector, wherever it runs; an interrupt on the way holds up nobody."""
+
+    class Reentrant(asyncio.Future):
+        def done(self) -> bool:
+            if not inner:
+                inner.append(asyncio.get_running_loop().create_future())
+                wakes.wake(inner[0])
+                raise KeyError
+            return super().done()
+
+    wakes, loop, inner = Wakes(), asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda *_: None)
+    outer = [loop.create_future(), Reentrant(), loop.create_future()]
+    for waiter in outer:
+        wakes.wake(waiter)
+    await asyncio.wait_for(asyncio.gather(outer[0], outer[2]), 5)
+    await asyncio.wait_for(inner[0], 5)
+
+
+def test_each_loop_wakes_its_own() -> None:
+    """A loop that was closed before its turn holds up nobody, and is forgotten."""
+    wakes, closed = Wakes(), asyncio.new_event_loop()
+    wakes.wake(closed.create_future())
+    closed.close()
+
+    async def main() -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        wakes.wake(waiter)
+        await asyncio.wait_for(waiter, 5)
+        assert list(wakes._queues) == [asyncio.get_running_loop()]
+
+    asyncio.run(main())
