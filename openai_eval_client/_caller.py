@@ -45,6 +45,7 @@ class _Job:
     Attributes:
         parameters: What is asked.
         body: The request's body, as first asked for.
+        sent: The body of the latest attempt: without what the model is known to refuse.
         lane: The concurrency bound it runs under; None: the model's.
         purse: What it is paid from besides the client's purse; None: nothing.
         sending: Entered for as long as a request is in flight.
@@ -56,6 +57,7 @@ class _Job:
 
     parameters: Parameters
     body: dict[str, Any]
+    sent: dict[str, Any]
     lane: Lane | None
     purse: Purse | None
     sending: Callable[[], contextlib.AbstractContextManager[None]]
@@ -98,7 +100,7 @@ class Caller:
         self._name, self._count = uuid.uuid4(), itertools.count()
         self.refusals = Refusals()
         self._retrying = retrying(
-            self._attempt,
+            self._again,
             max_retries=config.max_retries,
             max_wait=governor.config.max_wait,
             on_retry=governor.recorder.retry,
@@ -134,7 +136,7 @@ class Caller:
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
-        job = _Job(parameters, body, lane, purse, sending)
+        job = _Job(parameters, body, body, lane, purse, sending)
         if self._cache is None:
             return self._answer(job)
         return self._cache.answer(body, parameters, functools.partial(self._answer, job))
@@ -149,7 +151,13 @@ class Caller:
             path = PATHS[job.parameters.api]
             job.most_cost = await governor.payments.most(body, path, counter, job.purse)
             job.turn, job.keep = governor.next_turn(), keep
-            response: ModelResponse = await self._retrying(job)
+            failures = None
+            try:
+                response: ModelResponse = await self._send(job)
+            except openai.APIError as error:
+                failures = [error]
+            if failures is not None:
+                response = await self._retrying(job, failures)
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
@@ -158,17 +166,28 @@ class Caller:
         governor.recorder.answered()
         return response
 
-    async def _attempt(self, job: _Job) -> ModelResponse:
-        """Send once; and once more for each parameter the model turns out to refuse."""
-        while True:
-            body = self.refusals.adapted(job.body)
-            try:
-                return await self._send(job, body)
-            except openai.BadRequestError as error:
-                if not self.refusals.learn(error, body):
-                    raise
+    async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:
+        """Go on where the first attempt failed: backoff, which repeats this, costs only those who need it.
 
-    async def _send(self, job: _Job, body: dict[str, Any]) -> ModelResponse:
+        Args:
+            job: What to send.
+            failures: The failure of the first attempt; empty from then on.
+
+        Returns:
+            The response. For each parameter that the model turns out to refuse it is sent once more.
+        """
+        try:
+            if failures:
+                raise failures.pop()
+            return await self._send(job)
+        except openai.BadRequestError as error:
+            if not self.refusals.learn(error, job.sent):
+                raise
+        return await self._again(job, failures)
+
+    async def _send(self, job: _Job) -> ModelResponse:
+        """Send once."""
+        body = job.sent = self.refusals.adapted(job.body)
         demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
         admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn, purse=job.purse)
         started, outcome = time.perf_counter(), _NOT_SENT
@@ -239,8 +258,8 @@ class Caller:
         response.usage.estimated_cost = None if cost is None else float(cost)
 
 
-def _model_of(*arguments: Any) -> str:
-    name: str = arguments[-1].body["model"]
+def _model_of(job: _Job, _: Any) -> str:
+    name: str = job.body["model"]
     return name
 
 

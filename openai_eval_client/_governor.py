@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import itertools
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
@@ -133,7 +134,12 @@ class Governor(Sharing):
                 check_size(gate, demand, self.config.max_wait)
                 waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
             if waiter is not None:
-                await self._wait(gate, ticket, waiter)
+                try:
+                    await waiter
+                except BaseException:
+                    self._lock.when_free(functools.partial(self._withdraw, gate, ticket))
+                    raise
+                self._say_wait(gate, ticket)
         except BaseException:
             if payment is not None:
                 payment.give_back()
@@ -209,12 +215,7 @@ class Governor(Sharing):
         waiter: asyncio.Future[None] = ticket.waiter
         return waiter
 
-    async def _wait(self, gate: Gate, ticket: Ticket, waiter: asyncio.Future[None]) -> None:
-        try:
-            await waiter
-        except BaseException:
-            self._lock.when_free(lambda: self._withdraw(gate, ticket))
-            raise
+    def _say_wait(self, gate: Gate, ticket: Ticket) -> None:
         waited = ticket.granted_at - ticket.asked_at
         if waited >= _WORTH_SAYING:
             about = {"model": gate.model, "wait_seconds": waited}

@@ -66,41 +66,17 @@ def retrying(
         about = {"model": model, "attempt": tries, "wait_seconds": wait, **of_error(error)}
         inform("attempt %d failed (%s): next in %.2f s", tries, reason, wait, event="retry", **about)
 
-    return _after_the_first(
-        attempt,
-        backoff.on_exception(
-            delays,
-            openai.APIError,
-            max_tries=max_retries + 1,
-            giveup=give_up,
-            on_backoff=before_retry,
-            jitter=None,
-            logger=None,
-            governed=governed,
-        ),
-    )
-
-
-def _after_the_first(
-    attempt: Callable[..., Awaitable[Any]], repeats: Callable[..., Any]
-) -> Callable[..., Awaitable[Any]]:
-    """Return `attempt` with repeats; what makes them takes its time only once an attempt has failed."""
-
-    async def failed_or_again(failures: list[openai.APIError], *args: Any) -> Any:
-        if failures:
-            raise failures.pop()
-        return await attempt(*args)
-
-    repeated = repeats(failed_or_again)
-
-    async def first(*args: Any) -> Any:
-        try:
-            return await attempt(*args)
-        except openai.APIError as error:
-            failures = [error]
-        return await repeated(failures, *args)
-
-    return first
+    repeated: Callable[..., Awaitable[Any]] = backoff.on_exception(
+        delays,
+        openai.APIError,
+        max_tries=max_retries + 1,
+        giveup=give_up,
+        on_backoff=before_retry,
+        jitter=None,
+        logger=None,
+        governed=governed,
+    )(attempt)
+    return repeated
 
 
 def patient(
