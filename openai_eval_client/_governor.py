@@ -21,7 +21,7 @@ from openai_eval_client._exclusive import Exclusive
 from openai_eval_client._headers import read_quotas, refused_dimension, stated_wait
 from openai_eval_client._ledger import Ledger
 from openai_eval_client._limiter import describe
-from openai_eval_client._loops import Monotonic, Wakes, call_on, refuse, running_loop
+from openai_eval_client._loops import Monotonic, Starts, call_on, refuse, running_loop
 from openai_eval_client._payments import Payments
 from openai_eval_client._sharing import Sharing
 from openai_eval_client._stats import Recorder
@@ -67,7 +67,7 @@ class Governor(Sharing):
         self.payments = Payments(self.ledger, self._lock, max_cost)
         self._notes: deque[tuple[Any, ...]] = deque()  # to be logged once the lock is left
         self._turns = itertools.count()
-        self._wakes = Wakes()
+        self._starts = Starts()
         self._refused: Counter[str] = Counter()
         self._gates: dict[str | None, Gate] = {}
         self._timers: dict[tuple[Gate, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
@@ -132,7 +132,8 @@ class Governor(Sharing):
                 ticket = self._ticket(gate, demand, lane, turn)
                 check_pause(gate, self.config.max_wait)
                 check_size(gate, demand, self.config.max_wait)
-                waiter = None if gate.try_grant(ticket) else self._queue(gate, ticket)
+                granted = gate.try_grant(ticket)
+                waiter = self._starts.now_or_later() if granted else self._queue(gate, ticket)
             if waiter is not None:
                 try:
                     await waiter
@@ -228,7 +229,7 @@ class Governor(Sharing):
     def _pump(self, gate: Gate) -> None:
         """Admit all who can go; where only time can help the next, set the timers."""
         while (ticket := gate.grant_next()) is not None:
-            if not call_on(ticket.owner, self._wakes.wake, ticket.waiter):
+            if not call_on(ticket.owner, self._starts.wake, ticket.waiter):
                 gate.withdraw(ticket)
         delay = gate.next_in()
         if delay is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_AT_ONCE = 8  # waiters woken in one turn of an event loop
+_AT_ONCE = 8  # requests that begin in one turn of an event loop
 
 
 class Monotonic:
@@ -39,38 +39,75 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class Wakes:
-    """Wakes those who were admitted, on each event loop in their order and a few at a time.
+class Starts:
+    """Lets those who were admitted begin: on each event loop in their order, and a few in each of its turns.
 
-    A loop that hears hundreds of answers in one turn would begin as many requests in the next, and hear their
-    answers in one turn again. What all of them need would be alive at once, time and again, and cost the
-    garbage collector more than anything else: a quarter of the CPU with 1,000 in flight.
+    A loop that begins hundreds of requests in one turn hears nothing meanwhile, and may hear their answers in
+    one turn again. What all of them need would be alive at once, time and again, and cost the garbage
+    collector more than anything else: a quarter of the CPU with 1,000 in flight.
     """
 
     def __init__(self) -> None:
-        self._queues: dict[asyncio.AbstractEventLoop, deque[asyncio.Future[None]]] = {}
+        self._turns: dict[asyncio.AbstractEventLoop, _Turn] = {}
+
+    def now_or_later(self) -> asyncio.Future[None] | None:
+        """Return what one more has to wait for on the running loop; None where it may begin in this turn."""
+        loop = asyncio.get_running_loop()
+        turn = self._turn_of(loop)
+        if turn.has_room():
+            return None
+        waiter = loop.create_future()
+        turn.add(waiter)
+        return waiter
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
         """Wake who waits on the running loop, at one of its next turns."""
-        loop = waiter.get_loop()
-        queue = self._queues.get(loop)
-        queue = self._new_queue(loop) if queue is None else queue
-        if not queue:
-            loop.call_soon(self._next, loop, queue)
-        queue.append(waiter)  # last: an interrupt before it loses this one, and holds up nobody else
+        self._turn_of(waiter.get_loop()).add(waiter)
 
-    def _new_queue(self, loop: asyncio.AbstractEventLoop) -> deque[asyncio.Future[None]]:
-        for closed in [known for known in list(self._queues) if known.is_closed()]:
-            self._queues.pop(closed, None)
-        return self._queues.setdefault(loop, deque())
+    def _turn_of(self, loop: asyncio.AbstractEventLoop) -> _Turn:
+        turn = self._turns.get(loop)
+        if turn is None:
+            for closed in [known for known in list(self._turns) if known.is_closed()]:
+                self._turns.pop(closed, None)
+            turn = self._turns.setdefault(loop, _Turn(loop))
+        return turn
 
-    def _next(self, loop: asyncio.AbstractEventLoop, queue: deque[asyncio.Future[None]]) -> None:
+
+class _Turn:
+    """Who begins in this turn of an event loop, and who later."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._later: deque[asyncio.Future[None]] = deque()
+        self._begun = 0
+        self._goes_on = False
+
+    def has_room(self) -> bool:
+        """Return whether one more may begin, who is then counted."""
+        if self._later or self._begun >= _AT_ONCE:
+            return False
+        self._go_on()
+        self._begun += 1
+        return True
+
+    def add(self, waiter: asyncio.Future[None]) -> None:
+        self._go_on()
+        self._later.append(waiter)  # last: an interrupt before it loses this one, and holds up nobody else
+
+    def _go_on(self) -> None:
+        if not self._goes_on:
+            self._loop.call_soon(self._next)
+            self._goes_on = True
+
+    def _next(self) -> None:
         try:
-            for _ in range(min(_AT_ONCE, len(queue))):
-                resolve(queue.popleft())
+            self._goes_on, self._begun = False, 0
+            while self._later and self._begun < _AT_ONCE:
+                self._begun += 1
+                resolve(self._later.popleft())
         finally:
-            if queue:
-                loop.call_soon(self._next, loop, queue)
+            if self._begun or self._later:
+                self._go_on()
 
 
 def resolve(waiter: asyncio.Future[None]) -> None:

@@ -12,7 +12,7 @@ from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
 from openai_eval_client._governor import Admission, Governor
-from openai_eval_client._loops import Wakes
+from openai_eval_client._loops import Starts
 from openai_eval_client._tickets import Lane
 from openai_eval_client._wire import Demand, Outcome, Usage
 
@@ -480,16 +480,16 @@ def test_threads_that_log_at_the_same_time_do_not_trip_over_each_other() -> None
     assert in_virtual_time(scenario, limits()).stats.attempts == 1
 
 
-# --- waking -------------------------------------------------------------------------------------------------
+# --- a few in a turn ----------------------------------------------------------------------------------------
 
 
 async def test_those_admitted_at_once_begin_a_few_at_a_time() -> None:
     """In their order, without whoever has left meanwhile, and with nothing left behind."""
-    wakes, loop, order = Wakes(), asyncio.get_running_loop(), []
+    starts, loop, order = Starts(), asyncio.get_running_loop(), []
     waiters = [loop.create_future() for _ in range(30)]
     for number, waiter in enumerate(waiters):
         waiter.add_done_callback(lambda done, number=number: done.cancelled() or order.append(number))
-        wakes.wake(waiter)
+        starts.wake(waiter)
     waiters[3].cancel()
     at_most, turns = 0, 0
     while len(order) < 29:
@@ -501,6 +501,44 @@ async def test_those_admitted_at_once_begin_a_few_at_a_time() -> None:
     assert turns < 9
 
 
+async def test_those_for_whom_there_is_room_begin_a_few_at_a_time_too() -> None:
+    """In their order; alone, one begins without waiting for another turn."""
+    governor, order, at_most = Governor(limits()), [], 0
+
+    async def one(number: int) -> None:
+        await governor.admit(DEMAND)
+        order.append(number)
+
+    tasks = [asyncio.create_task(one(number)) for number in range(30)]
+    while len(order) < 30:
+        before = len(order)
+        await asyncio.sleep(0)
+        at_most = max(at_most, len(order) - before)
+    assert order == list(range(30))
+    assert at_most == 8
+    await asyncio.gather(*tasks)
+    await asyncio.sleep(0)
+    lonely = governor.admit(DEMAND)
+    with pytest.raises(StopIteration):
+        lonely.send(None)
+
+
+async def test_who_is_cancelled_before_their_turn_gives_slot_and_reservation_back() -> None:
+    """They were admitted, and have not begun."""
+    governor = Governor(limits(60, max_concurrent=20))
+    tasks = [asyncio.create_task(governor.admit(DEMAND)) for _ in range(20)]
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    begun = [
+        task for task in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(task, Admission)
+    ]
+    assert len(begun) < 20
+    gate = governor._gates["m"]
+    assert gate.lane.in_flight == len(begun)
+    assert gate.requests.spent == len(begun)
+
+
 async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
     """By the collector, wherever it runs; an interrupt on the way holds up nobody."""
 
@@ -508,29 +546,29 @@ async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
         def done(self) -> bool:
             if not inner:
                 inner.append(asyncio.get_running_loop().create_future())
-                wakes.wake(inner[0])
+                starts.wake(inner[0])
                 raise KeyError
             return super().done()
 
-    wakes, loop, inner = Wakes(), asyncio.get_running_loop(), []
+    starts, loop, inner = Starts(), asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda *_: None)
     outer = [loop.create_future(), Reentrant(), loop.create_future()]
     for waiter in outer:
-        wakes.wake(waiter)
+        starts.wake(waiter)
     await asyncio.wait_for(asyncio.gather(outer[0], outer[2]), 5)
     await asyncio.wait_for(inner[0], 5)
 
 
 def test_each_loop_wakes_its_own() -> None:
     """A loop that was closed before its turn holds up nobody, and is forgotten."""
-    wakes, closed = Wakes(), asyncio.new_event_loop()
-    wakes.wake(closed.create_future())
+    starts, closed = Starts(), asyncio.new_event_loop()
+    starts.wake(closed.create_future())
     closed.close()
 
     async def main() -> None:
         waiter = asyncio.get_running_loop().create_future()
-        wakes.wake(waiter)
+        starts.wake(waiter)
         await asyncio.wait_for(waiter, 5)
-        assert list(wakes._queues) == [asyncio.get_running_loop()]
+        assert list(starts._turns) == [asyncio.get_running_loop()]
 
     asyncio.run(main())
