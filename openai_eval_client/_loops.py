@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_AT_ONCE = 8  # requests that begin in one turn of an event loop
+_AT_ONCE = 32  # requests that begin in one turn of an event loop, as long as nobody waits for the next
+_AT_A_TIME = 8  # of those who wait
 
 
 class Monotonic:
@@ -102,7 +103,7 @@ class _Turn:
     def _next(self) -> None:
         try:
             self._goes_on, self._begun = False, 0
-            while self._later and self._begun < _AT_ONCE:
+            while self._later and self._begun < _AT_A_TIME:
                 self._begun += 1
                 resolve(self._later.popleft())
         finally:
