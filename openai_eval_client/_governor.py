@@ -2,7 +2,8 @@
 
 One lock stands round all gates. Nothing is awaited under it: a ticket that cannot go gets a future of its
 own loop, and whoever frees budget or a slot has it woken there. When only time can help, each loop with
-waiters holds one timer, so that no loop depends on another that may be busy or closed.
+waiters holds one timer, so that no loop depends on another that may be busy or closed. Who is admitted
+begins in this turn of the loop or, where many are, in one of the next.
 """
 
 from __future__ import annotations
