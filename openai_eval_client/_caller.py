@@ -171,7 +171,7 @@ class Caller:
 
         Args:
             job: What to send.
-            failures: The failure of the first attempt; empty from then on.
+            failures: That of the first attempt, until it is raised here: nothing keeps an error alive.
 
         Returns:
             The response. For each parameter that the model turns out to refuse it is sent once more.

@@ -141,6 +141,7 @@ class Governor(Sharing):
                 except BaseException:
                     self._lock.when_free(functools.partial(self._withdraw, gate, ticket))
                     raise
+                ticket.granted_at = self._clock.time()  # it begins now: what was before is waiting
                 self._say_wait(gate, ticket)
         except BaseException:
             if payment is not None:

@@ -1,4 +1,4 @@
-"""Reaching a future on whatever event loop it belongs to."""
+"""Event loops: reaching a future on whatever loop it belongs to, and how many begin in one turn of it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections import deque
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_AT_ONCE = 32  # requests that begin in one turn of an event loop, as long as nobody waits for the next
+_WAVE = 32  # requests that begin in one turn of an event loop, as long as nobody waits for the next
 _AT_A_TIME = 8  # of those who wait
 
 
@@ -49,32 +50,31 @@ class Starts:
     """
 
     def __init__(self) -> None:
-        self._turns: dict[asyncio.AbstractEventLoop, _Turn] = {}
+        # a loop that has more to do holds its own entry, and a closed one lets go of it
+        self._by_loop: WeakValueDictionary[asyncio.AbstractEventLoop, _Stagger] = WeakValueDictionary()
 
     def now_or_later(self) -> asyncio.Future[None] | None:
         """Return what one more has to wait for on the running loop; None where it may begin in this turn."""
         loop = asyncio.get_running_loop()
-        turn = self._turn_of(loop)
-        if turn.has_room():
+        stagger = self._of(loop)
+        if stagger.has_room():
             return None
         waiter = loop.create_future()
-        turn.add(waiter)
+        stagger.add(waiter)
         return waiter
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
         """Wake who waits on the running loop, at one of its next turns."""
-        self._turn_of(waiter.get_loop()).add(waiter)
+        self._of(waiter.get_loop()).add(waiter)
 
-    def _turn_of(self, loop: asyncio.AbstractEventLoop) -> _Turn:
-        turn = self._turns.get(loop)
-        if turn is None:
-            for closed in [known for known in list(self._turns) if known.is_closed()]:
-                self._turns.pop(closed, None)
-            turn = self._turns.setdefault(loop, _Turn(loop))
-        return turn
+    def _of(self, loop: asyncio.AbstractEventLoop) -> _Stagger:
+        stagger = self._by_loop.get(loop)
+        if stagger is None:
+            stagger = self._by_loop[loop] = _Stagger(loop)
+        return stagger
 
 
-class _Turn:
+class _Stagger:
     """Who begins in this turn of an event loop, and who later."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -85,15 +85,16 @@ class _Turn:
 
     def has_room(self) -> bool:
         """Return whether one more may begin, who is then counted."""
-        if self._later or self._begun >= _AT_ONCE:
+        if self._later or self._begun >= _WAVE:
             return False
         self._go_on()
         self._begun += 1
         return True
 
     def add(self, waiter: asyncio.Future[None]) -> None:
+        """Let one begin in a later turn."""
         self._go_on()
-        self._later.append(waiter)  # last: an interrupt before it loses this one, and holds up nobody else
+        self._later.append(waiter)
 
     def _go_on(self) -> None:
         if not self._goes_on:
@@ -102,10 +103,12 @@ class _Turn:
 
     def _next(self) -> None:
         try:
-            self._goes_on, self._begun = False, 0
-            while self._later and self._begun < _AT_A_TIME:
-                self._begun += 1
-                resolve(self._later.popleft())
+            self._goes_on, self._begun, woken = False, 0, 0
+            while self._later and woken < _AT_A_TIME:
+                waiter = self._later.popleft()
+                if not waiter.done():
+                    waiter.set_result(None)
+                    woken, self._begun = woken + 1, _WAVE  # nobody else passes them
         finally:
             if self._begun or self._later:
                 self._go_on()

@@ -52,7 +52,7 @@ class Ticket:
         owner: The event loop that waits for it, None where nobody had to wait.
         waiter: The future to resolve.
         state: Where it is.
-        granted_at: Clock time at which it was admitted.
+        granted_at: Clock time at which it was admitted; once it has begun, at which it began.
         ended_at: Clock time at which it was settled.
         marks: Where the budgets of requests and of tokens stood then.
     """

@@ -540,7 +540,7 @@ async def test_who_is_cancelled_before_their_turn_gives_slot_and_reservation_bac
 
 
 async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
-    """By the collector, wherever it runs; an interrupt on the way holds up nobody."""
+    """By the collector, wherever it runs; what is raised on the way holds up nobody."""
 
     class Reentrant(asyncio.Future):
         def done(self) -> bool:
@@ -559,16 +559,82 @@ async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
     await asyncio.wait_for(inner[0], 5)
 
 
-def test_each_loop_wakes_its_own() -> None:
-    """A loop that was closed before its turn holds up nobody, and is forgotten."""
-    starts, closed = Starts(), asyncio.new_event_loop()
-    starts.wake(closed.create_future())
+@pytest.mark.parametrize("meanwhile", ["admitted", "waiting"])
+def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: str) -> None:
+    """Slots of those it never let begin come back, also to a loop that lives on beside it."""
+    governor = Governor(limits(max_concurrent=100))
+
+    async def one() -> None:
+        (await governor.admit(DEMAND)).settle(OK)
+
+    async def hold() -> None:
+        admission = await governor.admit(DEMAND)
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            admission.settle(OK)
+
+    async def leave_in_the_middle() -> None:
+        held = [await governor.admit(DEMAND) for _ in range(100)] if meanwhile == "waiting" else []
+        tasks = [asyncio.ensure_future(hold()) for _ in range(100)]
+        await asyncio.sleep(0)
+        for admission in held:
+            admission.settle(OK)
+        await asyncio.sleep(0)
+        assert not any(task.done() for task in tasks)
+
+    living, closed = asyncio.new_event_loop(), asyncio.new_event_loop()
+    living.run_until_complete(one())
+    closed.run_until_complete(leave_in_the_middle())
     closed.close()
+    del closed
+    gc.collect()
+    assert governor._gates["m"].lane.in_flight == 0
 
-    async def main() -> None:
-        waiter = asyncio.get_running_loop().create_future()
-        starts.wake(waiter)
-        await asyncio.wait_for(waiter, 5)
-        assert list(starts._turns) == [asyncio.get_running_loop()]
+    async def go_on() -> None:
+        await asyncio.wait_for(asyncio.gather(*[one() for _ in range(100)]), 5)
 
-    asyncio.run(main())
+    living.run_until_complete(go_on())
+    living.close()
+
+
+def test_the_time_until_one_begins_is_waiting_and_not_the_servers() -> None:
+    """Although it was admitted at once."""
+
+    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+        async def one() -> None:
+            admission = await governor.admit(DEMAND)
+            loop.jump.slept += 0.5  # what it takes to begin
+            admission.settle(OK)
+
+        await asyncio.gather(*[one() for _ in range(40)])
+
+    stats = in_virtual_time(scenario, limits()).stats
+    assert stats.server_seconds == pytest.approx(40 * 0.5)
+    assert stats.wait_seconds == pytest.approx(
+        0.5 * sum(range(8))
+    )  # the last eight, asked in the first turn too
+
+
+async def test_a_crowd_that_was_cancelled_holds_nobody_up() -> None:
+    """Nor does whoever comes next pass those who were there before."""
+    governor, order = Governor(limits(max_concurrent=2000)), []
+
+    async def one(name: str) -> None:
+        await governor.admit(DEMAND)
+        order.append(name)
+
+    crowd = [asyncio.ensure_future(governor.admit(DEMAND)) for _ in range(1000)]
+    early = [asyncio.ensure_future(one("early")) for _ in range(8)]
+    await asyncio.sleep(0)
+    for task in crowd:
+        task.cancel()
+    turns = 0
+    late = []
+    while len(order) < len(early):
+        late.append(asyncio.ensure_future(one("late")))
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns < 5
+    await asyncio.gather(*crowd, *early, *late, return_exceptions=True)
+    assert order == ["early"] * len(early) + ["late"] * len(late)

@@ -313,7 +313,7 @@ def test_redis_may_be_lost_and_come_back_empty(virtual, factor: int, window: int
         fleet.redis.down = False
 
     server = VirtualServer(1800, 480_000, window=window)
-    count = 150 if window == 5 else 480  # nobody is done before the longest pause between two tries
+    count = 150 if window == 5 else 480  # all still ask when Redis is tried again: up to 5 s after it is back
     fleet = virtual([quota(factor, burst_seconds=window)] * 4, server=server).run(count, outage)
     assert fleet.answered == [count] * 4
     assert server.refused <= 0.05 * 4 * count
