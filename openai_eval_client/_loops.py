@@ -21,7 +21,7 @@ class Monotonic:
     time = staticmethod(time.monotonic)
 
 
-def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: object) -> bool:
+def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> bool:
     """Run `function` on `loop`, now if it is the running one; False where the loop has closed."""
     if running_loop() is loop:
         function(*args)
@@ -105,19 +105,19 @@ class _Stagger:
         try:
             self._goes_on, self._begun, woken = False, 0, 0
             while self._later and woken < _AT_A_TIME:
-                waiter = self._later.popleft()
-                if not waiter.done():
-                    waiter.set_result(None)
+                if resolve(self._later.popleft()):
                     woken, self._begun = woken + 1, _WAVE  # nobody else passes them
         finally:
             if self._begun or self._later:
                 self._go_on()
 
 
-def resolve(waiter: asyncio.Future[None]) -> None:
-    """Wake who waits, unless they have been cancelled meanwhile."""
-    if not waiter.done():
-        waiter.set_result(None)
+def resolve(waiter: asyncio.Future[None]) -> bool:
+    """Wake who waits; False where they have been cancelled meanwhile."""
+    if waiter.done():
+        return False
+    waiter.set_result(None)
+    return True
 
 
 def refuse(waiter: asyncio.Future[None], error: Exception) -> None:
