@@ -22,10 +22,10 @@ from openai_eval_client._cli_common import (
     exit_codes,
     fail,
     is_refusal,
-    run,
     say,
     show_log,
 )
+from openai_eval_client._cli_stop import with_client
 from openai_eval_client._replacing import replacing
 from openai_eval_client._retry import is_transient
 from openai_eval_client.config import BatchConfig
@@ -102,7 +102,7 @@ def submit(
         if model is None and any(request.model is None for request in requests):
             say(f"model: {config.default_model}, the default; --model names another")
         try:
-            job = run(
+            job = with_client(
                 config,
                 lambda client: client.submit_batch_job(
                     requests, completion_window=window, metadata=pairs, api=api.value
@@ -130,7 +130,7 @@ def status(
     4 not one was run. Without, it is 0 whatever the status.
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
-        found = run(
+        found = with_client(
             _config(ctx),
             lambda client: _waited(client, job, interval) if wait else client.get_batch_status(job),
         )
@@ -155,7 +155,7 @@ def results(
     written, and the exit code is 1.
     """
     with exit_codes(), _opened(output) as file:
-        outcomes = run(_config(ctx), lambda client: _outcomes(client, job))
+        outcomes = with_client(_config(ctx), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):
             file.write(_cli_rows.row_of(index, outcome))
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
@@ -168,7 +168,9 @@ def results(
 def cancel(ctx: typer.Context, job: Job, *, as_json: AsJson = False) -> None:
     """Cancel a job; what is answered already stays, and is paid."""
     with exit_codes():
-        _cli_tables.show(run(_config(ctx), lambda client: client.cancel_batch_job(job)), as_json=as_json)
+        _cli_tables.show(
+            with_client(_config(ctx), lambda client: client.cancel_batch_job(job)), as_json=as_json
+        )
 
 
 @batch_app.command("list")
@@ -180,7 +182,7 @@ def list_jobs(
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""
     with exit_codes():
-        jobs = run(_config(ctx), lambda client: _newest(client, limit))
+        jobs = with_client(_config(ctx), lambda client: _newest(client, limit))
         _cli_tables.show_all(jobs, as_json=as_json)
 
 

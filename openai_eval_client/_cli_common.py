@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import openai
 import pydantic
@@ -16,17 +15,14 @@ from rich.console import Console
 
 from openai_eval_client import _bar
 from openai_eval_client._retry import asked_wait, was_never_sent
-from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import OpenAIConfig
 from openai_eval_client.errors import BatchError, BudgetExceededError, QuotaError, ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
 SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
-
-T = TypeVar("T")
 
 _NO_KEY = "set OPENAI_API_KEY, or give --api-key-file"
 
@@ -97,16 +93,6 @@ def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
         fail(BAD_INPUT, f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         fail(INTERRUPTED, interrupted)
-
-
-def run(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T]], **options: Any) -> T:
-    """Do something with a client, which is closed afterwards."""
-
-    async def working() -> T:
-        async with OpenAIClient(config, **options) as client:
-            return await work(client)
-
-    return asyncio.run(working())
 
 
 def account(

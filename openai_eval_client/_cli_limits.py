@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -14,6 +13,7 @@ import typer
 from openai_eval_client import _cli_options as opt
 from openai_eval_client import _cli_tables
 from openai_eval_client._cli_common import account, exit_codes, say, show_log
+from openai_eval_client._cli_stop import complete
 from openai_eval_client._headers import DIMENSIONS, read_quotas
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import RateLimitConfig
@@ -42,7 +42,7 @@ def limits(
     show_log()
     with exit_codes():
         config = account(base_url=base_url, key_file=key_file)
-        found = asyncio.run(_ask(config, models or [config.default_model]))
+        found = complete(_ask(config, models or [config.default_model]))
         if as_json:
             typer.echo(json.dumps({name: _plain(quotas) for name, quotas in found.items()}))
         else:

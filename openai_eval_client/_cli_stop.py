@@ -10,16 +10,21 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai_eval_client import _bar
 from openai_eval_client._cli_common import INTERRUPTED, say
+from openai_eval_client.client import OpenAIClient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable, Coroutine
     from types import TracebackType
 
     from typing_extensions import Self
+
+    from openai_eval_client.config import OpenAIConfig
+
+T = TypeVar("T")
 
 GRACE = 5.0  # seconds that what is in flight has to finish
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -76,6 +81,37 @@ class Interrupts:
             return
         self._timer = self._loop.call_later(GRACE, end)
         say(f"interrupted: what is in flight may finish, for {GRACE:g} s; again: end at once")
+
+
+def complete(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end; a signal cancels it at once, whatever task of it is at work.
+
+    Before Python 3.11, `asyncio.run` leaves it to chance which one meets the `KeyboardInterrupt`.
+
+    Raises:
+        KeyboardInterrupt: A signal came.
+    """
+
+    async def working() -> T:
+        with Interrupts(at_once=True) as signals:
+            try:
+                return await work
+            except asyncio.CancelledError:
+                if not signals.event.is_set():
+                    raise
+                raise KeyboardInterrupt from None
+
+    return asyncio.run(working())
+
+
+def with_client(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T]], **options: Any) -> T:
+    """Do something with a client, which is closed afterwards; a signal ends it, as in `complete`."""
+
+    async def working() -> T:
+        async with OpenAIClient(config, **options) as client:
+            return await work(client)
+
+    return complete(working())
 
 
 def command(*, add: str, without: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import sys
 from importlib import metadata
@@ -17,6 +16,7 @@ from openai_eval_client._cli_common import BAD_INPUT, exit_codes, fail, say, sho
 from openai_eval_client._cli_limits import limits
 from openai_eval_client._cli_report import report
 from openai_eval_client._cli_run import estimate, run
+from openai_eval_client._cli_stop import complete
 from openai_eval_client.config import OpenAIConfig
 from openai_eval_client.costs import usd
 
@@ -77,7 +77,7 @@ def demo(
             f"HumanEval on {where}: {_demo.LIMITS.requests_per_minute} requests and "
             f"{_demo.LIMITS.tokens_per_minute:,} tokens per minute"
         )
-        summary = asyncio.run(_demo.run(config.model_copy(update={"default_model": model}), _demo.LIMITS))
+        summary = complete(_demo.run(config.model_copy(update={"default_model": model}), _demo.LIMITS))
     Console().print(_table(summary))
 
 

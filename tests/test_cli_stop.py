@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -242,3 +243,32 @@ def test_rows_are_piped(folder):
     assert running.returncode == 1
     assert "Traceback" not in said
     assert "Exception" not in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_ends_the_work_whatever_task_it_meets(number):
+    """A command without rows is cancelled as a whole: no task is left with an error that nobody reads."""
+    tasks, before = [], signal.getsignal(number)
+
+    async def busy():
+        signal.raise_signal(number)
+        await asyncio.sleep(30)
+
+    async def work():
+        tasks.append(asyncio.create_task(busy()))
+        await asyncio.sleep(30)
+
+    with pytest.raises(KeyboardInterrupt):
+        _cli_stop.complete(work())
+    assert tasks[0].cancelled()
+    assert signal.getsignal(number) is before
+
+
+def test_a_cancellation_of_its_own_is_not_taken_for_a_signal():
+    """Work that is cancelled without a signal ends as it would alone."""
+
+    async def work():
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        _cli_stop.complete(work())
