@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._bucket import MINUTE
 from openai_eval_client._callbacks import report
+from openai_eval_client._crew import each
 from openai_eval_client._ledger import exact
 from openai_eval_client._limiter import FIRST_OUTPUT_GUESS, Gate
 from openai_eval_client._requests import check_prompt
-from openai_eval_client._runner import each
 from openai_eval_client._wire import Usage, max_output
 from openai_eval_client.costs import CostEstimate
 

@@ -1,22 +1,21 @@
-"""Many prompts online: a bounded number at work, outcomes as they come."""
+"""Many prompts online: answered by a crew, collected in input order."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
-from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai_eval_client._callbacks import report
 from openai_eval_client._checks import check_count
+from openai_eval_client._crew import Crew
 from openai_eval_client._requests import check_prompt
 from openai_eval_client._retry import is_doom
 from openai_eval_client._tickets import Lane
 from openai_eval_client.errors import PartialFailureError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from openai_eval_client._callbacks import Progress
     from openai_eval_client._progress import Display
@@ -25,160 +24,9 @@ if TYPE_CHECKING:
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
-T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
-_READ_AHEAD = 32  # prompts beyond those in flight: counted, and first to go; more would only take memory
-
-
-class Crew:
-    """The items of one run that are at work, some of them with a request in flight.
-
-    Args:
-        work: Called with an item's position, the item, and `sending`, to be entered for as long as a request
-            is in flight. An exception it raises becomes the item's outcome.
-        width: Items taken and not yet consumed, at most.
-        is_doom: Whether an error would meet every other item, too; called with it, and with whether any item
-            was answered so far.
-    """
-
-    def __init__(
-        self,
-        work: Callable[..., Awaitable[Any]],
-        *,
-        width: int,
-        is_doom: Callable[[Exception, bool], bool],
-    ) -> None:
-        self.error: BaseException | None = None
-        self._work = work
-        self._is_doom = is_doom
-        self._room = asyncio.Semaphore(width)
-        self._outcomes: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._sending: set[asyncio.Task[Any] | None] = set()
-        self._answered = False
-        self._stopped = False
-
-    async def run(self, items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
-        """Work on the items, and yield each outcome as it comes.
-
-        No more items are taken than there is room for, and an item takes up room until the consumer comes
-        back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
-        work, before this generator does.
-
-        Args:
-            items: What to work on, taken one by one. The iterable's own exception ends the run like its end
-                does, and is raised once all that was taken has been yielded.
-
-        Yields:
-            The item's position and its outcome, a result or an exception.
-        """
-        self._start(self._take(items))
-        try:
-            while (outcome := await self._outcomes.get()) is not None:
-                yield outcome
-                self._room.release()
-        finally:
-            self._stopped = True
-            left = [task for task in self._tasks if task.cancel()]
-            await asyncio.gather(*left, return_exceptions=True)
-        if self.error is not None:
-            raise self.error
-
-    def unclaimed(self) -> Iterator[tuple[int, Any]]:
-        """Yield the outcomes that the consumer left behind."""
-        while not self._outcomes.empty():
-            outcome = self._outcomes.get_nowait()
-            if outcome is not None:
-                yield outcome
-
-    @property
-    def in_flight(self) -> int:
-        """Requests sent and not answered yet."""
-        return len(self._sending)
-
-    def stop(self) -> None:
-        """Send nothing more: what is in flight is waited for and yielded, what waits is dropped."""
-        if not self._stopped:
-            self._stop(None)
-
-    def sending(self) -> Crew:
-        """Return what says that the running item has a request in flight: until its outcome is out."""
-        return self
-
-    def __enter__(self) -> None:
-        if self._stopped:
-            raise asyncio.CancelledError
-        self._sending.add(asyncio.current_task())
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
-            return
-        task = asyncio.current_task()
-        self._sending.discard(task)
-        if self._stopped and task is not None:
-            task.cancel()  # no further attempt
-
-    def _stop(self, error: BaseException | None) -> None:
-        """Let only what is in flight, and perhaps paid for, finish; then the error is raised."""
-        if not self._stopped:
-            self._stopped, self.error = True, error  # rather than its source's own
-        for task in self._tasks - self._sending - {asyncio.current_task()}:
-            task.cancel()
-
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """Forget a task; after the last one nothing more comes."""
-        self._tasks.discard(task)
-        self._sending.discard(task)
-        if not task.cancelled():
-            self.error = task.exception() if self.error is None else self.error
-        elif not self._stopped:  # by somebody else: no item is dropped in silence
-            self._stop(asyncio.CancelledError())
-        if not self._tasks:
-            self._outcomes.put_nowait(None)
-
-    async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        async with contextlib.aclosing(each(items)) as source:
-            for index in itertools.count():
-                await self._room.acquire()
-                try:
-                    item = await anext(source)
-                except StopAsyncIteration:
-                    return
-                self._start(self._one(index, item))
-                if not self._room.locked():  # else there is a wait anyway
-                    await asyncio.sleep(0)  # items may be slow to make, and this one can go
-
-    async def _one(self, index: int, item: object) -> None:
-        try:
-            outcome = await self._work(index, item, sending=self.sending)
-        except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
-            self._outcomes.put_nowait((index, error))
-            if self._is_doom(error, self._answered):
-                self._stop(error)
-        else:
-            self._answered = True
-            self._outcomes.put_nowait((index, outcome))
-
-
-async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
-    """Yield from an iterable of either kind; an async generator is closed in the end, as nobody else may."""
-    if not isinstance(items, AsyncIterable):
-        for item in items:
-            yield item
-        return
-    source = aiter(items)
-    try:
-        async for item in source:
-            yield item
-    finally:
-        if isinstance(source, AsyncGenerator):
-            await source.aclose()
+_READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
 
 
 def crew(
@@ -215,7 +63,8 @@ def crew(
         return is_doom(error, limits.max_wait, answered=answered)
 
     in_flight = max_concurrent or limits.max_concurrent
-    return Crew(answer, width=in_flight + min(in_flight, _READ_AHEAD), is_doom=dooms)
+    width = in_flight + min(in_flight, _READ_AHEAD)
+    return Crew(answer, in_flight=in_flight, width=width, is_doom=dooms)
 
 
 async def collect(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from openai_eval_client._caller import Caller
+    from openai_eval_client._crew import Crew
     from openai_eval_client._governor import Governor
     from openai_eval_client._progress import Display
     from openai_eval_client._requests import Parameters
@@ -162,7 +163,7 @@ class StreamMethods:
             params=params,
         )
 
-    def _display(self, total: int | None, model: str, crew: _runner.Crew | None) -> Display:
+    def _display(self, total: int | None, model: str, crew: Crew | None) -> Display:
         """Return what shows how far a call is; where no crew is at work, limits play no part."""
         from openai_eval_client._progress import Display  # seldom wanted
 
@@ -180,7 +181,7 @@ class StreamMethods:
 
 
 async def _watched(
-    crew: _runner.Crew, prompts: Any, display: Display | None, stop_event: asyncio.Event | None
+    crew: Crew, prompts: Any, display: Display | None, stop_event: asyncio.Event | None
 ) -> AsyncGenerator[tuple[int, Any], None]:
     """Yield a crew's outcomes, shown as they come, until somebody wants no more of them."""
     with contextlib.ExitStack() as around:

@@ -25,6 +25,7 @@ LAYERS = [
         "_bucket",
         "_callbacks",
         "_checks",
+        "_crew",
         "_database",
         "_exclusive",
         "_failures",

@@ -23,7 +23,7 @@ from openai_eval_client import (
     RateLimitConfig,
     ValidationError,
 )
-from openai_eval_client._runner import Crew
+from openai_eval_client._crew import Crew
 from openai_eval_client.testing import SimulatedServer
 
 # --- any story: items, source, consumer, in virtual time ---------------------------------------------------
@@ -61,6 +61,7 @@ class Story:
     """
 
     items: list[Item]
+    in_flight: int = 3
     width: int = 3
     source: str = "list"
     source_delay: float = 0.0
@@ -78,6 +79,7 @@ class Seen:
     consumed: int = 0
     furthest: int = 0
     sending: int = 0
+    most_sending: int = 0
     sent: set[int] = field(default_factory=set)
     outcomes: dict[int, object] = field(default_factory=dict)
     error: BaseException | None = None
@@ -146,6 +148,7 @@ async def work(index: int, item: Item, *, sending, seen: Seen) -> int:
 async def request(index: int, item: Item, raises: type[Exception] | None, sending, seen: Seen) -> None:
     with sending():
         seen.sending += 1
+        seen.most_sending = max(seen.most_sending, seen.sending)
         seen.sent.add(index)
         seen.sent_after_doom += seen.doomed
         try:
@@ -162,7 +165,10 @@ async def consume(story: Story, seen: Seen) -> None:
         return isinstance(error, DoomError)
 
     crew = seen.crew = Crew(
-        lambda *args, **options: work(*args, **options, seen=seen), width=story.width, is_doom=is_doom
+        lambda *args, **options: work(*args, **options, seen=seen),
+        in_flight=story.in_flight,
+        width=story.width,
+        is_doom=is_doom,
     )
     async with contextlib.AsyncExitStack() as stack:
         streams = [crew.run(SOURCES[story.source](story, seen))]
@@ -223,6 +229,7 @@ ITEMS = st.builds(
 STORIES = st.builds(
     Story,
     items=st.lists(ITEMS, max_size=20),
+    in_flight=st.integers(1, 6),
     width=st.integers(1, 6),
     source=st.sampled_from(sorted(SOURCES)),
     source_delay=DELAYS,
@@ -288,9 +295,46 @@ def test_work_begins_before_the_next_item_is_taken() -> None:
             yield n
 
     async def main() -> int:
-        return len([pair async for pair in Crew(begin, width=99, is_doom=lambda *_: False).run(slow())])
+        return len(
+            [pair async for pair in Crew(begin, in_flight=99, width=99, is_doom=lambda *_: False).run(slow())]
+        )
 
     assert asyncio.run(main()) == 9
+
+
+def test_who_is_done_goes_on_with_the_next_item() -> None:
+    """As many tasks as slots, however many items: none that ends while another begins."""
+    workers: set[asyncio.Task | None] = set()
+
+    async def one(index: int, _: None, *, sending) -> None:
+        workers.add(asyncio.current_task())
+        with sending():
+            await asyncio.sleep(1.0 + index % 3)
+
+    async def main() -> int:
+        crew = Crew(one, in_flight=3, width=9, is_doom=lambda *_: False)
+        return len([pair async for pair in crew.run([None] * 50)])
+
+    loop = VirtualLoop()
+    assert loop.run_until_complete(main()) == 50
+    loop.close()
+    assert len(workers) == 3
+
+
+@pytest.mark.parametrize("waiting", [1, 2, 3])
+def test_who_waits_for_another_attempt_leaves_the_slot_to_another(waiting: int) -> None:
+    """Those who wait keep nobody waiting, also where nothing more is taken; in the end all are done."""
+    items = [Item(retry=100.0)] * waiting + [Item(during=1.0)] * 8
+    seen = told(Story(items, in_flight=2, width=2 + waiting))
+    assert list(seen.outcomes)[:8] == list(range(waiting, waiting + 8))
+    assert 100.0 <= seen.ended_at < 101.0
+
+
+def test_no_more_are_in_flight_than_may_be_once_those_who_waited_come_back() -> None:
+    """Who takes a waiting one's slot gives it back."""
+    seen = told(Story([Item(retry=0.5, during=1.0)] + [Item(during=1.0)] * 30, in_flight=3, width=9))
+    assert seen.most_sending <= 4  # the gate of a client lets the fourth wait
+    assert seen.ended_at == pytest.approx(11.0, abs=1.0)
 
 
 def test_the_error_of_the_source_comes_after_all_it_gave() -> None:
@@ -350,9 +394,9 @@ def test_what_swallows_its_cancellation_still_sends_no_more(doomed: bool) -> Non
             sent.append(index)
 
     async def main() -> None:
-        stream = Crew(stubborn, width=2, is_doom=lambda error, _: isinstance(error, DoomError)).run(
-            [None] * 9
-        )
+        stream = Crew(
+            stubborn, in_flight=2, width=2, is_doom=lambda error, _: isinstance(error, DoomError)
+        ).run([None] * 9)
         await anext(stream)
         await stream.aclose()
 
@@ -366,7 +410,9 @@ async def test_an_async_generator_is_closed_by_the_time_the_stream_is() -> None:
     """Also where somebody still holds on to it."""
     seen = Seen()
     source = from_async(Story([Item()] * 9), seen)
-    stream = Crew(functools.partial(work, seen=seen), width=2, is_doom=lambda *_: False).run(source)
+    stream = Crew(functools.partial(work, seen=seen), in_flight=2, width=2, is_doom=lambda *_: False).run(
+        source
+    )
     await anext(stream)
     await stream.aclose()
     assert seen.source_ended
@@ -384,7 +430,7 @@ def test_a_task_cancelled_by_somebody_else_is_not_lost_in_silence() -> None:
         return index
 
     async def all_of_them() -> None:
-        crew = Crew(one, width=3, is_doom=lambda *_: False)
+        crew = Crew(one, in_flight=3, width=3, is_doom=lambda *_: False)
         async for _, outcome in crew.run([None] * 9):
             outcomes.append(outcome)
 
@@ -400,7 +446,7 @@ def test_a_source_that_is_never_read_from_is_not_touched() -> None:
     """Nothing starts before the first outcome is asked for, and nothing is left when none is."""
     seen = Seen()
     story = Story([Item()])
-    stream = Crew(work, width=1, is_doom=lambda *_: False).run(from_list(story, seen))
+    stream = Crew(work, in_flight=1, width=1, is_doom=lambda *_: False).run(from_list(story, seen))
     del stream
     assert seen.taken == 0
 
