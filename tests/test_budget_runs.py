@@ -241,7 +241,7 @@ async def test_an_answer_without_usage_is_billed_at_the_most_it_can_cost() -> No
 
 async def test_a_cancelled_call_counts_what_was_sent_and_gives_back_the_rest() -> None:
     """In flight: at the most it can cost. Waiting for the budget, or for the rate limit: nothing."""
-    limits = RateLimitConfig(requests_per_minute=20, tokens_per_minute=None, burst_seconds=12)  # 4 at once
+    limits = RateLimitConfig(requests_per_minute=4, tokens_per_minute=None, adaptive_throttling=False)
     with simulated(latency=30) as server:
         async with connect(server, limits, max_cost=1, timeout=60) as client:
             each = await most(client, "hello")
