@@ -15,6 +15,7 @@ from openai_eval_client import _cli_summary, _cli_work
 from openai_eval_client._cli_common import account, exit_codes, say, show_log
 from openai_eval_client._cli_input import Source
 from openai_eval_client._cli_output import Output
+from openai_eval_client._cli_stop import complete
 from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import ValidationError
 
@@ -123,7 +124,7 @@ def run(  # one name for each option
             if cache is not None and not quiet:
                 say("the cache is not looked at: answers that it has are estimated as well, but cost nothing")
             _prepare(order, quiet=quiet)
-            _show_estimate(asyncio.run(_cli_work.estimate(order)), as_json=as_json)
+            _show_estimate(complete(_cli_work.estimate(order)), as_json=as_json)
             return
         with _opened(output, order, resume=resume, retry_failed=retry_failed, overwrite=overwrite) as file:
             failed_before = file.failed
@@ -164,7 +165,7 @@ def estimate(
             params=_params(param, schema, api, None, max_tokens, system, None),
         )
         _prepare(order, quiet=False)
-        _show_estimate(asyncio.run(_cli_work.estimate(order)), as_json=as_json)
+        _show_estimate(complete(_cli_work.estimate(order)), as_json=as_json)
 
 
 def _check_usage(output: str, *, resume: bool, retry_failed: bool, overwrite: bool) -> None:

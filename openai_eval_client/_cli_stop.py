@@ -28,13 +28,14 @@ T = TypeVar("T")
 
 GRACE = 5.0  # seconds that what is in flight has to finish
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NOT_OURS = (signal.SIG_IGN, None)  # as a shell has it for what runs in the background; not from Python
 
 
 class Interrupts:
     """Takes the signals while it is entered, inside a running event loop.
 
     Args:
-        at_once: Whether there is nothing to wait for.
+        at_once: Whether there is nothing to wait for: the second signal is then as without this.
         farewell: What is said when the second signal ends it all.
 
     Attributes:
@@ -53,7 +54,8 @@ class Interrupts:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+            heeded = [number for number in _SIGNALS if signal.getsignal(number) not in _NOT_OURS]
+            self._before = {number: signal.signal(number, self._on_signal) for number in heeded}
         return self
 
     def __exit__(
@@ -61,10 +63,16 @@ class Interrupts:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  # what the system hands over
+        if self._seen and self._at_once:
+            self._give_back()
+            raise KeyboardInterrupt
         if self._seen:
             below = "\n\n" if _bar.is_open() else ""
             with contextlib.suppress(OSError):  # as low as can be: a line may be half written

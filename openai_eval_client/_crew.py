@@ -10,25 +10,25 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 
 T = TypeVar("T")
 
-_IN_A_TURN = 8  # items taken in one turn of the event loop, of those that wait until another is done
+_LONG = 0.002  # seconds; whoever takes items for longer lets others go in between
 
 
 class Crew:
     """The items of one run that are at work, some of them with a request in flight.
 
-    A worker whose item is done goes on with the next one in the same turn of the event loop: what the one
-    needed is free before the other needs as much. Where a turn ends many requests, and a later one begins as
-    many, the garbage collector meets them all time and again.
+    A worker whose item is answered goes on with the next one in the same turn of the event loop: what the one
+    needed is free before the other needs as much. Where one turn ends many requests, and a later one begins
+    as many, the garbage collector runs twice as often.
 
     Args:
         work: Called with an item's position, the item, and `sending`, to be entered for as long as a request
             is in flight. An exception it raises becomes the item's outcome.
-        in_flight: Requests that may be in flight at once, so many items are at work; one more for each that
-            waits for another attempt.
+        slots: Requests that are to be in flight at once, so many items are at work; more where some of them
+            wait for something else, such as another attempt. The limits bound what is sent, not these.
         width: Items taken and not yet consumed, at most.
         is_doom: Whether an error would meet every other item, too; called with it, and with whether any item
             was answered so far.
@@ -38,14 +38,14 @@ class Crew:
         self,
         work: Callable[..., Awaitable[Any]],
         *,
-        in_flight: int,
+        slots: int,
         width: int,
         is_doom: Callable[[Exception, bool], bool],
     ) -> None:
         self.error: BaseException | None = None
         self._work = work
         self._is_doom = is_doom
-        self._slots = in_flight
+        self._slots = slots
         self._workers = 0
         self._ready: deque[tuple[int, Any]] = deque()
         self._room = asyncio.Semaphore(width)
@@ -116,8 +116,9 @@ class Crew:
             return
         task = asyncio.current_task()
         self._sending.discard(task)
-        self._waiting.add(task)
-        self._staff()
+        if isinstance(error, Exception):
+            self._waiting.add(task)
+            asyncio.get_running_loop().call_soon(self._staff)  # unless this one goes on itself
         if self._stopped and task is not None:
             task.cancel()  # no further attempt
 
@@ -138,29 +139,37 @@ class Crew:
         """Forget a task; after the last one nothing more comes."""
         self._tasks.discard(task)
         self._forget(task)
-        if not task.cancelled():
-            self.error = task.exception() if self.error is None else self.error
-        elif not self._stopped:  # by somebody else: no item is dropped in silence
-            self._stop(asyncio.CancelledError())
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None and not self._stopped:  # by somebody else: no item is dropped in silence
+            self._stop(error)
         if not self._tasks:
             self._outcomes.put_nowait(None)
 
     async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        async with contextlib.aclosing(each(items)) as source:
-            for index in itertools.count():
-                await self._room.acquire()
-                try:
-                    item = await anext(source)
-                except StopAsyncIteration:
-                    return
-                self._ready.append((index, item))
-                started = self._staff()
-                if (started or index % _IN_A_TURN == 0) and not self._room.locked():
+        try:
+            async with contextlib.aclosing(each(items)) as source:
+                await self._take_from(source)
+        except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
+            self.error = error if self.error is None else self.error
+
+    async def _take_from(self, source: AsyncIterator[Any]) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        for index in itertools.count():
+            await self._room.acquire()
+            try:
+                item = await anext(source)
+            except StopAsyncIteration:
+                return
+            self._ready.append((index, item))
+            if self._staff() or loop.time() - began > _LONG:
+                if not self._room.locked():  # else there is a wait anyway
                     await asyncio.sleep(0)  # items may be slow to make, and others can go
+                began = loop.time()
 
     def _staff(self) -> bool:
-        """Start a worker for what is ready, if there are not enough; return whether one was."""
-        if not self._ready or self._surplus >= 0:
+        """Start a worker for what is ready, if there may be a slot for it; return whether one was."""
+        if not self._ready or (self._surplus >= 0 and len(self._sending) >= self._slots):
             return False
         self._workers += 1
         self._start(self._do_what_is_ready())
@@ -172,18 +181,24 @@ class Crew:
         return self._workers - len(self._waiting) - self._slots
 
     async def _do_what_is_ready(self) -> None:
-        """Work on one item after the other; the last worker leaves none behind."""
-        while self._ready and self._surplus <= 0:
-            index, item = self._ready.popleft()
-            try:
-                self._outcomes.put_nowait((index, await self._work(index, item, sending=self.sending)))
-                self._answered = True
-            except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
-                self._outcomes.put_nowait((index, error))
-                if self._is_doom(error, self._answered):
-                    self._stop(error)
-            self._forget(asyncio.current_task())
+        """Work on one item after the other, unless somebody else may wait for the slot."""
+        while self._ready:
+            await self._one(*self._ready.popleft())
+            if self._surplus > 0 and len(self._sending) >= self._slots - 1:
+                break
         self._workers -= 1
+
+    async def _one(self, index: int, item: object) -> None:
+        try:
+            outcome = await self._work(index, item, sending=self.sending)
+        except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
+            self._outcomes.put_nowait((index, error))
+            if self._is_doom(error, self._answered):
+                self._stop(error)
+        else:
+            self._answered = True
+            self._outcomes.put_nowait((index, outcome))
+        self._forget(asyncio.current_task())
 
     def _forget(self, task: asyncio.Task[Any] | None) -> None:
         self._sending.discard(task)

@@ -64,7 +64,7 @@ def crew(
 
     in_flight = max_concurrent or limits.max_concurrent
     width = in_flight + min(in_flight, _READ_AHEAD)
-    return Crew(answer, in_flight=in_flight, width=width, is_doom=dooms)
+    return Crew(answer, slots=in_flight, width=width, is_doom=dooms)
 
 
 async def collect(

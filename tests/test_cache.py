@@ -265,6 +265,16 @@ async def test_without_sampling_one_answer_is_enough(path: Path, options) -> Non
     assert later.cached
 
 
+async def test_those_who_wait_for_the_same_answer_keep_no_others_waiting(tmp_path: Path) -> None:
+    """Their slots go to other prompts, as far as the run reads ahead."""
+    prompts = [f"{n // 4}" for n in range(32)]
+    with SimulatedServer(latency=0.2, latency_sigma=0) as server:
+        async with connect(server, tmp_path / "c.sqlite") as client:
+            responses = await client.batch_generate(prompts, temperature=0, max_concurrent=4)
+        assert (server.max_in_flight, len(server.calls)) == (2, 8)
+    assert [response.content for response in responses] == [f"echo: {prompt}" for prompt in prompts]
+
+
 async def test_who_shares_an_answer_does_not_share_its_failure(path: Path) -> None:
     """The first of several same requests fails: one of the others is sent, and answers the rest."""
     with SimulatedServer(script=["500"], latency=0.05) as server:

@@ -272,3 +272,40 @@ def test_a_cancellation_of_its_own_is_not_taken_for_a_signal():
 
     with pytest.raises(asyncio.CancelledError):
         _cli_stop.complete(work())
+
+
+def test_the_second_signal_ends_even_the_clearing_up():
+    """Whoever does not want to wait for that need not; what is entered is still left."""
+    steps = []
+
+    async def work():
+        try:
+            signal.raise_signal(signal.SIGINT)
+            await asyncio.sleep(30)
+        finally:
+            steps.append("cancelled")
+            try:
+                signal.raise_signal(signal.SIGINT)
+                await asyncio.sleep(30)
+            finally:
+                steps.append("interrupted")
+
+    with pytest.raises(KeyboardInterrupt):
+        _cli_stop.complete(work())
+    assert steps == ["cancelled", "interrupted"]
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    """As a shell has it for what a script runs in the background."""
+
+    async def work():
+        signal.raise_signal(signal.SIGINT)
+        await asyncio.sleep(0.01)
+        return "done"
+
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert _cli_stop.complete(work()) == "done"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

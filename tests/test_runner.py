@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import traceback
 from dataclasses import dataclass, field
 
 import openai
@@ -61,7 +62,7 @@ class Story:
     """
 
     items: list[Item]
-    in_flight: int = 3
+    slots: int = 3
     width: int = 3
     source: str = "list"
     source_delay: float = 0.0
@@ -80,6 +81,7 @@ class Seen:
     furthest: int = 0
     sending: int = 0
     most_sending: int = 0
+    sending_at: list[int] = field(default_factory=list)
     sent: set[int] = field(default_factory=set)
     outcomes: dict[int, object] = field(default_factory=dict)
     error: BaseException | None = None
@@ -149,6 +151,7 @@ async def request(index: int, item: Item, raises: type[Exception] | None, sendin
     with sending():
         seen.sending += 1
         seen.most_sending = max(seen.most_sending, seen.sending)
+        seen.sending_at.append(seen.sending)
         seen.sent.add(index)
         seen.sent_after_doom += seen.doomed
         try:
@@ -166,7 +169,7 @@ async def consume(story: Story, seen: Seen) -> None:
 
     crew = seen.crew = Crew(
         lambda *args, **options: work(*args, **options, seen=seen),
-        in_flight=story.in_flight,
+        slots=story.slots,
         width=story.width,
         is_doom=is_doom,
     )
@@ -213,7 +216,8 @@ def told(story: Story) -> Seen:
     gc.collect(0)  # young objects: all of this story
     assert unheard == []
     assert (seen.sending, seen.sent_after_doom) == (0, 0)
-    assert not seen.crew._tasks | seen.crew._sending
+    assert not seen.crew._tasks | seen.crew._sending | seen.crew._waiting
+    assert seen.crew._stopped or seen.crew._workers == 0
     return seen
 
 
@@ -229,7 +233,7 @@ ITEMS = st.builds(
 STORIES = st.builds(
     Story,
     items=st.lists(ITEMS, max_size=20),
-    in_flight=st.integers(1, 6),
+    slots=st.integers(1, 6),
     width=st.integers(1, 6),
     source=st.sampled_from(sorted(SOURCES)),
     source_delay=DELAYS,
@@ -248,7 +252,7 @@ STORIES = st.builds(
 def test_any_interleaving_loses_no_outcome_and_leaves_no_task(story: Story) -> None:
     """Slow consumers, failing items, sources that raise, early ends of every kind."""
     seen = told(story)
-    assert seen.furthest <= story.width
+    assert seen.most_sending <= seen.furthest <= story.width
     for index, outcome in seen.outcomes.items():
         expected = story.items[index].raises
         assert outcome == index if expected is None else type(outcome) is expected
@@ -296,7 +300,7 @@ def test_work_begins_before_the_next_item_is_taken() -> None:
 
     async def main() -> int:
         return len(
-            [pair async for pair in Crew(begin, in_flight=99, width=99, is_doom=lambda *_: False).run(slow())]
+            [pair async for pair in Crew(begin, slots=99, width=99, is_doom=lambda *_: False).run(slow())]
         )
 
     assert asyncio.run(main()) == 9
@@ -312,7 +316,7 @@ def test_who_is_done_goes_on_with_the_next_item() -> None:
             await asyncio.sleep(1.0 + index % 3)
 
     async def main() -> int:
-        crew = Crew(one, in_flight=3, width=9, is_doom=lambda *_: False)
+        crew = Crew(one, slots=3, width=9, is_doom=lambda *_: False)
         return len([pair async for pair in crew.run([None] * 50)])
 
     loop = VirtualLoop()
@@ -325,16 +329,122 @@ def test_who_is_done_goes_on_with_the_next_item() -> None:
 def test_who_waits_for_another_attempt_leaves_the_slot_to_another(waiting: int) -> None:
     """Those who wait keep nobody waiting, also where nothing more is taken; in the end all are done."""
     items = [Item(retry=100.0)] * waiting + [Item(during=1.0)] * 8
-    seen = told(Story(items, in_flight=2, width=2 + waiting))
+    seen = told(Story(items, slots=2, width=2 + waiting))
     assert list(seen.outcomes)[:8] == list(range(waiting, waiting + 8))
     assert 100.0 <= seen.ended_at < 101.0
 
 
-def test_no_more_are_in_flight_than_may_be_once_those_who_waited_come_back() -> None:
-    """Who takes a waiting one's slot gives it back."""
-    seen = told(Story([Item(retry=0.5, during=1.0)] + [Item(during=1.0)] * 30, in_flight=3, width=9))
-    assert seen.most_sending <= 4  # the gate of a client lets the fourth wait
-    assert seen.ended_at == pytest.approx(11.0, abs=1.0)
+def test_no_more_are_at_work_than_there_are_slots_once_those_who_waited_are_back() -> None:
+    """Who takes a waiting one's slot gives it back; the gate of a client bounds what is sent meanwhile."""
+    seen = told(
+        Story([Item(during=1.0)] * 3 + [Item(retry=0.5, during=1.0)] + [Item(during=1.0)] * 30, width=9)
+    )
+    assert max(seen.sending_at[-12:]) == 3
+
+
+def test_where_all_fail_for_good_the_same_few_go_on() -> None:
+    """A failed request may be followed by another attempt; if not, its worker takes the next item."""
+    workers: set[asyncio.Task | None] = set()
+
+    async def one(index: int, _: None, *, sending) -> None:
+        workers.add(asyncio.current_task())
+        with sending():
+            await asyncio.sleep(1.0 + index % 3)
+            raise FailureError
+
+    async def main() -> int:
+        crew = Crew(one, slots=3, width=9, is_doom=lambda *_: False)
+        return len([pair async for pair in crew.run([None] * 50)])
+
+    loop = VirtualLoop()
+    assert loop.run_until_complete(main()) == 50
+    loop.close()
+    assert len(workers) == 3
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_a_source_that_is_slow_lets_the_others_go_in_between(seconds: float) -> None:
+    """What is read ahead is taken at once where that takes no time."""
+    went: list[int] = []
+    at: list[int] = []
+    loop = VirtualLoop()
+
+    def source():
+        for n in range(20):
+            at.append(len(went))
+            loop.call_soon(went.append, n)
+            yield Item(during=1.0)
+            loop.jump.slept += seconds
+
+    async def main() -> None:
+        crew = Crew(functools.partial(work, seen=Seen()), slots=1, width=99, is_doom=lambda *_: False)
+        async with contextlib.aclosing(crew.run(source())) as stream:
+            await anext(stream)
+
+    loop.run_until_complete(main())
+    loop.close()
+    assert len(set(at[3:])) == (17 if seconds else 1)
+
+
+class PanicError(BaseException):
+    """No exception that anybody is to catch."""
+
+
+def test_what_is_no_exception_ends_the_run_and_is_raised() -> None:
+    """What is in flight is waited for; nobody waits for what is left."""
+    seen = told(
+        Story(
+            [Item(during=2.0), Item(during=1.0, raises=PanicError)] + [Item(during=1.0)] * 9, slots=2, width=5
+        )
+    )
+    assert set(seen.outcomes) == seen.sent - {1}
+    assert len(seen.sent) < seen.taken == 5
+    assert isinstance(seen.error, PanicError)
+
+
+def test_clearing_the_frames_of_an_error_does_not_touch_the_work_on_others() -> None:
+    """As unittest's assertRaises does."""
+
+    async def one(index: int, _: None, *, sending) -> int:
+        if index == 0:
+            raise FailureError
+        await asyncio.sleep(1.0)
+        return index
+
+    async def main() -> list[object]:
+        outcomes = []
+        crew = Crew(one, slots=1, width=2, is_doom=lambda *_: False)
+        async for _, outcome in crew.run([None] * 5):
+            if isinstance(outcome, FailureError):
+                traceback.clear_frames(outcome.__traceback__)
+            outcomes.append(outcome)
+        return outcomes[1:]
+
+    loop = VirtualLoop()
+    assert loop.run_until_complete(asyncio.wait_for(main(), 60.0)) == [1, 2, 3, 4]
+    loop.close()
+
+
+def test_nothing_is_sent_in_the_place_of_what_is_cancelled() -> None:
+    """By somebody else, while other items are ready."""
+    sent: list[int] = []
+
+    async def one(index: int, _: None, *, sending) -> None:
+        with sending():
+            sent.append(index)
+            if index == 1:
+                asyncio.current_task().cancel()
+            await asyncio.sleep(1.0)
+
+    async def main() -> None:
+        async for _ in Crew(one, slots=3, width=6, is_doom=lambda *_: False).run([None] * 9):
+            pass
+
+    loop = VirtualLoop()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(main())
+    loop.close()
+    assert sent == [0, 1, 2]
 
 
 def test_the_error_of_the_source_comes_after_all_it_gave() -> None:
@@ -394,9 +504,9 @@ def test_what_swallows_its_cancellation_still_sends_no_more(doomed: bool) -> Non
             sent.append(index)
 
     async def main() -> None:
-        stream = Crew(
-            stubborn, in_flight=2, width=2, is_doom=lambda error, _: isinstance(error, DoomError)
-        ).run([None] * 9)
+        stream = Crew(stubborn, slots=2, width=2, is_doom=lambda error, _: isinstance(error, DoomError)).run(
+            [None] * 9
+        )
         await anext(stream)
         await stream.aclose()
 
@@ -410,9 +520,7 @@ async def test_an_async_generator_is_closed_by_the_time_the_stream_is() -> None:
     """Also where somebody still holds on to it."""
     seen = Seen()
     source = from_async(Story([Item()] * 9), seen)
-    stream = Crew(functools.partial(work, seen=seen), in_flight=2, width=2, is_doom=lambda *_: False).run(
-        source
-    )
+    stream = Crew(functools.partial(work, seen=seen), slots=2, width=2, is_doom=lambda *_: False).run(source)
     await anext(stream)
     await stream.aclose()
     assert seen.source_ended
@@ -430,7 +538,7 @@ def test_a_task_cancelled_by_somebody_else_is_not_lost_in_silence() -> None:
         return index
 
     async def all_of_them() -> None:
-        crew = Crew(one, in_flight=3, width=3, is_doom=lambda *_: False)
+        crew = Crew(one, slots=3, width=3, is_doom=lambda *_: False)
         async for _, outcome in crew.run([None] * 9):
             outcomes.append(outcome)
 
@@ -446,7 +554,7 @@ def test_a_source_that_is_never_read_from_is_not_touched() -> None:
     """Nothing starts before the first outcome is asked for, and nothing is left when none is."""
     seen = Seen()
     story = Story([Item()])
-    stream = Crew(work, in_flight=1, width=1, is_doom=lambda *_: False).run(from_list(story, seen))
+    stream = Crew(work, slots=1, width=1, is_doom=lambda *_: False).run(from_list(story, seen))
     del stream
     assert seen.taken == 0
 
