@@ -63,7 +63,8 @@ class StreamMethods:
 
         Args:
             prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
-                the event loop, so one that blocks holds it up. An async generator is closed in the end.
+                the event loop, so one that blocks holds it up. An async generator is closed in the end. The
+                context variables that requests see are those of the first `anext`.
             model: The model; None: the config's default.
             temperature: Sampling temperature; not sent when None.
             max_tokens: Output tokens at most; not sent when None.
