@@ -13,15 +13,15 @@ import typer
 from openai_eval_client import _cli_options as opt
 from openai_eval_client import _cli_tables
 from openai_eval_client._cli_common import account, exit_codes, say, show_log
-from openai_eval_client._cli_stop import complete
+from openai_eval_client._cli_stop import with_client
 from openai_eval_client._headers import DIMENSIONS, read_quotas
-from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import RateLimitConfig
 
 if TYPE_CHECKING:
     from openai_eval_client._headers import Quota
-    from openai_eval_client.config import OpenAIConfig
+    from openai_eval_client.client import OpenAIClient
 
+_FREE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
 _QUESTION: Any = [{"role": "user", "content": "hi"}]
 _BRIEFLY: tuple[dict[str, int], ...] = ({"max_tokens": 1}, {"max_completion_tokens": 16})
 
@@ -42,7 +42,8 @@ def limits(
     show_log()
     with exit_codes():
         config = account(base_url=base_url, key_file=key_file)
-        found = complete(_ask(config, models or [config.default_model]))
+        asked = models or [config.default_model]
+        found = with_client(config, lambda client: _ask(client, asked), rate_limit=_FREE)
         if as_json:
             typer.echo(json.dumps({name: _plain(quotas) for name, quotas in found.items()}))
         else:
@@ -52,10 +53,8 @@ def limits(
                 say(f"{name}: the server states no limits; --rpm and --tpm set them")
 
 
-async def _ask(config: OpenAIConfig, models: list[str]) -> dict[str, dict[str, Quota]]:
-    free = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
-    async with OpenAIClient(config, rate_limit=free) as client:
-        return {model: read_quotas(await _headers(client, model)) for model in models}
+async def _ask(client: OpenAIClient, models: list[str]) -> dict[str, dict[str, Quota]]:
+    return {model: read_quotas(await _headers(client, model)) for model in models}
 
 
 async def _headers(client: OpenAIClient, model: str) -> Any:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from openai_eval_client import _bar
 from openai_eval_client._cli_common import INTERRUPTED, say
@@ -70,16 +70,19 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  # what the system hands over
-        if self._seen and self._at_once:
-            self._give_back()
-            raise KeyboardInterrupt
         if self._seen:
-            below = "\n\n" if _bar.is_open() else ""
-            with contextlib.suppress(OSError):  # as low as can be: a line may be half written
-                os.write(sys.stderr.fileno(), f"{below}{self._farewell}\n".encode())
-            os._exit(INTERRUPTED)
+            self._end()
         self._seen = True
         self._loop.call_soon_threadsafe(self._stop)
+
+    def _end(self) -> NoReturn:
+        if self._at_once:
+            self._give_back()
+            raise KeyboardInterrupt
+        below = "\n\n" if _bar.is_open() else ""
+        with contextlib.suppress(OSError):  # as low as can be: a line may be half written
+            os.write(sys.stderr.fileno(), f"{below}{self._farewell}\n".encode())
+        os._exit(INTERRUPTED)
 
     def _stop(self) -> None:
         end: Callable[[], object] = self._task.cancel if self._task is not None else self._loop.stop
