@@ -1,10 +1,9 @@
 """Run thousands of prompts against the OpenAI API: paced within its limits, retried, priced, in order."""
 
-from openai_eval_client._frames import to_pandas
-from openai_eval_client._openai import AsyncOpenAI
+from openai_eval_client._report import to_pandas
+from openai_eval_client._sdk import AsyncOpenAI
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
-from openai_eval_client.costs import CostEstimate, CostLedger, ModelCost
 from openai_eval_client.errors import (
     APIError,
     BatchError,
@@ -21,6 +20,9 @@ from openai_eval_client.models import (
     BatchJobStatus,
     BatchRequest,
     ClientStats,
+    CostEstimate,
+    CostLedger,
+    ModelCost,
     ModelResponse,
     TokenUsage,
 )

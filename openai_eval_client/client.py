@@ -1,42 +1,59 @@
-"""The evaluation client: it only composes the parts."""
+"""The evaluation client: every public method, a few lines each."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client import _clients, _runner
-from openai_eval_client._batch_client import Batches
-from openai_eval_client._batch_methods import BatchMethods
-from openai_eval_client._callbacks import Guarded, both
-from openai_eval_client._caller import Caller
-from openai_eval_client._checks import check_callback, check_switch, config_of
-from openai_eval_client._events import inform
-from openai_eval_client._governor import Governor
-from openai_eval_client._http import govern
-from openai_eval_client._openai import AsyncOpenAI, account_of
-from openai_eval_client._requests import check_prompt, list_prompts
-from openai_eval_client._stream_methods import StreamMethods
+from openai_eval_client._account import Governor
+from openai_eval_client._batches import Batches
+from openai_eval_client._log import inform
+from openai_eval_client._online import Caller, collect, estimate, start_pool
+from openai_eval_client._report import Guarded, Reading, both
+from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, govern
 from openai_eval_client._tokens import TokenCounter
+from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
+from openai_eval_client._wire import PATHS, check_iterable, check_parameters, check_prompt, list_prompts
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import (
+        AsyncGenerator,
+        AsyncIterable,
+        AsyncIterator,
+        Callable,
+        Iterable,
+        Mapping,
+        Sequence,
+    )
     from decimal import Decimal
-    from pathlib import Path
+    from pathlib import Path  # typer reads the annotations
     from types import TracebackType
 
     from typing_extensions import Self
 
     from openai_eval_client._cache import Cache
-    from openai_eval_client.models import ClientStats, ModelResponse
+    from openai_eval_client._cost import Purse
+    from openai_eval_client._online import Crew
+    from openai_eval_client._report import Display
+    from openai_eval_client._wire import Parameters
+    from openai_eval_client.models import (
+        BatchJob,
+        BatchJobStatus,
+        BatchRequest,
+        ClientStats,
+        CostEstimate,
+        ModelResponse,
+    )
 
     Prompt = str | Sequence[Any]
 
 
-class OpenAIClient(BatchMethods, StreamMethods):
+class OpenAIClient:
     """Answers prompts within the rate limits, retried, priced, in order.
 
     One client may be shared by any number of tasks, threads and event loops, and used by several
@@ -67,8 +84,8 @@ class OpenAIClient(BatchMethods, StreamMethods):
         limits = config_of("rate_limit", rate_limit, RateLimitConfig)
         self._governor = Governor(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
-        self._http = http_client or _clients.fast_client(self._config.base_url)
-        sdk = _clients.AsyncOpenAI(http_client=self._http, **self._account(), max_retries=0)
+        self._http = http_client or fast_client(self._config.base_url)
+        sdk = SdkClient(http_client=self._http, **self._account(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
         self._governor.share(*account_of(sdk))
         pricer = self._governor.ledger.pricer_for(self._config.base_url)
@@ -187,7 +204,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         purse = self._purse_for(max_cost, parameters)
-        crew = _runner.crew(self._call, parameters, self._governor.config, max_concurrent, purse)
+        crew = start_pool(self._call, parameters, self._governor.config, max_concurrent, purse)
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
             progress_callback = Guarded(progress_callback)
@@ -201,7 +218,7 @@ class OpenAIClient(BatchMethods, StreamMethods):
         display = self._display(len(listed), parameters.model, crew if online else None) if progress else None
         with display or contextlib.nullcontext():
             if online:
-                return await _runner.collect(
+                return await collect(
                     crew,
                     listed,
                     progress=progress_callback,
@@ -216,13 +233,211 @@ class OpenAIClient(BatchMethods, StreamMethods):
                 return_exceptions=return_exceptions,
             )
 
+    def as_completed(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        timeout: float | None = None,
+        system: str | None = None,
+        api: str = "chat",
+        max_concurrent: int | None = None,
+        max_cost: float | Decimal | None = None,
+        progress: bool = False,
+        stop_event: asyncio.Event | None = None,
+        **chat_params: Any,
+    ) -> AsyncGenerator[tuple[int, ModelResponse | Exception], None]:
+        """Answer prompts and yield each outcome as it comes, in bounded memory however many there are.
+
+        At most twice `max_concurrent` prompts are taken and not yet consumed, so a slow consumer slows their
+        source down. Ending the loop early (`break`, `aclose`, cancellation) ends what is in flight.
+
+        Args:
+            prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
+                the event loop, so one that blocks holds it up. An async generator is closed in the end. The
+                context variables that requests see are those of the first `anext`.
+            model: The model; None: the config's default.
+            temperature: Sampling temperature; not sent when None.
+            max_tokens: Output tokens at most; not sent when None.
+            timeout: Seconds for one attempt; None: the config's.
+            system: A system prompt for all of them.
+            api: "chat" for chat completions, "responses" for the Responses API.
+            max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
+            max_cost: USD that this call may cost; None: any amount. Every attempt reserves the most it can
+                cost, and none is sent for which too little is left. Needs `max_tokens`.
+            progress: Show how far it is, as for `batch_generate`.
+            stop_event: Once it is set, nothing more is sent: what is in flight is yielded, and the iterator
+                ends. Prompts that were taken and not sent have no outcome.
+            **chat_params: Any other parameter of the API, as for `generate_response`.
+
+        Yields:
+            The prompt's position, from 0, and its response or the exception it failed with: a ValidationError
+            for a prompt that is wrong.
+
+        Raises:
+            ValidationError: A parameter is wrong; raised by the call itself.
+            APIError: An error that all prompts would meet, as for `batch_generate`; raised after what was in
+                flight has been yielded. An exception of `prompts` itself is raised after all it gave.
+            BudgetExceededError: The next request could cost more than what is left of `max_cost`; likewise.
+        """
+        parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
+        purse = self._purse_for(max_cost, parameters)
+        crew = start_pool(self._call, parameters, self._governor.config, max_concurrent, purse)
+        check_iterable(prompts, "__iter__", "__aiter__")
+        check_switch(progress, "progress")
+        check_event(stop_event, "stop_event")
+        if not progress and stop_event is None:
+            return crew.run(prompts)
+        total = len(prompts) if isinstance(prompts, Sized) else None
+        display = self._display(total, parameters.model, crew) if progress else None
+        return _watched(crew, prompts, display, stop_event)
+
+    async def estimate(
+        self,
+        prompts: Iterable[Prompt] | AsyncIterable[Prompt],
+        *,
+        model: str | None = None,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
+        system: str | None = None,
+        api: str = "chat",
+        progress_callback: Callable[[float], Any] | None = None,
+        **chat_params: Any,
+    ) -> CostEstimate:
+        """Estimate what prompts would need before any is sent: tokens, dollars, minutes. Sends nothing.
+
+        Args:
+            prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
+                the event loop, a few at a time, and counted in a thread.
+            model: The model; None: the config's default.
+            temperature: Sampling temperature; needs nothing.
+            max_tokens: Output tokens at most; without it, no upper bound is known.
+            system: A system prompt for all of them.
+            api: "chat" for chat completions, "responses" for the Responses API.
+            progress_callback: Called, or awaited, with the counted fraction now and then where the number of
+                prompts is known, and with 1.0 at the end; what it raises is logged.
+            **chat_params: Any other parameter of the API, as for `generate_response`.
+
+        Returns:
+            The estimate.
+
+        Raises:
+            ValidationError: A parameter or a prompt is wrong; `index` says which prompt.
+        """
+        parameters = self._parameters(model, temperature, max_tokens, None, system, api, chat_params)
+        check_iterable(prompts, "__iter__", "__aiter__")
+        if progress_callback is not None:
+            check_callback(progress_callback, "progress_callback")
+            progress_callback = Guarded(progress_callback)
+        return await estimate(
+            prompts,
+            parameters,
+            counter=self._counter,
+            governor=self._governor,
+            progress=progress_callback,
+        )
+
+    async def submit_batch_job(
+        self,
+        requests: Iterable[BatchRequest],
+        *,
+        completion_window: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        api: str = "chat",
+    ) -> BatchJob:
+        """Submit requests as a batch job: one batch for each model and each 50,000 requests or 200 MB.
+
+        Args:
+            requests: The requests; any number of models.
+            completion_window: What the provider may take, "24h" or "7d"; None: the config's.
+            metadata: Up to 14 pairs of texts, the keys of up to 64 characters and the values of up to 512,
+                that the provider keeps with each batch.
+            api: "chat" for chat completions, "responses" for the Responses API.
+
+        Returns:
+            The job; its `job_id` names all its batches, and works in any process.
+
+        Raises:
+            ValidationError: A request is wrong, with its `index` and `field`; nothing was sent. Or the server
+                refuses the completion window.
+            BudgetExceededError: All requests together can cost more than what is left of the client's
+                `max_cost`; nothing was sent. Else what they can cost stays reserved until their results are
+                retrieved with this client.
+            QuotaError: The server takes no more tokens now, or the credit is used up.
+            APIError: Any other failure, in the SDK's own classes. Of this and QuotaError: what was created
+                of the job has been cancelled, and `job_id` names it.
+        """
+        return await self._jobs.submit(requests, api=api, window=completion_window, metadata=metadata)
+
+    async def get_batch_status(self, job_id: str) -> BatchJobStatus:
+        """Look at a batch job.
+
+        Args:
+            job_id: That of a `BatchJob`, or the id of any batch.
+
+        Returns:
+            Its status. Counts are sums over its batches; an error's `line` is the request's position in the
+            list that was submitted, counted from 1.
+
+        Raises:
+            APIError: There is no such job, or the server cannot be asked.
+        """
+        return await self._jobs.status(job_id)
+
+    async def retrieve_batch_results(
+        self,
+        job_id: str,
+        *,
+        return_exceptions: bool = False,
+    ) -> list[ModelResponse]:
+        """Collect the results of a batch job that has ended, completed or not.
+
+        Args:
+            job_id: That of a `BatchJob`, or the id of any batch.
+            return_exceptions: Put a failed request's exception in its place instead of raising.
+
+        Returns:
+            The responses, in the order of the requests, at the batch price.
+
+        Raises:
+            BatchError: It has not ended, and `code` is its status; or it failed, and no request was run.
+            PartialFailureError: Some requests failed, expired, were cancelled, or have no result; it carries
+                the responses of the others.
+            APIError: There is no such job, or the server cannot be asked.
+        """
+        return await self._jobs.results(job_id, return_exceptions=return_exceptions)
+
+    async def cancel_batch_job(self, job_id: str) -> BatchJobStatus:
+        """Cancel a batch job; what is answered already stays, and is paid.
+
+        Args:
+            job_id: That of a `BatchJob`, or the id of any batch.
+
+        Returns:
+            Its status, "cancelling" at first. A job that has ended stays as it is.
+        """
+        return await self._jobs.cancel(job_id)
+
+    def list_batch_jobs(self) -> AsyncIterator[BatchJobStatus]:
+        """List the batch jobs that this package submitted with this account.
+
+        Yields:
+            The status of each, the newest first; those of which batches are missing come last.
+        """
+        return self._jobs.jobs()
+
     @functools.cached_property
     def openai(self) -> AsyncOpenAI:
         """The SDK's client, paced by the same budget and on the same connections."""
         view = govern(self._http, self._governor, self._counter)
         config = self._config
         client = AsyncOpenAI(
-            http_client=view, **self._account(), max_retries=config.max_retries, timeout=config.timeout
+            http_client=view,
+            **self._account(),
+            max_retries=config.max_retries,
+            timeout=config.timeout,
         )
         client.organization = config.organization_id
         return client
@@ -265,9 +480,50 @@ class OpenAIClient(BatchMethods, StreamMethods):
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         await self.close()
+
+    def _parameters(  # noqa: PLR0917  # in the order of the methods that call it
+        self,
+        model: str | None,
+        temperature: float | None,
+        max_tokens: int | None,
+        timeout: float | None,
+        system: str | None,
+        api: str,
+        params: dict[str, Any],
+    ) -> Parameters:
+        if self._http.is_closed:
+            raise RuntimeError("this client was closed")
+        return check_parameters(
+            model=self._config.default_model if model is None else model,
+            timeout=self._config.timeout if timeout is None else timeout,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            system=system,
+            api=api,
+            params=params,
+        )
+
+    def _purse_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> Purse | None:
+        """Return what a call is paid from besides the client's purse, if its cost has a bound."""
+        return self._governor.payments.purse_for(max_cost, parameters.body, PATHS[parameters.api])
+
+    def _display(self, total: int | None, model: str, crew: Crew | None) -> Display:
+        """Return what shows how far a call is; where no crew is at work, limits play no part."""
+        from openai_eval_client._report import Display  # seldom wanted
+
+        def probe() -> Reading:
+            troubles = self._governor.recorder.troubles
+            if crew is None:
+                return Reading(None, None, *troubles)
+            return Reading(self._governor.gauge(model), crew.in_flight, *troubles)
+
+        return Display(total, probe)
 
     def _opened(self, cache: object) -> Cache | None:
         if cache is None:
@@ -284,3 +540,24 @@ class OpenAIClient(BatchMethods, StreamMethods):
             "organization": config.organization_id,
             "base_url": config.base_url,
         }
+
+
+async def _watched(
+    crew: Crew,
+    prompts: Any,
+    display: Display | None,
+    stop_event: asyncio.Event | None,
+) -> AsyncGenerator[tuple[int, Any], None]:
+    """Yield a crew's outcomes, shown as they come, until somebody wants no more of them."""
+    with contextlib.ExitStack() as around:
+        if display is not None:
+            around.enter_context(display)
+        if stop_event is not None:
+            waiter = asyncio.ensure_future(stop_event.wait())
+            waiter.add_done_callback(lambda waited: None if waited.cancelled() else crew.stop())
+            around.callback(waiter.cancel)
+        async with contextlib.aclosing(crew.run(prompts)) as outcomes:
+            async for index, outcome in outcomes:
+                if display is not None:
+                    display.count(outcome)
+                yield index, outcome

@@ -35,7 +35,8 @@ def few_certificates(tmp_path_factory):
 @pytest.fixture
 def no_pauses(monkeypatch):
     """Retries follow at once: their waits have tests of their own."""
-    from openai_eval_client import _batch_api, _retry
+    from openai_eval_client._batches import api as _batch_api
+    from openai_eval_client._sdk import calls as _retry
 
     monkeypatch.setattr(_retry, "_FIRST_DELAY", 0.01)
     monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.01)
@@ -47,7 +48,7 @@ def empty_vocabularies(tmp_path, monkeypatch):
     """A process that has loaded no vocabulary, has none on disk, and cannot reach the network."""
     import tiktoken.registry
 
-    from openai_eval_client import _tokens
+    from openai_eval_client._tokens import counter as _tokens
 
     folder = tmp_path / "vocabularies"
     folder.mkdir()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import contextlib
 import gc
 import json
 import logging
 import pickle
-import socket
 import threading
 
 import openai
 import pytest
+from clients import KEY, WIDE, connect, no_slot_is_taken, nobody_listens
 from pydantic import BaseModel
 
 from openai_eval_client import (
@@ -30,32 +29,6 @@ from openai_eval_client import (
 )
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
-
-KEY = "sk-secret-1234567890"
-WIDE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
-
-
-def connect(
-    server: SimulatedServer,
-    rate_limit: RateLimitConfig = WIDE,
-    batch: BatchConfig | None = None,
-    **options: object,
-) -> OpenAIClient:
-    settings = {"api_key": KEY, "base_url": server.base_url, "default_model": "gpt-4o-mini", **options}
-    return OpenAIClient(OpenAIConfig(**settings), rate_limit=rate_limit, batch=batch)
-
-
-@contextlib.contextmanager
-def nobody_listens():
-    """The address of a port that is taken and refuses connections."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-
-
-def no_slot_is_taken(client: OpenAIClient) -> bool:
-    return all(lane.in_flight == 0 for gate in client._governor._gates.values() for lane in gate._lanes)
-
 
 # --- one prompt ------------------------------------------------------------------------------------------
 

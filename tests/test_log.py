@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import openai_eval_client as package
-from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig, _events
+from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig, _log
+from openai_eval_client._wire.failures import of_error
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -168,23 +170,22 @@ async def test_a_wait_of_more_than_a_second_is_logged(log, few_certificates):
 def test_no_field_is_called_like_an_attribute_of_every_record():
     """Logging raises KeyError for those, in the middle of a run."""
     used = set()
-    for path in Path(package.__file__).parent.glob("*.py"):
+    for path in Path(package.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in {"warn", "inform", "debug"}:
                 names = {keyword.arg for keyword in node.keywords if keyword.arg}
                 assert "event" in names, f"{path.name}:{node.lineno}"
                 used |= names
-            if isinstance(node, ast.Dict):
-                used |= {
-                    key.value for key in node.keys if isinstance(key, ast.Constant) and path.stem == "_events"
-                }
+    for node in ast.walk(ast.parse(inspect.getsource(of_error))):
+        if isinstance(node, ast.Dict):
+            used |= {key.value for key in node.keys if isinstance(key, ast.Constant)}
     assert used
     assert used & OWN == set()
 
 
 def test_a_record_names_the_line_that_logged_it(log):
     """Not that of the helper."""
-    _events.warn("x %d", 1, event="try", model="m", status=None)
+    _log.warn("x %d", 1, event="try", model="m", status=None)
     (record,) = log.records
     assert (record.funcName, record.getMessage()) == ("test_a_record_names_the_line_that_logged_it", "x 1")
     assert extra(record) == {"event": "try", "model": "m"}
@@ -192,7 +193,7 @@ def test_a_record_names_the_line_that_logged_it(log):
 
 def test_fields_can_be_written_as_json(log):
     """As a formatter for machines does."""
-    _events.inform("x", event="retry", **_events.of_error(ValueError("never shown")), wait_seconds=0.5)
+    _log.inform("x", event="retry", **of_error(ValueError("never shown")), wait_seconds=0.5)
     assert json.loads(json.dumps(extra(log.records[0]))) == {
         "event": "retry",
         "error_type": "ValueError",
@@ -205,5 +206,5 @@ def test_fields_can_be_written_as_json(log):
 )
 def test_a_request_id_is_a_name(name, kept):
     """A server that sends a novel under it is not quoted."""
-    assert _events.request_id({"x-request-id": name}) == kept
-    assert _events.request_id(None) is None
+    assert _log.request_id({"x-request-id": name}) == kept
+    assert _log.request_id(None) is None

@@ -129,7 +129,7 @@ def test_the_reference_has_every_command() -> None:
     """Those of the jobs too."""
     from typer.main import get_command
 
-    from openai_eval_client.cli import app
+    from openai_eval_client._cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]  # a group
     names = {name for name in commands if name != "batch"}

@@ -13,7 +13,7 @@ import pytest
 
 import openai_eval_client
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
-from openai_eval_client._tokens import _VOCABULARIES
+from openai_eval_client._tokens.counter import _VOCABULARIES
 from openai_eval_client.testing import SimulatedServer
 
 PACKAGE = str(Path(openai_eval_client.__file__).parent)

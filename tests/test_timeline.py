@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openai_eval_client import _timeline
-from openai_eval_client._timeline import BINS, Timeline
+from openai_eval_client import _stats as _timeline
+from openai_eval_client._stats import BINS, Timeline
 
 
 def after(events, start=1000.0):

@@ -23,11 +23,9 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, OpenAIClient, OpenAIConfig
-from openai_eval_client._batch_jobs import Tab
-from openai_eval_client._batch_lines import close, write_parts
-from openai_eval_client._batch_manifest import Manifest
-from openai_eval_client._batch_requests import checked
-from openai_eval_client._batch_results import Reader
+from openai_eval_client._batches.files import Manifest, checked, write_parts
+from openai_eval_client._batches.files import close_files as close
+from openai_eval_client._batches.results import Reader, Tab
 from openai_eval_client.testing import SimulatedServer
 
 TEXT = "Write a function that returns the sum of all even numbers below its argument, naïvely. " * 5

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, ModelResponse, OpenAIClient, OpenAIConfig
-from openai_eval_client._batch_meta import INTENT, PART
+from openai_eval_client._batches.status import INTENT, PART
 from openai_eval_client.testing import SimulatedServer
 
 FAULTS = {

@@ -22,8 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
-from openai_eval_client._keys import Sample, Samples
-from openai_eval_client._store import Store
+from openai_eval_client._cache.cache import Sample, Samples
+from openai_eval_client._cache.store import Store
 from openai_eval_client.testing import SimulatedServer
 
 WORDS = "Think about it carefully. " * 5

@@ -1,0 +1,235 @@
+"""What is kept between runs: answers and the journal of jobs, committed before anybody is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import time
+import zlib
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client._cache.database import Connection, Database, is_passing, patiently
+from openai_eval_client._log import warn
+from openai_eval_client._runtime import Background, FileLock
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+    from pathlib import Path  # typer reads the annotations
+
+    Statement = tuple[str, tuple[Any, ...]]
+
+
+_PATIENCE = 60.0  # seconds that another process may be in the way; once it was longer, it is not waited for
+
+_GET = "SELECT created, value, checksum FROM {} WHERE key = ?"
+_PUT = "INSERT OR REPLACE INTO {} (key, created, value, checksum) VALUES (?, ?, ?, ?)"
+_DELETE = "DELETE FROM {} WHERE key = ?"
+
+
+class Store:
+    """One file of kept values, used by any number of tasks, event loops, threads and processes at once.
+
+    Writes that wait at the same time are committed together, by a thread of their own; so are reads done.
+
+    Args:
+        path: The SQLite file; made where there is none.
+        read_only: Keep nothing, only look up.
+
+    Raises:
+        ValidationError: The file is not ours, damaged, of a newer version, or cannot be used.
+    """
+
+    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+        self._database = Database(path, read_only=read_only)
+        self._database.prepare()
+        self._reader, self._writer = Connection(self._database), Connection(self._database)
+        self._reads = Background("openai_eval_client reads", self._read)
+        self._writes = Background("openai_eval_client writes", self._write)
+        self._patience = _PATIENCE
+        self._said: set[str] = set()
+        self._closed = False
+
+    async def get(self, key: bytes, *, since: float = 0.0) -> bytes | None:
+        """Return what was kept under a key.
+
+        Args:
+            key: The key.
+            since: The oldest it may be, in seconds since 1970.
+
+        Returns:
+            The value; None where there is none, where it is older or damaged, or where the file cannot be
+            read just now. The last two are logged, once.
+
+        Raises:
+            ValidationError: The file is damaged, and not only this value.
+        """
+        try:
+            row = await self._do(self._reads, (_GET.format("answers"), (key,)))
+        except (sqlite3.OperationalError, RuntimeError) as error:
+            self._warn("cache %s cannot be read (%s): asking again", error)
+            return None
+        except sqlite3.DatabaseError as error:
+            raise self._database.damaged(error) from None
+        if row is not None and not is_intact(key, row):
+            self._warn("cache %s: an answer is damaged (%s): asking again", "wrong checksum")
+            return None
+        return row[1] if row is not None and row[0] >= since else None
+
+    async def put(self, key: bytes, value: bytes) -> bool:
+        """Keep a value; returns once it is committed.
+
+        Returns:
+            False where it could not be kept, which is logged once; what was kept before is not touched.
+        """
+        try:
+            await self._do(self._writes, _put("answers", key, value))
+        except Exception as error:  # noqa: BLE001  # the answer is paid for: it is handed on in any case
+            self._warn("cache %s cannot be written (%s): the run goes on, its answers are not kept", error)
+            return False
+        return True
+
+    async def journal_get(self, key: str) -> dict[str, Any] | None:
+        """Return an entry of the journal, None where there is none.
+
+        Raises:
+            ValidationError: The file or the entry is damaged, or cannot be read.
+        """
+        name = key.encode()
+        with self._refusing("read"):
+            row = await self._do(self._reads, (_GET.format("journal"), (name,)))
+        if row is None:
+            return None
+        if not is_intact(name, row):
+            raise self._database.damaged(f"wrong checksum of {key!r} in the journal")
+        entry: dict[str, Any] = json.loads(row[1])
+        return entry
+
+    async def journal_put(self, key: str, value: dict[str, Any]) -> None:
+        """Write an entry of the journal, in place of an older one; returns once it is committed.
+
+        Raises:
+            ValidationError: It could not be written.
+        """
+        with self._refusing("written"):
+            await self._do(self._writes, _put("journal", key.encode(), json.dumps(value).encode()))
+
+    async def journal_delete(self, key: str) -> None:
+        """Remove an entry of the journal, if it is there; returns once that is committed.
+
+        Raises:
+            ValidationError: It could not be removed.
+        """
+        with self._refusing("written"):
+            await self._do(self._writes, (_DELETE.format("journal"), (key.encode(),)))
+
+    @contextlib.asynccontextmanager
+    async def exclusive(self, name: str) -> AsyncIterator[None]:
+        """Hold a name alone among all users of this file, in this process and others; waits for it.
+
+        It ends with the process, also when that is killed.
+
+        Raises:
+            ValidationError: There can be no lock beside the file.
+        """
+        digest = blake2b(name.encode(), digest_size=8).hexdigest()
+        path = self._database.path
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(FileLock(path.with_name(f"{path.name}-{digest}.lock")))
+            except OSError as error:
+                raise self._database.unusable(f"no lock beside it: {error.strerror or error}") from None
+            yield
+
+    def close(self) -> None:
+        """Finish what is waiting and close the file; blocks as long as that takes."""
+        self._closed = True
+        self._reads.finish()
+        self._writes.finish()
+        self._reader.close()
+        self._writer.close()
+
+    async def _do(self, background: Background, statement: Statement) -> Any:
+        if self._closed:
+            raise sqlite3.OperationalError("it was closed")
+        return await background.do(statement)
+
+    # --- on the two threads ------------------------------------------------------------------------------
+
+    def _read(self, statements: Sequence[Statement]) -> list[Any]:
+        def read() -> list[Any]:
+            with self._reader.lent() as connection:
+                connection.execute("BEGIN")
+                rows = [_row(connection, statement) for statement in statements]
+                connection.execute("COMMIT")
+                return rows
+
+        return patiently(read, _PATIENCE)
+
+    def _write(self, statements: Sequence[Statement]) -> list[Any]:
+        def write() -> list[Any]:
+            with self._writer.lent() as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for statement in statements:
+                    connection.execute(*statement)
+                connection.execute("COMMIT")
+                return [None] * len(statements)
+
+        try:
+            done = patiently(write, self._patience)
+        except sqlite3.OperationalError as error:
+            self._patience = 0.0 if is_passing(error) else self._patience
+            raise
+        self._patience = _PATIENCE
+        return done
+
+    # --- what may go wrong -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, RuntimeError) as error:
+            raise self._database.unusable(f"the journal cannot be {what}: {error}") from None
+
+    def _warn(self, message: str, why: object) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            warn(message, self._database.name, why, event="cache_failed")
+
+
+def _put(table: str, key: bytes, value: bytes) -> Statement:
+    created = time.time()
+    return _PUT.format(table), (key, created, value, _checksum(key, created, value))
+
+
+def _checksum(key: bytes, created: float, value: bytes) -> bytes:
+    return blake2b(b"%s %s " % (key, created.hex().encode()) + value, digest_size=16).digest()
+
+
+def unpacked(value: bytes) -> bytes:
+    """Return the JSON of a value, which is compressed where it is large.
+
+    Raises:
+        zlib.error: It is neither.
+    """
+    return value if value[:1] == b"{" else zlib.decompress(value)
+
+
+def is_intact(key: bytes, row: Any) -> bool:
+    """Return whether a row is as it was written."""
+    created, value, checksum = row
+    return (
+        isinstance(created, float) and isinstance(value, bytes) and checksum == _checksum(key, created, value)
+    )
+
+
+def _row(connection: sqlite3.Connection, statement: Statement) -> Any:
+    """Return a row, or the error where that part of the file is damaged."""
+    try:
+        return connection.execute(*statement).fetchone()
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError as error:
+        return error

@@ -1,0 +1,27 @@
+"""What requests cost, can cost, and may cost."""
+
+from openai_eval_client._cost.budget import (
+    Payment,
+    Payments,
+    Purse,
+    Reservation,
+    commit,
+    reserve,
+    reserve_now,
+)
+from openai_eval_client._cost.ledger import Ledger
+from openai_eval_client._cost.pricing import Pricer, Rates, exact
+
+__all__ = [
+    "Ledger",
+    "Payment",
+    "Payments",
+    "Pricer",
+    "Purse",
+    "Rates",
+    "Reservation",
+    "commit",
+    "exact",
+    "reserve",
+    "reserve_now",
+]

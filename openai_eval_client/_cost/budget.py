@@ -1,0 +1,407 @@
+"""Budgets in USD: reserve the most that an attempt can cost, settle by what it did cost."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+from collections import deque
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client._cost.bounds import Quoter, most_output
+from openai_eval_client._cost.pricing import EXACT
+from openai_eval_client._log import inform
+from openai_eval_client._runtime import Exclusive, call_on, refuse, resolve
+from openai_eval_client._validation import check_cost
+from openai_eval_client.errors import BudgetExceededError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from openai_eval_client._cost.ledger import Ledger
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client._wire import Demand, Outcome
+
+
+_NOTHING = Decimal(0)
+_WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
+
+
+class _State(enum.Enum):
+    """Where a reservation is."""
+
+    WAITING = enum.auto()
+    HELD = enum.auto()
+    STANDING = enum.auto()
+    DONE = enum.auto()
+
+
+@dataclass(slots=True, eq=False)
+class Hold:
+    """What one purse reserves for one request.
+
+    Attributes:
+        amount: USD.
+        state: Where it is.
+        owner: The event loop that waits for it.
+        waiter: The future to resolve.
+    """
+
+    amount: Decimal
+    state: _State = _State.WAITING
+    owner: asyncio.AbstractEventLoop | None = None
+    waiter: asyncio.Future[None] | None = None
+
+
+class Purse:
+    """A limit on what is spent, kept by reserving; safe for several threads and event loops.
+
+    First come, first served: a request for which there is no room now, but may be once others are settled,
+    waits for that, and those after it wait too. One for which there cannot be room any more is refused. What
+    is spent and reserved stays within the limit, as long as nothing costs more than was reserved for it.
+
+    Args:
+        limit: USD.
+        lock: The lock of those who settle; None: one of its own.
+    """
+
+    def __init__(self, limit: Decimal, *, lock: Exclusive | None = None) -> None:
+        self._limit = limit
+        self._lock = lock or Exclusive()
+        self._spent = self._held = self._standing = _NOTHING
+        self._queue: deque[Hold] = deque()
+
+    async def reserve(self, amount: Decimal) -> Hold:
+        """Reserve an amount in USD, once there is room for it.
+
+        Raises:
+            BudgetExceededError: There cannot be room for it any more.
+        """
+        with self._lock:
+            hold, asked_at = self._asked(amount), time.monotonic()
+            if hold.state is _State.WAITING:
+                hold.owner = asyncio.get_running_loop()
+                waiter = hold.waiter = hold.owner.create_future()
+                self._queue.append(hold)
+        if hold.waiter is None:
+            return hold
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                waiter.exception()  # is looked at, even where a cancellation came together with it
+            self.settle(hold, _NOTHING)
+            raise
+        waited = time.monotonic() - asked_at
+        if waited >= _WORTH_SAYING:
+            text = "waited %.2f s for money reserved by others, within max_cost=%s"
+            inform(text, waited, self._limit, event="waited_for_money", wait_seconds=waited)
+        return hold
+
+    def reserve_now(self, amount: Decimal) -> Hold | None:
+        """Reserve an amount in USD at once; None where there is no room now, but may be later.
+
+        Raises:
+            BudgetExceededError: There cannot be room for it any more.
+        """
+        with self._lock:
+            hold = self._asked(amount)
+            return hold if hold.state is _State.HELD else None
+
+    def commit(self, amount: Decimal) -> Hold:
+        """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
+        with self._lock:
+            hold = Hold(amount)
+            self._grant(hold)
+            return hold
+
+    def settle(self, hold: Hold, actual: Decimal) -> None:
+        """Replace a reservation by what was spent, in USD; a second call does nothing."""
+        self._lock.when_free(lambda: self._settle(hold, actual))
+
+    def stand(self, hold: Hold) -> None:
+        """Keep a reservation, but let nobody wait for its settling, which may never come."""
+        self._lock.when_free(lambda: self._stand(hold))
+
+    def split(self, hold: Hold, amounts: Sequence[Decimal]) -> list[Hold]:
+        """Return a reservation as several, of amounts in USD that add up to it."""
+        with self._lock:
+            self._held = EXACT.subtract(self._held, hold.amount)
+            hold.state = _State.DONE
+            pieces = [Hold(amount) for amount in amounts]
+            for piece in pieces:
+                self._grant(piece)
+            return pieces
+
+    @property
+    def free(self) -> Decimal:
+        """USD that can be reserved now."""
+        with self._lock:
+            return _NOTHING if self._queue else max(_NOTHING, self._room())
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is in flight that may turn out cheaper."""
+        with self._lock:
+            return not self._held and not self._queue
+
+    @property
+    def stats(self) -> dict[str, Decimal]:
+        """The limit, what was spent of it and what is reserved, in USD."""
+        with self._lock:
+            return {"limit": self._limit, "spent": self._spent, "reserved": self._reserved()}
+
+    def exceeded(self, amount: Decimal) -> BudgetExceededError:
+        """Return the error of a request for so many USD."""
+        with self._lock:
+            return self._refusal(amount)
+
+    def _asked(self, amount: Decimal) -> Hold:
+        """Return a hold, granted if it can be at once."""
+        hold = Hold(amount)
+        if amount > self._ever():
+            raise self._refusal(amount)
+        if not self._queue and amount <= self._room():
+            self._grant(hold)
+        return hold
+
+    def _grant(self, hold: Hold) -> None:
+        hold.state = _State.HELD
+        self._held = EXACT.add(self._held, hold.amount)
+
+    def _settle(self, hold: Hold, actual: Decimal) -> None:
+        state, hold.state = hold.state, _State.DONE
+        if state is _State.HELD:
+            self._held = EXACT.subtract(self._held, hold.amount)
+        elif state is _State.STANDING:
+            self._standing = EXACT.subtract(self._standing, hold.amount)
+        if state in {_State.HELD, _State.STANDING}:
+            self._spent = EXACT.add(self._spent, actual)
+        self._pump()
+
+    def _stand(self, hold: Hold) -> None:
+        if hold.state is _State.HELD:
+            hold.state = _State.STANDING
+            self._held = EXACT.subtract(self._held, hold.amount)
+            self._standing = EXACT.add(self._standing, hold.amount)
+            self._pump()
+
+    def _pump(self) -> None:
+        """Serve those who wait, as far as there is room; refuse whom it cannot come to."""
+        while self._queue:
+            hold = self._queue[0]
+            if hold.state is _State.WAITING and self._room() < hold.amount <= self._ever():
+                return
+            self._queue.popleft()
+            if hold.state is _State.WAITING:
+                self._answer(hold)
+
+    def _answer(self, hold: Hold) -> None:
+        """Grant or refuse the first who waits."""
+        owner, waiter = hold.owner, hold.waiter
+        if owner is None or waiter is None:
+            return
+        if hold.amount > self._ever():
+            hold.state = _State.DONE
+            call_on(owner, refuse, waiter, self._refusal(hold.amount))
+            return
+        self._grant(hold)
+        if not call_on(owner, resolve, waiter):
+            self._held = EXACT.subtract(self._held, hold.amount)  # its loop has closed
+            hold.state = _State.DONE
+
+    def _ever(self) -> Decimal:
+        """Return what there would be room for if all in flight turned out to cost nothing."""
+        return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._standing)
+
+    def _room(self) -> Decimal:
+        """Return what there is room for now."""
+        return EXACT.subtract(self._ever(), self._held)
+
+    def _reserved(self) -> Decimal:
+        return EXACT.add(self._held, self._standing)
+
+    def _refusal(self, amount: Decimal) -> BudgetExceededError:
+        spent, reserved, most = (f"{usd.normalize():f}" for usd in (self._spent, self._reserved(), amount))
+        return BudgetExceededError(
+            f"max_cost={self._limit.normalize():f} USD: {spent} spent, {reserved} reserved for what is in "
+            f"flight, and the next request may cost {most}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one request reserves, from each purse that it is to be paid from.
+
+    Attributes:
+        amount: USD.
+        holds: Each purse and what it reserves.
+    """
+
+    amount: Decimal
+    holds: tuple[tuple[Purse, Hold], ...]
+
+    def settle(self, actual: Decimal) -> None:
+        """Replace it by what was spent, in USD; a second call does nothing."""
+        for purse, hold in self.holds:
+            purse.settle(hold, actual)
+
+    def split(self, amounts: Sequence[Decimal]) -> list[Reservation]:
+        """Return it as several, of amounts in USD that add up to it."""
+        pieces = [[(purse, piece) for piece in purse.split(hold, amounts)] for purse, hold in self.holds]
+        parts = zip(*pieces, strict=True) if pieces else [()] * len(amounts)
+        return [Reservation(amount, part) for amount, part in zip(amounts, parts, strict=True)]
+
+    def stand(self) -> None:
+        """Keep it, but let nobody wait for its settling, which may never come."""
+        for purse, hold in self.holds:
+            purse.stand(hold)
+
+
+async def reserve(purses: Sequence[Purse], amount: Decimal) -> Reservation:
+    """Reserve an amount from several purses, once all of them have room for it.
+
+    Args:
+        purses: In the same order for every request, so that none waits for another in a circle.
+        amount: USD.
+
+    Returns:
+        The reservation, to be settled.
+
+    Raises:
+        BudgetExceededError: There cannot be room for it any more.
+    """
+    holds: list[tuple[Purse, Hold]] = []
+    try:
+        for purse in purses:
+            holds.append((purse, await purse.reserve(amount)))  # noqa: PERF401  # is given back in parts
+    except BaseException:
+        Reservation(amount, tuple(holds)).settle(_NOTHING)
+        raise
+    return Reservation(amount, tuple(holds))
+
+
+def reserve_now(purses: Sequence[Purse], amount: Decimal) -> Reservation | None:
+    """Reserve an amount from several purses at once; None where there is no room now, but may be later.
+
+    Raises:
+        BudgetExceededError: There cannot be room for it any more.
+    """
+    holds: list[tuple[Purse, Hold]] = []
+    try:
+        for purse in purses:
+            hold = purse.reserve_now(amount)
+            if hold is None:
+                break
+            holds.append((purse, hold))
+        else:
+            return Reservation(amount, tuple(holds))
+    except BudgetExceededError:
+        Reservation(amount, tuple(holds)).settle(_NOTHING)
+        raise
+    Reservation(amount, tuple(holds)).settle(_NOTHING)
+    return None
+
+
+def commit(purses: Sequence[Purse], amount: Decimal) -> Reservation:
+    """Reserve an amount that is being spent already, whether there is room for it or not."""
+    return Reservation(amount, tuple((purse, purse.commit(amount)) for purse in purses))
+
+
+class Payments:
+    """The money of one client.
+
+    Args:
+        ledger: Knows the prices.
+        lock: The lock of who settles.
+        max_cost: USD that may be spent in all; None: any amount.
+    """
+
+    def __init__(self, ledger: Ledger, lock: Exclusive, max_cost: float | None) -> None:
+        self.quoter = Quoter(ledger)
+        self._lock = lock
+        self._purse = self._new(max_cost)
+
+    def purse_for(self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str) -> Purse | None:
+        """Return a call's own purse, None for None; where anybody keeps a budget, check that it can be kept.
+
+        Args:
+            max_cost: USD that the call may cost.
+            body: What its requests have in common.
+            path: The path of their endpoint.
+
+        Raises:
+            ValidationError: It is no amount, or the requests' cost has no bound.
+        """
+        if max_cost is not None:
+            check_cost(max_cost, "max_cost")
+        own = self._new(max_cost)
+        if self.purses(own):
+            most_output(body, path)
+        return own
+
+    def purses(self, own: Purse | None = None) -> list[Purse]:
+        """Return what a call is paid from: its own purse, where it has one, and the client's."""
+        return [purse for purse in (own, self._purse) if purse is not None]
+
+    async def reserve(self, demand: Demand, own: Purse | None) -> Payment:
+        """Reserve what an attempt can cost at most, once there is room for it.
+
+        Args:
+            demand: What it asks for.
+            own: The call's own purse.
+
+        Returns:
+            What is to be settled.
+
+        Raises:
+            BudgetExceededError: There cannot be room for it any more.
+        """
+        return Payment(self.quoter, await reserve(self.purses(own), demand.most_cost or Decimal(0)))
+
+    def shared(self, ledger: Ledger) -> Payments:
+        """Return the same purse for another account, whose prices may be others."""
+        other = Payments(ledger, self._lock, None)
+        other._purse = self._purse
+        return other
+
+    def _new(self, max_cost: float | Decimal | None) -> Purse | None:
+        return None if max_cost is None else Purse(Decimal(str(max_cost)), lock=self._lock)
+
+    async def most(
+        self,
+        body: Mapping[str, Any],
+        path: str,
+        counter: TokenCounter,
+        own: Purse | None = None,
+    ) -> Decimal | None:
+        """Return the most that one attempt can cost, in USD; None where nobody keeps a budget.
+
+        Raises:
+            ValidationError: That has no bound, or the price is not known.
+        """
+        return await self.quoter.most(body, path, counter) if self.purses(own) else None
+
+    @property
+    def stats(self) -> dict[str, Decimal]:
+        """What the client may spend, what it spent and what is reserved, in USD; empty without a limit."""
+        return {} if self._purse is None else self._purse.stats
+
+
+@dataclass(frozen=True, slots=True)
+class Payment:
+    """What is reserved for one attempt."""
+
+    quoter: Quoter
+    reservation: Reservation
+
+    def settle(self, demand: Demand, outcome: Outcome) -> None:
+        """Replace it by what the attempt came to."""
+        self.reservation.settle(self.quoter.actual(demand, outcome))
+        self.quoter.say_surprises()
+
+    def give_back(self) -> None:
+        """Give it back: nothing was sent."""
+        self.reservation.settle(Decimal(0))

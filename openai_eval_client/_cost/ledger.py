@@ -1,0 +1,224 @@
+"""The running bill behind `client.stats.cost`: every billed attempt, by whatever road, priced exactly."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from typing import TYPE_CHECKING, NamedTuple
+
+from openai_eval_client._cost.pricing import Pricer, exact
+from openai_eval_client._wire import Usage
+from openai_eval_client.models import CostLedger, ModelCost
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from openai_eval_client._wire import Demand, Outcome
+
+
+_NOTHING = Decimal(0)
+_SOME = 100  # entries; pricing them takes 0.2 ms
+_MANY = 10_000  # entries, about 3 MB
+
+
+class _Entry(NamedTuple):
+    """Something to be priced: what was used, or would have been."""
+
+    kind: str  # "answered", "retried", "unaccounted" or "saved"
+    model: str
+    usage: Usage
+    batch: bool
+    at: float
+
+
+@dataclass(slots=True)
+class _Row:
+    """The sums of one `ModelCost`."""
+
+    model: str
+    road: str
+    service_tier: str
+    calls: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    output_tokens: int = 0
+    reasoning_tokens: int = 0
+    unpriced: int = 0
+    cost: Decimal = _NOTHING
+
+    def add(self, usage: Usage, cost: Decimal | None) -> None:
+        """Add one answer."""
+        self.calls += 1
+        self.input_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.output_tokens += usage.completion_tokens
+        self.reasoning_tokens += usage.reasoning_tokens
+        self.unpriced += cost is None
+        self.cost += cost or _NOTHING
+
+    def public(self) -> ModelCost:
+        """Return it as the user sees it: no price is None, not 0."""
+        priced = self.calls > self.unpriced
+        return ModelCost(**{**asdict(self), "cost": self.cost if priced else None})
+
+
+class Ledger:
+    """The bill of one client; safe for several threads.
+
+    A price belongs to one answer: it depends on the length of the input, on the tier and on the hour. So
+    entries are kept as they come, which needs no lock, and are priced when somebody reads the bill. Where
+    nobody does they are priced a hundred at a time; as long as the price list is not loaded, which takes half
+    a second, they pile up until a thread loads it.
+    """
+
+    def __init__(self) -> None:
+        self._pricer: Pricer | None = None
+        self._pending: deque[_Entry] = deque()
+        self._lock = threading.RLock()  # re-entrant: a signal handler may read what it interrupts
+        self._held = self._loading = False
+        self._loaders: set[int] = set()
+        self._rows: dict[tuple[str, bool, str], _Row] = {}
+        self._retried = self._unaccounted = 0
+        self._unaccounted_cost = self._saved = _NOTHING
+
+    def pricer_for(self, base_url: str | None) -> Pricer:
+        """Return what prices the entries; the address given first decides whose prices they are."""
+        if self._pricer is None:
+            self._pricer = Pricer(base_url)
+        return self._pricer
+
+    def add(self, model: str, usage: Usage, *, batch: bool = False) -> None:
+        """Enter one answer.
+
+        Args:
+            model: The model that was asked; the usage may name the one that answered.
+            usage: What the answer used.
+            batch: Whether it came through the Batch API.
+        """
+        self._note("answered", model, usage, batch=batch)
+
+    def book_batch(self, entries: Iterable[tuple[str, Usage, Decimal | None]]) -> None:
+        """Enter the answers of a batch: the model, what each used, and its price in USD."""
+        with self._lock, exact():
+            for model, usage, cost in entries:
+                self._row(model, None, batch=True).add(usage, cost)
+
+    def saved(self, model: str, usage: Usage, *, batch: bool = False) -> None:
+        """Enter an answer that the local cache gave, and that would have used this much."""
+        self._note("saved", model, usage, batch=batch)
+
+    def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> None:
+        """Enter what an attempt came to.
+
+        Where the server did not say, it may have been billed if it was answered, or if nothing came back; an
+        error that came back was not.
+
+        Args:
+            demand: What was asked.
+            outcome: What came of it.
+            reserved: The tokens that were reserved for it.
+        """
+        if demand.model is None or not outcome.sent:
+            return
+        if outcome.usage is not None:
+            self._note("answered" if outcome.ok else "retried", demand.model, outcome.usage)
+        elif not demand.free and (outcome.ok or outcome.status is None):
+            output = max(0, round(reserved) - demand.input_tokens)
+            self._note("unaccounted", demand.model, Usage(demand.input_tokens, output))
+
+    def keep_up(self) -> None:
+        """Price what has piled up, without waiting for anything."""
+        if len(self._pending) < _SOME:
+            return
+        if self.pricer_for(None).loaded:
+            self._book(2 * _SOME, wait=False)
+        elif len(self._pending) >= _MANY and not self._loading:
+            self._loading = True
+            with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
+                threading.Thread(target=self._catch_up, name="openai_eval_client prices").start()
+
+    def snapshot(self) -> CostLedger:
+        """Return the bill as it stands; loads the price list where there is something to price."""
+        if self._pending:
+            self._catch_up()
+        self.pricer_for(None).say_unpriced()  # of a batch
+        with self._alone(), exact():
+            return CostLedger(
+                total=sum((row.cost for row in self._rows.values()), _NOTHING),
+                rows=[row.public() for row in self._rows.values()],
+                unpriced=sum(row.unpriced for row in self._rows.values()),
+                retried=self._retried,
+                unaccounted=self._unaccounted,
+                unaccounted_cost=self._unaccounted_cost,
+                saved_by_cache=self._saved,
+            )
+
+    def _note(self, kind: str, model: str, usage: Usage, *, batch: bool = False) -> None:
+        self._pending.append(_Entry(kind, usage.model or model, usage, batch, time.time()))
+
+    def _catch_up(self) -> None:
+        """Price all entries; the price list may have to be loaded for it."""
+        me = threading.get_ident()
+        if me in self._loaders:
+            return  # this interrupts the same thread at it, and a module cannot be imported within its import
+        self._loaders.add(me)
+        try:
+            self.pricer_for(None).load()
+        finally:
+            self._loaders.discard(me)
+        self._book(len(self._pending), wait=True)
+
+    def _book(self, most: int, *, wait: bool) -> None:
+        """Price the oldest entries; without `wait`, only if nobody is at it or reads."""
+        with self._alone(wait=wait) as free:
+            if free:
+                with exact():
+                    for _ in range(min(most, len(self._pending))):
+                        self._enter(self._pending.popleft())
+        self.pricer_for(None).say_unpriced()  # unlocked: a log handler has a lock of its own
+
+    @contextlib.contextmanager
+    def _alone(self, *, wait: bool = True) -> Iterator[bool]:
+        """Take the lock; yields False where it could not be had, or this thread interrupts itself holding it.
+
+        A collected stream or a signal handler may do that; it may then read, but not change anything.
+        """
+        if not self._lock.acquire(blocking=wait):
+            yield False
+            return
+        interrupts, self._held = self._held, True
+        try:
+            yield not interrupts
+        finally:
+            self._held = interrupts
+            self._lock.release()
+
+    def _enter(self, entry: _Entry) -> None:
+        kind, model, usage, batch, at = entry
+        rates = self.pricer_for(None).rates(model, batch=batch, service_tier=usage.service_tier, at=at)
+        cost = None if rates is None else rates.price(usage)
+        if kind == "saved":
+            self._saved += cost or _NOTHING
+        elif kind == "unaccounted":
+            self._unaccounted += 1
+            self._unaccounted_cost += cost or _NOTHING
+        else:
+            self._retried += kind == "retried"
+            self._row(model, usage.service_tier, batch=batch).add(usage, cost)
+
+    def _row(self, model: str, tier: str | None, *, batch: bool) -> _Row:
+        tier = "default" if tier is None or tier == "auto" else tier
+        row = self._rows.get((model, batch, tier))
+        if row is None:
+            road = "batch" if batch else "online"
+            row = self._rows[model, batch, tier] = _Row(_valid(model), road, _valid(tier))
+        return row
+
+
+def _valid(name: str) -> str:
+    """Return a name without halves of surrogate pairs, which no JSON could hold."""
+    return name.encode(errors="replace").decode()

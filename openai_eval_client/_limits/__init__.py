@@ -1,0 +1,32 @@
+"""When a request may go: queues, token buckets, what the server says, limits shared over machines."""
+
+from openai_eval_client._limits.buckets import MINUTE, Clock, Limit
+from openai_eval_client._limits.limiter import Sharing, check_pause, check_size, too_long
+from openai_eval_client._limits.queue import (
+    FIRST_OUTPUT_GUESS,
+    Facts,
+    Gate,
+    Gauge,
+    Lane,
+    State,
+    Ticket,
+    describe,
+)
+
+__all__ = [
+    "FIRST_OUTPUT_GUESS",
+    "MINUTE",
+    "Clock",
+    "Facts",
+    "Gate",
+    "Gauge",
+    "Lane",
+    "Limit",
+    "Sharing",
+    "State",
+    "Ticket",
+    "check_pause",
+    "check_size",
+    "describe",
+    "too_long",
+]

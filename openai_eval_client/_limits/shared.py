@@ -1,0 +1,506 @@
+"""Limits shared by several processes and machines."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import random
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from openai_eval_client._limits.queue import Gate, State, Ticket
+from openai_eval_client._wire import DIMENSIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Mapping, Sequence
+
+    from openai_eval_client._limits.buckets import Clock
+    from openai_eval_client._wire import Quota
+    from openai_eval_client.config import RateLimitConfig
+
+
+ALIVE_SECONDS = 10.0  # a worker that waits and was not heard of for so long is gone
+
+
+class Link(Protocol):
+    """One worker's way there.
+
+    Attributes:
+        generation: Another number in a forked child, which has to ask for itself.
+        workers: How many were alive when one of the gates heard last; 0: none has heard yet.
+    """
+
+    generation: int
+    workers: int
+
+    def ask(self, model: str, told: dict[str, Any], done: Callable[[Any], None]) -> None:
+        """Ask and tell; `done` is called later with the reply or the exception, on any thread."""
+
+    def leave(self, told: dict[str, dict[str, Any]]) -> None:
+        """Tell the last, by model, and ask no more."""
+
+
+_LINE = 8  # numbers of one dimension in a reply
+
+
+class Place(NamedTuple):
+    """What had been reserved in each dimension before a ticket."""
+
+    requests: float
+    tokens: float
+
+
+class _Placed(tuple[Any, ...]):  # noqa: SLOT001  # a tuple with a place besides
+    """The marks of a ticket whose cost the shared state knows."""
+
+    place: Place
+
+
+def with_place(marks: tuple[Any, ...], place: Place) -> Any:
+    """Return the marks of a ticket, with its place in the shared state."""
+    placed = _Placed(marks)
+    placed.place = place
+    return placed
+
+
+def place_of(marks: tuple[Any, ...]) -> Place | None:
+    """Return the place that came with these marks; None where the shared state does not know of it."""
+    return getattr(marks, "place", None)
+
+
+class Released(NamedTuple):
+    """What one bucket has let go.
+
+    Attributes:
+        free: In all, when the reply was made.
+        rate: Units a second that it lets go.
+        size: Units that it holds.
+    """
+
+    free: float
+    rate: float
+    size: float
+
+    def left(self, taken: float, seconds: float) -> float:
+        """Return what it held that many seconds after the reply, if nobody has taken any since."""
+        return min(self.free + self.rate * seconds - taken, self.size)
+
+    def ready_in(self, before: float, amount: float) -> float:
+        """Return the seconds from the reply until `amount` may go that was reserved after `before`."""
+        return (before + min(amount, self.size) - self.free) / self.rate
+
+
+class Line(NamedTuple):
+    """One dimension: what was reserved before this reply, the two buckets, whether the server has spoken."""
+
+    taken: float
+    configured: Released
+    server: Released
+    spoken: bool
+
+
+class View(NamedTuple):
+    """The shared quota as of one reply.
+
+    Attributes:
+        at: Clock time at which it came.
+        epoch: The birth of the shared state: another one knows nothing of the places in this one.
+        age: Seconds since then.
+        workers: How many are alive.
+        reserved: For how many of the tickets asked for.
+        pause: Seconds from `at` for which the server asked that nobody go.
+        lines: The dimensions.
+    """
+
+    at: float
+    epoch: float
+    age: float
+    workers: int
+    reserved: int
+    pause: float
+    lines: tuple[Line, ...]
+
+    @classmethod
+    def read(cls, reply: Sequence[float], at: float) -> View:
+        """Read a reply that came at that clock time."""
+        epoch, age, workers, reserved, pause, *numbers = reply
+        lines = tuple(_line(numbers[n * _LINE : (n + 1) * _LINE]) for n in range(len(DIMENSIONS)))
+        return cls(at, epoch, age, int(workers), int(reserved), max(pause, 0.0), lines)
+
+    def held_up(self, place: Place, amounts: tuple[float, float], now: float) -> tuple[float, str]:
+        """Return the seconds until what was reserved at `place` may go, and what it waits for."""
+        waits = [
+            (bucket.ready_in(before, amount), dimension)
+            for dimension, line, before, amount in zip(DIMENSIONS, self.lines, place, amounts, strict=True)
+            for bucket in (line.configured, line.server)
+        ]
+        wait, cause = max([*waits, (self.pause, "pause")])
+        return self.at + wait - now, cause
+
+    def share(self, number: int, taken: float, workers: int, now: float) -> tuple[float, float]:
+        """Return one worker's part of one dimension: its rate, and what is left of it, if that is known."""
+        line = self.lines[number]
+        both = (line.configured, line.server)
+        known = now - self.at <= ALIVE_SECONDS
+        left = min(bucket.left(taken, now - self.at) for bucket in both) if known else 0.0
+        return min(bucket.rate for bucket in both) / workers, max(left, 0.0) / workers
+
+
+def _line(numbers: Sequence[float]) -> Line:
+    taken, *six, spoken = numbers
+    return Line(taken, Released(*six[:3]), Released(*six[3:]), bool(spoken))
+
+
+class News:
+    """Collects what happened since the worker spoke last; in the words of `shared.lua`.
+
+    Attributes:
+        urgent: Whether the others should know at once.
+    """
+
+    def __init__(self) -> None:
+        self.urgent = False
+        self._sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        self._heard: dict[int, dict[str, float]] = {}
+        self._back: list[tuple[float, float, float]] = []
+        self._refused: list[dict[str, Any]] = []
+        self._pause_until = 0.0
+
+    def __bool__(self) -> bool:
+        return bool(self._sums or self._back or self._heard or self._refused or self._pause_until)
+
+    @property
+    def spent(self) -> tuple[float, float]:
+        """What was spent while the worker was alone: requests and tokens."""
+        requests, tokens = self._sums["spent"]
+        return requests, tokens
+
+    def add(self, what: str, requests: float, tokens: float) -> None:
+        """Sum up what was spent, credited, owed or served."""
+        sums = self._sums[what]
+        sums[0] += requests
+        sums[1] += tokens
+
+    def give_back(self, place: Place, tokens: float) -> None:
+        """Pass on that what was reserved at a place is not needed."""
+        self._back.append((*place, tokens))
+
+    def hear(  # noqa: PLR0917  # as they come from the headers
+        self,
+        line: int,
+        quota: Quota,
+        rate: float,
+        size: float,
+        place: float,
+        sent_at: float,
+    ) -> None:
+        """Pass on what the headers say, where no fresher request has been answered.
+
+        Args:
+            line: The dimension, from 0.
+            quota: What they say.
+            rate: The refill, in units a second.
+            size: The size of the server's bucket, in units.
+            place: What had been reserved up to the request that was answered, itself included.
+            sent_at: Clock time at which that was sent.
+        """
+        known = self._heard.get(line)
+        if known is None or known["age"] <= sent_at:
+            word = {"line": line + 1, "rate": rate, "size": size, "left": quota.remaining, "place": place}
+            self._heard[line] = {**word, "age": sent_at}
+
+    def refuse(self, line: int, amount: float, wait: float, place: float, *, spoke: bool) -> None:
+        """Pass on a refusal, as `Belief.refused` takes it; `place` as `hear` does."""
+        word = {"line": line + 1, "amount": amount, "wait": wait, "spoke": spoke, "place": place}
+        self._refused.append(word)
+        self.urgent = True
+
+    def pause(self, until: float) -> None:
+        """Pass on that the server wants nobody to go until that clock time."""
+        self._pause_until = max(self._pause_until, until)
+        self.urgent = True
+
+    def told(self, now: float) -> dict[str, Any]:
+        """Return all of it; times become ages in seconds."""
+        told: dict[str, Any] = dict(self._sums)
+        if self._heard:
+            told["heard"] = [{**word, "age": max(now - word["age"], 0.0)} for word in self._heard.values()]
+        if self._back:
+            told["back"] = self._back
+        if self._refused:
+            told["refused"] = self._refused
+        if self._pause_until > now:
+            told["pause"] = self._pause_until - now
+        return told
+
+
+_BEAT_SECONDS = 3.0  # one that waits is heard of at least so often, and hears what has changed
+_YOUNG_SECONDS, _YOUNG_BEAT = 10.0, 0.25  # while the limits are still being learnt that is much
+_TELL_SECONDS = 1.0  # the longest that news wait for a question to travel with, as long as anything happens
+_PROBE_SECONDS = 0.25  # after the shared state was lost, doubled from try to try up to the next
+_PROBE_MOST = 5.0
+_TICKETS = 16  # in one question at most: also while there is plenty, workers take turns
+_KEEP = 3600.0  # seconds for which an idle quota is remembered; then its buckets are full
+
+
+class SharedGate(Gate):
+    """Admission to one model, within what all workers may send.
+
+    Besides the shared state the budgets of this worker alone are kept up, for the time when they are needed.
+
+    Args:
+        model: Whose limits these are.
+        config: The limits as this worker knows them; of those of all workers the lowest hold.
+        clock: Where the time comes from.
+        link: The way to the shared state.
+        replied: Called with this gate and what came back, on any thread; it must call `take`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        config: RateLimitConfig,
+        clock: Clock,
+        link: Link,
+        replied: Callable[[SharedGate, Any], None],
+    ) -> None:
+        super().__init__(model, config, clock)
+        self._link = link
+        self._replied = functools.partial(replied, self)
+        self._adapts = config.adaptive_throttling
+        self._burst, self._keep = config.burst_seconds, round(max(_KEEP, 2 * config.burst_seconds))
+        self._largest = [1.0, 0.0]  # that one ticket took
+        self._forget()
+
+    def _forget(self) -> None:
+        """Know nothing of the shared state, as at first."""
+        self._generation, self._alone = self._link.generation, False
+        self._view: View | None = None
+        self._taken = [0.0, 0.0]
+        self._reserved: dict[Ticket, Place] = {}
+        self._asked: list[Ticket] | None = None
+        self._news = self._underway = News()
+        self._admitted_at = self._told_at = float("-inf")
+        self._next_try, self._patience = 0.0, _PROBE_SECONDS
+
+    def try_grant(self, ticket: Ticket) -> bool:
+        """Admit a new ticket at once, where this worker is alone."""
+        return self._alone and super().try_grant(ticket)
+
+    def grant_next(self) -> Ticket | None:
+        """Admit the ticket whose place has come up."""
+        if self._generation != self._link.generation:
+            self._forget()
+        ticket = super().grant_next() if self._alone else self._next_due()
+        if ticket is None:
+            self._keep_in_touch()
+        return ticket
+
+    def next_in(self) -> float | None:
+        """Return the seconds until there is something to do; None where it will be told."""
+        now = self._clock.time()
+        if self._alone:
+            delay = super().next_in()
+            return max(self._next_try - now, 0.0) if delay is None else min(delay, self._next_try - now)
+        waiting = self._first_reserved()
+        if waiting is None:
+            self._cause = "concurrency"
+            return None
+        delay, self._cause = self._due_in(waiting, now)
+        return min(delay, max(self._next_beat() - now, 0.0)) if self._asked is None else delay
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Take back a ticket that was not sent, and what is reserved for it."""
+        granted = ticket.state is State.GRANTED
+        place = place_of(ticket.marks) if granted else self._reserved.pop(ticket, None)
+        if place is not None:
+            self._news.give_back(place, ticket.tokens)
+        elif granted:
+            self._news.add("spent", -1, -ticket.tokens)
+        super().withdraw(ticket)
+
+    def settle(self, ticket: Ticket, tokens: float | None) -> None:
+        """Free the ticket's slot and replace its estimate by `tokens`, where they are known."""
+        super().settle(ticket, tokens)
+        if tokens is None or place_of(ticket.marks) is None or tokens == ticket.tokens:
+            return
+        self._news.add("credit", 0, ticket.tokens - tokens)
+        if tokens > ticket.tokens:
+            self._news.add("owed", 0, tokens - ticket.tokens)
+
+    def served(self, ticket: Ticket) -> None:
+        """Learn that the server had room for this ticket."""
+        super().served(ticket)
+        if place_of(ticket.marks) is not None:
+            self._news.add("served", 1, ticket.tokens)
+
+    def rejected(self, ticket: Ticket) -> None:
+        """Learn that the server refused this ticket for good, and so did not count its tokens."""
+        super().rejected(ticket)
+        if place_of(ticket.marks) is not None:
+            self._news.add("owed", 0, -ticket.tokens)
+
+    def refused(self, ticket: Ticket, dimension: str | None, wait: float, spoken: Container[str]) -> None:
+        """Learn that the server had no room for this ticket."""
+        super().refused(ticket, dimension, wait, spoken)
+        place = place_of(ticket.marks)
+        if place is None:
+            return
+        for line, (name, amount) in enumerate(zip(DIMENSIONS, (1, ticket.tokens), strict=True)):
+            if dimension in {None, name}:
+                self._news.refuse(line, amount, wait, place[line] + amount, spoke=name in spoken)
+
+    def heeds(self, ticket: Ticket) -> bool:  # noqa: ARG002  # whichever it is
+        """Return whether what the answer to this ticket states is news: the shared state decides that."""
+        return True
+
+    def hear(self, ticket: Ticket, quotas: Mapping[str, Quota]) -> None:
+        """Heed the limits that the answer to this ticket states."""
+        super().hear(ticket, quotas)
+        place = place_of(ticket.marks)
+        if place is None or self._view is None or not self._adapts:
+            return
+        amounts, budgets = (1, ticket.tokens), (self.requests, self.tokens)
+        for line, name in enumerate(DIMENSIONS):
+            if (quota := quotas.get(name)) is not None:
+                rate, size = budgets[line].stated(quota, ticket.marks[line])
+                end = place[line] + amounts[line]
+                self._news.hear(line, quota, rate, size, end, ticket.granted_at)
+                self._news.urgent |= not self._view.lines[line].spoken
+
+    def pause(self, seconds: float) -> None:
+        """Let nobody go for that long, as the server asked."""
+        super().pause(seconds)
+        self._news.pause(self._paused_until)
+
+    def take(self, outcome: Any) -> Exception | None:
+        """Go by a reply; without one, alone. Returns the error where this worker cannot even begin."""
+        asked, self._asked = self._asked or [], None
+        if isinstance(outcome, Exception):
+            return self._lose(outcome)
+        view = View.read(outcome, self._clock.time())
+        if self._alone:
+            self._alone = False
+            self.requests.let_go()
+            self.tokens.let_go()
+        if self._view is not None and self._view.epoch != view.epoch:
+            self._reserved.clear()  # of a state that is no more
+        self._view, self._link.workers = view, view.workers
+        self._taken = [line.taken for line in view.lines]
+        self._paused_until = max(self._paused_until, view.at + view.pause)
+        for ticket in asked[: view.reserved]:
+            self._put(ticket)
+        return None
+
+    def leave(self) -> dict[str, Any] | None:
+        """Return the last that this worker has to tell; None where nobody would miss it."""
+        if self._view is None or self._alone:
+            return None
+        for ticket, place in self._reserved.items():
+            self._news.give_back(place, ticket.tokens)
+        return {**self._told([]), "leaves": True}
+
+    def _put(self, ticket: Ticket) -> None:
+        """Give a ticket the next place; one that was withdrawn meanwhile gives it back."""
+        place = Place(*self._taken)
+        self._taken = [place.requests + 1, place.tokens + ticket.tokens]
+        self._largest[1] = max(self._largest[1], ticket.tokens)
+        if ticket.state is State.WAITING:
+            self._reserved[ticket] = place
+        else:
+            self._news.give_back(place, ticket.tokens)
+
+    def _next_due(self) -> Ticket | None:
+        ticket = self._first_reserved()
+        if ticket is None or self._due_in(ticket, self._clock.time())[0] > 0:
+            return None
+        self._left(ticket)
+        self._admit(ticket)
+        return ticket
+
+    def _first_reserved(self) -> Ticket | None:
+        """Return the first ticket with a place, where there is room for it."""
+        return next((t for t in self._reserved if t.lane.in_flight < t.lane.limit), None)
+
+    def _held_up(self, ticket: Ticket) -> tuple[float, str]:
+        by_itself = self._alone or ticket not in self._reserved
+        return super()._held_up(ticket) if by_itself else self._due_in(ticket, self._clock.time())
+
+    def _due_in(self, ticket: Ticket, now: float) -> tuple[float, str]:
+        assert self._view is not None  # noqa: S101  # a place came with one
+        delay, cause = self._view.held_up(self._reserved[ticket], (1, ticket.tokens), now)
+        return max(delay, self.pause_left()), cause
+
+    def _admit(self, ticket: Ticket) -> None:
+        super()._admit(ticket)
+        self._admitted_at = ticket.granted_at
+        place = self._reserved.pop(ticket, None)
+        if place is None:
+            self._news.add("spent", 1, ticket.tokens)
+        else:
+            ticket.marks = with_place(ticket.marks, place)
+
+    def _keep_in_touch(self) -> None:
+        """Ask for those who have no place, or tell the news, if it is time to."""
+        now = self._clock.time()
+        if self._asked is not None or (self._alone and now < self._next_try):
+            return
+        wanted = [] if self._alone or self._reserved else self._next_without_place()
+        beat = self._reserved and now >= self._next_beat()
+        tell = self._news and (self._news.urgent or now - self._told_at >= _TELL_SECONDS)
+        if wanted or beat or tell or self._alone:
+            self._asked, self._told_at = wanted, now
+            self._link.ask(str(self.model), self._told(wanted), self._replied)
+
+    def _next_beat(self) -> float:
+        """Return the clock time at which a worker that waits should be heard of."""
+        young = self._view is not None and self._view.age < _YOUNG_SECONDS
+        return self._told_at + (_YOUNG_BEAT if young else _BEAT_SECONDS)
+
+    def _next_without_place(self) -> list[Ticket]:
+        """Return those who would go next if there were no limits, in the order of their turns."""
+        able: list[Ticket] = []
+        for lane in self._lanes_in_use():
+            if lane.first() is not None:
+                room = int(min(lane.limit - lane.in_flight, _TICKETS))
+                waiting = (ticket for ticket in lane.queue if ticket.state is State.WAITING)
+                able += heapq.nsmallest(room, waiting)
+        return sorted(able)[:_TICKETS]
+
+    def _told(self, wanted: Sequence[Ticket]) -> dict[str, Any]:
+        now, budgets = self._clock.time(), (self.requests, self.tokens)
+        spends = now - self._admitted_at <= self._burst  # else its buckets would be full again by now
+        self._underway, self._news = self._news, News()
+        return {
+            **self._underway.told(now),
+            "epoch": self._view.epoch if self._view is not None and spends else 0,
+            "rates": [budget.limit_rate for budget in budgets],
+            "sizes": [budget.limit_size for budget in budgets],
+            "adapts": self._adapts,
+            "keep": self._keep,
+            "wants": [ticket.tokens for ticket in wanted],
+        }
+
+    def _lose(self, error: Exception) -> Exception | None:
+        """Go on alone with a part of what was last known; return the error where nothing is."""
+        now = self._clock.time()
+        if not self._link.workers:
+            return error
+        if not self._alone:
+            self._alone, self._patience = True, _PROBE_SECONDS
+            self._reserved.clear()
+            self._news = News()
+            self._hold_to_share(now)
+        else:
+            self._news.add("spent", *self._underway.spent)  # it has still not been told
+        self._next_try = now + self._patience * random.uniform(0.5, 1)  # noqa: S311  # not all at once
+        self._patience = min(2 * self._patience, _PROBE_MOST)
+        return None
+
+    def _hold_to_share(self, now: float) -> None:
+        workers = self._link.workers
+        for line, budget in enumerate((self.requests, self.tokens)):
+            rate, left = budget.limit_rate / workers, 0.0
+            if self._view is not None:
+                rate, left = self._view.share(line, self._taken[line], workers, now)
+            budget.hold_to(rate, left, least=self._largest[line])

@@ -1,0 +1,295 @@
+"""One prompt, from its place in the queue to its answer: admitted, sent, settled, retried, priced."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client._sdk import Refusals, retrying, typed
+from openai_eval_client._wire import (
+    PATHS,
+    Demand,
+    Outcome,
+    Usage,
+    estimate_usage,
+    forget_key,
+    is_answer,
+    max_output,
+    not_an_answer,
+    read_answer,
+    read_json,
+    read_usage,
+    usage_of,
+    was_never_sent,
+)
+from openai_eval_client.errors import sdk_httpx
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+    from decimal import Decimal
+
+    from openai_eval_client._account import Governor
+    from openai_eval_client._cache import Cache
+    from openai_eval_client._cost import Pricer, Purse
+    from openai_eval_client._limits import Lane
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client._wire import Parameters
+    from openai_eval_client.config import OpenAIConfig
+    from openai_eval_client.models import ModelResponse
+
+
+_NOT_SENT, _UNKNOWN = Outcome(sent=False), Outcome()
+
+
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way.
+
+    Attributes:
+        parameters: What is asked.
+        body: The request's body, as first asked for.
+        sent: The body of the latest attempt: without what the model is known to refuse.
+        lane: The concurrency bound it runs under; None: the model's.
+        purse: What it is paid from besides the client's purse; None: nothing.
+        sending: Entered for as long as a request is in flight.
+        keep: Keeps the answer, before the request ceases to be in flight.
+        input_tokens: What its input counts.
+        most_cost: USD that one attempt can cost; None: nobody keeps a budget.
+        turn: Its place in the queue, kept through all attempts.
+    """
+
+    parameters: Parameters
+    body: dict[str, Any]
+    sent: dict[str, Any]
+    lane: Lane | None
+    purse: Purse | None
+    sending: Callable[[], contextlib.AbstractContextManager[None]]
+    keep: Callable[[ModelResponse], Awaitable[None]] | None = None
+    input_tokens: int = 0
+    most_cost: Decimal | None = None
+    turn: int = 0
+
+
+class Caller:
+    """Sends prompts one at a time, any number of them concurrently.
+
+    Args:
+        config: Where the API is, and how often to retry.
+        sdk: An SDK client whose HTTP client is not governed and that does not retry.
+        governor: Admits every attempt.
+        counter: Counts the tokens of the input.
+        pricer: Knows the prices.
+        cache: Answers what was answered before; None: everything is sent.
+    """
+
+    def __init__(
+        self,
+        config: OpenAIConfig,
+        sdk: openai.AsyncOpenAI,
+        governor: Governor,
+        counter: TokenCounter,
+        pricer: Pricer,
+        *,
+        cache: Cache | None = None,
+    ) -> None:
+        self._key = config.api_key
+        self._sdk = sdk
+        self._governor = governor
+        self._counter = counter
+        self._pricer = pricer
+        self._cache = cache
+        self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
+        self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
+        self._name, self._count = uuid.uuid4(), itertools.count()
+        self.refusals = Refusals()
+        self._retrying = retrying(
+            self._again,
+            max_retries=config.max_retries,
+            max_wait=governor.config.max_wait,
+            on_retry=governor.recorder.retry,
+            model_of=_model_of,
+        )
+
+    def __call__(
+        self,
+        prompt: str | Sequence[Any],
+        parameters: Parameters,
+        *,
+        lane: Lane | None = None,
+        purse: Purse | None = None,
+        sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> Awaitable[ModelResponse]:
+        """Answer one prompt.
+
+        Args:
+            prompt: The prompt, checked.
+            parameters: What is asked, checked.
+            lane: A concurrency bound of the caller's own, instead of the model's.
+            purse: The caller's own, from which it is paid besides the client's.
+            sending: Entered for as long as a request is in flight.
+
+        Returns:
+            The response, priced.
+
+        Raises:
+            BudgetExceededError: Not enough is left of a budget.
+            openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
+            RuntimeError: The client was closed.
+        """
+        if self._sdk.is_closed():
+            raise RuntimeError("this client was closed")
+        body = parameters.with_prompt(prompt)
+        job = _Job(parameters, body, body, lane, purse, sending)
+        if self._cache is None:
+            return self._answer(job)
+        return self._cache.answer(body, parameters, functools.partial(self._answer, job))
+
+    async def _answer(
+        self,
+        job: _Job,
+        keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
+    ) -> ModelResponse:
+        """Send one prompt, which the cache does not know, until it is answered or failed for good."""
+        governor, counter, body = self._governor, self._counter, job.body
+        try:
+            job.input_tokens = await counter.count_input(body)
+            path = PATHS[job.parameters.api]
+            job.most_cost = await governor.payments.most(body, path, counter, job.purse)
+            job.turn, job.keep = governor.next_turn(), keep
+            failures = None
+            try:
+                response: ModelResponse = await self._send(job)
+            except openai.APIError as error:
+                failures = [error]
+            if failures is not None:
+                response = await self._retrying(job, failures)
+        except openai.OpenAIError as error:
+            if isinstance(error, openai.APIError):
+                forget_key(error, self._key)
+            governor.recorder.failed(body["model"], error)
+            raise
+        governor.recorder.answered()
+        return response
+
+    async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:
+        """Go on where the first attempt failed: backoff, which repeats this, costs only those who need it.
+
+        Args:
+            job: What to send.
+            failures: That of the first attempt, until it is raised here: nothing keeps an error alive.
+
+        Returns:
+            The response. For each parameter that the model turns out to refuse it is sent once more.
+        """
+        try:
+            if failures:
+                raise failures.pop()
+            return await self._send(job)
+        except openai.BadRequestError as error:
+            if not self.refusals.learn(error, job.sent):
+                raise
+        return await self._again(job, failures)
+
+    async def _send(self, job: _Job) -> ModelResponse:
+        """Send once."""
+        body = job.sent = self.refusals.adapted(job.body)
+        demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
+        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn, purse=job.purse)
+        started, outcome = time.perf_counter(), _NOT_SENT
+        try:
+            with job.sending():
+                outcome = _UNKNOWN
+                reply = await self._post(job.parameters, body)
+                latency = time.perf_counter() - started
+                answer = _decode(reply, job.parameters.api)
+            counted = usage_of(answer)
+            response = read_answer(
+                answer,
+                job.parameters,
+                usage=counted,
+                kept=reply.content,  # less memory than what is read from it
+                temperature=body.get("temperature"),
+                request_id=reply.headers.get("x-request-id"),
+                latency=latency,
+            )
+            usage = counted or await self._estimate(answer, response, job.input_tokens)
+            outcome = Outcome(reply.status_code, reply.headers, usage)
+            if not self._pricer.loaded:  # as it is but for the first time
+                await self._pricer.ready()
+            self._price(response, usage)
+            if job.keep is not None:
+                await job.keep(response)
+        except openai.APIResponseValidationError as error:
+            outcome = Outcome(usage=read_usage(error.response.content))
+            raise
+        except openai.APIStatusError as error:
+            outcome = Outcome(
+                error.status_code,
+                error.response.headers,
+                message=f"{error.code} {error.message}",
+            )
+            raise
+        except openai.APIConnectionError as error:
+            outcome = Outcome(sent=not was_never_sent(error))
+            raise
+        finally:
+            admission.settle(outcome)
+        if not usage.estimated:
+            self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
+        return response
+
+    async def _estimate(self, answer: dict[str, Any], response: ModelResponse, input_tokens: int) -> Usage:
+        """Fill in usage where the server sent none, and return it."""
+        await estimate_usage(response, input_tokens, self._counter)
+        tier = answer.get("service_tier")
+        return Usage(
+            response.usage.prompt_tokens,
+            response.usage.completion_tokens,
+            model=response.model,
+            service_tier=tier if isinstance(tier, str) else None,
+            estimated=True,
+        )
+
+    def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
+        """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
+        given = {"headers": parameters.headers, "params": parameters.query}
+        unique = f"{self._name}-{os.getpid()}-{next(self._count)}"  # not sent, but the SDK would draw a UUID
+        options: Any = {"timeout": None, "max_retries": 0, "idempotency_key": unique, **given}
+        url = self._urls[parameters.api]
+        call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
+        return typed(call, seconds=parameters.timeout, url=url)
+
+    def _price(self, response: ModelResponse, usage: Usage) -> None:
+        """Price an answer for its reader; the ledger prices every attempt that was billed."""
+        cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
+        response.usage.estimated_cost = None if cost is None else float(cost)
+
+
+def _model_of(job: _Job, _: Any) -> str:
+    name: str = job.body["model"]
+    return name
+
+
+def _decode(reply: Any, api: str) -> dict[str, Any]:
+    """Return the JSON body of a 200.
+
+    Raises:
+        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
+        openai.APIStatusError: It is an error that names a status.
+    """
+    try:
+        body = read_json(reply.content)
+    except (ValueError, RecursionError):
+        body = None
+    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
+        raise not_an_answer(reply, body, PATHS[api])
+    decoded: dict[str, Any] = body
+    return decoded

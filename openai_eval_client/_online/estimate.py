@@ -1,0 +1,192 @@
+"""What prompts would need, counted as sending counts them: tokens, dollars, minutes. Nothing is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Sized
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from openai_eval_client._cost import exact
+from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, Gate
+from openai_eval_client._online.pool import each
+from openai_eval_client._report import report
+from openai_eval_client._wire import Usage, check_prompt, max_output
+from openai_eval_client.models import CostEstimate
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
+
+    from openai_eval_client._account import Governor
+    from openai_eval_client._cost import Rates
+    from openai_eval_client._report import Progress
+    from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client._wire import Parameters
+    from openai_eval_client.config import RateLimitConfig
+
+
+_CHUNK = 256  # prompts taken at a time
+_TAKING = 0.001  # seconds on the event loop for that
+_COUNTING = 0.002  # seconds in the thread for one hop to it, which takes 0.2 ms: both threads want the GIL
+
+
+async def estimate(
+    prompts: Iterable[Any] | AsyncIterable[Any],
+    parameters: Parameters,
+    *,
+    counter: TokenCounter,
+    governor: Governor,
+    progress: Progress | None,
+) -> CostEstimate:
+    """Estimate what prompts would need.
+
+    Args:
+        prompts: The prompts, taken on the event loop and counted in a thread, a few hundred at a time.
+        parameters: What all of them share.
+        counter: Counts their tokens.
+        governor: Knows the limits, the prices, and how long answers were so far.
+        progress: Called with the counted fraction where the number of prompts is known, and with 1.0.
+
+    Returns:
+        The estimate.
+
+    Raises:
+        ValidationError: A prompt is wrong; it names the index.
+    """
+    total = len(prompts) if isinstance(prompts, Sized) else 0
+    sizes: Counter[int] = Counter()  # how many prompts have so many tokens: their prices are alike
+    async with contextlib.aclosing(_chunks(prompts)) as chunks:
+        async for chunk in chunks:
+            sizes.update(await _count_all(chunk, sizes.total(), parameters, counter))
+            if sizes.total() < total:
+                await report(progress, sizes.total() / total)
+    estimated = await asyncio.to_thread(_priced, sizes, parameters, governor)
+    await report(progress, 1.0)
+    return estimated
+
+
+async def _chunks(prompts: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:
+    """Yield the prompts, a few at a time."""
+    chunk: list[Any] = []
+    began = time.perf_counter()
+    async with contextlib.aclosing(each(prompts)) as source:
+        async for prompt in source:
+            chunk.append(prompt)
+            if len(chunk) == _CHUNK or time.perf_counter() - began > _TAKING:
+                yield chunk
+                chunk, began = [], time.perf_counter()
+    if chunk:
+        yield chunk
+
+
+async def _count_all(
+    prompts: Sequence[Any],
+    first: int,
+    parameters: Parameters,
+    counter: TokenCounter,
+) -> list[int]:
+    """Return the input tokens of each prompt; `first` is the index of the first."""
+    counts: list[int] = []
+    while rest := prompts[len(counts) :]:
+        counted = await asyncio.to_thread(_count_some, rest, first + len(counts), parameters, counter)
+        counts += counted or [await counter.count_input(parameters.with_prompt(rest[0]))]
+    return counts
+
+
+def _count_some(
+    prompts: Iterable[Any],
+    first: int,
+    parameters: Parameters,
+    counter: TokenCounter,
+) -> list[int]:
+    """Return the input tokens of the first prompts, up to one that cannot be counted at once."""
+    counts: list[int] = []
+    until = time.perf_counter() + _COUNTING
+    for index, prompt in enumerate(prompts, first):
+        check_prompt(prompt, index)
+        tokens = counter.count_input_now(parameters.with_prompt(prompt))
+        if tokens is None:
+            break
+        counts.append(tokens)
+        if time.perf_counter() > until:
+            break
+    return counts
+
+
+def _priced(sizes: Counter[int], parameters: Parameters, governor: Governor) -> CostEstimate:
+    """Return the estimate for so many prompts of each size."""
+    requests, most = sizes.total(), max_output(parameters.body)
+    prompt_tokens = sum(size * count for size, count in sizes.items())
+    mean = governor.output_length(parameters.model).get("mean")
+    mean = mean if mean is None or most is None else min(mean, most)
+    reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
+    online = _costs(sizes, (0, mean, most), parameters, governor, batch=False)
+    batch = _costs(sizes, (0, mean, most), parameters, governor, batch=True)
+    return CostEstimate(
+        model=parameters.model,
+        requests=requests,
+        prompt_tokens=prompt_tokens,
+        completion_tokens_low=0,
+        completion_tokens_expected=None if mean is None else round(requests * mean),
+        completion_tokens_high=None if most is None else requests * most,
+        **dict(zip(("cost_low", "cost_expected", "cost_high"), online, strict=True)),
+        **dict(zip(("batch_cost_low", "batch_cost_expected", "batch_cost_high"), batch, strict=True)),
+        unpriced=requests if online[0] is None else 0,
+        minutes=minutes(governor.config, requests, prompt_tokens + requests * reserved),
+    )
+
+
+def _costs(
+    sizes: Counter[int],
+    outputs: Iterable[float | None],
+    parameters: Parameters,
+    governor: Governor,
+    *,
+    batch: bool,
+) -> list[float | None]:
+    """Return USD if each answer takes that many tokens; None where those or their price are not known."""
+    pricer, tier = governor.ledger.pricer_for(None), parameters.body.get("service_tier")
+    pricer.load()
+    tier = tier if isinstance(tier, str) else None
+    rates = pricer.rates(parameters.model, batch=batch, service_tier=tier, at=time.time())
+    pricer.say_unpriced()
+    with exact():
+        return [
+            None if rates is None or output is None else _cost(sizes, Decimal(output), rates)
+            for output in outputs
+        ]
+
+
+def _cost(sizes: Counter[int], output: Any, rates: Rates) -> float | None:
+    prices = {size: rates.price(Usage(size, output)) for size in sizes}
+    if any(price is None for price in prices.values()):
+        return None
+    return float(sum((price * sizes[size] for size, price in prices.items() if price is not None), Decimal()))
+
+
+class _Still:
+    """A clock that stands."""
+
+    @staticmethod
+    def time() -> float:
+        """Return the time."""
+        return 0.0
+
+
+def minutes(limits: RateLimitConfig, requests: int, tokens: float) -> float | None:
+    """Return the minutes that the limiter takes to admit so much, from full buckets; None without limits.
+
+    Args:
+        limits: The configured limits; what the server says plays no part.
+        requests: How many requests.
+        tokens: What is reserved for all of them.
+    """
+    if limits.requests_per_minute is None and limits.tokens_per_minute is None:
+        return None
+    gate = Gate("", limits.model_copy(update={"adaptive_throttling": False}), _Still())
+    gate.requests.charge(requests)
+    gate.tokens.charge(tokens)
+    return max(gate.requests.ready_in(0), gate.tokens.ready_in(0)) / MINUTE  # until the debt is paid

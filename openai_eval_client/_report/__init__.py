@@ -1,0 +1,32 @@
+"""A run as one page, as progress while it goes, and as tables in a notebook."""
+
+from openai_eval_client._report import html  # registers what a notebook shows
+from openai_eval_client._report.page import meaning, write_report
+from openai_eval_client._report.progress import (
+    Display,
+    Guarded,
+    Progress,
+    Reading,
+    bar_is_open,
+    both,
+    clock,
+    report,
+    write_above,
+)
+from openai_eval_client._report.rows import to_pandas
+
+__all__ = [
+    "Display",
+    "Guarded",
+    "Progress",
+    "Reading",
+    "bar_is_open",
+    "both",
+    "clock",
+    "html",
+    "meaning",
+    "report",
+    "to_pandas",
+    "write_above",
+    "write_report",
+]

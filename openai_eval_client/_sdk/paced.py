@@ -1,0 +1,311 @@
+"""The drop-in `AsyncOpenAI`: the SDK's client whose every attempt is paced."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client._account import Governor
+from openai_eval_client._sdk.transport import SdkClient, default_client
+from openai_eval_client._tokens import TokenCounter
+from openai_eval_client._wire import (
+    Demand,
+    Outcome,
+    Tail,
+    is_charged,
+    is_free,
+    is_metered,
+    max_output,
+    read_json,
+    read_usage,
+    was_never_sent,
+)
+from openai_eval_client.config import RateLimitConfig
+from openai_eval_client.errors import ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+    from openai_eval_client._account import Admission
+    from openai_eval_client.models import ClientStats
+
+
+UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: whoever sends it knows Refused
+_JSON = "application/json"
+_BAD_REQUEST = 400
+_FAMILIES = ("httpx", "httpx2")
+
+
+class Refused(BaseException):
+    """One of our errors before a request was sent: the SDK would send it again, were it an Exception."""
+
+    def __init__(self, error: openai.OpenAIError) -> None:
+        super().__init__()
+        self.error = error
+
+
+def govern(client: Any, governor: Governor, counter: TokenCounter) -> Any:
+    """Return a view of an HTTP client of either httpx family whose every `send` is paced.
+
+    The view shares the client's whole state, so closing either closes both.
+    """
+    kind: Any = _governed_class(client.__class__)
+    view: Any = object.__new__(kind)
+    object.__setattr__(view, "__dict__", client.__dict__)
+    view.original, view.governor, view.counter = client, governor, counter
+    return view
+
+
+@functools.lru_cache(maxsize=64)
+def _governed_class(base: Any) -> type:
+    slots = ("counter", "governor", "original")
+    return type(f"Governed{base.__name__}", (_Governed, base), {"__slots__": slots})
+
+
+class _Governed:
+    """What a governed view adds to the class of the client it looks at."""
+
+    __slots__ = ()
+    original: Any
+    governor: Governor
+    counter: TokenCounter
+
+    async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+        """Wait for admission, send, and settle: at once, or when a streamed answer is closed."""
+        admission = await _admitted(request, self.governor, self.counter)
+        demand = admission.demand
+        try:
+            send = super().send  # type: ignore[misc]  # of the client looked at
+            response = await send(request, stream=stream, **options)
+            if stream and not response.is_closed:
+                response.stream = _metered_class(response.__class__)(response, admission)
+                return response
+        except BaseException as error:  # raised where the rows are taken
+            admission.settle(Outcome(sent=not was_never_sent(error)))
+            raise
+        outcome = _outcome(demand, response.status_code, response.headers, response.content)
+        if outcome.usage is not None and demand.model is not None:
+            self.counter.observe(demand.model, demand.input_tokens, outcome.usage.prompt_tokens)
+        admission.settle(outcome)
+        return response
+
+    def __del__(self) -> None:
+        """Leave closing to the client itself."""
+
+
+async def _admitted(request: Any, governor: Governor, counter: TokenCounter) -> Admission:
+    """Wait until a request may be sent."""
+    try:
+        demand, body = await _read_demand(request, counter)
+        if is_charged(request.method, request.url.path):
+            most = await governor.payments.most(body, request.url.path, counter)
+            demand = demand if most is None else demand._replace(most_cost=most)
+        return await governor.admit(demand)
+    except openai.OpenAIError as error:
+        if request.extensions.get(UNWRAPS):
+            raise Refused(error) from None
+        raise
+
+
+async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dict[str, Any]]:
+    """Return what a request asks of the limits, and its body; an empty one where that cannot be read."""
+    path = request.url.path
+    if not is_metered(request.method, path):
+        return Demand(None), {}
+    retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
+    if not request.headers.get("content-type", "").startswith(_JSON):
+        return Demand(
+            path.rpartition("/")[2],
+            max_output=0,
+            retry=retry,
+        ), {}  # a form: its model is not at hand
+    try:
+        body = read_json(request.content)
+    except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
+        return Demand(None), {}
+    model = body.get("model") if isinstance(body, dict) else None
+    if not isinstance(model, str):
+        return Demand(None), {}
+    tokens = await counter.count_input(body)
+    return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path)), body
+
+
+def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
+    message = "" if status < _BAD_REQUEST else tail.decode(errors="replace")
+    usage = None if demand.model is None else read_usage(tail)  # a file may well hold that of others
+    return Outcome(status, headers, usage, message)
+
+
+@functools.lru_cache(maxsize=8)
+def _metered_class(response_class: Any) -> type:
+    base = next(cls for cls in response_class.__mro__ if cls.__module__.partition(".")[0] in _FAMILIES)
+    family = sys.modules[base.__module__.partition(".")[0]]
+    return type("MeteredStream", (_MeteredStream, family.AsyncByteStream), {})
+
+
+class _MeteredStream:
+    """The body of a streamed answer: holds its slot until closed, then settles from the usage at its end."""
+
+    def __init__(self, response: Any, admission: Admission) -> None:
+        self._stream = response.stream
+        self._status = response.status_code
+        self._headers = response.headers
+        self._admission = admission
+        self._tail = Tail()
+        if self._status < _BAD_REQUEST:  # what they say holds now, not when the stream ends
+            admission.hear(self._headers)
+            self._headers = None
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._stream:
+            self._tail.feed(chunk)
+            yield chunk
+
+    async def aclose(self) -> None:
+        """Close the connection's end of it and hand the slot back."""
+        try:
+            await self._stream.aclose()
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        admission = self._admission
+        admission.settle(_outcome(admission.demand, self._status, self._headers, self._tail.read()))
+
+    def __del__(self) -> None:
+        """Hand the slot back where the caller dropped the stream without closing it."""
+        self._settle()
+
+
+_ACCOUNT = (
+    "api_key",
+    "base_url",
+    "data_residency",
+    "organization",
+    "project",
+    "provider",
+    "workload_identity",
+)
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature of the SDK's constructor, with `rate_limit` first, for help() and editors."""
+    theirs = inspect.signature(openai.AsyncOpenAI.__init__)
+    first, *rest = theirs.parameters.values()
+    ours = inspect.Parameter("rate_limit", inspect.Parameter.KEYWORD_ONLY, default=None)
+    return theirs.replace(parameters=[first, ours, *rest])
+
+
+class AsyncOpenAI(SdkClient):
+    """The SDK's `AsyncOpenAI`, paced: change the import and nothing else.
+
+    Every HTTP attempt of every resource waits for its place within the requests and tokens per minute of its
+    model, the SDK's own retries included. Constructor, resources, transport and errors stay the SDK's.
+
+    Args:
+        rate_limit: The limits; None: learn them from the response headers, and slow nothing down where the
+            server sends none.
+        **options: What `openai.AsyncOpenAI` takes, `http_client` of either httpx family included.
+    """
+
+    if TYPE_CHECKING:
+        _governor: Governor
+
+        def __init__(
+            self,
+            *,
+            rate_limit: RateLimitConfig | None = None,
+            api_key: str | Callable[[], Awaitable[str]] | None = None,
+            organization: str | None = None,
+            project: str | None = None,
+            webhook_secret: str | None = None,
+            base_url: Any = None,
+            websocket_base_url: Any = None,
+            timeout: Any = ...,
+            max_retries: int = ...,
+            default_headers: Mapping[str, str] | None = None,
+            default_query: Mapping[str, object] | None = None,
+            http_client: Any = None,
+            **options: Any,
+        ) -> None: ...
+
+    else:
+
+        def __init__(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> None:
+            view = http_client if isinstance(getattr(http_client, "governor", None), Governor) else None
+            self._governor = _governor(rate_limit, view)
+            self._counter = view.counter if view is not None else TokenCounter()
+            plain = view.original if view is not None else http_client or default_client()
+            if hasattr(plain, "send"):  # anything else is for the SDK to refuse
+                plain = govern(plain, self._governor, self._counter)
+            super().__init__(http_client=plain, **options)
+            self._governor.ledger.pricer_for(str(self.base_url))
+            self._governor.share(*account_of(self))
+
+        __init__.__signature__ = _signature()
+
+        def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
+            """Copy, on the same budget; one for another account has the same limits to itself.
+
+            Args:
+                **options: What is to differ, as the SDK's `copy` takes it.
+
+            Returns:
+                The copy, on the same connections.
+            """
+            named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
+            same = all(_same(value, getattr(self, name, None)) for name, value in named.items())
+            governor = self._governor if same else self._governor.fresh()
+            return super().copy(_extra_kwargs={"rate_limit": governor, **(_extra_kwargs or {})}, **options)
+
+        with_options = copy
+
+        async def request(self, *args: Any, **options: Any) -> Any:
+            """Send as the SDK does; our own errors are raised at once and as they are.
+
+            Args:
+                *args: What the SDK's `request` takes.
+                **options: Likewise.
+
+            Returns:
+                What the SDK's returns.
+            """
+            try:
+                return await super().request(*args, **options)
+            except Refused as refused:
+                raise refused.error from None
+
+        async def _prepare_request(self, request: Any) -> Any:
+            request.extensions[UNWRAPS] = True
+            return await super()._prepare_request(request)
+
+    @property
+    def stats(self) -> ClientStats:
+        """What went through this client and its copies so far."""
+        return self._governor.stats
+
+
+def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:
+    """Return whose limits a client of the SDK spends: key, server, organisation, project."""
+    return client.api_key, str(client.base_url).rstrip("/"), client.organization, client.project
+
+
+def _same(value: object, other: object) -> bool:
+    """Whether a key, a name or an address is the one already used; addresses end with a slash or not."""
+    return str(value).rstrip("/") == str(other).rstrip("/")
+
+
+def _governor(rate_limit: Any, view: Any) -> Governor:
+    if isinstance(rate_limit, Governor):
+        return rate_limit
+    if rate_limit is None and view is not None:
+        governor: Governor = view.governor
+        return governor
+    if rate_limit is not None and not isinstance(rate_limit, RateLimitConfig):
+        message = f"rate_limit: must be of class RateLimitConfig, not {type(rate_limit).__name__}"
+        raise ValidationError(message, field="rate_limit")
+    return Governor(rate_limit)

@@ -1,0 +1,330 @@
+"""What in the body of a request counts as input: texts, images, tools."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+DEFAULT_SIZE = (1024, 1024)
+"""Pixels assumed where the size cannot be seen: a web address, a file id, a broken data URL."""
+
+_MAX_SIDE = 2048
+_MAX_SHORT_SIDE = 768
+_TILE = 512
+_PATCH = 32
+_MAX_PATCHES = 1536
+_HEADER_LENGTHS = (
+    1 << 16,
+    1 << 20,
+)  # of base64: a JPEG may hide its size behind megabytes of camera metadata
+
+
+class _Tiles(NamedTuple):
+    """Tokens of an image in low detail, and of each further tile in high detail."""
+
+    base: int
+    each: int
+
+
+_GPT_4O = _Tiles(85, 170)
+_FAMILIES: dict[
+    str,
+    _Tiles | float,
+] = {  # by the start of the model's name: tiles, or the multiplier of patches
+    "gpt-4o": _GPT_4O,
+    "gpt-4o-mini": _Tiles(2833, 5667),
+    "gpt-4.1": _GPT_4O,
+    "gpt-4.1-mini": 1.62,
+    "gpt-4.1-nano": 2.46,
+    "gpt-4.5": _GPT_4O,
+    "gpt-5": _Tiles(70, 140),
+    "gpt-5-mini": 1.62,
+    "gpt-5-nano": 2.46,
+    "o1": _Tiles(75, 150),
+    "o3": _Tiles(75, 150),
+    "o4-mini": 1.72,
+    "computer-use-preview": _Tiles(65, 129),
+}
+
+
+def image_tokens(model: str, source: object, detail: object = None) -> int:
+    """Counts one image of a request.
+
+    Args:
+        model: The model's name; "provider/model" and fine-tuned "ft:model:..." names are understood.
+        source: Where the image is: a data URL, whose header tells the size; anything else has DEFAULT_SIZE.
+        detail: "low", or "high", which "auto" and None also mean. The patch formula knows no detail.
+
+    Returns:
+        Input tokens.
+    """
+    return sized_image_tokens(model, _size_of(source), detail)
+
+
+def sized_image_tokens(model: str, size: tuple[int, int], detail: object = None) -> int:
+    """Counts one image of a known size.
+
+    Args:
+        model: As for image_tokens.
+        size: Width and height in pixels, both positive.
+        detail: As for image_tokens.
+
+    Returns:
+        Input tokens.
+    """
+    family = _family(model)
+    if isinstance(family, float):
+        return math.ceil(round(_patches(*size) * family, 6))
+    return family.base + (0 if detail == "low" else _tiles(*size) * family.each)
+
+
+@lru_cache(maxsize=256)
+def _family(model: str) -> _Tiles | float:
+    """Finds the longest documented name that the model's name starts with."""
+    name = model.rpartition("/")[2].removeprefix("ft:")
+    known = max((start for start in _FAMILIES if name.startswith(start)), key=len, default="gpt-4o")
+    return _FAMILIES[known]
+
+
+def _tiles(width: int, height: int) -> int:
+    """Fits the image into 2048 x 2048 and its short side into 768, and counts the tiles that cover it."""
+    shrink = min(1.0, _MAX_SIDE / max(width, height), _MAX_SHORT_SIDE / min(width, height))
+    across, down = (max(1, round(side * shrink)) for side in (width, height))
+    return math.ceil(across / _TILE) * math.ceil(down / _TILE)
+
+
+def _patches(width: int, height: int) -> int:
+    """Counts the patches that cover the image, which is shrunk until they are few enough."""
+    across, down = width / _PATCH, height / _PATCH
+    if math.ceil(across) * math.ceil(down) <= _MAX_PATCHES:
+        return math.ceil(across) * math.ceil(down)
+    shrink = min(1.0, math.sqrt(_MAX_PATCHES / (across * down)))
+    across, down = across * shrink, down * shrink
+    shrink = min(max(1, math.floor(side)) / side for side in (across, down))  # one side gets whole patches
+    return min(_MAX_PATCHES, _covering(across * shrink) * _covering(down * shrink))
+
+
+def _covering(patches: float) -> int:
+    """Rounds up, forgiving what floating point adds to a whole number."""
+    return math.ceil(patches - 1e-6)
+
+
+def _size_of(source: object) -> tuple[int, int]:
+    """Reads an image's size from the header in its data URL."""
+    if not isinstance(source, str) or not source.startswith("data:"):
+        return DEFAULT_SIZE
+    start = source.find(",", 0, 256) + 1
+    for length in _HEADER_LENGTHS:
+        size = _header_size(source[start : start + length])
+        if size:
+            return size
+        if len(source) <= start + length:
+            break
+    return DEFAULT_SIZE
+
+
+def _header_size(encoded: str) -> tuple[int, int] | None:
+    """Reads the size from the beginning of a base64-encoded image, if it is there."""
+    import imagesize
+
+    try:
+        header = base64.b64decode(encoded[: len(encoded) // 4 * 4])
+        width, height = imagesize.get(io.BytesIO(header))
+    except Exception:  # noqa: BLE001  # whatever is wrong with the image, it has a default size
+        return None
+    return (int(width), int(height)) if width > 0 and height > 0 else None
+
+
+_INPUT_KEYS = ("messages", "input", "instructions", "prompt")
+_SILENT_KEYS = frozenset(
+    {"annotations", "call_id", "encrypted_content", "id", "logprobs", "status", "tool_call_id", "type"},
+)
+
+_AUDIO_TOKENS_PER_SECOND = 10
+_AUDIO_BYTES_PER_SECOND = {"wav": 48_000}  # 24 kHz, 16 bits, mono
+_OTHER_AUDIO_BYTES_PER_SECOND = 16_000  # mp3 at 128 kbit/s
+_FILE_TOKENS = 2_000  # a few pages: what a file holds cannot be seen from here
+_TEXT_BYTES_PER_TOKEN = 4
+_OTHER_BYTES_PER_TOKEN = 40  # a PDF page of text takes about 40 KB and 1,000 tokens; its usage corrects it
+
+# https://cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken, sections 6 and 7
+_MESSAGE, _NAME, _REPLY = 3, 1, 3
+_FUNCTION, _OLD_FUNCTION, _FUNCTIONS_END = 7, 10, 12
+_PROPERTIES, _PROPERTY, _ENUM, _ENUM_ITEM = 3, 3, -3, 3
+_FLAT_KEYS = frozenset({"type", "description", "enum"})
+
+
+class Input:
+    """The input of one request.
+
+    Attributes:
+        texts: What is to be encoded.
+        fixed: Tokens besides those of the texts.
+    """
+
+    __slots__ = ("_model", "_old", "fixed", "texts")
+
+    def __init__(self, model: str, *, old: bool) -> None:
+        self.fixed = 0
+        self.texts: list[str] = []
+        self._model = model
+        self._old = old
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any], model: str, *, old: bool) -> Input:
+        """Reads a request's body.
+
+        Args:
+            body: The JSON body of a request to any endpoint; what is malformed in it, the server may judge.
+            model: The model's name, for its images.
+            old: Whether the model is of the gpt-4 and gpt-3.5 generation, whose functions cost 3 tokens more.
+
+        Returns:
+            All that counts as input.
+        """
+        content = cls(model, old=old)
+        for key in _INPUT_KEYS:
+            content._add_input(body.get(key))
+        for key in ("tools", "functions"):
+            if tools := body.get(key):
+                content._add_tools(tools)
+        content._add_schema(body.get("response_format"))
+        if isinstance(text := body.get("text"), Mapping):
+            content._add_schema(text.get("format"))
+        return content
+
+    def _add_input(self, value: Any) -> None:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            for message in value:
+                self._add_message(message)
+            self.fixed += _REPLY
+        elif value:
+            self._walk(value)
+
+    def _add_message(self, message: Any) -> None:
+        self.fixed += _MESSAGE
+        if isinstance(message, Mapping):
+            self._add_part(message)
+            self.fixed += _NAME if "name" in message and "role" in message else 0
+        else:
+            self._walk(message)
+
+    def _walk(self, value: Any) -> None:
+        """Adds the texts in a value, whatever its shape; integers in a list are tokens already."""
+        if isinstance(value, str):
+            self.texts.append(value)
+        elif isinstance(value, Mapping):
+            self._add_part(value)
+        elif isinstance(value, (list, tuple)):
+            self.fixed += len(value) if value and isinstance(value[0], int) else 0
+            for item in value if value and not isinstance(value[0], int) else ():
+                self._walk(item)
+
+    def _add_part(self, part: Mapping[Any, Any]) -> None:
+        kind = part.get("type")
+        if "image_url" in part or kind == "input_image":
+            self._add_image(part)
+        elif kind == "input_audio":
+            self._add_audio(part.get("input_audio"))
+        elif kind in ("file", "input_file"):
+            self._add_file(part)
+        else:
+            self._add_leaves(part)
+
+    def _add_file(self, part: Mapping[Any, Any]) -> None:
+        """Adds a file by the size of its data; a file that is only named counts as a few pages."""
+        file = part.get("file")
+        data = (file if isinstance(file, Mapping) else part).get("file_data")
+        if not isinstance(data, str):
+            self.fixed += _FILE_TOKENS
+            return
+        head, _, encoded = data.rpartition(",")
+        ratio = _TEXT_BYTES_PER_TOKEN if head.startswith("data:text/") else _OTHER_BYTES_PER_TOKEN
+        self.fixed += max(1, math.ceil(len(encoded) * 3 / 4 / ratio))
+
+    def _add_leaves(self, part: Mapping[Any, Any]) -> None:
+        for key, value in part.items():
+            if isinstance(value, str):
+                if key not in _SILENT_KEYS and (key in ("content", "text") or not _is_data_url(value)):
+                    self.texts.append(value)
+            elif value and key not in _SILENT_KEYS:
+                self._walk(value)
+
+    def _add_image(self, part: Mapping[Any, Any]) -> None:
+        image = part.get("image_url")
+        if isinstance(image, Mapping):  # Chat Completions; in Responses the part itself has url and detail
+            self.fixed += image_tokens(self._model, image.get("url"), image.get("detail"))
+        else:
+            self.fixed += image_tokens(self._model, image, part.get("detail"))
+
+    def _add_audio(self, audio: Any) -> None:
+        data, kind = (audio.get("data"), audio.get("format")) if isinstance(audio, Mapping) else (None, None)
+        size = len(data) * 3 / 4 if isinstance(data, str) else 0
+        seconds = size / _AUDIO_BYTES_PER_SECOND.get(str(kind), _OTHER_AUDIO_BYTES_PER_SECOND)
+        self.fixed += max(1, math.ceil(seconds * _AUDIO_TOKENS_PER_SECOND))
+
+    def _add_tools(self, tools: Any) -> None:
+        functions = [_function_of(tool) for tool in tools] if isinstance(tools, (list, tuple)) else []
+        for tool, function in zip(tools, functions, strict=False):
+            if function is None:
+                self._walk(tool)
+            else:
+                self._add_function(function)
+        self.fixed += _FUNCTIONS_END if any(functions) else 0
+
+    def _add_function(self, function: Mapping[str, Any]) -> None:
+        self.fixed += _OLD_FUNCTION if self._old else _FUNCTION
+        self.texts.append(f"{function['name']}:{_description(function)}")
+        parameters = function.get("parameters")
+        if not isinstance(parameters, Mapping):
+            return
+        properties = parameters.get("properties")
+        if isinstance(properties, Mapping) and properties:
+            self.fixed += _PROPERTIES
+            for name, schema in properties.items():
+                self._add_property(name, schema if isinstance(schema, Mapping) else {})
+        if "$defs" in parameters:
+            self.texts.append(_json(parameters["$defs"]))
+
+    def _add_property(self, name: str, schema: Mapping[str, Any]) -> None:
+        """Adds one parameter; the cookbook knows only flat ones, so what is nested counts as JSON text."""
+        self.fixed += _PROPERTY
+        self.texts.append(f"{name}:{schema.get('type', '')}:{_description(schema)}")
+        if isinstance(choices := schema.get("enum"), (list, tuple)):
+            self.fixed += _ENUM + _ENUM_ITEM * len(choices)
+            self.texts.extend(map(str, choices))
+        nested = {key: value for key, value in schema.items() if key not in _FLAT_KEYS and _is_nested(value)}
+        if nested:
+            self.texts.append(_json(nested))
+
+    def _add_schema(self, response_format: Any) -> None:
+        if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+            self.texts.append(_json(response_format.get("json_schema", response_format)))
+
+
+def _function_of(tool: Any) -> Mapping[str, Any] | None:
+    """Finds the function in an entry of "tools", of either API, or of "functions"."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    named = isinstance(function, Mapping) and "name" in function
+    return function if named and tool.get("type", "function") == "function" else None
+
+
+def _description(schema: Mapping[str, Any]) -> str:
+    return str(schema.get("description") or "").removesuffix(".")
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (Mapping, list, tuple)) and bool(value)
+
+
+def _is_data_url(text: str) -> bool:
+    return text.startswith("data:") and ";base64," in text[:256]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)

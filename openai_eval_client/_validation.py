@@ -1,0 +1,186 @@
+"""Refuse bad input by field and value, before anything is sent."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import math
+import re
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from openai_eval_client.errors import ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+T = TypeVar("T")
+
+_UNITS = {"h": 3600, "d": 86_400}
+_SHOWN = 80  # characters of a value: one line of a terminal
+
+
+def refuse(
+    name: str,
+    value: object,
+    why: str,
+    *,
+    field: str | None = None,
+    index: int | None = None,
+) -> NoReturn:
+    """Raise the ValidationError for `name=value: why`."""
+    raise ValidationError(f"{name}={shown(value)}: {why}", field=field or name, index=index)
+
+
+def shown(value: object) -> str:
+    """Return a value's repr, cut to one line; of a very long number, its first digits."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int beyond the limit on digits; a list a million deep
+        text = f"<{type(value).__name__}>" if not isinstance(value, int) else f"{_leading(value)}..."
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _leading(number: int) -> str:
+    digits = int(number.bit_length() * math.log10(2))
+    return str(number // 10 ** max(0, digits - 20))
+
+
+def config_of(name: str, given: T | None, kind: type[T]) -> T:
+    """Return a config as given, or one of the defaults; refuse anything else, without showing it."""
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        why = f"{name}: must be of class {kind.__name__}, not {type(given).__name__}"
+        raise ValidationError(why, field=name)
+    return given
+
+
+def check_text(text: object, name: str, *, field: str | None = None, index: int | None = None) -> None:
+    """Refuse what is no text, is blank, or holds half a surrogate pair."""
+    where = field or name
+    if not isinstance(text, str):
+        refuse(name, text, f"must be a str, not {type(text).__name__}", field=where, index=index)
+    if not text or text.isspace():
+        refuse(name, text, "must not be empty or blank", field=where, index=index)
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        why = f"lone surrogate {text[error.start]!r} at position {error.start}: not valid Unicode"
+        raise ValidationError(f"{name}: {why}", field=where, index=index) from None
+
+
+def check_number(value: object, name: str, *, above: float | None = None, least: float | None = None) -> None:
+    """Refuse what is no finite number within its bound."""
+    fits = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and _is_finite(value)
+        and (above is None or value > above)
+        and (least is None or value >= least)
+    )
+    if not fits:
+        bound = f"greater than {above}" if above is not None else f"{least} or more"
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        refuse(name, value, f"must be a finite number, {bound}{'' if number else _not(value)}")
+
+
+def check_cost(value: object, name: str) -> None:
+    """Refuse what is no amount of money, 0 or more."""
+    if not isinstance(value, Decimal):
+        check_number(value, name, least=0)
+    elif not value.is_finite() or value < 0:
+        refuse(name, value, "must be a finite number, 0 or more")
+
+
+def _not(value: object) -> str:
+    return f", not {type(value).__name__}"
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
+
+
+def check_count(value: object, name: str) -> None:
+    """Refuse what is no whole number of 1 or more."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        refuse(name, value, "must be a whole number, 1 or more")
+
+
+def check_window(value: object, name: str) -> None:
+    """Refuse what is no completion window."""
+    if not isinstance(value, str) or not re.fullmatch(r"[1-9]\d{0,4}[hd]", value, re.ASCII):
+        refuse(name, value, "must be hours or days, such as '24h' or '7d'")
+
+
+def window_seconds(window: str) -> int:
+    """Return how long a completion window is, in seconds."""
+    return int(window[:-1]) * _UNITS[window[-1]]
+
+
+def check_callback(value: object, name: str) -> None:
+    """Refuse what cannot be called with one number."""
+    if not callable(value):
+        refuse(name, value, "must be callable")
+    try:
+        inspect.signature(value).bind(0.5)
+    except TypeError as error:
+        refuse(name, value, f"must take the finished fraction, one number: {error}")
+    except ValueError:  # some built-in functions have no signature
+        return
+
+
+def check_switch(value: object, name: str) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, bool):
+        refuse(name, value, "must be True or False; a function goes to progress_callback")
+
+
+def check_event(value: object, name: str) -> None:
+    """Refuse what is no event of asyncio; None is none at all."""
+    if value is not None and not isinstance(value, asyncio.Event):
+        refuse(name, value, "must be an asyncio.Event")
+
+
+def check_mapping(value: object, name: str) -> None:
+    """Refuse what is no dict with names as its keys."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        refuse(name, value, "must be a dict with str keys")
+
+
+def check_headers(headers: Mapping[str, Any], name: str) -> None:
+    """Refuse what no HTTP header may carry."""
+    check_mapping(headers, name)
+    for key, value in headers.items():
+        if not isinstance(value, str) or not is_header_text(f"{key}{value}"):
+            refuse(name, {key: value}, "a header's name and value must be printable ASCII")
+
+
+def is_header_text(text: str) -> bool:
+    """Return whether an HTTP header may carry a text: printable ASCII (RFC 9110, section 5.5)."""
+    return text.isascii() and text.isprintable()
+
+
+def check_json(values: Mapping[str, Any], *, field: str | None = None, index: int | None = None) -> None:
+    """Refuse what cannot be written as JSON in UTF-8."""
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            message = f"{name}: holds a lone surrogate: not valid Unicode"
+        except (TypeError, ValueError, RecursionError) as error:
+            message = f"{name}={shown(value)}: not valid JSON: {error}"
+        else:
+            continue
+        raise ValidationError(message, field=field or name, index=index)
+
+
+def not_json(line: str, error: Exception) -> str:
+    """Return what is wrong with a line that is not JSON."""
+    hint = "" if line.startswith(("{", "[", '"')) else '; a text stands in JSON quotes: "..."'
+    return f"not JSON: {error}: {shown(line)}{hint}"

@@ -1,0 +1,77 @@
+"""Requests and answers as they stand on the wire, and what an answer means."""
+
+from openai_eval_client._wire.answers import estimate_usage, is_answer, read_answer
+from openai_eval_client._wire.endpoints import is_charged, is_free, is_metered
+from openai_eval_client._wire.failures import (
+    asked_wait,
+    class_of,
+    code_of,
+    forget_key,
+    is_doom,
+    is_transient,
+    not_an_answer,
+    of_error,
+    status_error,
+    status_of,
+    was_never_sent,
+)
+from openai_eval_client._wire.headers import DIMENSIONS, Quota, read_quotas, refused_dimension, stated_wait
+from openai_eval_client._wire.requests import (
+    PATHS,
+    Parameters,
+    check_iterable,
+    check_parameters,
+    check_prompt,
+    list_prompts,
+)
+from openai_eval_client._wire.usage import (
+    Demand,
+    Outcome,
+    Tail,
+    Usage,
+    max_output,
+    read_json,
+    read_usage,
+    token_count,
+    usage_of,
+)
+
+__all__ = [
+    "DIMENSIONS",
+    "PATHS",
+    "Demand",
+    "Outcome",
+    "Parameters",
+    "Quota",
+    "Tail",
+    "Usage",
+    "asked_wait",
+    "check_iterable",
+    "check_parameters",
+    "check_prompt",
+    "class_of",
+    "code_of",
+    "estimate_usage",
+    "forget_key",
+    "is_answer",
+    "is_charged",
+    "is_doom",
+    "is_free",
+    "is_metered",
+    "is_transient",
+    "list_prompts",
+    "max_output",
+    "not_an_answer",
+    "of_error",
+    "read_answer",
+    "read_json",
+    "read_quotas",
+    "read_usage",
+    "refused_dimension",
+    "stated_wait",
+    "status_error",
+    "status_of",
+    "token_count",
+    "usage_of",
+    "was_never_sent",
+]

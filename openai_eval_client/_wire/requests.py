@@ -1,0 +1,271 @@
+"""From a prompt and its parameters to the body of a request, with everything wrong found before sending."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import openai
+from pydantic import BaseModel
+
+from openai_eval_client._validation import (
+    check_count,
+    check_headers,
+    check_json,
+    check_mapping,
+    check_number,
+    check_text,
+    refuse,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+
+PATHS = {"chat": "/chat/completions", "responses": "/responses"}
+_KEYWORDS = {  # of our own methods
+    "api", "max_concurrent", "max_cost", "max_tokens", "model", "progress", "progress_callback",
+    "return_exceptions", "stop_event", "system", "temperature", "timeout", "use_batch_api",
+}  # fmt: skip
+_OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What all prompts of one call share, checked.
+
+    Attributes:
+        api: "chat" or "responses".
+        model: The model asked.
+        timeout: Seconds for one attempt.
+        body: The body, all but the prompt.
+        system: The system prompt, where there is one.
+        schema: The pydantic class the answer is to fit.
+        headers: Extra HTTP headers.
+        query: Extra query parameters.
+    """
+
+    api: str
+    model: str
+    timeout: float
+    body: dict[str, Any]
+    system: str | None = None
+    schema: type[BaseModel] | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, object] = field(default_factory=dict)
+
+    def with_prompt(self, prompt: str | Sequence[Any]) -> dict[str, Any]:
+        """Return the whole body for one prompt, which must have passed `check_prompt`."""
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _plain(prompt)
+        if self.api == "responses":
+            return {**self.body, "input": prompt if isinstance(prompt, str) else messages}
+        if self.system is not None:
+            messages = [{"role": "system", "content": self.system}, *messages]
+        return {**self.body, "messages": messages}
+
+
+def check_parameters(
+    *,
+    model: str,
+    timeout: float,
+    temperature: float | None,
+    max_tokens: int | None,
+    system: str | None,
+    api: str,
+    params: Mapping[str, Any],
+) -> Parameters:
+    """Check the parameters of a call.
+
+    Args:
+        model: The model asked.
+        timeout: Seconds for one attempt.
+        temperature: Sampling temperature; None: not sent.
+        max_tokens: Output tokens at most; None: not sent.
+        system: The system prompt.
+        api: "chat" or "responses".
+        params: Everything else, for the API as it is; None values are not sent.
+
+    Returns:
+        What all prompts of the call share.
+
+    Raises:
+        ValidationError: Names the parameter and its value.
+    """
+    if not isinstance(api, str) or api not in PATHS:
+        refuse("api", api, "must be 'chat' or 'responses'")
+    check_text(model, "model")
+    check_number(timeout, "timeout", above=0)
+    if temperature is not None:
+        check_number(temperature, "temperature", least=0)
+    if max_tokens is not None:
+        check_count(max_tokens, "max_tokens")
+    if system is not None:
+        check_text(system, "system")
+    given = {name: value for name, value in params.items() if value is not None}
+    _check_names(given, api)
+    extra = {name: given.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
+    _check_extra(**extra)
+    schema = _take_schema(given, api)
+    named = _named(api, model=model, temperature=temperature, max_tokens=max_tokens, system=system)
+    body = {**named, **given, **extra["body"]}
+    _check_body(body)
+    return Parameters(
+        api=api,
+        model=body["model"],
+        timeout=float(timeout),
+        body=body,
+        system=system,
+        schema=schema,
+        headers=extra["headers"],
+        query=extra["query"],
+    )
+
+
+def check_prompt(prompt: object, index: int | None = None) -> None:
+    """Refuse a prompt that no API would take.
+
+    Args:
+        prompt: A text, or a list of chat messages.
+        index: Its position in the list of prompts, where there is one.
+
+    Raises:
+        ValidationError: It is empty, blank, of another type, or holds half a surrogate pair.
+    """
+    name = "prompt" if index is None else f"prompts[{index}]"
+    if isinstance(prompt, str):
+        check_text(prompt, name, field="prompt", index=index)
+    elif isinstance(prompt, list | tuple):
+        _check_messages(prompt, name, index)
+    else:
+        why = f"must be a str or a list of messages, not {type(prompt).__name__}"
+        refuse(name, prompt, why, field="prompt", index=index)
+
+
+def list_prompts(prompts: Iterable[Any]) -> list[Any]:
+    """Return prompts as a list, every one of them checked.
+
+    Raises:
+        ValidationError: Names the index of the first that no API would take.
+    """
+    check_iterable(prompts, "__iter__")
+    listed = list(prompts)
+    for index, prompt in enumerate(listed):
+        check_prompt(prompt, index)
+    return listed
+
+
+def check_iterable(prompts: object, *methods: str) -> None:
+    """Refuse what cannot be iterated by one of these methods, and a text or dict, which are no prompts."""
+    if isinstance(prompts, str | bytes | dict) or not any(hasattr(prompts, name) for name in methods):
+        refuse("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
+
+
+def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> None:
+    if not messages:
+        refuse(name, messages, "must hold at least one message", field="prompt", index=index)
+    try:
+        plain = _plain(messages)
+    except RecursionError:
+        refuse(name, messages, "not valid JSON: nested too deeply", field="prompt", index=index)
+    for position, message in enumerate(plain):
+        if not isinstance(message, dict) or not isinstance(message.get("role", message.get("type")), str):
+            why = "must be a message with a role"
+            refuse(f"{name}[{position}]", message, why, field="prompt", index=index)
+    check_json({name: plain}, field="prompt", index=index)
+
+
+def _check_names(given: Mapping[str, Any], api: str) -> None:
+    _refuse_stream(given)
+    for name, value in given.items():
+        if name not in _known_names(api):
+            refuse(name, value, _unknown(name, api))
+    if "n" in given:
+        check_count(given["n"], "n")
+
+
+@functools.cache
+def _known_names(api: str) -> frozenset[str]:
+    """Return the parameters that the installed SDK knows."""
+    from openai.resources.chat import AsyncCompletions  # heavy: only when a call is made
+    from openai.resources.responses import AsyncResponses
+
+    resource: Any = AsyncCompletions if api == "chat" else AsyncResponses
+    return frozenset(inspect.signature(resource.create).parameters) - _OURS | {"response_format"}
+
+
+def _unknown(name: str, api: str) -> str:
+    if name in _KEYWORDS:
+        return "not a parameter here"
+    alike = difflib.get_close_matches(name, _known_names(api) | _KEYWORDS, n=1)
+    meant = f"did you mean {alike[0]}? " if alike else ""
+    return f"not a parameter; {meant}What only your server knows goes into extra_body={{{name!r}: ...}}"
+
+
+def _check_extra(*, body: Any, headers: Any, query: Any) -> None:
+    check_mapping(body, "extra_body")
+    check_headers(headers, "extra_headers")
+    check_mapping(query, "extra_query")
+
+
+def _check_body(body: Mapping[str, Any]) -> None:
+    _refuse_stream(body)
+    check_text(body["model"], "model")
+    if body.get("temperature") is not None:
+        check_number(body["temperature"], "temperature", least=0)
+    check_json(body)
+
+
+def _refuse_stream(given: Mapping[str, Any]) -> None:
+    if given.get("stream") is not None:
+        refuse("stream", given["stream"], "not here; stream with client.openai.chat.completions.create")
+
+
+def _named(
+    api: str,
+    *,
+    model: str,
+    temperature: float | None,
+    max_tokens: int | None,
+    system: str | None,
+) -> dict[str, Any]:
+    """Return the specification's parameters by the names that the API has for them."""
+    limit = "max_tokens" if api == "chat" else "max_output_tokens"
+    instructions = system if api == "responses" else None
+    values = {"model": model, "temperature": temperature, limit: max_tokens, "instructions": instructions}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _take_schema(given: dict[str, Any], api: str) -> type[BaseModel] | None:
+    """Replace a pydantic class given as response_format by its JSON schema, and return the class."""
+    wanted = given.pop("response_format", None)
+    if wanted is None:
+        return None
+    schema = wanted if isinstance(wanted, type) and issubclass(wanted, BaseModel) else None
+    form = wanted if schema is None else _schema_of(schema)
+    if api == "chat":
+        given["response_format"] = wanted if schema is None else {"type": "json_schema", "json_schema": form}
+    else:
+        check_mapping(given.get("text", {}), "text")
+        form = wanted if schema is None else {"type": "json_schema", **form}
+        given["text"] = {**given.get("text", {}), "format": form}
+    return schema
+
+
+def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the strict JSON schema that the SDK makes of a class."""
+    strict: Any = openai.pydantic_function_tool(model)["function"]["parameters"]
+    return {"name": model.__name__, "schema": strict, "strict": True}
+
+
+def _plain(value: Any) -> Any:
+    """Return messages as plain JSON: the SDK's own message objects are taken too."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_unset=True)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

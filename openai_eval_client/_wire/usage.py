@@ -1,0 +1,267 @@
+"""What a request asks for and what an answer used, read from the JSON on the wire."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic_core import from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from decimal import Decimal
+
+
+_BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
+FOR_GOOD = ("insufficient_quota", "Request too large")  # 429s that waiting does not cure
+_NO_OUTPUT = ("/embeddings", "/moderations")
+_OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_MOST = 10**12  # tokens: more than any limit; larger numbers would not fit a float
+_TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
+_USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
+_MODEL_BEFORE = re.compile(rb'(?<!\\)"model"\s*:\s*"([^"\\]*)"\s*,\s*$')
+_TIER = re.compile(rb'(?<!\\)"service_tier"\s*:\s*"(\w+)"')
+_LONGEST_NAME = 500  # bytes
+# Transcriptions say it in the singular.
+_HEARD = ("prompt_tokens_details", "prompt_token_details", "input_tokens_details", "input_token_details")
+_SAID = (
+    "completion_tokens_details",
+    "completion_token_details",
+    "output_tokens_details",
+    "output_token_details",
+)
+
+
+class Demand(NamedTuple):
+    """What one request asks of the limits.
+
+    Attributes:
+        model: Whose budgets it spends; None: only the concurrency bound applies.
+        input_tokens: Of its input.
+        max_output: Output tokens it may use at most; None: what this model's answers usually take.
+        retry: Whether it repeats a failed attempt; None: whoever asks counts its calls itself.
+        free: Whether its endpoint costs nothing.
+        most_cost: USD that it can cost at most; None: nobody keeps a budget.
+    """
+
+    model: str | None
+    input_tokens: int = 0
+    max_output: int | None = None
+    retry: bool | None = None
+    free: bool = False
+    most_cost: Decimal | None = None
+
+
+class Usage(NamedTuple):
+    """What one answer used, and who gave it: all that its price depends on.
+
+    Attributes:
+        prompt_tokens: All input tokens, those of the next three fields included.
+        completion_tokens: All output tokens, reasoning and audio included.
+        cached_tokens: Input read from the prompt cache.
+        cache_write_tokens: Input written to the prompt cache, where that has a price of its own.
+        audio_input_tokens: Input that was sound.
+        audio_output_tokens: Output that is sound.
+        reasoning_tokens: Output spent on reasoning.
+        model: The model that answered, as the server names it; None where it does not say.
+        service_tier: The tier that served, likewise.
+        estimated: True where the server sent no usage and the counts are ours.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+    audio_input_tokens: int = 0
+    audio_output_tokens: int = 0
+    reasoning_tokens: int = 0
+    model: str | None = None
+    service_tier: str | None = None
+    estimated: bool = False
+
+
+class Outcome(NamedTuple):
+    """What came of one attempt.
+
+    Attributes:
+        status: The HTTP status; None where no answer came.
+        headers: Of the answer.
+        usage: What it used; None where the server did not say, and nobody estimated it.
+        message: Of the error, where it is one.
+        sent: False where no connection came about, so that nothing was spent.
+    """
+
+    status: int | None = None
+    headers: Mapping[str, str] | None = None
+    usage: Usage | None = None
+    message: str = ""
+    sent: bool = True
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was answered."""
+        return self.status is not None and self.status < _BAD_REQUEST
+
+    @property
+    def counted(self) -> Usage | None:
+        """What it used by the server's own count."""
+        return None if self.usage is None or self.usage.estimated else self.usage
+
+    @property
+    def tokens(self) -> float | None:
+        """The tokens it came to; None: unknown, the estimate stays.
+
+        A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
+        with a server error, the server may have counted them.
+        """
+        if self.is_refusal:
+            return 0.0
+        used = self.counted
+        return None if used is None else float(used.prompt_tokens + used.completion_tokens)
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was refused (4xx) without being worked on."""
+        return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
+
+    @property
+    def is_congestion(self) -> bool:
+        """Whether it was refused because there is no room now: not for good, as an empty account is."""
+        return self.status == _TOO_MANY_REQUESTS and not any(reason in self.message for reason in FOR_GOOD)
+
+
+def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
+    """Return the output tokens a request may use at most, all choices together; None: no bound."""
+    if path.endswith(_NO_OUTPUT):
+        return 0
+    caps = [cap for name in _OUTPUT_CAPS if (cap := token_count(body.get(name))) is not None]
+    choices = token_count(body.get("n")) or 1
+    return min(caps[0] * choices, _MOST) if caps else None
+
+
+def usage_of(body: Mapping[str, Any]) -> Usage | None:
+    """Return what the answer of any endpoint used, from its decoded body; None where it does not say."""
+    usage = body.get("usage")
+    if not isinstance(usage, dict):
+        return None
+    given = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
+    if given is None:
+        return None
+    made = token_count(usage.get("completion_tokens", usage.get("output_tokens"))) or 0
+    heard, said = _details(usage, _HEARD), _details(usage, _SAID)
+    return Usage(
+        prompt_tokens=given,
+        completion_tokens=made,
+        cached_tokens=_part(heard, "cached_tokens"),
+        cache_write_tokens=_part(heard, "cache_write_tokens"),
+        audio_input_tokens=_part(heard, "audio_tokens"),
+        audio_output_tokens=_part(said, "audio_tokens"),
+        reasoning_tokens=_part(said, "reasoning_tokens"),
+        model=_name(body.get("model")),
+        service_tier=_name(body.get("service_tier")),
+    )
+
+
+def _details(usage: Mapping[str, Any], names: tuple[str, ...]) -> Mapping[str, Any]:
+    """Return the parts that a count is made of."""
+    for name in names:
+        details = usage.get(name)
+        if details and isinstance(details, dict):
+            return details
+    return {}
+
+
+def _part(details: Mapping[str, Any], name: str) -> int:
+    value = details.get(name)
+    return (token_count(value) or 0) if value else 0
+
+
+def _name(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def token_count(value: object) -> int | None:
+    """Return a plausible number of tokens, None for anything else."""
+    if type(value) is not int or value < 0:  # a bool is none
+        return None
+    return min(value, _MOST)
+
+
+def read_usage(tail: bytes) -> Usage | None:
+    """Return what an answer used, from its body or the end of it, or the end of a stream.
+
+    It is the last `usage` object that counts. Where the object round it is not there as a whole, its model is
+    known only if it stands right before, as with embeddings.
+    """
+    whole = _decoded(tail) if len(tail) <= _TAIL and tail.lstrip().startswith(b"{") else {}
+    usage = usage_of(whole)
+    if usage is not None:
+        return usage
+    for match in reversed(list(_USAGE.finditer(tail))):
+        usage = _read_event(tail, match.start()) or _read_cut(tail, match)
+        if usage is not None:
+            return usage
+    return None
+
+
+def _read_event(tail: bytes, position: int) -> Usage | None:
+    """Return what the event of a stream that stands at a position says, where it is whole."""
+    start, end = tail.rfind(b"\n", 0, position) + 1, tail.find(b"\n", position)
+    field, _, data = tail[start : end if end >= 0 else len(tail)].partition(b":")
+    event = _decoded(data) if field == b"data" else {}
+    within = event.get("response")
+    return usage_of(within if isinstance(within, dict) else event)
+
+
+def _read_cut(tail: bytes, match: re.Match[bytes]) -> Usage | None:
+    """Return what a `usage` object says whose surroundings are cut or unknown."""
+    try:
+        usage, _ = json.JSONDecoder().raw_decode(tail[match.end() :].decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    named = _MODEL_BEFORE.search(tail, max(0, match.start() - _LONGEST_NAME), match.start())
+    tiers = list(_TIER.finditer(tail, 0, match.start())) or list(_TIER.finditer(tail, match.end()))
+    said = {"model": named, "service_tier": tiers[-1] if tiers else None}
+    return usage_of(
+        {"usage": usage, **{key: found and found[1].decode(errors="replace") for key, found in said.items()}},
+    )
+
+
+def _decoded(data: bytes) -> dict[str, Any]:
+    """Return a JSON object; an empty one where there is none."""
+    try:
+        value = read_json(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_json(data: bytes) -> Any:
+    """Return what JSON says, in half the time of the standard library, which is asked where this fails.
+
+    Raises:
+        ValueError: It is no JSON.
+        RecursionError: It is nested too deeply.
+    """
+    try:
+        return from_json(data, cache_strings="keys")
+    except ValueError:  # also for half a surrogate pair, which json takes
+        return json.loads(data)
+
+
+class Tail:
+    """Remembers the end of a stream, in bounded memory."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def feed(self, chunk: bytes) -> None:
+        """Take in the next bytes."""
+        self._data += chunk
+        if len(self._data) > 2 * _TAIL:
+            del self._data[:-_TAIL]
+
+    def read(self) -> bytes:
+        """Return the last bytes."""
+        return bytes(self._data[-_TAIL:])

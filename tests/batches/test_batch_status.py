@@ -1,0 +1,241 @@
+"""The status of a job from those of its batches, and the jobs of an account from its batches."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from batches import patient
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from openai.types import Batch
+
+from openai_eval_client import BatchError, BatchJobStatus
+from openai_eval_client._batches.status import (
+    INTENT,
+    PART,
+    Grouping,
+    Placement,
+    Reasons,
+    failure_of,
+    has_ended,
+    is_enqueued_limit,
+    job_status,
+    request_counts,
+    stated_errors,
+    was_refused,
+)
+
+RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
+ENDED = ("completed", "expired", "cancelled", "failed")
+NEW = ("paused", "queued", "")  # not known yet to us
+AT = 1_700_000_000
+
+
+def batch(status: str = "completed", name: str = "batch_1", **fields: Any) -> Batch:
+    counts = fields.pop("counts", None)
+    given_fields = {
+        "id": name,
+        "object": "batch",
+        "endpoint": "/v1/chat/completions",
+        "input_file_id": "file-1",
+        "completion_window": "24h",
+        "created_at": AT,
+        "status": status,
+        "request_counts": None
+        if counts is None
+        else dict(zip(("total", "completed", "failed"), counts, strict=True)),
+        **fields,
+    }
+    return Batch.construct(**given_fields)
+
+
+def placed(first: int, count: int, total: int, intent: str = "i", **fields: Any) -> Batch:
+    placement = Placement(intent, total, first, count, first, numbered=True, temperature=None)
+    return batch(metadata=placement.metadata(), **fields)
+
+
+counts = st.none() | st.tuples(*[st.none() | st.integers(0, 9)] * 3)
+parts = st.lists(st.tuples(st.sampled_from(RUNNING + ENDED + NEW), counts), min_size=1, max_size=5)
+
+
+@patient
+@given(parts)
+def test_any_parts_have_a_status(given_parts: list[tuple[str, Any]]) -> None:
+    """Never ended while a part runs, completed if any part is; the counts add up; it survives JSON."""
+    batches = [batch(status, f"b{n}", counts=said) for n, (status, said) in enumerate(given_parts)]
+    status = job_status(batches, ())
+    states = [state if state in RUNNING + ENDED else "in_progress" for state, _ in given_parts]
+    running = [state for state in states if state in RUNNING]
+    if running:
+        assert status.status == min(running, key=RUNNING.index)
+        assert status.completed_at is None
+    else:
+        assert status.status == min(states, key=ENDED.index)
+        assert status.completed_count + status.failed_count == status.request_count
+    assert 0 <= status.completed_count + status.failed_count <= status.request_count
+    assert status.request_count == sum((said[0] or 0) if said else 0 for _, said in given_parts)
+    assert status.job_id == "+".join(each.id for each in batches)
+    assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
+
+
+def test_times() -> None:
+    """From the first creation to the last end, with their zone."""
+    batches = [
+        batch(created_at=AT + 5, completed_at=AT + 90),
+        batch("expired", created_at=AT, expired_at=AT + 80, completed_at=None),
+    ]
+    status = job_status(batches, ())
+    assert status.created_at == datetime.fromtimestamp(AT, tz=timezone.utc)
+    assert status.completed_at == datetime.fromtimestamp(AT + 90, tz=timezone.utc)
+    assert job_status([*batches, batch("cancelling", cancelling_at=AT)], ()).completed_at is None
+    assert job_status([batch("failed")], ()).completed_at is None
+
+
+@pytest.mark.parametrize("status", RUNNING)
+def test_what_was_submitted_counts_while_the_api_says_nothing(status: str) -> None:
+    """A batch that is being validated has a total of 0, or none."""
+    for said in ((0, 0, 0), (None, None, None), None):
+        each = placed(0, 7, 7, status=status, counts=said)
+        assert request_counts(each) == (7, 0, 0)
+
+
+def test_what_an_ended_batch_did_not_complete_has_failed() -> None:
+    """Expired requests are in neither of the API's counts."""
+    assert request_counts(placed(0, 7, 7, status="expired", counts=(7, 3, 1))) == (7, 3, 4)
+    assert request_counts(placed(0, 7, 7, status="in_progress", counts=(7, 3, 1))) == (7, 3, 1)
+    assert request_counts(placed(0, 7, 7, counts=(9, 9, 9))) == (7, 7, 0)
+
+
+def test_an_unknown_state_has_not_ended() -> None:
+    assert not has_ended(batch("paused"))
+    assert all(has_ended(batch(state)) for state in ENDED)
+
+
+# --- errors ----------------------------------------------------------------------------------------------
+
+
+def with_errors(*errors: dict[str, Any] | None, status: str = "failed") -> Batch:
+    return batch(status, errors={"object": "list", "data": list(errors)})
+
+
+def test_errors_are_read_whatever_they_leave_out() -> None:
+    found = stated_errors(
+        with_errors({"code": "c", "message": "m", "line": 3, "param": "p"}, {"code": "d"}, {})
+    )
+    assert found == [
+        BatchError("m", code="c", line=3, param="p"),
+        BatchError("d", code="d"),
+        BatchError("no reason given"),
+    ]
+    assert stated_errors(batch("failed", errors=None)) == []
+    assert stated_errors(batch("failed", errors={"object": "list", "data": None})) == []
+
+
+def test_a_message_with_half_an_emoji_can_be_written() -> None:
+    """The API may quote a text that was cut."""
+    found = stated_errors(with_errors({"code": "c", "message": "no \ud83d, 🦄"}))
+    status = job_status([batch("failed")], found)
+    assert status.errors == [BatchError("no \ufffd, 🦄", code="c")]
+    assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
+
+
+def test_the_reason_of_a_request() -> None:
+    """That of its line, else the first, else what the status says."""
+    failed = with_errors({"code": "c", "message": "m", "line": 3}, {"code": "d", "message": "n"})
+    reasons = Reasons(failed, lambda number: number + 10)
+    assert reasons.of(13) == BatchError("m", code="c", line=14)
+    assert reasons.of(0) == BatchError("batch batch_1 failed: m", code="c", line=1)
+    codes = {"expired": "batch_expired", "cancelled": "batch_cancelled", "completed": "missing_result"}
+    for status, code in codes.items():
+        error = Reasons(batch(status), lambda number: number).of(4)
+        assert (error.code, error.index) == (code, 4)
+        assert "batch_1" in str(error)
+    assert Reasons(batch("failed"), lambda number: number).of(0).code == "batch_failed"
+
+
+def test_the_failure_of_a_job() -> None:
+    """Its first reason, and how many there are."""
+    error = failure_of(
+        [batch("failed"), with_errors({"code": "c", "message": "m"}, {"code": "d", "message": "n"})]
+    )
+    assert error.code == "c"
+    assert "m" in str(error)
+    assert failure_of([batch("failed")]).code == "batch_failed"
+
+
+def test_a_refusal_for_enqueued_tokens_is_known() -> None:
+    """By its code, or by its text; only of a batch that failed."""
+    said = {"code": "token_limit_exceeded", "message": "m"}
+    assert was_refused(with_errors({"code": "x", "message": "y"}, said)).code == "token_limit_exceeded"
+    assert was_refused(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
+    assert was_refused(with_errors({"code": "x", "message": "y"})) is None
+    assert was_refused(with_errors(said, status="completed")) is None
+    assert not is_enqueued_limit(None, "")
+
+
+# --- grouped into jobs -----------------------------------------------------------------------------------
+
+
+@st.composite
+def accounts(draw: Any) -> list[tuple[str, int, int, int]]:
+    """Batches of several jobs in any order: intent, first, count, total; later ones may repeat places."""
+    found = []
+    for intent in "abc"[: draw(st.integers(1, 3))]:
+        cuts = sorted(draw(st.sets(st.integers(1, 9), max_size=3)))
+        edges = [0, *cuts, 10]
+        for first, last in pairwise(edges):  # the second of two replaced the first
+            found += [(intent, first, last - first, 10)] * draw(st.integers(1, 2))
+    return draw(st.permutations(found))
+
+
+@patient
+@given(accounts())
+def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, int]]) -> None:
+    """Each job once, its batches in the order of their requests, of each place the newest."""
+    batches = [
+        placed(first, count, total, intent, name=f"b{n}")
+        for n, (intent, first, count, total) in enumerate(account)
+    ]
+    grouping = Grouping()
+    jobs = [job for each in batches if (job := grouping.add(each))]
+    assert grouping.incomplete() == []
+    assert len(jobs) == len({intent for intent, *_ in account})
+    for job in jobs:
+        intents = {each.metadata[INTENT] for each in job}
+        assert len(intents) == 1
+        (intent,) = intents
+        places = [account[int(each.id[1:])] for each in job]
+        assert [first for _, first, _, _ in places] == sorted(
+            {entry[1] for entry in account if entry[0] == intent}
+        )
+        for each, place in zip(job, places, strict=True):
+            assert batches[account.index(place)] is each
+
+
+@patient
+@given(accounts(), st.integers(0, 5))
+def test_a_job_without_one_of_its_batches_is_incomplete(
+    account: list[tuple[str, int, int, int]], which: int
+) -> None:
+    """It is handed out at the end, and the whole ones are not held up."""
+    lost = account[which % len(account)]
+    left = [entry for entry in account if entry != lost]
+    assume(left)
+    grouping = Grouping()
+    whole = [
+        job for n, (i, f, c, t) in enumerate(left) if (job := grouping.add(placed(f, c, t, i, name=f"b{n}")))
+    ]
+    found = whole + grouping.incomplete()
+    names = [{each.metadata[INTENT] for each in job} for job in found]
+    assert sorted(name for (name,) in names) == sorted({entry[0] for entry in left})
+    assert len(grouping.incomplete()) == (lost[0] in {entry[0] for entry in left})
+
+
+def test_batches_of_others_are_no_jobs() -> None:
+    grouping = Grouping()
+    odd = [None, {}, {"mine": "x"}, {INTENT: "x"}, {PART: "{}"}, {INTENT: "x", PART: "no"}, "text"]
+    assert [grouping.add(batch(metadata=metadata)) for metadata in odd] == [[]] * len(odd)
+    assert grouping.incomplete() == []

@@ -1,0 +1,341 @@
+"""The purse: never overspent, nobody overtaken, nobody left waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import threading
+from dataclasses import dataclass
+from decimal import Decimal, localcontext
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from virtual import VirtualLoop
+
+from openai_eval_client import BudgetExceededError
+from openai_eval_client._cost.budget import Purse, commit, reserve, reserve_now
+
+NOTHING = Decimal(0)
+A_LONG_TIME = 1e9  # virtual seconds
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request: when it comes, what it reserves, how long it takes, what it comes to.
+
+    Attributes:
+        actual: Share of what it reserved.
+        patience: Virtual seconds until its caller cancels it, waiting or not; None: never.
+        stands: Whether nobody settles it, but somebody says so.
+        own: The limit of a purse of its own besides, where it has one.
+    """
+
+    at: float
+    amount: int
+    takes: float
+    actual: float = 1.0
+    patience: float | None = None
+    stands: bool = False
+
+
+class Watched(Purse):
+    """A purse that remembers who asked and who got something, in which order."""
+
+    def __init__(self, limit: Decimal) -> None:
+        super().__init__(limit)
+        self.asked: list[object] = []
+        self.granted: list[object] = []
+
+    def _asked(self, amount: Decimal):
+        place = len(self.asked)
+        hold = super()._asked(amount)
+        self.asked.insert(place, hold)
+        return hold
+
+    def _grant(self, hold) -> None:
+        super()._grant(hold)
+        self.granted.append(hold)
+
+
+@dataclass
+class Seen:
+    """What came of one request."""
+
+    granted: bool = False
+    refused: str = ""
+    cancelled: bool = False
+    spent: Decimal = NOTHING
+
+
+class Story:
+    """Requests on one purse in virtual time, watched at every step."""
+
+    def __init__(self, limit: int, requests: list[Request]) -> None:
+        self.purse, self.limit = Watched(Decimal(limit)), Decimal(limit)
+        self.requests = requests
+        self.seen: list[Seen] = []
+
+    def watch(self) -> dict[str, Decimal]:
+        stats = self.purse.stats
+        assert stats["spent"] + stats["reserved"] <= self.limit
+        assert min(stats.values()) >= 0
+        return stats
+
+    async def one(self, request: Request) -> None:
+        await asyncio.sleep(request.at)
+        amount = Decimal(request.amount)
+        seen = Seen()
+        self.seen.append(seen)
+        try:
+            hold = await self.purse.reserve(amount)
+        except BudgetExceededError as error:
+            stats = self.watch()
+            assert amount > self.limit - stats["spent"] - stats["reserved"]
+            seen.refused = str(error)
+            return
+        except asyncio.CancelledError:
+            seen.cancelled = True
+            self.watch()
+            raise
+        seen.granted = True
+        self.watch()
+        try:
+            await asyncio.sleep(request.takes)
+        finally:
+            seen.spent = (
+                amount if request.stands else (amount * Decimal(request.actual)).quantize(Decimal("0.01"))
+            )
+            if request.stands:
+                self.purse.stand(hold)
+            else:
+                self.purse.settle(hold, seen.spent)
+                self.purse.settle(hold, amount)  # does nothing
+            self.watch()
+
+    async def impatient(self, request: Request) -> None:
+        task = asyncio.ensure_future(self.one(request))
+        _, left = await asyncio.wait([task], timeout=request.patience)
+        for each in left:
+            each.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled() or task.exception() is None
+
+    async def run(self) -> None:
+        tasks = [asyncio.ensure_future(self.impatient(request)) for request in self.requests]
+        done, left = await asyncio.wait(tasks, timeout=A_LONG_TIME)
+        assert not left, "somebody waits for ever"
+        for task in done:
+            task.result()
+
+
+def told(limit: int, requests: list[Request]) -> Story:
+    loop = VirtualLoop()
+    story = Story(limit, requests)
+    try:
+        loop.run_until_complete(story.run())
+    finally:
+        loop.close()
+    return story
+
+
+REQUESTS = st.builds(
+    Request,
+    at=st.integers(0, 10).map(float),
+    amount=st.integers(1, 60),
+    takes=st.integers(0, 10).map(float),
+    actual=st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]),
+    patience=st.sampled_from([None, None, None, 0.5, 3.0, 7.5]),
+    stands=st.sampled_from([False, False, False, True]),
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(limit=st.integers(0, 150), requests=st.lists(REQUESTS, min_size=1, max_size=25))
+@example(limit=10, requests=[Request(0, 10, 5, 0.5), Request(1, 10, 1), Request(2, 5, 1)])
+@example(limit=10, requests=[Request(0, 8, 5, stands=True), Request(1, 10, 1), Request(2, 2, 1)])
+@example(limit=10, requests=[Request(0, 8, 5, 0.1), Request(1, 9, 1, patience=3.0), Request(2, 2, 1)])
+def test_any_story(limit: int, requests: list[Request]) -> None:
+    """Never over the limit; whoever waits is served, refused or cancelled; in the order of asking."""
+    story = told(limit, requests)
+    stats = story.watch()
+    order = [story.purse.asked.index(hold) for hold in story.purse.granted]
+    assert order == sorted(order)
+    assert stats["spent"] + stats["reserved"] == sum((seen.spent for seen in story.seen), NOTHING)
+    assert all(seen.refused or seen.cancelled or seen.granted for seen in story.seen)
+
+
+def test_one_that_fits_waits_behind_one_that_does_not_yet() -> None:
+    """First come, first served: the small one does not overtake, and goes as soon as the large one does."""
+    story = told(10, [Request(0, 8, 5, 0.5), Request(1, 6, 4, 0.5), Request(2, 1, 1)])
+    assert story.purse.granted == story.purse.asked
+    assert [hold.amount for hold in story.purse.granted] == [8, 6, 1]
+    assert story.purse.stats["spent"] == 8
+
+
+def test_one_that_can_never_fit_is_refused_at_once() -> None:
+    """It neither waits for what is in flight nor holds up the next."""
+    story = told(10, [Request(0, 8, 5), Request(1, 11, 1), Request(2, 2, 1)])
+    assert story.seen[1].refused == (
+        "max_cost=10 USD: 0 spent, 8 reserved for what is in flight, and the next request may cost 11"
+    )
+    assert story.seen[2].granted
+
+
+def test_one_that_does_not_fit_any_more_is_refused_when_that_is_known() -> None:
+    """While something is in flight it may still turn out cheaper."""
+    story = told(10, [Request(0, 8, 5, 1.0), Request(1, 3, 1)])
+    assert story.seen[1].refused.startswith("max_cost=10 USD: 8 spent, 0 reserved")
+
+
+def test_who_waits_for_what_is_not_settled_any_more_is_refused() -> None:
+    """A reservation that stands is as good as spent."""
+    story = told(10, [Request(0, 8, 5, stands=True), Request(1, 3, 1)])
+    assert "0 spent, 8 reserved" in story.seen[1].refused
+
+
+def test_a_cancelled_waiter_lets_the_next_one_go() -> None:
+    """Its place is given up at once, not only when its turn comes."""
+    story = told(10, [Request(0, 8, 100), Request(1, 9, 1, patience=3.0), Request(2, 2, 1)])
+    assert story.seen[1].cancelled
+    assert story.seen[2].granted
+
+
+async def test_what_is_committed_counts_even_beyond_the_limit() -> None:
+    """It was spent before anybody asked."""
+    purse = Purse(Decimal(5))
+    held = commit([purse], Decimal(7))
+    assert purse.stats["reserved"] == 7
+    assert (purse.free, purse.idle) == (0, False)
+    with pytest.raises(BudgetExceededError):
+        await purse.reserve(Decimal(6))
+    waiting = asyncio.ensure_future(purse.reserve(Decimal(3)))
+    await asyncio.sleep(0)
+    held.settle(Decimal(2))
+    assert (await waiting).amount == 3
+    assert (purse.free, purse.idle) == (0, False)
+
+
+async def test_what_costs_more_than_was_reserved_is_not_forgotten() -> None:
+    """Nothing goes after it."""
+    purse = Purse(Decimal(5))
+    (await reserve([purse], Decimal(4))).settle(Decimal(6))
+    assert purse.stats == {"limit": 5, "spent": 6, "reserved": 0}
+    assert purse.free == 0
+    with pytest.raises(BudgetExceededError, match="6 spent"):
+        await purse.reserve(Decimal("0.01"))
+
+
+async def test_two_purses_reserve_together_or_not_at_all() -> None:
+    """What the second refuses, or has no room for now, is given back to the first."""
+    wide, narrow = Purse(Decimal(10)), Purse(Decimal(3))
+    with pytest.raises(BudgetExceededError, match="max_cost=3 "):
+        await reserve([wide, narrow], Decimal(4))
+    with pytest.raises(BudgetExceededError, match="max_cost=3 "):
+        reserve_now([wide, narrow], Decimal(4))
+    both = await reserve([wide, narrow], Decimal(2))
+    assert reserve_now([wide, narrow], Decimal(2)) is None
+    assert [purse.stats["reserved"] for purse in (wide, narrow)] == [2, 2]
+    waiting = asyncio.ensure_future(reserve([wide, narrow], Decimal(3)))
+    await asyncio.sleep(0)
+    assert wide.stats["reserved"] == 5
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert wide.stats["reserved"] == 2
+    both.settle(Decimal(1))
+    assert [purse.stats["spent"] for purse in (wide, narrow)] == [1, 1]
+
+
+async def test_nobody_jumps_the_queue() -> None:
+    """Who does not wait gets nothing while others do."""
+    purse = Purse(Decimal(10))
+    first = await purse.reserve(Decimal(8))
+    waiting = asyncio.ensure_future(purse.reserve(Decimal(5)))
+    await asyncio.sleep(0)
+    assert purse.reserve_now(Decimal(1)) is None
+    assert purse.free == 0
+    purse.settle(first, NOTHING)
+    await waiting
+    assert purse.reserve_now(Decimal(5)) is not None
+
+
+def test_sums_are_exact_whatever_precision_the_program_has_set() -> None:
+    """A thousand times a billionth and a half is neither more nor less."""
+    with localcontext() as context:
+        context.prec = 3
+        purse = Purse(Decimal("1.0000000015"))
+        for _ in range(1000):
+            hold = purse.reserve_now(Decimal("0.0000000015"))
+            purse.settle(hold, Decimal("0.0000000015"))
+        assert purse.stats["spent"] == Decimal("0.0000015000")
+        assert purse.free == Decimal("0.9999985015")
+
+
+def test_a_loop_that_was_closed_holds_nothing_back() -> None:
+    """Who waited on it is passed over, and what was granted to it is given back."""
+    purse = Purse(Decimal(10))
+    held = purse.reserve_now(Decimal(8))
+    loop = asyncio.new_event_loop()
+    waiting = loop.create_task(purse.reserve(Decimal(5)))
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    purse.settle(held, NOTHING)
+    assert purse.stats["reserved"] == 0
+    assert purse.reserve_now(Decimal(10)) is not None
+    waiting._log_destroy_pending = False
+
+
+def test_a_loop_that_ends_between_grant_and_waking_gives_back() -> None:
+    """The waiter was collected before it could run again."""
+    purse = Purse(Decimal(10))
+    held = purse.reserve_now(Decimal(8))
+
+    async def leave() -> None:
+        waiting.append(asyncio.ensure_future(purse.reserve(Decimal(5))))
+        await asyncio.sleep(0)
+        threading.Thread(target=purse.settle, args=(held, NOTHING)).start()
+
+    waiting: list[asyncio.Future] = []
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    waiting.pop()._log_destroy_pending = False
+    loop.close()
+    del loop
+    gc.collect()
+    assert purse.stats["reserved"] == 0
+
+
+def test_threads_with_loops_of_their_own_share_one_purse() -> None:
+    """Eight of them, asking, settling and giving up at random: never over, and all of them end."""
+    limit = Decimal(100)
+    purse = Purse(limit)
+    over: list[object] = []
+    spent: list[Decimal] = []
+
+    async def one(chance: random.Random) -> None:
+        amount = Decimal(chance.randint(1, 30))
+        try:
+            held = await asyncio.wait_for(purse.reserve(amount), chance.choice([0.001, 30]))
+        except (BudgetExceededError, asyncio.TimeoutError):
+            return
+        stats = purse.stats
+        if stats["spent"] + stats["reserved"] > limit:
+            over.append(stats)
+        await asyncio.sleep(chance.random() / 1000)
+        actual = amount * chance.randint(0, 10) / 500
+        spent.append(actual)
+        purse.settle(held, actual)
+
+    async def work(seed: int) -> None:
+        await asyncio.gather(*[one(random.Random(1000 * seed + n)) for n in range(150)])  # noqa: S311
+
+    threads = [threading.Thread(target=lambda n=n: asyncio.run(work(n))) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert not any(thread.is_alive() for thread in threads)
+    assert over == []
+    assert purse.stats == {"limit": limit, "spent": sum(spent, NOTHING), "reserved": 0}
+    assert purse.idle

@@ -1,0 +1,238 @@
+"""What the limiter makes of the server's headers and refusals, over minutes of virtual time.
+
+The bounds on time and refusals are those of the project's table of numbers to reach; `tests/benchmarks`
+measures the same over real sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from virtual import VirtualLoop, VirtualServer, rehearse
+
+from openai_eval_client import RateLimitConfig
+from openai_eval_client._account import Governor
+from openai_eval_client._limits.buckets import Belief
+from openai_eval_client._wire.headers import Quota
+from openai_eval_client._wire.usage import Demand
+
+RPM, TPM = 1800, 480_000  # 20 requests of 400 tokens a second: tokens bind
+
+
+def config(factor: int = 1, **options: object) -> RateLimitConfig:
+    limits = {"requests_per_minute": RPM * factor, "tokens_per_minute": TPM * factor}
+    return RateLimitConfig(**{**limits, "max_concurrent": 1000, **options})
+
+
+STAMPS = pytest.mark.parametrize("stamp", ["answer", "admission"])
+SEEDS = pytest.mark.parametrize("seed", range(3))
+
+
+@SEEDS
+@STAMPS
+@pytest.mark.parametrize("headers", [True, False])
+def test_right_limits_and_a_full_minutes_bucket(stamp: str, seed: int, headers: bool) -> None:
+    """Not one refusal, and as fast as can be, whether the server says anything or not."""
+    server = VirtualServer(RPM, TPM, stamp=stamp, seed=seed, headers=headers)
+    figures = rehearse(server, config())
+    assert (figures.refused, figures.unanswered) == (0, 0)
+    assert figures.ratio <= 1.04
+
+
+@SEEDS
+@STAMPS
+def test_right_limits_enforced_over_five_seconds(stamp: str, seed: int) -> None:
+    """The headers tell how small the server's bucket is."""
+    figures = rehearse(VirtualServer(RPM, TPM, window=5, stamp=stamp, seed=seed), config(), requests=1000)
+    assert figures.refused <= 0.005
+    assert figures.unanswered == 0
+    assert figures.ratio <= 1.04
+
+
+@SEEDS
+@STAMPS
+@pytest.mark.parametrize("in_flight", [64, 256])
+def test_limits_four_times_too_high(stamp: str, seed: int, in_flight: int) -> None:
+    """The headers correct the user."""
+    server = VirtualServer(RPM, TPM, window=5, stamp=stamp, seed=seed)
+    figures = rehearse(server, config(4), requests=1000, in_flight=in_flight)
+    assert figures.refused <= 0.01
+    assert figures.unanswered == 0
+    assert figures.ratio <= 1.05
+
+
+@SEEDS
+@pytest.mark.parametrize("in_flight", [64, 256])
+@pytest.mark.parametrize("retry_after", [True, False])
+def test_limits_four_times_too_high_and_a_silent_server(seed: int, in_flight: int, retry_after: bool) -> None:
+    """Only its refusals tell: the rate is found from what passes between them."""
+    server = VirtualServer(RPM, TPM, window=5, headers=False, retry_after=retry_after, seed=seed)
+    figures = rehearse(server, config(4), requests=1000, in_flight=in_flight)
+    assert figures.refused <= 0.04
+    assert figures.unanswered == 0
+    assert figures.ratio <= 1.08
+
+
+@SEEDS
+@STAMPS
+@pytest.mark.parametrize(("clients", "refused", "ratio"), [(2, 0.02, 1.06), (4, 0.05, 1.08)])
+def test_several_clients_on_one_quota(stamp, seed, clients, refused, ratio) -> None:
+    """Each sees in the headers what the others spend."""
+    server = VirtualServer(RPM, TPM, stamp=stamp, seed=seed)
+    figures = rehearse(server, config(), clients=clients)
+    assert figures.refused <= refused
+    assert figures.unanswered == 0
+    assert figures.ratio <= ratio
+
+
+@SEEDS
+@STAMPS
+@pytest.mark.parametrize("window", [5, 60])
+def test_limits_that_are_not_given(stamp: str, seed: int, window: float) -> None:
+    """Learnt from the first answer."""
+    server = VirtualServer(RPM, TPM, window=window, stamp=stamp, seed=seed)
+    figures = rehearse(server, None, requests=1000 if window == 5 else 2000)
+    assert figures.refused <= 0.005
+    assert figures.unanswered == 0
+    assert figures.ratio <= 1.05
+
+
+class FakeClock:
+    """A clock that moves when told to."""
+
+    now = 0.0
+
+    def time(self) -> float:
+        return self.now
+
+
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(["spend", "hear", "pass", "refuse", "owe", "wait"]),
+        st.integers(1, 5000),
+        st.integers(0, 100_000),
+        st.floats(0, 120),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(EVENTS, st.one_of(st.none(), st.floats(0.1, 1000)))
+def test_whatever_happens_nobody_waits_for_ever(events, rate) -> None:
+    """For any story told by the server, the wait for the next request stays finite and comes to an end."""
+    clock = FakeClock()
+    belief = Belief(rate, (rate or 0) * 60, clock)
+    mark = belief.charge(1)
+    for kind, amount, quota, seconds in events:
+        if kind == "spend":
+            mark = belief.charge(amount)
+        elif kind == "hear":
+            belief.hear(Quota(max(quota, 1), min(amount, max(quota, 1)), seconds), mark)
+        elif kind == "pass":
+            belief.passed(amount)
+        elif kind == "refuse":
+            belief.refused(amount, mark, seconds, spoke=bool(quota % 2))
+        elif kind == "owe":
+            belief.owe(amount)
+        clock.now += seconds
+        wait = belief.ready_in(100)
+        assert 0 <= wait < 1e9
+    for _ in range(5):
+        clock.now += belief.ready_in(100)
+    assert belief.ready_in(100) <= 1e-3
+
+
+def serially(rpm: int, tpm: int, sizes: list[int], *, idle: float = 0.0, before: int = 0) -> list[float]:
+    """Seconds that each of several requests waited, sent one by one after `before` others and a pause."""
+    server = VirtualServer(rpm, tpm, network=0.001)
+    loop = VirtualLoop()
+    waits: list[float] = []
+
+    async def one(governor: Governor, tokens: int) -> None:
+        asked = loop.time()
+        admission = await governor.admit(Demand("m", tokens, 0))
+        waits.append(loop.time() - asked)
+        admission.settle(await server.answer(tokens))
+
+    async def story() -> None:
+        limits = RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm)
+        governor = Governor(limits, clock=loop)
+        for _ in range(before):
+            await one(governor, sizes[0])
+        await asyncio.sleep(idle)
+        waits.clear()
+        for tokens in sizes:
+            await one(governor, tokens)
+
+    try:
+        loop.run_until_complete(story())
+    finally:
+        loop.close()
+    assert server.refused == 0
+    return waits
+
+
+def test_after_a_long_pause_nobody_is_taken_to_spend_the_quota() -> None:
+    """A bucket that was full for ten minutes did not refill: that is no sign of others."""
+    first, second = serially(10_000, 30_000, [20_000, 20_000], idle=600, before=1)
+    assert first == 0
+    assert second <= 21  # 10,000 tokens are missing at 500 a second
+
+
+def test_a_request_does_not_count_against_itself() -> None:
+    """Three that fit the full bucket go without waiting."""
+    assert max(serially(10_000, 30_000, [9_500] * 3)) <= 0.5
+
+
+def test_very_small_limits_are_used_in_full() -> None:
+    """At 3 requests a minute the fourth waits for its 20 seconds and not for minutes."""
+    waits = serially(3, 30_000, [10] * 6)
+    assert max(waits[:3]) <= 11
+    assert max(waits[3:]) <= 25
+
+
+def test_a_server_that_stops_speaking_is_followed_by_its_refusals() -> None:
+    """Headers at first, then none, at a tenth of the limit: most prompts are answered all the same."""
+    server = VirtualServer(6000, 10**9, window=1)
+
+    async def fall_silent() -> None:
+        await asyncio.sleep(2)
+        server.headers = False
+        server.buckets["requests"].per_minute = 600
+
+    figures = rehearse(
+        server,
+        RateLimitConfig(requests_per_minute=6000, tokens_per_minute=None),
+        requests=600,
+        meanwhile=fall_silent,
+    )
+    assert figures.unanswered == 0
+    assert figures.refused <= 0.5
+
+
+def test_fixed_limits_too_do_not_stampede_after_a_refusal() -> None:
+    """adaptive_throttling=False, ten times too high: after the pause one goes, and then the fixed rate."""
+    server = VirtualServer(RPM, TPM, window=5, headers=False)
+    figures = rehearse(server, config(10, adaptive_throttling=False), requests=500, retries=100)
+    assert figures.unanswered == 0
+
+
+def test_a_daily_limit_in_the_headers_is_not_taken_for_a_minutes() -> None:
+    """10,000 a day with 20 left and a reset of a day: the next ones go at the day's pace."""
+    clock = FakeClock()
+    belief = Belief(100.0, 6000.0, clock)
+    mark = belief.charge(1)
+    belief.hear(Quota(10_000, 0, 86_400.0), mark)
+    clock.now += 1
+    assert belief.ready_in(1) == pytest.approx(86_400 / 10_000, rel=0.2)
+
+
+def test_a_daily_refusal_without_tokens_does_no_harm() -> None:
+    """A request that reserves nothing can be refused, too."""
+    belief = Belief(None, 1.0, FakeClock())
+    belief.refused(0.0, belief.charge(0.0), 3.0, spoke=False)
+    assert belief.ready_in(10**6) == 0

@@ -1,0 +1,376 @@
+"""The limiter's decisions, on a clock that the test drives."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import pytest
+from aiolimiter import AsyncLimiter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openai_eval_client import RateLimitConfig
+from openai_eval_client._limits.buckets import Bucket
+from openai_eval_client._limits.queue import Gate, Lane, State, Ticket
+from openai_eval_client._wire.headers import Quota
+
+EPSILON = 1e-6
+
+
+@dataclass
+class FakeClock:
+    """A clock that moves when told to."""
+
+    now: float = 1000.0
+
+    def time(self) -> float:
+        return self.now
+
+
+@dataclass
+class Queue:
+    """A gate, its clock, and what it admitted when."""
+
+    config: RateLimitConfig
+    clock: FakeClock = field(default_factory=FakeClock)
+    admitted: list[tuple[float, Ticket]] = field(default_factory=list)
+    turns: itertools.count[int] = field(default_factory=itertools.count)
+
+    def __post_init__(self) -> None:
+        self.gate = Gate("m", self.config, self.clock)
+
+    def ask(self, tokens: float, lane: Lane | None = None) -> Ticket:
+        ticket = Ticket(next(self.turns), tokens, lane or self.gate.lane, self.clock.now, owner="loop")
+        self.gate.enqueue(ticket)
+        self.pump()
+        return ticket
+
+    def pump(self) -> None:
+        while (ticket := self.gate.grant_next()) is not None:
+            self.admitted.append((self.clock.now, ticket))
+
+    def wait(self) -> bool:
+        """Let time pass until the next ticket can go; False where time alone helps nobody."""
+        delay = self.gate.next_in()
+        if delay is None:
+            return False
+        self.clock.now += delay
+        self.pump()
+        return True
+
+    def finish(self, ticket: Ticket, tokens: float | None = None) -> None:
+        self.gate.settle(ticket, tokens)
+        self.pump()
+
+
+def limits(rpm: int | None = None, tpm: int | None = None, **options: object) -> RateLimitConfig:
+    defaults = {"max_concurrent": 10_000, "adaptive_throttling": False, **options}
+    return RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm, **defaults)
+
+
+def most_in_any_window(events: list[tuple[float, float]], seconds: float) -> float:
+    """Return the largest sum of amounts within any window of that length."""
+    best, total, first = 0.0, 0.0, 0
+    for time, amount in events:
+        total += amount
+        while events[first][0] <= time - seconds:
+            total -= events[first][1]
+            first += 1
+        best = max(best, total)
+    return best
+
+
+def test_the_bucket_still_reads_aiolimiters_level_right() -> None:
+    """What Bucket relies on in aiolimiter is there and means what it did: guards the version pin."""
+    clock = FakeClock()
+    bucket = Bucket(1, 60, clock)
+    assert isinstance(bucket, AsyncLimiter)
+    bucket.charge(60)
+    assert not bucket.has_capacity(1)
+    clock.now += 1
+    assert bucket.has_capacity(1)
+    assert bucket.ready_in(2) == pytest.approx(1)
+
+
+def test_a_bucket_is_full_at_first_and_refills_at_its_rate() -> None:
+    """At the start the burst goes at once; then the rate decides."""
+    clock = FakeClock()
+    bucket = Bucket(rate=2, capacity=60, clock=clock)
+    assert bucket.ready_in(60) == 0
+    bucket.charge(60)
+    assert bucket.ready_in(1) == pytest.approx(0.5)
+    clock.now += 1000
+    assert bucket.ready_in(60) == 0
+
+
+def test_a_bucket_holds_at_least_one_unit() -> None:
+    """However short the burst, a request can go."""
+    assert Bucket(rate=1, capacity=0.001, clock=FakeClock()).ready_in(1) == 0
+
+
+def test_an_amount_larger_than_the_bucket_waits_until_it_is_full_and_leaves_a_debt() -> None:
+    """Those after it wait for the whole of the debt."""
+    clock = FakeClock()
+    bucket = Bucket(rate=1, capacity=10, clock=clock)
+    bucket.charge(5)
+    assert bucket.ready_in(30) == pytest.approx(5)
+    clock.now += 5
+    assert bucket.ready_in(30) == 0
+    bucket.charge(30)
+    assert bucket.ready_in(1) == pytest.approx(21)
+
+
+def test_what_is_given_back_never_exceeds_what_was_taken() -> None:
+    """A credit fills the bucket at most."""
+    bucket = Bucket(1, 10, FakeClock())
+    bucket.charge(-100)
+    bucket.charge(10)
+    assert bucket.ready_in(1) == pytest.approx(1)
+
+
+SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
+GAPS = st.lists(st.floats(0, 20), min_size=60, max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(SIZES, GAPS, st.integers(1, 600), st.integers(100, 6000), st.floats(0.5, 90))
+def test_no_window_admits_more_than_the_burst_and_its_refill(sizes, gaps, rpm, tpm, burst) -> None:
+    """For any arrivals, any 60 s hold at most burst + one minute's quota, of requests and of tokens.
+
+    A request larger than the bucket is the one exception for tokens: its excess is a debt paid before the
+    next goes.
+    """
+    queue = Queue(limits(rpm, tpm, burst_seconds=burst))
+    for size, gap in zip(sizes, gaps, strict=False):
+        queue.ask(size)
+        queue.clock.now += gap
+        queue.pump()
+    while queue.wait():
+        pass
+    assert len(queue.admitted) == len(sizes)
+    requests = [(time, 1.0) for time, _ in queue.admitted]
+    assert most_in_any_window(requests, 60) <= max(rpm * burst / 60, 1) + rpm + EPSILON
+    bucket = max(tpm * burst / 60, 1)
+    tokens = [(time, ticket.tokens) for time, ticket in queue.admitted]
+    excess = max([0.0, *(size - bucket for size in sizes)])
+    assert most_in_any_window(tokens, 60) <= bucket + tpm + excess + EPSILON
+
+
+@settings(max_examples=100, deadline=None)
+@given(SIZES, st.data())
+def test_tickets_go_in_the_order_in_which_they_came(sizes, data) -> None:
+    """First come, first served, whatever the sizes, with slots freed in any order."""
+    queue = Queue(limits(100, 5000, max_concurrent=3))
+    running: list[Ticket] = []
+    for size in sizes:
+        queue.ask(size)
+    while len(queue.admitted) < len(sizes) or running:
+        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        assert len(running) <= 3
+        if running and (len(running) == 3 or data.draw(st.booleans())):
+            queue.finish(data.draw(st.sampled_from(running)))
+        elif not queue.wait():
+            assert running or len(queue.admitted) == len(sizes)
+    turns = [ticket.turn for _, ticket in queue.admitted]
+    assert turns == sorted(turns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 2000), st.booleans()), min_size=1, max_size=40))
+def test_a_cancelled_ticket_leaves_no_trace(arrivals) -> None:
+    """Withdrawn tickets give back reservation and slot: the others go exactly as if they had never been."""
+    with_them, without = Queue(limits(60, 3000)), Queue(limits(60, 3000))
+    for size, cancelled in arrivals:
+        ticket = with_them.ask(size)
+        if cancelled:
+            with_them.gate.withdraw(ticket)
+            with_them.pump()
+        else:
+            without.ask(size)
+    for queue in (with_them, without):
+        while queue.wait():
+            pass
+    kept = [(time, t.tokens) for time, t in with_them.admitted if t.state is State.GRANTED]
+    assert [tokens for _, tokens in kept] == [t.tokens for _, t in without.admitted]
+    assert [time for time, _ in kept] == pytest.approx([time for time, _ in without.admitted])
+    assert with_them.gate.lane.in_flight == len(kept)
+    assert not with_them.gate.waiting
+
+
+def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
+    """A 30k-token prompt goes within one refill of its turn, though small ones keep coming."""
+    queue = Queue(limits(None, 30_000))
+    queue.ask(30_000)
+    big = queue.ask(30_000)
+    for _ in range(100):
+        queue.ask(100)
+    queue.wait()
+    assert queue.admitted[1][1] is big
+    assert queue.clock.now == pytest.approx(1060)
+
+
+def test_a_waiting_ticket_holds_no_slot() -> None:
+    """Only what was admitted counts against the concurrency bound."""
+    queue = Queue(limits(1, None, max_concurrent=2))
+    queue.ask(1)
+    queue.ask(1)
+    assert queue.gate.lane.in_flight == 1
+
+
+def test_a_full_lane_lets_other_lanes_pass() -> None:
+    """A call with its own concurrency bound is not held up by another call's."""
+    queue = Queue(limits(max_concurrent=1))
+    first, second = queue.ask(1), queue.ask(1)
+    own = queue.ask(1, Lane(1))
+    assert [t for _, t in queue.admitted] == [first, own]
+    queue.finish(first)
+    assert queue.admitted[-1][1] is second
+
+
+def test_an_underestimate_is_a_debt_and_an_overestimate_a_credit() -> None:
+    """Settling replaces the reservation by what the answer really took."""
+    queue = Queue(limits(None, 6000))
+    low, high = queue.ask(1000), queue.ask(4900)
+    queue.finish(low, 3000)
+    queue.ask(100)
+    assert queue.gate.next_in() == pytest.approx(20.25)  # (3000 + 4900 + 100 - 5975) / 100 a second
+    queue.finish(high, 1000)
+    assert queue.gate.next_in() is None
+
+
+def test_a_pause_holds_everyone_and_then_the_rate_decides() -> None:
+    """After a 429 nobody goes until the server's time has come."""
+    queue = Queue(limits(600, None))
+    queue.gate.pause(7)
+    ticket = queue.ask(1)
+    assert queue.gate.next_in() == pytest.approx(7)
+    queue.wait()
+    assert queue.admitted == [(1007.0, ticket)]
+
+
+def heard(queue: Queue, **quotas: Quota) -> None:
+    """One request comes back with these headers."""
+    ticket = queue.ask(1)
+    queue.finish(ticket)
+    queue.gate.hear(ticket, quotas)
+
+
+def test_the_server_lowers_the_limit_but_never_raises_it_above_the_users() -> None:
+    """Headers with less than configured count; headers with more do not."""
+    queue = Queue(limits(600, None, adaptive_throttling=True))
+    heard(queue, requests=Quota(limit=60, remaining=0, reset=None))
+    queue.ask(1)
+    assert queue.gate.next_in() == pytest.approx(1, abs=0.3)
+    generous = Queue(limits(60, None, adaptive_throttling=True))
+    heard(generous, requests=Quota(limit=6000, remaining=6000, reset=0.0))
+    for _ in range(60):
+        generous.ask(1)
+    assert len(generous.admitted) == 59
+    assert generous.gate.next_in() == pytest.approx(0.25)  # the margin
+
+
+def test_without_adaptive_throttling_headers_change_nothing() -> None:
+    """Fixed limits stay fixed."""
+    queue = Queue(limits(600, None))
+    heard(queue, requests=Quota(limit=60, remaining=0, reset=None))
+    queue.ask(1)
+    assert len(queue.admitted) == 2
+
+
+def test_limits_that_are_not_given_are_learnt() -> None:
+    """None means what the server says, and no limit until then."""
+    queue = Queue(limits(None, None, adaptive_throttling=True))
+    for _ in range(1000):
+        queue.ask(10_000)
+    assert len(queue.admitted) == 1000
+    heard(queue, tokens=Quota(limit=6000, remaining=0, reset=None))
+    queue.ask(100)
+    assert queue.gate.next_in() == pytest.approx(1, abs=0.01)
+
+
+def test_output_that_is_not_bounded_is_reserved_at_the_running_mean() -> None:
+    """The guess gives way to what this model's answers take."""
+    gate = Queue(limits()).gate
+    for length in (100, 300):
+        gate.observe_output(length)
+    assert gate.expected_output == pytest.approx(200)
+    assert gate.output_length() == pytest.approx({"mean": 200, "spread": 100})
+
+
+STORY = st.lists(
+    st.tuples(
+        st.sampled_from(["ask", "ask", "ask", "finish", "cancel", "refuse", "wait"]),
+        st.integers(1, 3000),
+        st.integers(0, 50),
+        st.floats(0, 15),
+    ),
+    min_size=5,
+    max_size=80,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(STORY, st.integers(1, 600), st.integers(500, 6000), st.booleans())
+def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) -> None:
+    """Arrivals, answers, cancellations, refusals in any order: who was not cancelled goes, within the limits.
+
+    What an answer took replaces what was reserved for it, and what was cancelled or refused is given back; of
+    what remains, no 60 s hold more than the burst and a minute's quota, but for what answers took beyond
+    their reservation and one request larger than the bucket.
+    """
+    queue = Queue(limits(rpm, tpm, max_concurrent=8, adaptive_throttling=adaptive))
+    asked: list[Ticket] = []
+    cancelled: set[int] = set()
+    running: list[Ticket] = []
+    given_back = over = 0.0
+
+    def end(ticket: Ticket, kind: str, amount: float) -> None:
+        nonlocal given_back, over
+        running.remove(ticket)
+        took = {"finish": amount, "refuse": 0.0}[kind]
+        given_back += max(0.0, ticket.tokens - took)
+        over += max(0.0, took - ticket.tokens)
+        if kind == "refuse":
+            queue.gate.refused(ticket, "tokens", 0.0, ())
+        queue.finish(ticket, took)
+
+    for kind, amount, pick, seconds in story:
+        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        waiting = [t for t in asked if t.state is State.WAITING]
+        if kind == "ask":
+            asked.append(queue.ask(amount))
+        elif kind == "wait":
+            queue.clock.now += seconds
+            queue.pump()
+        elif kind == "cancel" and waiting:
+            ticket = waiting[pick % len(waiting)]
+            queue.gate.withdraw(ticket)
+            cancelled.add(ticket.turn)
+            queue.pump()
+        elif kind in {"finish", "refuse"} and running:
+            end(running[pick % len(running)], kind, amount)
+    for _ in range(10_000):
+        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        if running:
+            end(running[0], "finish", running[0].tokens)
+        elif not queue.wait():
+            break
+    assert {t.turn for _, t in queue.admitted} == {t.turn for t in asked} - cancelled
+    assert queue.gate.lane.in_flight == 0
+    assert not queue.gate.waiting
+    requests = [(time, 1.0) for time, _ in queue.admitted]
+    assert most_in_any_window(requests, 60) <= 2 * rpm + 1 + EPSILON
+    largest = max((t.tokens for t in asked), default=0)
+    tokens = [(time, ticket.tokens) for time, ticket in queue.admitted]
+    assert most_in_any_window(tokens, 60) <= 2 * tpm + largest + given_back + EPSILON
+
+
+def test_what_holds_is_told_as_the_user_set_it() -> None:
+    """Also while a worker keeps to its part of a quota, because the others cannot be reached."""
+    budget = Queue(RateLimitConfig(requests_per_minute=600)).gate.requests
+    before = budget.limit()
+    budget.hold_to(2.5, 0.0, least=1.0)
+    assert budget.ready_in(1) == pytest.approx(0.4)
+    assert budget.limit() == before
+    assert before.configured == 600

@@ -1,0 +1,777 @@
+"""Outcomes as they come: nothing lost, nothing left behind, nothing taken ahead of its time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import traceback
+from dataclasses import dataclass, field
+
+import openai
+import pytest
+from clients import KEY, WIDE, connect, no_slot_is_taken, nobody_listens
+from hypothesis import example, given
+from hypothesis import strategies as st
+from virtual import VirtualLoop
+
+from openai_eval_client import (
+    ModelResponse,
+    OpenAIClient,
+    OpenAIConfig,
+    QuotaError,
+    RateLimitConfig,
+    ValidationError,
+)
+from openai_eval_client._online.pool import Crew
+from openai_eval_client.testing import SimulatedServer
+
+# --- any story: items, source, consumer, in virtual time ---------------------------------------------------
+
+
+class FailureError(Exception):
+    """One item fails."""
+
+
+class DoomError(Exception):
+    """Every item would fail."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """How one item goes: seconds before, during and after its request, and what comes of it.
+
+    With a `retry` its first request fails, and after so many seconds there is another.
+    """
+
+    before: float = 0.0
+    during: float = 0.0
+    after: float = 0.0
+    raises: type[Exception] | None = None
+    retry: float | None = None
+
+
+@dataclass(frozen=True)
+class Story:
+    """One run.
+
+    Attributes:
+        ends: How the consumer ends after `after` outcomes; "exhausted": not before the source does.
+        fails_at: The item instead of which the source raises.
+    """
+
+    items: list[Item]
+    slots: int = 3
+    width: int = 3
+    source: str = "list"
+    source_delay: float = 0.0
+    fails_at: int | None = None
+    consumer_delay: float = 0.0
+    ends: str = "exhausted"
+    after: int = 0
+
+
+@dataclass
+class Seen:
+    """What came of it."""
+
+    taken: int = 0
+    consumed: int = 0
+    furthest: int = 0
+    sending: int = 0
+    sending_at: list[int] = field(default_factory=list)
+    sent: set[int] = field(default_factory=set)
+    outcomes: dict[int, object] = field(default_factory=dict)
+    error: BaseException | None = None
+    source_ended: bool = False
+    doomed: bool = False
+    sent_after_doom: int = 0
+    crew: Crew | None = None
+    ended_at: float = 0.0
+
+    def took(self) -> None:
+        self.taken += 1
+        self.furthest = max(self.furthest, self.taken - self.consumed)
+
+
+def from_list(story: Story, seen: Seen):
+    try:
+        for index, item in enumerate(story.items):
+            if index == story.fails_at:
+                raise OSError("the file ended")
+            seen.took()
+            yield item
+    finally:
+        seen.source_ended = True
+
+
+async def from_async(story: Story, seen: Seen):
+    try:
+        for item in from_list(story, seen):
+            await asyncio.sleep(story.source_delay)
+            yield item
+    finally:
+        await asyncio.sleep(0)
+        seen.source_ended = True
+
+
+class AsyncCursor:
+    """An async iterator that is no generator, as a database's cursor is one."""
+
+    def __init__(self, story: Story, seen: Seen) -> None:
+        self.items, self.delay = from_list(story, seen), story.source_delay
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        await asyncio.sleep(self.delay)
+        for item in self.items:
+            return item
+        raise StopAsyncIteration
+
+
+SOURCES = {"list": from_list, "async generator": from_async, "async iterator": AsyncCursor}
+
+
+async def work(index: int, item: Item, *, sending, seen: Seen) -> int:
+    await asyncio.sleep(item.before)
+    if item.retry is not None:
+        with contextlib.suppress(FailureError):
+            await request(index, item, FailureError, sending, seen)
+        await asyncio.sleep(item.retry)
+    await request(index, item, item.raises, sending, seen)
+    await asyncio.sleep(item.after)
+    return index
+
+
+async def request(index: int, item: Item, raises: type[Exception] | None, sending, seen: Seen) -> None:
+    with sending():
+        seen.sending += 1
+        seen.sending_at.append(seen.sending)
+        seen.sent.add(index)
+        seen.sent_after_doom += seen.doomed
+        try:
+            await asyncio.sleep(item.during)
+            if raises is not None:
+                raise raises(index)
+        finally:
+            seen.sending -= 1
+
+
+async def consume(story: Story, seen: Seen) -> None:
+    def is_doom(error: Exception, _: bool) -> bool:
+        seen.doomed = seen.doomed or isinstance(error, DoomError)
+        return isinstance(error, DoomError)
+
+    crew = seen.crew = Crew(
+        lambda *args, **options: work(*args, **options, seen=seen),
+        slots=story.slots,
+        width=story.width,
+        is_doom=is_doom,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        streams = [crew.run(SOURCES[story.source](story, seen))]
+        if story.ends == "aclose":
+            stack.push_async_callback(streams[0].aclose)
+        async for index, outcome in streams.pop():  # nothing else holds on to it
+            assert index not in seen.outcomes
+            seen.outcomes[index] = outcome
+            if len(seen.outcomes) == story.after and story.ends == "raise":
+                raise KeyError(index)
+            if len(seen.outcomes) == story.after and story.ends in {"break", "aclose"}:
+                break
+            await asyncio.sleep(story.consumer_delay)
+            seen.consumed += 1
+    if story.ends == "aclose":
+        assert len(asyncio.all_tasks()) == 2  # this one, and the one that waits for it
+
+
+def told(story: Story) -> Seen:
+    """Live through a story in virtual time; nothing may be left when it is over."""
+    seen = Seen()
+
+    async def live() -> None:
+        run = asyncio.create_task(consume(story, seen))
+        if story.ends == "cancel":
+            asyncio.get_running_loop().call_later(story.after / 10, run.cancel)
+        await asyncio.wait([run])
+        seen.ended_at = loop.time()
+        seen.error = asyncio.CancelledError() if run.cancelled() else run.exception()
+        for _ in range(20):  # a stream that was dropped is closed by the loop, soon
+            await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    loop = VirtualLoop()
+    unheard: list[dict] = []
+    loop.set_exception_handler(lambda _, context: unheard.append(context))
+    try:
+        loop.run_until_complete(live())
+        loop.run_until_complete(loop.shutdown_asyncgens())
+    finally:
+        loop.close()
+    gc.collect(0)  # young objects: all of this story
+    assert unheard == []
+    assert (seen.sending, seen.sent_after_doom) == (0, 0)
+    assert not seen.crew._tasks | seen.crew._sending | seen.crew._waiting
+    assert seen.crew._stopped or seen.crew._workers == 0
+    return seen
+
+
+DELAYS = st.sampled_from([0.0, 0.0, 0.1, 0.3, 1.0])
+ITEMS = st.builds(
+    Item,
+    before=DELAYS,
+    during=DELAYS,
+    after=DELAYS,
+    raises=st.sampled_from([None, None, None, None, FailureError, DoomError]),
+    retry=st.sampled_from([None, None, None, 0.0, 0.2]),
+)
+STORIES = st.builds(
+    Story,
+    items=st.lists(ITEMS, max_size=20),
+    slots=st.integers(1, 6),
+    width=st.integers(1, 6),
+    source=st.sampled_from(sorted(SOURCES)),
+    source_delay=DELAYS,
+    fails_at=st.none() | st.integers(0, 20),
+    consumer_delay=DELAYS,
+    ends=st.sampled_from(["exhausted", "exhausted", "break", "aclose", "raise", "cancel"]),
+    after=st.integers(1, 20),
+)
+
+
+@given(STORIES)
+@example(Story([Item(during=1.0, raises=DoomError), Item(during=1.0, raises=DoomError), Item(during=2.0)]))
+@example(Story([Item(raises=DoomError), Item(before=1.0), Item(during=1.0)], source="async generator"))
+@example(Story([Item(during=1.0)] * 9, fails_at=4, source_delay=0.1, source="async iterator"))
+@example(Story([Item()] * 9, source="async generator", source_delay=1.0, ends="cancel", after=5))
+def test_any_interleaving_loses_no_outcome_and_leaves_no_task(story: Story) -> None:
+    """Slow consumers, failing items, sources that raise, early ends of every kind."""
+    seen = told(story)
+    assert max(seen.sending_at, default=0) <= seen.furthest <= story.width
+    for index, outcome in seen.outcomes.items():
+        expected = story.items[index].raises
+        assert outcome == index if expected is None else type(outcome) is expected
+    if story.source == "async generator" and seen.taken:
+        assert seen.source_ended
+    ended_early = isinstance(seen.error, KeyError | asyncio.CancelledError) or (
+        story.ends in {"break", "aclose"} and len(seen.outcomes) == story.after
+    )
+    if ended_early:
+        return
+    broken_off = seen.sent - set(seen.outcomes)
+    assert all(seen.doomed and story.items[index].retry is not None for index in broken_off)
+    if not isinstance(seen.error, DoomError):
+        assert set(seen.outcomes) == set(range(seen.taken))
+        assert seen.taken == len(story.items) if seen.error is None else seen.taken == story.fails_at
+    if seen.error is not None:
+        assert isinstance(seen.error, DoomError | OSError)
+        assert isinstance(seen.error, OSError) or seen.error in seen.outcomes.values()
+
+
+def test_outcomes_come_in_the_order_of_completion() -> None:
+    """The fastest first."""
+    seen = told(Story([Item(during=3.0), Item(during=1.0), Item(during=2.0)]))
+    assert list(seen.outcomes) == [1, 2, 0]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_slow_consumer_slows_the_source_down(source: str) -> None:
+    """Never more than the width is taken and not consumed, and that much is."""
+    seen = told(Story([Item(during=0.1)] * 50, width=5, consumer_delay=1.0, source=source))
+    assert (seen.taken, seen.furthest) == (50, 5)
+
+
+def test_work_begins_before_the_next_item_is_taken() -> None:
+    """However much room there is: a generator that is slow to make items does not hold up those it made."""
+    begun: list[int] = []
+
+    async def begin(index: int, _: int, *, sending) -> None:
+        begun.append(index)
+
+    def slow():
+        for n in range(9):
+            assert begun == list(range(n))
+            yield n
+
+    async def main() -> int:
+        return len(
+            [pair async for pair in Crew(begin, slots=99, width=99, is_doom=lambda *_: False).run(slow())]
+        )
+
+    assert asyncio.run(main()) == 9
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_who_is_done_goes_on_with_the_next_item(fails: bool) -> None:
+    """As many tasks as slots, however many items; who failed too, where no other attempt follows."""
+    workers: set[asyncio.Task | None] = set()
+
+    async def one(index: int, _: None, *, sending) -> None:
+        workers.add(asyncio.current_task())
+        with sending():
+            await asyncio.sleep(1.0 + index % 3)
+            if fails:
+                raise FailureError
+
+    async def main() -> int:
+        crew = Crew(one, slots=3, width=9, is_doom=lambda *_: False)
+        return len([pair async for pair in crew.run([None] * 50)])
+
+    loop = VirtualLoop()
+    assert loop.run_until_complete(main()) == 50
+    loop.close()
+    assert len(workers) == 3
+
+
+@pytest.mark.parametrize("waiting", [1, 2, 3])
+def test_who_waits_for_another_attempt_leaves_the_slot_to_another(waiting: int) -> None:
+    """Those who wait keep nobody waiting, also where nothing more is taken; in the end all are done."""
+    items = [Item(retry=100.0)] * waiting + [Item(during=1.0)] * 8
+    seen = told(Story(items, slots=2, width=2 + waiting))
+    assert list(seen.outcomes)[:8] == list(range(waiting, waiting + 8))
+    assert 100.0 <= seen.ended_at < 101.0
+
+
+def test_no_more_are_at_work_than_there_are_slots_once_those_who_waited_are_back() -> None:
+    """Who takes a waiting one's slot gives it back; the gate of a client bounds what is sent meanwhile."""
+    seen = told(
+        Story([Item(during=1.0)] * 3 + [Item(retry=0.5, during=1.0)] + [Item(during=1.0)] * 30, width=9)
+    )
+    assert max(seen.sending_at[-12:]) == 3
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+def test_a_source_that_is_slow_lets_the_others_go_in_between(seconds: float) -> None:
+    """What is read ahead is taken at once where that takes no time."""
+    went: list[int] = []
+    at: list[int] = []
+    loop = VirtualLoop()
+
+    def source():
+        for n in range(20):
+            at.append(len(went))
+            loop.call_soon(went.append, n)
+            yield Item(during=1.0)
+            loop.jump.slept += seconds
+
+    async def main() -> None:
+        crew = Crew(functools.partial(work, seen=Seen()), slots=1, width=99, is_doom=lambda *_: False)
+        async with contextlib.aclosing(crew.run(source())) as stream:
+            await anext(stream)
+
+    loop.run_until_complete(main())
+    loop.close()
+    assert len(set(at[3:])) == (17 if seconds else 1)
+
+
+class PanicError(BaseException):
+    """No exception that anybody is to catch."""
+
+
+def test_what_is_no_exception_ends_the_run_and_is_raised() -> None:
+    """What is in flight is waited for; nobody waits for what is left."""
+    seen = told(
+        Story(
+            [Item(during=2.0), Item(during=1.0, raises=PanicError)] + [Item(during=1.0)] * 9, slots=2, width=5
+        )
+    )
+    assert set(seen.outcomes) == seen.sent - {1}
+    assert len(seen.sent) < seen.taken == 5
+    assert isinstance(seen.error, PanicError)
+
+
+def test_clearing_the_frames_of_an_error_does_not_touch_the_work_on_others() -> None:
+    """As unittest's assertRaises does."""
+
+    async def one(index: int, _: None, *, sending) -> int:
+        if index == 0:
+            raise FailureError
+        await asyncio.sleep(1.0)
+        return index
+
+    async def main() -> list[object]:
+        outcomes = []
+        crew = Crew(one, slots=1, width=2, is_doom=lambda *_: False)
+        async for _, outcome in crew.run([None] * 5):
+            if isinstance(outcome, FailureError):
+                traceback.clear_frames(outcome.__traceback__)
+            outcomes.append(outcome)
+        return outcomes[1:]
+
+    loop = VirtualLoop()
+    assert loop.run_until_complete(asyncio.wait_for(main(), 60.0)) == [1, 2, 3, 4]
+    loop.close()
+
+
+def test_nothing_is_sent_in_the_place_of_what_is_cancelled() -> None:
+    """By somebody else, while other items are ready."""
+    sent: list[int] = []
+
+    async def one(index: int, _: None, *, sending) -> None:
+        with sending():
+            sent.append(index)
+            if index == 1:
+                asyncio.current_task().cancel()
+            await asyncio.sleep(1.0)
+
+    async def main() -> None:
+        async for _ in Crew(one, slots=3, width=6, is_doom=lambda *_: False).run([None] * 9):
+            pass
+
+    loop = VirtualLoop()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(main())
+    loop.close()
+    assert sent == [0, 1, 2]
+
+
+def test_the_error_of_the_source_comes_after_all_it_gave() -> None:
+    """What was taken is finished and yielded first, waiting items too."""
+    seen = told(Story([Item(before=1.0, during=1.0)] * 9, width=6, fails_at=4, consumer_delay=1.0))
+    assert sorted(seen.outcomes) == [0, 1, 2, 3]
+    assert isinstance(seen.error, OSError)
+
+
+def test_doom_is_raised_rather_than_an_earlier_error_of_the_source() -> None:
+    """It is the reason why some of what was taken has no outcome."""
+    seen = told(Story([Item(during=0.1, raises=DoomError), Item(before=1.0), Item()], fails_at=2))
+    assert sorted(seen.outcomes) == [0]
+    assert isinstance(seen.error, DoomError)
+
+
+def test_doom_stops_sending_at_once_however_slow_the_consumer() -> None:
+    """It is noticed when it happens, not when it is consumed; what was in flight is yielded."""
+    story = Story(
+        [Item(during=0.1), Item(during=0.2, raises=DoomError), Item(during=9.0), *[Item(before=0.5)] * 9],
+        consumer_delay=100.0,
+    )
+    seen = told(story)
+    assert sorted(seen.outcomes) == [0, 1, 2]
+    assert seen.error is seen.outcomes[1]
+
+
+def test_what_is_in_flight_and_fails_after_doom_is_yielded_too() -> None:
+    """Each has its own error."""
+    seen = told(Story([Item(during=n, raises=DoomError) for n in (0.1, 0.2, 0.3)] + [Item()] * 3))
+    assert [str(outcome) for outcome in seen.outcomes.values()] == ["0", "1", "2"]
+    assert str(seen.error) == "0"
+
+
+def test_after_doom_nobody_waits_for_another_attempt() -> None:
+    """Neither who waits for it already, nor who fails later."""
+    items = [Item(during=0.1, raises=DoomError), Item(retry=100.0), Item(during=0.2, retry=100.0)]
+    seen = told(Story(items))
+    assert list(seen.outcomes) == [0]
+    assert seen.ended_at < 1
+
+
+@pytest.mark.parametrize("doomed", [True, False])
+def test_what_swallows_its_cancellation_still_sends_no_more(doomed: bool) -> None:
+    """As a timeout does that passes in the same moment."""
+    sent: list[int] = []
+
+    async def stubborn(index: int, _: None, *, sending) -> None:
+        if index == 0:
+            await asyncio.sleep(1.0)
+            if doomed:
+                raise DoomError
+            return
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(2.0)
+        with sending():
+            sent.append(index)
+
+    async def main() -> None:
+        stream = Crew(stubborn, slots=2, width=2, is_doom=lambda error, _: isinstance(error, DoomError)).run(
+            [None] * 9
+        )
+        await anext(stream)
+        await stream.aclose()
+
+    loop = VirtualLoop()
+    loop.run_until_complete(main())
+    loop.close()
+    assert sent == []
+
+
+async def test_an_async_generator_is_closed_by_the_time_the_stream_is() -> None:
+    """Also where somebody still holds on to it."""
+    seen = Seen()
+    source = from_async(Story([Item()] * 9), seen)
+    stream = Crew(functools.partial(work, seen=seen), slots=2, width=2, is_doom=lambda *_: False).run(source)
+    await anext(stream)
+    await stream.aclose()
+    assert seen.source_ended
+    assert [item async for item in source] == []
+
+
+def test_a_task_cancelled_by_somebody_else_is_not_lost_in_silence() -> None:
+    """The consumer is cancelled too, after what was in flight."""
+
+    async def one(index: int, _: None, *, sending) -> int:
+        with sending():
+            if index == 1:
+                asyncio.current_task().cancel()
+            await asyncio.sleep(1.0)
+        return index
+
+    async def all_of_them() -> None:
+        crew = Crew(one, slots=3, width=3, is_doom=lambda *_: False)
+        async for _, outcome in crew.run([None] * 9):
+            outcomes.append(outcome)
+
+    outcomes: list[int] = []
+    loop = VirtualLoop()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(all_of_them())
+    loop.close()
+    assert outcomes == [0, 2]
+
+
+def test_a_source_that_is_never_read_from_is_not_touched() -> None:
+    """Nothing starts before the first outcome is asked for, and nothing is left when none is."""
+    seen = Seen()
+    story = Story([Item()])
+    stream = Crew(work, slots=1, width=1, is_doom=lambda *_: False).run(from_list(story, seen))
+    del stream
+    assert seen.taken == 0
+
+
+# --- through the client, over real sockets ------------------------------------------------------------------
+
+
+async def numbered(count: int):
+    for n in range(count):
+        await asyncio.sleep(0)
+        yield f"{n}"
+
+
+async def put_into(outcomes: dict[int, object], stream) -> None:
+    async for index, outcome in stream:
+        outcomes[index] = outcome  # noqa: PERF403  # a comprehension would not keep them when it raises
+
+
+@pytest.mark.parametrize("source", [lambda: (f"{n}" for n in range(100)), lambda: numbered(100)])
+async def test_each_prompt_of_either_kind_of_iterable_has_its_outcome(source) -> None:
+    """The position says which; they come as they are done, not in order."""
+    with SimulatedServer(latency=0.01, latency_sigma=1.0) as server:
+        async with connect(server) as client:
+            outcomes = [pair async for pair in client.as_completed(source(), max_tokens=9, max_concurrent=20)]
+        assert server.max_in_flight <= 20
+        assert {call.body["max_tokens"] for call in server.calls} == {9}
+    assert [index for index, _ in outcomes] != list(range(100))
+    assert {index: response.content for index, response in outcomes} == {n: f"echo: {n}" for n in range(100)}
+
+
+async def test_a_prompt_that_is_wrong_is_an_outcome_of_its_own() -> None:
+    """The ValidationError names the index; the other prompts are answered."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            outcomes = dict([pair async for pair in client.as_completed(iter(["a", "", "c", None]))])
+        assert len(server.calls) == 2
+    assert [type(outcomes[n]) for n in range(4)] == [ModelResponse, ValidationError] * 2
+    assert (outcomes[1].index, outcomes[3].index) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        ("hello", {}, "prompts='hello'"),
+        (5, {}, "prompts=5"),
+        (["x"], {"max_concurrent": 0}, "max_concurrent=0"),
+        (["x"], {"temprature": 1}, "did you mean temperature"),
+    ],
+)
+async def test_wrong_parameters_are_refused_by_the_call_itself(prompts, options, says) -> None:
+    """Before anything is iterated."""
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            with pytest.raises(ValidationError, match=says):
+                client.as_completed(prompts, **options)
+
+
+async def test_failed_prompts_are_outcomes() -> None:
+    """With the SDK's own errors, and the run goes on."""
+    with SimulatedServer(script=["ok", "500", "ok", "500"]) as server:
+        async with connect(server, max_retries=0) as client:
+            outcomes = dict([pair async for pair in client.as_completed(["x"] * 4, max_concurrent=1)])
+    kinds = sorted(type(outcome).__name__ for outcome in outcomes.values())
+    assert kinds == ["InternalServerError"] * 2 + ["ModelResponse"] * 2
+
+
+async def leave_by_break(client: OpenAIClient) -> None:
+    async for _ in client.as_completed(numbered(10_000)):
+        break
+
+
+async def leave_by_aclose(client: OpenAIClient) -> None:
+    stream = client.as_completed(numbered(10_000))
+    await anext(stream)
+    await stream.aclose()
+
+
+async def leave_by_error(client: OpenAIClient) -> None:
+    with contextlib.suppress(KeyError):
+        async for _ in client.as_completed(numbered(10_000)):
+            raise KeyError
+
+
+async def leave_by_cancellation(client: OpenAIClient) -> None:
+    async def forever() -> None:
+        async for _ in client.as_completed(numbered(10_000)):
+            seen.set()
+
+    seen = asyncio.Event()
+    run = asyncio.create_task(forever())
+    await seen.wait()
+    run.cancel()
+    await asyncio.wait([run])
+
+
+WAYS_TO_LEAVE = [leave_by_break, leave_by_aclose, leave_by_error, leave_by_cancellation]
+
+
+@pytest.mark.parametrize("leave", WAYS_TO_LEAVE)
+async def test_leaving_early_ends_the_rest(leave) -> None:
+    """No task, no slot, no request in flight; and the client goes on."""
+    with SimulatedServer(latency=0.05) as server:
+        async with connect(server) as client:
+            before = asyncio.all_tasks()
+            await leave(client)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert asyncio.all_tasks() == before
+            assert no_slot_is_taken(client)
+            assert (await client.generate_response("still here")).content == "echo: still here"
+        assert len(server.calls) <= WIDE.max_concurrent + 34
+
+
+@pytest.mark.parametrize("leave", WAYS_TO_LEAVE)
+def test_leaving_just_before_the_loop_ends_is_quiet(leave, recwarn, caplog) -> None:
+    """Nothing is destroyed pending, nothing is never awaited."""
+
+    async def main() -> None:
+        await leave(client)
+
+    with SimulatedServer(latency=0.05) as server:
+        client = connect(server)
+        asyncio.run(main(), debug=True)
+        assert no_slot_is_taken(client)
+        asyncio.run(client.close())
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn] == []
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"api_key": "sk-another"}, openai.AuthenticationError),
+        ({"models": {"only-this"}}, openai.NotFoundError),
+        ({"quota_exhausted_after": 5}, QuotaError),
+    ],
+)
+async def test_an_error_that_meets_every_prompt_is_raised_after_what_was_in_flight(options, error) -> None:
+    """Every prompt that was sent has its outcome; no more are sent."""
+    outcomes: dict[int, object] = {}
+    with SimulatedServer(latency=0.01, **options) as server:
+        async with connect(server) as client:
+            with pytest.raises(error) as raised:
+                await put_into(outcomes, client.as_completed(numbered(10_000), max_concurrent=3))
+            assert no_slot_is_taken(client)
+        assert len(outcomes) == len(server.calls) < 30
+    assert raised.value in outcomes.values()
+    assert KEY not in f"{raised.value!r} {vars(raised.value)}"
+
+
+async def test_a_server_that_is_not_there_ends_a_stream() -> None:
+    """One connection error, not one for each prompt."""
+    with nobody_listens() as url:
+        async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
+            with pytest.raises(openai.APIConnectionError, match="connection failed"):
+                await put_into({}, client.as_completed(numbered(1000)))
+            assert client.stats.requests <= RateLimitConfig().max_concurrent
+
+
+async def test_the_error_of_the_prompts_is_raised_after_their_outcomes() -> None:
+    """A file that cannot be read further does not cost what was read."""
+
+    def lines():
+        yield from ["a", "b", "c"]
+        raise OSError("the file ended")
+
+    outcomes: dict[int, ModelResponse] = {}
+    with SimulatedServer(latency=0.05) as server:
+        async with connect(server) as client:
+            with pytest.raises(OSError, match="the file ended"):
+                await put_into(outcomes, client.as_completed(lines()))
+    assert {index: response.content for index, response in outcomes.items()} == {
+        0: "echo: a",
+        1: "echo: b",
+        2: "echo: c",
+    }
+
+
+async def test_a_client_that_is_closed_ends_its_streams() -> None:
+    """Those begun and those not begun, with one error that says so."""
+    with SimulatedServer(latency=0.02) as server:
+        client = connect(server)
+        early, late = client.as_completed(numbered(10_000)), client.as_completed(numbered(10_000))
+        await anext(early)
+        await client.close()
+        for stream in (early, late):
+            with pytest.raises(RuntimeError, match="closed"):
+                await put_into({}, stream)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_a_batch_whose_client_is_closed_hands_out_what_was_answered() -> None:
+    """One error with the responses so far, not a failure for each prompt."""
+    with SimulatedServer(latency=0.02) as server:
+        client = connect(server)
+        run = asyncio.create_task(client.batch_generate(["x"] * 5000))
+        while client.stats.requests < 50:
+            await asyncio.sleep(0.01)
+        await client.close()
+        with pytest.raises(RuntimeError, match="closed") as raised:
+            await run
+    assert sum(response is not None for response in raised.value.responses) >= 50
+
+
+async def test_a_cancelled_run_keeps_the_answers_that_a_slow_callback_kept_waiting() -> None:
+    """All that the server answered, and the client read, is in `.responses`."""
+    taken = WIDE.max_concurrent + 32  # in flight, and a few ahead
+
+    async def slowly(_: float) -> None:
+        await asyncio.sleep(60)
+
+    async def keep(client: OpenAIClient) -> list[ModelResponse | None]:
+        try:
+            return await client.batch_generate(["x"] * 500, progress_callback=slowly)
+        except asyncio.CancelledError as cancelled:
+            return cancelled.responses
+
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            run = asyncio.create_task(keep(client))
+            while client.stats.requests < taken:
+                await asyncio.sleep(0.01)
+            run.cancel()
+            answered = [response for response in await run if response is not None]
+    assert len(answered) == taken
+
+
+async def test_two_streams_share_one_budget() -> None:
+    """The bound on concurrency is the client's."""
+    limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=4)
+
+    async def count(client: OpenAIClient) -> int:
+        return len([pair async for pair in client.as_completed(numbered(50))])
+
+    with SimulatedServer(latency=0.01) as server:
+        async with connect(server, limits) as client:
+            assert await asyncio.gather(count(client), count(client)) == [50, 50]
+        assert server.max_in_flight <= 4

@@ -1,0 +1,393 @@
+"""Retries: which error is worth another attempt, how long to wait first, and what the log says of it."""
+
+import logging
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openai_eval_client import (
+    OpenAIClient,
+    OpenAIConfig,
+    RateLimitConfig,
+    RequestTooLargeError,
+    TimeoutError,
+    ValidationError,
+)
+from openai_eval_client._sdk.calls import delays, retrying
+from openai_eval_client._wire.failures import asked_wait, is_doom, is_transient
+from openai_eval_client.errors import PartialFailureError, QuotaError, rate_limited, sdk_httpx
+from openai_eval_client.testing import SimulatedServer
+
+KEY = "sk-never-to-be-seen-0123456789"
+PROMPT = "a prompt that nobody else is to read"
+TOO_LARGE = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 40000."
+
+
+def request():
+    return sdk_httpx().Request("POST", "http://test/v1/chat/completions", headers={"authorization": KEY})
+
+
+def from_the_sdk(status, message="What the server says.", code=None, **headers):
+    """The error that the SDK itself raises for that answer."""
+    httpx = sdk_httpx()
+    body = {"error": {"message": message, "type": "a_type", "param": None, "code": code}}
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    transport = httpx.MockTransport(lambda _: httpx.Response(status, json=body, headers=named))
+    with (
+        httpx.Client(transport=transport) as http,
+        openai.OpenAI(api_key=KEY, base_url="http://test/v1", max_retries=0, http_client=http) as client,
+        pytest.raises(openai.APIStatusError) as caught,
+    ):
+        client.models.list()
+    return caught.value
+
+
+def made(status, **headers):
+    """The same more quickly, for thousands of them."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    response = sdk_httpx().Response(status, headers=named, request=request())
+    kind = openai.RateLimitError if status == 429 else openai.APIStatusError
+    return kind("message", response=response, body=None)
+
+
+def quota_error(**headers):
+    error = made(429, **headers)
+    return QuotaError("used up", response=error.response, body=None)
+
+
+def connection_error():
+    return openai.APIConnectionError(message="refused", request=request())
+
+
+def timeout_error():
+    return TimeoutError("no answer within 30 s", request=request())
+
+
+def unreadable(status=200, **headers):
+    return openai.APIResponseValidationError(response=made(status, **headers).response, body=None)
+
+
+TRANSIENT = {408, 409, 429, 500, 501, 502, 503, 504, 520, 529, 599}
+FINAL = {400, 401, 402, 403, 404, 405, 406, 410, 411, 413, 415, 418, 422, 424, 425, 431, 451, 498, 499}
+
+
+@pytest.mark.parametrize("status", sorted(TRANSIENT | FINAL))
+def test_the_status_says_whether_to_try_again(status):
+    """Timeouts, conflicts, rate limits and server errors are worth it, refusals are not."""
+    assert is_transient(from_the_sdk(status)) is (status in TRANSIENT)
+
+
+@given(st.integers(400, 599))
+def test_every_other_status_is_decided_by_its_class(status):
+    """5xx is the server's trouble, 4xx the request's, but for three."""
+    assert is_transient(made(status)) is (status >= 500 or status in {408, 409, 429})
+
+
+@given(st.integers(400, 599), st.booleans())
+def test_the_servers_own_word_is_taken(status, told):
+    """`x-should-retry` overrides the status, as in the SDK."""
+    assert is_transient(made(status, x_should_retry=str(told).lower())) is told
+
+
+@pytest.mark.parametrize("told", ["", "TRUE", "yes", "1", "maybe"])
+def test_another_word_is_no_word(told):
+    """Only "true" and "false" mean anything."""
+    assert is_transient(made(500, x_should_retry=told))
+    assert not is_transient(made(400, x_should_retry=told))
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (connection_error(), True),
+        (openai.APITimeoutError(request=request()), True),
+        (timeout_error(), True),
+        (unreadable(), True),
+        (quota_error(), False),
+        (quota_error(x_should_retry="true"), False),
+        (rate_limited("come back later", 5), True),
+        (ValidationError("prompt=''"), False),
+        (openai.OpenAIError("other"), False),
+        (openai.APIError("no status", request(), body=None), False),
+        (ValueError("other"), False),
+        (PartialFailureError([None], {0: connection_error()}), False),
+    ],
+    ids=lambda item: type(item).__name__,
+)
+def test_other_errors(error, again):
+    """What never reached the server, or came back unreadable, may work next time."""
+    assert is_transient(error) is again
+
+
+def test_a_request_that_is_too_large_is_not_sent_again():
+    """The API answers 429 to a request that its limit can never admit."""
+    assert not is_transient(from_the_sdk(429, TOO_LARGE, "rate_limit_exceeded"))
+    assert is_transient(from_the_sdk(429, "Rate limit reached for gpt-4o", "rate_limit_exceeded"))
+
+
+@pytest.mark.parametrize(
+    ("error", "doomed"),
+    [
+        (from_the_sdk(401), True),
+        (from_the_sdk(403), True),
+        (from_the_sdk(404), True),
+        (quota_error(), True),
+        (rate_limited("too long", 601), True),
+        (from_the_sdk(429, retry_after="601"), True),
+        (from_the_sdk(429, retry_after="600"), False),
+        (from_the_sdk(429), False),
+        (from_the_sdk(400), False),
+        (from_the_sdk(500), False),
+        (connection_error(), False),
+        (timeout_error(), False),
+        (ValueError("other"), False),
+    ],
+    ids=lambda item: f"{type(item).__name__}{getattr(item, 'status_code', '')}",
+)
+def test_what_dooms_a_whole_run(error, doomed):
+    """Key, permission, model, credit and a pause beyond max_wait meet every prompt alike."""
+    assert is_doom(error, max_wait=600) is doomed
+
+
+def test_the_wait_is_read_from_the_errors_headers():
+    """None where there is no answer, or no word in it."""
+    assert asked_wait(from_the_sdk(503, retry_after="7")) == 7.0
+    assert asked_wait(from_the_sdk(429, retry_after_ms="70")) == 0.07
+    assert asked_wait(from_the_sdk(500)) is None
+    assert asked_wait(connection_error()) is None
+    assert asked_wait(ValueError("other")) is None
+
+
+# --- delays -----------------------------------------------------------------------------------------------
+
+CAP = 8.0
+WAITS = st.none() | st.integers(0, 3600)
+
+
+@st.composite
+def errors(draw):
+    seconds = draw(WAITS)
+    headers = {} if seconds is None else {"retry_after": str(seconds)}
+    kinds = [
+        connection_error,
+        timeout_error,
+        lambda: made(500, **headers),
+        lambda: made(429, **headers),
+        lambda: unreadable(**headers),
+    ]
+    return draw(st.sampled_from(kinds))()
+
+
+@given(st.lists(errors(), max_size=40))
+def test_a_delay_is_the_servers_or_within_the_cap(sequence):
+    """Whatever errors come in whatever order: the server's word exactly, else between 0 and the ceiling."""
+    waits = delays()
+    next(waits)
+    for attempt, error in enumerate(sequence):
+        delay, asked = waits.send(error), asked_wait(error)
+        if not asked:  # none, or one of nought, which is no advice
+            assert 0 <= delay <= min(CAP, 0.5 * 2**attempt)
+        else:
+            assert delay == (0 if isinstance(error, openai.RateLimitError) else asked)
+
+
+def test_delays_without_a_word_grow_and_vary():
+    """Full jitter: the mean doubles up to the cap, and no two clients wait alike."""
+    rounds = []
+    for _ in range(400):
+        waits = delays()
+        next(waits)
+        rounds.append([waits.send(connection_error()) for _ in range(7)])
+    means = [sum(column) / len(rounds) for column in zip(*rounds, strict=True)]
+    for mean, ceiling in zip(means, (0.5, 1, 2, 4, 8, 8, 8), strict=True):
+        assert ceiling * 0.4 < mean < ceiling * 0.6
+    assert len({tuple(row) for row in rounds}) == len(rounds)
+
+
+def test_after_a_rate_limit_the_pause_is_not_waited_here():
+    """The whole model pauses once; the request queues for it."""
+    waits = delays()
+    next(waits)
+    assert waits.send(made(429, retry_after="30")) == 0.0
+    assert waits.send(made(503, retry_after="30")) == 30.0
+
+
+# --- retrying ---------------------------------------------------------------------------------------------
+
+
+class Attempts:
+    """One attempt after another, each failing as told, the last succeeding."""
+
+    def __init__(self, *errors_):
+        self.errors = list(errors_)
+        self.count = self.retries = 0
+
+    async def attempt(self, value):
+        self.count += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return value
+
+    def note(self, *_):
+        self.retries += 1
+
+    def retried(self, max_retries, max_wait=600.0):
+        return retrying(self.attempt, max_retries=max_retries, max_wait=max_wait, on_retry=self.note)
+
+
+def soon(status=503):
+    """An error that asks for next to no wait."""
+    return made(status, retry_after_ms="1")
+
+
+async def test_success_is_one_attempt():
+    """What works is not tried again, and its value is handed through."""
+    attempts = Attempts()
+    assert await attempts.retried(3)("value") == "value"
+    assert (attempts.count, attempts.retries) == (1, 0)
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 2, 5])
+async def test_there_are_max_retries_attempts_after_the_first(max_retries):
+    """N + 1 in all, and the last one's error is raised as it is."""
+    raised = [soon() for _ in range(max_retries + 1)]
+    attempts = Attempts(*raised)
+    with pytest.raises(openai.APIStatusError) as caught:
+        await attempts.retried(max_retries)("value")
+    assert caught.value is raised[-1]
+    assert (attempts.count, attempts.retries) == (max_retries + 1, max_retries)
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+async def test_a_success_in_time_is_returned(failures):
+    """The last attempt may be the one that works."""
+    attempts = Attempts(*(soon() for _ in range(failures)))
+    assert await attempts.retried(3)("value") == "value"
+    assert (attempts.count, attempts.retries) == (failures + 1, failures)
+
+
+async def test_a_rate_limit_is_tried_again_at_once():
+    """Its wait is the governor's to keep."""
+    attempts = Attempts(made(429, retry_after="500"), rate_limited("paused", 500))
+    assert await attempts.retried(3)("value") == "value"
+    assert attempts.count == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        from_the_sdk(400),
+        from_the_sdk(401),
+        from_the_sdk(404),
+        from_the_sdk(500, x_should_retry="false"),
+        quota_error(retry_after="0"),
+        ValidationError("prompt=''"),
+        RuntimeError("a bug"),
+        made(503, retry_after="601"),
+        made(429, retry_after="601"),
+        rate_limited("too long", 601),
+    ],
+    ids=lambda error: f"{type(error).__name__}{getattr(error, 'status_code', '')}",
+)
+async def test_it_gives_up_at_once(error):
+    """On a refusal, on what is no API error, and on a wait beyond max_wait."""
+    attempts = Attempts(error)
+    with pytest.raises(type(error)) as caught:
+        await attempts.retried(5)("value")
+    assert caught.value is error
+    assert (attempts.count, attempts.retries) == (1, 0)
+
+
+async def test_two_callers_do_not_share_their_attempts():
+    """Each call counts its own."""
+    attempts = Attempts()
+    call = attempts.retried(1)
+    for _ in range(3):
+        attempts.errors = [soon()]
+        assert await call("value") == "value"
+    assert (attempts.count, attempts.retries) == (6, 3)
+
+
+async def test_the_log_says_why_and_how_long(caplog):
+    """One line at INFO for each further attempt: its number, the reason, the seconds."""
+    attempts = Attempts(soon(503), made(429, retry_after="9"), made(409, retry_after_ms="1"))
+    with caplog.at_level(logging.DEBUG):
+        await attempts.retried(3)(PROMPT)
+    ours = [record for record in caplog.records if record.name == "openai_eval_client"]
+    assert [record.levelno for record in ours] == [logging.INFO] * 3
+    assert [record.getMessage() for record in ours] == [
+        "attempt 1 failed (503): next in 0.00 s",
+        "attempt 2 failed (429): next in 0.00 s",
+        "attempt 3 failed (409): next in 0.00 s",
+    ]
+    assert {record.name for record in caplog.records} == {"openai_eval_client"}  # not backoff's own
+
+
+async def test_the_log_names_an_error_without_a_status_by_its_class(caplog):
+    """As a connection that failed has none."""
+    error = made(503, retry_after_ms="1", x_should_retry="true")
+    error.status_code = None
+    with caplog.at_level(logging.INFO):
+        await Attempts(error).retried(1)(PROMPT)
+    assert "attempt 1 failed (APIStatusError): next in 0.00 s" in caplog.text
+
+
+# --- through the client ------------------------------------------------------------------------------------
+
+
+def client_of(server, **options):
+    limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
+    return OpenAIClient(OpenAIConfig(api_key=KEY, base_url=server.base_url, **options), rate_limit=limits)
+
+
+def speaking(*answers):
+    """An HTTP client that gets these answers in turn, then a good one."""
+    httpx, left = sdk_httpx(), list(answers)
+    good = {"id": "x", "model": "m", "choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
+
+    def answer(_):
+        status, headers, body = left.pop(0) if left else (200, {}, good)
+        return httpx.Response(status, headers=headers, json=body)
+
+    return httpx.AsyncClient(transport=httpx.MockTransport(answer))
+
+
+async def test_the_log_of_a_run_holds_neither_prompt_nor_key(caplog):
+    """At INFO, the level that the package writes at, through failures of every kind that needs no waiting."""
+    script = ["503", "ok", "503", "503", "ok"]
+    with (
+        caplog.at_level(logging.INFO),
+        SimulatedServer(script=script, unavailable_retry_after=0) as server,
+    ):
+        async with client_of(server) as client:
+            await client.generate_response(PROMPT, system=PROMPT)
+            await client.batch_generate([PROMPT], temperature=0.5)
+            assert client.stats.retries == 3
+    assert "attempt 1 failed (503)" in caplog.text
+    assert KEY not in caplog.text
+    assert PROMPT not in caplog.text
+
+
+async def test_a_too_large_request_is_refused_once():
+    """Sending it again would only be refused again."""
+    body = {"error": {"message": TOO_LARGE, "type": "tokens", "param": None, "code": "rate_limit_exceeded"}}
+    refusals = [(429, {"retry-after-ms": "1"}, body)] * 2
+    config = OpenAIConfig(api_key=KEY, base_url="http://test/v1", default_model="m")
+    async with OpenAIClient(config, http_client=speaking(*refusals)) as client:
+        with pytest.raises((openai.RateLimitError, RequestTooLargeError)):
+            await client.generate_response("hello")
+        assert client.stats.attempts == 1
+
+
+@pytest.mark.parametrize("wait", ["1e15", "1e300", "Fri, 31 Dec 9999 23:59:59 GMT"])
+async def test_an_absurd_wait_is_a_rate_limit_error(wait):
+    """However far away the server says, the error is the one that callers handle."""
+    body = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
+    config = OpenAIConfig(api_key=KEY, base_url="http://test/v1", default_model="m")
+    async with OpenAIClient(config, http_client=speaking((429, {"retry-after": wait}, body))) as client:
+        for _ in range(2):
+            with pytest.raises(openai.RateLimitError):
+                await client.generate_response("hello")
+        assert client.stats.attempts == 1

@@ -1,0 +1,152 @@
+"""Many workers on one quota in virtual time: the real script in a real Redis, told what time it is."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from openai_eval_client import RateLimitConfig  # noqa: TC001
+from openai_eval_client._account import Governor
+from openai_eval_client._limits.queue import Lane
+from openai_eval_client._limits.redis import script
+from openai_eval_client._wire.usage import Demand
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from virtual import VirtualLoop, VirtualServer
+
+_NAMES = itertools.count()
+_EPOCH = 1_700_000_000.0  # what Redis's clock says when a rehearsal begins
+
+
+class VirtualRedis:
+    """The Redis of one rehearsal: it may be down, and counts what it is asked."""
+
+    def __init__(self, client, loop: VirtualLoop, *, trip: float = 0.002) -> None:
+        self.loop = loop
+        self.trip = trip
+        self.down = False
+        self.asked = 0
+        self.epoch = _EPOCH
+        self.client = client
+        self._script = client.register_script(script())
+        self._keys = [f"{{{next(_NAMES)}}}:quota", f"{{{next(_NAMES)}}}:workers"]
+
+    def answer(self, told: dict):
+        if self.down:
+            return ConnectionError("down")
+        self.asked += 1
+        told = {**told, "now": self.epoch + self.loop.time()}
+        return [float(number) for number in self._script(self._keys, [json.dumps(told)])]
+
+    def flush(self) -> None:
+        """Forget everything, as a Redis does that is started again."""
+        self.client.flushall()
+
+
+class VirtualLink:
+    """One worker's way to it."""
+
+    def __init__(self, redis: VirtualRedis) -> None:
+        self.redis = redis
+        self.name = f"worker {next(_NAMES)}"
+        self.generation = self.workers = 0
+
+    def ask(self, _model, told, done) -> None:
+        """The reply comes a round trip later."""
+        outcome = self.redis.answer({**told, "worker": self.name})
+        self.redis.loop.call_later(self.redis.trip, done, outcome)
+
+    def leave(self, told) -> None:
+        for last in told.values():
+            self.redis.answer({**last, "worker": self.name})
+
+
+@dataclass
+class Fleet:
+    """Workers that share a quota, and what came of their run.
+
+    Attributes:
+        answered: By each worker.
+        sent: When a request left, and of what worker it was.
+        unanswered: Requests given up.
+    """
+
+    redis: VirtualRedis
+    server: VirtualServer
+    configs: Sequence[RateLimitConfig]
+    tokens: int = 400
+    in_flight: int = 64
+    retries: int = 10
+    answered: list[int] = field(default_factory=list)
+    sent: list[tuple[float, int]] = field(default_factory=list)
+    unanswered: int = 0
+    governors: list[Governor] = field(default_factory=list)
+    wall: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.answered = [0] * len(self.configs)
+
+    async def one(self, number: int, lane: Lane) -> None:
+        loop, governor = self.redis.loop, self.governors[number]
+        turn = governor.next_turn()
+        for _ in range(self.retries + 1):
+            admission = await governor.admit(Demand("m", self.tokens, 0), lane=lane, turn=turn)
+            self.sent.append((loop.time(), number))
+            outcome = await self.server.answer(self.tokens)
+            admission.settle(outcome)
+            if outcome.status == 200:
+                self.answered[number] += 1
+                return
+            if "retry-after-ms" not in outcome.headers:
+                await asyncio.sleep(self.server.random.uniform(0, 2))
+        self.unanswered += 1
+
+    async def worker(self, number: int, requests: int) -> None:
+        lane, left = Lane(self.in_flight), iter(range(requests))
+
+        async def lines() -> None:
+            for _ in left:
+                await self.one(number, lane)
+
+        await asyncio.gather(*[lines() for _ in range(min(self.in_flight, requests))])
+        self.governors[number].leave()
+
+    def run(self, requests: int, meanwhile: Callable[[Fleet], Awaitable[None]] | None = None) -> Fleet:
+        """Send so many requests through each worker, in virtual time."""
+        loop = self.redis.loop
+        for config in self.configs:
+            governor = Governor(config, clock=loop)
+            governor._link = VirtualLink(self.redis)
+            self.governors.append(governor)
+
+        async def all_of_them() -> None:
+            others = [meanwhile(self)] if meanwhile is not None else []
+            workers = [self.worker(number, requests) for number in range(len(self.configs))]
+            self.tasks = [asyncio.create_task(worker) for worker in workers]
+            await asyncio.gather(*self.tasks, *others, return_exceptions=bool(others))
+
+        loop.run_until_complete(all_of_them())
+        self.wall = loop.time()
+        return self
+
+    @property
+    def ratio(self) -> float:
+        """Wall time over the least possible."""
+        server = self.server
+        rate = min(server.tpm / self.tokens, server.rpm) / 60
+        least = (sum(self.answered) - rate * server.window) / rate + server.latency
+        return self.wall / least
+
+    def most_in(self, seconds: float) -> int:
+        """Return the most requests sent in so many seconds on end."""
+        times, first, most = [at for at, _ in self.sent], 0, 0
+        for last, at in enumerate(times):
+            while times[first] < at - seconds:
+                first += 1
+            most = max(most, last - first + 1)
+        return most

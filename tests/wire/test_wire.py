@@ -1,0 +1,360 @@
+"""What is read from the JSON on the wire: what is metered, what it may use, what it used."""
+
+import json
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from openai_eval_client import AsyncOpenAI
+from openai_eval_client._wire.endpoints import is_metered
+from openai_eval_client._wire.usage import _TAIL, Tail, Usage, max_output, read_usage, usage_of
+from openai_eval_client.errors import sdk_httpx
+from openai_eval_client.testing import SimulatedServer
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "metered"),
+    [
+        ("POST", "/v1/chat/completions", True),
+        ("POST", "/v1/responses", True),
+        ("POST", "/v1/completions", True),
+        ("POST", "/v1/embeddings", True),
+        ("POST", "/v1/moderations", True),
+        ("POST", "/v1/images/generations", True),
+        ("POST", "/v1/images/edits", True),
+        ("POST", "/v1/audio/transcriptions", True),
+        ("POST", "/v1/audio/speech", True),
+        ("POST", "/chat/completions", True),
+        ("POST", "/openai/deployments/gpt-4o/chat/completions", True),
+        ("POST", "/api/v1/chat/completions", True),
+        ("GET", "/v1/models", False),
+        ("GET", "/v1/models/gpt-4o", False),
+        ("DELETE", "/v1/models/ft:gpt-4o", False),
+        ("GET", "/v1/chat/completions", False),
+        ("GET", "/v1/responses/resp_1", False),
+        ("DELETE", "/v1/responses/resp_1", False),
+        ("POST", "/v1/responses/resp_1/cancel", False),
+        ("POST", "/v1/batches", False),
+        ("POST", "/v1/batches/batch_1/cancel", False),
+        ("POST", "/v1/files", False),
+        ("GET", "/v1/files/file_1/content", False),
+        ("POST", "/v1/uploads/upload_1/parts", False),
+        ("POST", "/v1/fine_tuning/jobs", False),
+        ("POST", "/v1/vector_stores/vs_1/search", False),
+        ("POST", "/v1/assistants", False),
+        ("POST", "/v1/threads/thread_1/runs", False),
+        ("POST", "/v1/conversations", False),
+        ("POST", "/v1/containers", False),
+        ("POST", "/v1/evals", False),
+        ("POST", "/v1/organization/admin_api_keys", False),
+    ],
+)
+def test_what_runs_a_model_is_metered(method, path, metered):
+    """Only requests that run a model count against its requests and tokens per minute."""
+    assert is_metered(method, path) is metered
+
+
+@pytest.mark.parametrize("prefix", ["files", "admin", "organization", "threads"])
+def test_a_gateway_may_have_any_address(prefix):
+    """What stands before the API's own path says nothing about the request."""
+    assert is_metered("POST", f"/{prefix}/v1/chat/completions")
+
+
+@pytest.mark.parametrize("call", ["responses", "batches", "uploads"])
+async def test_a_request_without_a_body_passes(call):
+    """Some of the API's POSTs, as a cancellation, have none."""
+    httpx = sdk_httpx()
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"id": request.url.path}))
+    http = httpx.AsyncClient(transport=transport)
+    async with AsyncOpenAI(api_key="sk-test", base_url="http://test/v1", http_client=http) as client:
+        cancelled = await getattr(client, call).cancel("the_id")
+    assert cancelled.id == f"/v1/{call}/the_id/cancel"
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "tokens"),
+    [
+        ({}, "", None),
+        ({"max_tokens": 5}, "/v1/chat/completions", 5),
+        ({"max_completion_tokens": 6}, "/v1/chat/completions", 6),
+        ({"max_output_tokens": 7}, "/v1/responses", 7),
+        ({"max_tokens": 5, "n": 3}, "/v1/chat/completions", 15),
+        ({"max_tokens": 5, "n": None}, "/v1/chat/completions", 5),
+        ({"max_tokens": 5, "n": "3"}, "/v1/chat/completions", 5),
+        ({"n": 3}, "/v1/chat/completions", None),
+        ({"max_tokens": None}, "", None),
+        ({"max_tokens": "5"}, "", None),
+        ({"max_tokens": None, "max_completion_tokens": 6}, "", 6),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "", 6),
+        ({"max_tokens": 5}, "/v1/embeddings", 0),
+        ({}, "/v1/embeddings", 0),
+        ({}, "/v1/moderations", 0),
+        ({"max_tokens": 0}, "", 0),
+    ],
+)
+def test_the_most_output_a_request_may_use(body, path, tokens):
+    """By whichever name, for all choices together; None where nothing bounds it."""
+    assert max_output(body, path) == tokens
+
+
+@given(st.integers(), st.none() | st.integers() | st.booleans())
+def test_no_request_reserves_less_than_nothing(limit, choices):
+    """What makes no sense is for the API to refuse, not a credit."""
+    assert (max_output({"max_tokens": limit, "n": choices}) or 0) >= 0
+
+
+@pytest.mark.parametrize(
+    ("usage", "counts"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, (3, 4)),
+        ({"input_tokens": 3, "output_tokens": 4}, (3, 4)),
+        ({"prompt_tokens": 3, "total_tokens": 3}, (3, 0)),
+        ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0)),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, (0, 0)),
+        ({"prompt_tokens": None, "completion_tokens": 4}, None),
+        ({"prompt_tokens": "3", "completion_tokens": "4"}, None),
+        ({"total_tokens": 7}, None),
+        ({"prompt_tokens": -3, "completion_tokens": 4}, None),
+        ({"prompt_tokens": 3, "completion_tokens": -4}, (3, 0)),
+        ({}, None),
+        (None, None),
+        ("usage", None),
+        ([3, 4], None),
+        (7, None),
+    ],
+)
+def test_usage_of_any_endpoint(usage, counts):
+    """Chat and completions, responses, embeddings; None where the counts are not there."""
+    used = usage_of({"usage": usage})
+    assert (used and (used.prompt_tokens, used.completion_tokens)) == counts
+
+
+def counts_in(tail):
+    """Input and output tokens."""
+    used = read_usage(tail)
+    return used and (used.prompt_tokens, used.completion_tokens)
+
+
+USAGE = {"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}
+
+
+def chunks(*events):
+    return (
+        b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("tail", "counts"),
+    [
+        (b"", None),
+        (b"{}", None),
+        (json.dumps({"choices": [], "usage": USAGE}).encode(), (11, 22)),
+        (json.dumps({"choices": [], "usage": USAGE}, separators=(",", ":")).encode(), (11, 22)),
+        (json.dumps({"choices": [], "usage": USAGE}, indent=4).encode(), (11, 22)),
+        (json.dumps({"usage": USAGE, "service_tier": "default", "metadata": {"a": "b"}}).encode(), (11, 22)),
+        (json.dumps({"usage": None}).encode(), None),
+        (json.dumps({"usage": {}}).encode(), None),
+        (json.dumps({"usage": "none"}).encode(), None),
+        (json.dumps({"usage": {**USAGE, "prompt_tokens_details": {"cached_tokens": 5}}}).encode(), (11, 22)),
+        (json.dumps({"usage": {"input_tokens": 11, "output_tokens": 22}}).encode(), (11, 22)),
+        (chunks({"choices": [], "usage": None}, {"choices": [], "usage": USAGE}), (11, 22)),
+        (chunks({"choices": [], "usage": USAGE}, {"choices": [], "usage": None}), (11, 22)),
+        (chunks({"choices": [], "usage": None}, {"choices": [], "usage": None}), None),
+        (chunks({"usage": {**USAGE, "prompt_tokens": 1}}, {"usage": USAGE}), (11, 22)),
+        (chunks({"type": "response.completed", "response": {"usage": USAGE}}), (11, 22)),
+        (json.dumps({"content": '"usage": {"prompt_tokens": 1}'}).encode(), None),
+        (json.dumps({"content": '\\"usage": {"prompt_tokens": 1}'}).encode(), None),
+        (json.dumps({"usage": USAGE, "content": '{"usage": {"prompt_tokens": 1}}'}).encode(), (11, 22)),
+        (json.dumps({"usage": USAGE, "content": json.dumps({"usage": USAGE | {"n": 1}})}).encode(), (11, 22)),
+        (json.dumps({"content": "\N{SNOWMAN}", "usage": USAGE}, ensure_ascii=False).encode(), (11, 22)),
+        (b'"usage": {"prompt_tokens": 11, "completion_to', None),
+        (b'"usage": {', None),
+        (b'"usage"', None),
+        (b'"usage": {"prompt_tokens": 1, "completion_tokens": 2}} {"usage": {"prompt_tokens"', (1, 2)),
+        (b'tokens": 1}} "usage" : {"prompt_tokens": 11, "completion_tokens": 22}', (11, 22)),
+        (b'\xff\xfe "usage": {"prompt_tokens": 11, "completion_tokens": 22} \xff', (11, 22)),
+        (b"<html>502 Bad Gateway</html>", None),
+    ],
+)
+def test_usage_at_the_end_of_a_body_or_stream(tail, counts):
+    """The last one that is whole, wherever it stands; what is inside a text is not one."""
+    assert counts_in(tail) == counts
+
+
+TEXTS = st.text(alphabet='"\\usage: {}1,') | st.just(json.dumps({"usage": USAGE})) | st.text()
+
+
+@given(
+    st.recursive(
+        TEXTS | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=5
+    )
+)
+def test_no_text_is_mistaken_for_usage(content):
+    """Whatever an answer says, the usage after it is the one that is read."""
+    body = json.dumps({"content": content, "usage": USAGE}).encode()
+    assert counts_in(body) == (11, 22)
+
+
+@given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
+def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
+    """At whatever byte the connection broke."""
+    usage = {"prompt_tokens": given_, "completion_tokens": made}
+    body = json.dumps({"content": content, "usage": usage}).encode()
+    for end in range(len(body)):
+        assert counts_in(body[:end]) in {None, (given_, made)}
+
+
+@given(st.binary())
+def test_garbage_has_no_usage(garbage):
+    """No bytes raise."""
+    assert counts_in(garbage) is None
+
+
+def fed(data, cuts):
+    tail, start = Tail(), 0
+    for end in [*sorted(cuts), len(data)]:
+        tail.feed(data[start:end])
+        start = end
+    return tail
+
+
+@given(st.data(), st.integers(0, 200), st.integers(0, 3))
+def test_how_a_stream_is_cut_does_not_matter(data, padding, later):
+    """Any chunking of the same bytes gives the same usage."""
+    empty = {"choices": [], "usage": None}
+    stream = chunks(*[{"x": "y" * padding}] * 3, {"choices": [], "usage": USAGE}, *[empty] * later)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12))
+    assert counts_in(fed(stream, cuts).read()) == (11, 22)
+
+
+@given(st.integers(0, 12), st.lists(st.integers(0, 300_000), max_size=8))
+def test_a_long_stream_ends_with_its_usage(length, cuts):
+    """However long the answer before it, and in bounded memory."""
+    stream = chunks({"text": "\N{SNOWMAN} " * 2_000 * length}, {"usage": USAGE})
+    tail = fed(stream, [cut for cut in cuts if cut < len(stream)])
+    assert counts_in(tail.read()) == (11, 22)
+    assert len(tail._data) <= 2 * _TAIL
+
+
+def test_usage_out_of_reach_is_unknown():
+    """Only the end is remembered, whatever the chunks were."""
+    stream = chunks({"usage": USAGE}, {"text": "x" * _TAIL})
+    assert counts_in(fed(stream, []).read()) is None
+    assert counts_in(fed(stream, range(0, len(stream), 100)).read()) is None
+
+
+CHAT_USAGE = {
+    "prompt_tokens": 11,
+    "completion_tokens": 22,
+    "prompt_tokens_details": {"cached_tokens": 5, "audio_tokens": 1},
+    "completion_tokens_details": {"reasoning_tokens": 6, "audio_tokens": 2},
+}
+RESPONSE_USAGE = {
+    "input_tokens": 11,
+    "output_tokens": 22,
+    "input_tokens_details": {"cached_tokens": 5, "cache_write_tokens": 3},
+    "output_tokens_details": {"reasoning_tokens": 6},
+}
+CHAT = {"model": "gpt-4o-2024-08-06", "choices": [], "usage": CHAT_USAGE, "service_tier": "flex"}
+RESPONSE = {"model": "gpt-5", "output": [], "service_tier": "priority", "tools": [], "usage": RESPONSE_USAGE}
+OF_CHAT = Usage(11, 22, 5, 0, 1, 2, 6, "gpt-4o-2024-08-06", "flex")
+OF_RESPONSE = Usage(11, 22, 5, 3, 0, 0, 6, "gpt-5", "priority")
+
+
+@pytest.mark.parametrize(
+    ("tail", "used"),
+    [
+        (json.dumps(CHAT).encode(), OF_CHAT),
+        (json.dumps(CHAT, indent=2).encode() + b"\n", OF_CHAT),
+        (chunks({**CHAT, "usage": None}, CHAT), OF_CHAT),
+        (chunks(CHAT, {"id": "a later one of none"}), OF_CHAT),
+        (json.dumps(RESPONSE).encode(), OF_RESPONSE),
+        (chunks({"type": "response.completed", "response": RESPONSE}), OF_RESPONSE),
+        (b"data:" + json.dumps(CHAT).encode() + b"\r\n\r\ndata: [DONE]\r\n\r\n", OF_CHAT),
+        (
+            json.dumps({**CHAT, "model": None, "service_tier": 5}).encode(),
+            OF_CHAT._replace(model=None, service_tier=None),
+        ),
+    ],
+)
+def test_who_answered_stands_beside_the_usage(tail, used):
+    """Model, tier and kinds of tokens, of a body and of a stream of either API."""
+    assert read_usage(tail) == used
+
+
+@pytest.mark.parametrize("size", [0, 100, 2 * _TAIL])
+def test_a_long_answer_is_of_the_model_that_was_asked(size):
+    """Its head is out of reach, or costly to read; no tool's model is mistaken for its own."""
+    item = {"type": "message", "content": [{"text": "x" * (2 * _TAIL)}]}
+    tools = [{"type": "image_generation", "model": "gpt-image-1", "description": "y" * size}]
+    long = {**RESPONSE, "output": [item], "tools": tools}
+    stream = fed(chunks({"type": "response.completed", "response": long}), range(0, 9 * _TAIL, 1000)).read()
+    tier = "priority" if size < _TAIL else None
+    assert read_usage(stream) == OF_RESPONSE._replace(model=None, service_tier=tier)
+    assert read_usage(json.dumps(long).encode()) == OF_RESPONSE._replace(model=None)
+    chat = {**CHAT, "choices": [{"message": {"content": "x" * (2 * _TAIL)}}]}
+    assert read_usage(json.dumps(chat).encode()) == OF_CHAT._replace(model=None)
+
+
+def test_large_embeddings_name_their_model():
+    """It stands right before the usage."""
+    body = {"data": ["x" * (2 * _TAIL)], "model": "text-embedding-3-small", "usage": {"prompt_tokens": 9}}
+    for indent in (None, 2):
+        used = read_usage(json.dumps(body, indent=indent).encode())
+        assert used == Usage(9, 0, model="text-embedding-3-small")
+
+
+def test_transcriptions_name_details_in_the_singular():
+    """As the API reference has it."""
+    usage = {
+        "type": "tokens",
+        "input_tokens": 14,
+        "output_tokens": 45,
+        "input_token_details": {"audio_tokens": 13},
+    }
+    assert usage_of({"text": "hello", "usage": usage}) == Usage(14, 45, audio_input_tokens=13)
+
+
+def test_an_empty_stream_has_no_end():
+    """Nothing was fed."""
+    assert Tail().read() == b""
+
+
+@pytest.mark.parametrize("api", ["chat", "responses", "completions"])
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_real_answers_report_their_usage(api, streamed):
+    """Of every endpoint, whole and streamed, the governed client counts what the server did."""
+    with SimulatedServer() as server:
+        async with AsyncOpenAI(api_key="sk-test", base_url=server.base_url) as client:
+            calls = {
+                "chat": (client.chat.completions, {"messages": [{"role": "user", "content": "hello there"}]}),
+                "responses": (client.responses, {"input": "hello there"}),
+                "completions": (client.completions, {"prompt": "hello there"}),
+            }
+            resource, options = calls[api]
+            if streamed and api != "responses":
+                options["stream_options"] = {"include_usage": True}
+            answer = await resource.create(model="m", stream=streamed, **options)
+            if streamed:
+                async for _ in answer:
+                    pass
+            stats = client.stats
+    call = server.calls[0]
+    assert (stats.prompt_tokens, stats.completion_tokens) == (call.prompt_tokens, call.completion_tokens)
+    assert stats.completion_tokens > 0
+
+
+async def test_a_non_streamed_answer_that_is_no_json_passes():
+    """The SDK judges it, not the limiter."""
+    with SimulatedServer(script=["garbage"]) as server:
+        async with (
+            AsyncOpenAI(api_key="sk-test", base_url=server.base_url, max_retries=0) as client,
+            openai.AsyncOpenAI(api_key="sk-test", base_url=server.base_url, max_retries=0) as plain,
+        ):
+            messages = [{"role": "user", "content": "hello"}]
+            governed = await client.chat.completions.with_raw_response.create(model="m", messages=messages)
+            assert governed.http_response.text.startswith("<")
+            assert (await plain.chat.completions.create(model="m", messages=messages)).usage is not None
