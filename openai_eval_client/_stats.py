@@ -34,7 +34,7 @@ def _bins() -> array[float]:
 
 
 @dataclass(slots=True)
-class Track:
+class ModelTimeline:
     """What one model did, interval by interval.
 
     Attributes:
@@ -57,10 +57,10 @@ class Track:
     last: float = 0.0
     seconds: float = 0.0
 
-    def copy(self) -> Track:
+    def copy(self) -> ModelTimeline:
         """Return one that stays as it is."""
         counts = {name: array("d", getattr(self, name)) for name in _COUNTS}
-        return Track(**counts, first=self.first, last=self.last, seconds=self.seconds)
+        return ModelTimeline(**counts, first=self.first, last=self.last, seconds=self.seconds)
 
 
 _COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
@@ -82,7 +82,7 @@ class History:
     began_at: float | None
     seconds: float
     width: float
-    tracks: dict[str, Track]
+    tracks: dict[str, ModelTimeline]
     in_flight: list[float]
     breaks: dict[int, float]
 
@@ -102,7 +102,7 @@ class Timeline:
         self._index = 0
         self._until = -math.inf  # the end of that interval
         self._in_flight = 0
-        self._tracks: dict[str, Track] = {}
+        self._tracks: dict[str, ModelTimeline] = {}
         self._busy = _bins()
         self._breaks: dict[int, float] = {}
         self._changing = False
@@ -168,14 +168,14 @@ class Timeline:
         busy = [area / length for area, length in zip(self._busy, whole, strict=True)]
         return History(self._began_at, seconds, width, tracks, busy, dict(self._breaks))
 
-    def _track(self, model: str | None) -> Track:
+    def _track(self, model: str | None) -> ModelTimeline:
         track = self._tracks.get(model or _UNMETERED) or self._new_track(model or _UNMETERED)
         track.last = self._latest - self._zero
         return track
 
-    def _new_track(self, name: str) -> Track:
+    def _new_track(self, name: str) -> ModelTimeline:
         name = name if len(self._tracks) < _MODELS else _OTHERS
-        return self._tracks.setdefault(name, Track(first=self._latest - self._zero))
+        return self._tracks.setdefault(name, ModelTimeline(first=self._latest - self._zero))
 
     def _pass(self, now: float) -> int:
         """Count who was in flight since the last event, and return the interval of this one."""
@@ -352,7 +352,7 @@ class _Totals:
 
 
 @dataclass(frozen=True, slots=True)
-class Story:
+class ReportData:
     """What a report shows besides the totals.
 
     Attributes:
@@ -470,11 +470,11 @@ class Recorder:
             }
             return ClientStats(**asdict(self._totals), **percentiles, **details)
 
-    def story(self) -> Story:
+    def story(self) -> ReportData:
         """Return what a report shows besides the totals."""
         with self._lock:
             failures = [replace(row) for row in self._failures.rows()]
-            return Story(self._timeline.history(), self._latency.classes(), failures)
+            return ReportData(self._timeline.history(), self._latency.classes(), failures)
 
 
 def _is_refused_for_good(outcome: Outcome) -> bool:

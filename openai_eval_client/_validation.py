@@ -22,7 +22,7 @@ _UNITS = {"h": 3600, "d": 86_400}
 _SHOWN = 80  # characters of a value: one line of a terminal
 
 
-def refuse(
+def reject_input(
     name: str,
     value: object,
     why: str,
@@ -62,9 +62,9 @@ def check_text(text: object, name: str, *, field: str | None = None, index: int 
     """Refuse what is no text, is blank, or holds half a surrogate pair."""
     where = field or name
     if not isinstance(text, str):
-        refuse(name, text, f"must be a str, not {type(text).__name__}", field=where, index=index)
+        reject_input(name, text, f"must be a str, not {type(text).__name__}", field=where, index=index)
     if not text or text.isspace():
-        refuse(name, text, "must not be empty or blank", field=where, index=index)
+        reject_input(name, text, "must not be empty or blank", field=where, index=index)
     try:
         text.isascii() or text.encode()
     except UnicodeEncodeError as error:
@@ -84,7 +84,7 @@ def check_number(value: object, name: str, *, above: float | None = None, least:
     if not fits:
         bound = f"greater than {above}" if above is not None else f"{least} or more"
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        refuse(name, value, f"must be a finite number, {bound}{'' if number else _not(value)}")
+        reject_input(name, value, f"must be a finite number, {bound}{'' if number else _not(value)}")
 
 
 def check_cost(value: object, name: str) -> None:
@@ -92,7 +92,7 @@ def check_cost(value: object, name: str) -> None:
     if not isinstance(value, Decimal):
         check_number(value, name, least=0)
     elif not value.is_finite() or value < 0:
-        refuse(name, value, "must be a finite number, 0 or more")
+        reject_input(name, value, "must be a finite number, 0 or more")
 
 
 def _not(value: object) -> str:
@@ -109,13 +109,13 @@ def _is_finite(value: float) -> bool:
 def check_count(value: object, name: str) -> None:
     """Refuse what is no whole number of 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        refuse(name, value, "must be a whole number, 1 or more")
+        reject_input(name, value, "must be a whole number, 1 or more")
 
 
 def check_window(value: object, name: str) -> None:
     """Refuse what is no completion window."""
     if not isinstance(value, str) or not re.fullmatch(r"[1-9]\d{0,4}[hd]", value, re.ASCII):
-        refuse(name, value, "must be hours or days, such as '24h' or '7d'")
+        reject_input(name, value, "must be hours or days, such as '24h' or '7d'")
 
 
 def window_seconds(window: str) -> int:
@@ -126,11 +126,11 @@ def window_seconds(window: str) -> int:
 def check_callback(value: object, name: str) -> None:
     """Refuse what cannot be called with one number."""
     if not callable(value):
-        refuse(name, value, "must be callable")
+        reject_input(name, value, "must be callable")
     try:
         inspect.signature(value).bind(0.5)
     except TypeError as error:
-        refuse(name, value, f"must take the finished fraction, one number: {error}")
+        reject_input(name, value, f"must take the finished fraction, one number: {error}")
     except ValueError:  # some built-in functions have no signature
         return
 
@@ -138,19 +138,19 @@ def check_callback(value: object, name: str) -> None:
 def check_switch(value: object, name: str) -> None:
     """Refuse what is neither True nor False."""
     if not isinstance(value, bool):
-        refuse(name, value, "must be True or False; a function goes to progress_callback")
+        reject_input(name, value, "must be True or False; a function goes to progress_callback")
 
 
 def check_event(value: object, name: str) -> None:
     """Refuse what is no event of asyncio; None is none at all."""
     if value is not None and not isinstance(value, asyncio.Event):
-        refuse(name, value, "must be an asyncio.Event")
+        reject_input(name, value, "must be an asyncio.Event")
 
 
 def check_mapping(value: object, name: str) -> None:
     """Refuse what is no dict with names as its keys."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        refuse(name, value, "must be a dict with str keys")
+        reject_input(name, value, "must be a dict with str keys")
 
 
 def check_headers(headers: Mapping[str, Any], name: str) -> None:
@@ -158,7 +158,7 @@ def check_headers(headers: Mapping[str, Any], name: str) -> None:
     check_mapping(headers, name)
     for key, value in headers.items():
         if not isinstance(value, str) or not is_header_text(f"{key}{value}"):
-            refuse(name, {key: value}, "a header's name and value must be printable ASCII")
+            reject_input(name, {key: value}, "a header's name and value must be printable ASCII")
 
 
 def is_header_text(text: str) -> bool:

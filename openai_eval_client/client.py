@@ -8,10 +8,10 @@ import functools
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._account import Governor
+from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
-from openai_eval_client._online import Caller, collect, estimate, start_pool
+from openai_eval_client._online import Caller, collect, estimate, pool_for
 from openai_eval_client._report import Guarded, Reading, both
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, govern
 from openai_eval_client._tokens import TokenCounter
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from openai_eval_client._cache import Cache
-    from openai_eval_client._cost import Purse
-    from openai_eval_client._online import Crew
+    from openai_eval_client._cost import CostBudget
+    from openai_eval_client._online import WorkerPool
     from openai_eval_client._report import Display
     from openai_eval_client._wire import Parameters
     from openai_eval_client.models import (
@@ -82,27 +82,27 @@ class OpenAIClient:
         self._config = config_of("config", config, OpenAIConfig)
         self._batch = config_of("batch", batch, BatchConfig)
         limits = config_of("rate_limit", rate_limit, RateLimitConfig)
-        self._governor = Governor(limits, max_cost=self._config.max_cost)
+        self._account = Account(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
-        sdk = SdkClient(http_client=self._http, **self._account(), max_retries=0)
+        sdk = SdkClient(http_client=self._http, **self._sdk_options(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
-        self._governor.share(*account_of(sdk))
-        pricer = self._governor.ledger.pricer_for(self._config.base_url)
+        self._account.share(*account_of(sdk))
+        pricer = self._account.ledger.pricer_for(self._config.base_url)
         self._cache = self._opened(cache)
-        self._call = Caller(self._config, sdk, self._governor, self._counter, pricer, cache=self._cache)
+        self._call = Caller(self._config, sdk, self._account, self._counter, pricer, cache=self._cache)
         self._jobs = Batches(
             self._config,
             self._batch,
             sdk=sdk,
-            governor=self._governor,
+            account=self._account,
             counter=self._counter,
-            refusals=self._call.refusals,
+            unsupported=self._call.unsupported,
             cache=self._cache,
         )
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._config!r}, rate_limit={self._governor.config!r})"
+        return f"{type(self).__name__}({self._config!r}, rate_limit={self._account.config!r})"
 
     async def generate_response(  # the parameters of the specification
         self,
@@ -144,9 +144,9 @@ class OpenAIClient:
             APIError: Any other failure, in the SDK's own classes.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        purse = self._purse_for(max_cost, parameters)
+        budget = self._budget_for(max_cost, parameters)
         check_prompt(prompt)
-        return await self._call(prompt, parameters, purse=purse)
+        return await self._call(prompt, parameters, budget=budget)
 
     async def batch_generate(  # the parameters of the specification
         self,
@@ -203,8 +203,8 @@ class OpenAIClient:
                 names those not settled.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        purse = self._purse_for(max_cost, parameters)
-        crew = start_pool(self._call, parameters, self._governor.config, max_concurrent, purse)
+        budget = self._budget_for(max_cost, parameters)
+        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget)
         if progress_callback is not None:
             check_callback(progress_callback, "progress_callback")
             progress_callback = Guarded(progress_callback)
@@ -215,11 +215,11 @@ class OpenAIClient:
             least = self._batch.auto_batch_threshold
             text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
             inform(text, len(listed), least, event="batch_too_small", requests=len(listed))
-        display = self._display(len(listed), parameters.model, crew if online else None) if progress else None
+        display = self._display(len(listed), parameters.model, pool if online else None) if progress else None
         with display or contextlib.nullcontext():
             if online:
                 return await collect(
-                    crew,
+                    pool,
                     listed,
                     progress=progress_callback,
                     return_exceptions=return_exceptions,
@@ -228,7 +228,7 @@ class OpenAIClient:
             return await self._jobs.collect(
                 listed,
                 parameters,
-                purse=purse,
+                budget=budget,
                 progress=both(progress_callback, None if display is None else display.reach),
                 return_exceptions=return_exceptions,
             )
@@ -283,16 +283,16 @@ class OpenAIClient:
             BudgetExceededError: The next request could cost more than what is left of `max_cost`; likewise.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
-        purse = self._purse_for(max_cost, parameters)
-        crew = start_pool(self._call, parameters, self._governor.config, max_concurrent, purse)
+        budget = self._budget_for(max_cost, parameters)
+        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget)
         check_iterable(prompts, "__iter__", "__aiter__")
         check_switch(progress, "progress")
         check_event(stop_event, "stop_event")
         if not progress and stop_event is None:
-            return crew.run(prompts)
+            return pool.run(prompts)
         total = len(prompts) if isinstance(prompts, Sized) else None
-        display = self._display(total, parameters.model, crew) if progress else None
-        return _watched(crew, prompts, display, stop_event)
+        display = self._display(total, parameters.model, pool) if progress else None
+        return _watched(pool, prompts, display, stop_event)
 
     async def estimate(
         self,
@@ -335,7 +335,7 @@ class OpenAIClient:
             prompts,
             parameters,
             counter=self._counter,
-            governor=self._governor,
+            account=self._account,
             progress=progress_callback,
         )
 
@@ -431,11 +431,11 @@ class OpenAIClient:
     @functools.cached_property
     def openai(self) -> AsyncOpenAI:
         """The SDK's client, paced by the same budget and on the same connections."""
-        view = govern(self._http, self._governor, self._counter)
+        view = govern(self._http, self._account, self._counter)
         config = self._config
         client = AsyncOpenAI(
             http_client=view,
-            **self._account(),
+            **self._sdk_options(),
             max_retries=config.max_retries,
             timeout=config.timeout,
         )
@@ -445,7 +445,7 @@ class OpenAIClient:
     @property
     def stats(self) -> ClientStats:
         """What the client did so far."""
-        return self._governor.stats
+        return self._account.stats
 
     def report(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
         """Write a page about what the client did so far: what held it up, what it cost, what failed.
@@ -465,11 +465,11 @@ class OpenAIClient:
         """
         from openai_eval_client._report import write_report  # nobody waits for pictures at the start
 
-        return write_report(path, self._governor, self._config.base_url, title)
+        return write_report(path, self._account, self._config.base_url, title)
 
     async def close(self) -> None:
         """Close the connections and the cache; the client cannot be used after this."""
-        self._governor.leave()
+        self._account.leave()
         try:
             await self._http.aclose()
         finally:
@@ -509,19 +509,19 @@ class OpenAIClient:
             params=params,
         )
 
-    def _purse_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> Purse | None:
-        """Return what a call is paid from besides the client's purse, if its cost has a bound."""
-        return self._governor.payments.purse_for(max_cost, parameters.body, PATHS[parameters.api])
+    def _budget_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> CostBudget | None:
+        """Return what a call is paid from besides the client's budget, if its cost has a bound."""
+        return self._account.payments.budget_for(max_cost, parameters.body, PATHS[parameters.api])
 
-    def _display(self, total: int | None, model: str, crew: Crew | None) -> Display:
-        """Return what shows how far a call is; where no crew is at work, limits play no part."""
+    def _display(self, total: int | None, model: str, pool: WorkerPool | None) -> Display:
+        """Return what shows how far a call is; where no pool is at work, limits play no part."""
         from openai_eval_client._report import Display  # seldom wanted
 
         def probe() -> Reading:
-            troubles = self._governor.recorder.troubles
-            if crew is None:
+            troubles = self._account.recorder.troubles
+            if pool is None:
                 return Reading(None, None, *troubles)
-            return Reading(self._governor.gauge(model), crew.in_flight, *troubles)
+            return Reading(self._account.gauge(model), pool.in_flight, *troubles)
 
         return Display(total, probe)
 
@@ -530,10 +530,10 @@ class OpenAIClient:
             return None
         from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
 
-        governor = self._governor
-        return open_cache(cache, self._config.base_url, governor.recorder, governor.ledger)
+        account = self._account
+        return open_cache(cache, self._config.base_url, account.recorder, account.ledger)
 
-    def _account(self) -> dict[str, Any]:
+    def _sdk_options(self) -> dict[str, Any]:
         config = self._config
         return {
             "api_key": config.api_key,
@@ -543,20 +543,20 @@ class OpenAIClient:
 
 
 async def _watched(
-    crew: Crew,
+    pool: WorkerPool,
     prompts: Any,
     display: Display | None,
     stop_event: asyncio.Event | None,
 ) -> AsyncGenerator[tuple[int, Any], None]:
-    """Yield a crew's outcomes, shown as they come, until somebody wants no more of them."""
+    """Yield a pool's outcomes, shown as they come, until somebody wants no more of them."""
     with contextlib.ExitStack() as around:
         if display is not None:
             around.enter_context(display)
         if stop_event is not None:
             waiter = asyncio.ensure_future(stop_event.wait())
-            waiter.add_done_callback(lambda waited: None if waited.cancelled() else crew.stop())
+            waiter.add_done_callback(lambda waited: None if waited.cancelled() else pool.stop())
             around.callback(waiter.cancel)
-        async with contextlib.aclosing(crew.run(prompts)) as outcomes:
+        async with contextlib.aclosing(pool.run(prompts)) as outcomes:
             async for index, outcome in outcomes:
                 if display is not None:
                     display.count(outcome)

@@ -66,11 +66,11 @@ _ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv
 
 
 class ModelCost(Record):
-    """What one model came to by one road and in one service tier.
+    """What one model came to by one channel and in one service tier.
 
     Attributes:
         model: The model, as the server names it; as it was asked for where the server does not say.
-        road: "online", or "batch" for the Batch API.
+        channel: "online", or "batch" for the Batch API.
         service_tier: The tier that served, "default" where nothing else was said, and for batches.
         calls: Answers that were billed.
         input_tokens: Their input, cached tokens included.
@@ -84,7 +84,7 @@ class ModelCost(Record):
     model_config = ConfigDict(protected_namespaces=())
 
     model: str
-    road: Literal["online", "batch"]
+    channel: Literal["online", "batch"]
     service_tier: str
     calls: int
     input_tokens: int
@@ -153,7 +153,7 @@ class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
 
     @property
     def by_model(self) -> dict[str, Decimal | None]:
-        """USD by model, all roads and tiers together; None where no call of it has a known price."""
+        """USD by model, all channels and tiers together; None where no call of it has a known price."""
         costs: dict[str, Decimal | None] = {}
         for row in self.rows:
             before = costs.get(row.model)
@@ -487,8 +487,8 @@ class ClientStats(_Model):
         requests: Prompts answered or failed for good, and the calls made through the drop-in client so far.
         failures: Those that failed for good. Of the drop-in client's calls only those refused with a 4xx that
             the SDK does not retry: where its retries end, it alone knows.
-        attempts: HTTP requests sent, by whatever road; also those that run no model (files, batches), and are
-            not among `requests` and `retries`.
+        attempts: HTTP requests sent, also those that run no model (files, batches), which are not
+            among `requests` and `retries`.
         retries: Attempts after a prompt's or a call's first.
         rate_limited: Answers with status 429.
         reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts
@@ -504,7 +504,7 @@ class ClientStats(_Model):
         output_length: By model, "mean" and "spread" (standard deviation) of its latest answers, in tokens.
         prompt_tokens: Input tokens as the server counted them.
         completion_tokens: Output tokens likewise.
-        cost: USD of all priced answers, by whatever road, and what makes it up; a number in itself.
+        cost: USD of all priced answers, and what makes it up; a number in itself.
         unpriced: Answers whose model has no known price, not in `cost`.
         budget: Of `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is "reserved"
             for what is in flight; empty without one.

@@ -342,7 +342,14 @@ async def test_streams_are_passed_and_settled(road, stream, usage):
         assert "".join(each.choices[0].delta.content for each in chunks) == "one two"
         assert owner.stats.attempts == 1
         assert (owner.stats.prompt_tokens, owner.stats.completion_tokens) == (usage or (0, 0))
-        assert sum(lane.in_flight for gate in owner._governor._gates.values() for lane in gate._lanes) == 0
+        assert (
+            sum(
+                concurrency.in_flight
+                for queue in owner._account._queues.values()
+                for concurrency in queue._concurrency_limits
+            )
+            == 0
+        )
 
 
 async def test_an_error_in_a_stream_is_the_sdks(no_pauses):

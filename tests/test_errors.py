@@ -236,7 +236,7 @@ def test_notes_survive_pickle(error):
 
 @pytest.mark.parametrize("name", ["status 401", "status 404", "QuotaError", "our RateLimitError"])
 def test_attached_responses_survive_pickle(name):
-    """A run stopped by a doom hands over what was answered before, across processes too."""
+    """A run stopped by a fatal hands over what was answered before, across processes too."""
     error = ERRORS[name]()
     error.responses = [response("paid for"), None]
     assert pickled(error).responses == [response("paid for"), None]

@@ -1,4 +1,4 @@
-"""Waiting for admission: on one event loop with virtual time, and on several real ones."""
+"""Waiting for permit: on one event loop with virtual time, and on several real ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import pytest
 from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
-from openai_eval_client._account import Admission, Governor
-from openai_eval_client._limits.queue import Lane
-from openai_eval_client._runtime.loops import Starts
+from openai_eval_client._account import Account, Permit
+from openai_eval_client._limits.queue import ConcurrencyLimit
+from openai_eval_client._runtime.loops import StartThrottle
 from openai_eval_client._wire.usage import Demand, Outcome, Usage
 
 
-def in_virtual_time(scenario, config: RateLimitConfig | None) -> Governor:
-    """Run `scenario(governor, loop)` on a virtual loop."""
+def in_virtual_time(scenario, config: RateLimitConfig | None) -> Account:
+    """Run `scenario(account, loop)` on a virtual loop."""
     loop = VirtualLoop()
-    governor = Governor(config, clock=loop)
+    account = Account(config, clock=loop)
     try:
-        loop.run_until_complete(scenario(governor, loop))
+        loop.run_until_complete(scenario(account, loop))
     finally:
         loop.close()
-    return governor
+    return account
 
 
 FIXED = {"max_concurrent": 1000, "adaptive_throttling": False}
@@ -39,17 +39,17 @@ DEMAND = Demand("m", 100, 0)
 OK = Outcome(200, {}, Usage(100, 0))
 
 
-async def send(governor: Governor, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
-    (await governor.admit(demand)).settle(outcome)
+async def send(account: Account, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
+    (await account.admit(demand)).settle(outcome)
 
 
 def test_requests_leave_at_the_rate_of_the_limit() -> None:
-    """After the burst, one request a second for 60 RPM; time between admissions never shorter."""
+    """After the burst, one request a second for 60 RPM; time between permits never shorter."""
     times: list[float] = []
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
         async def one() -> None:
-            await send(governor)
+            await send(account)
             times.append(loop.time())
 
         await asyncio.gather(*[one() for _ in range(70)])
@@ -62,10 +62,10 @@ def test_requests_leave_at_the_rate_of_the_limit() -> None:
 def test_a_cancelled_waiter_gives_its_place_and_reservation_back() -> None:
     """The next in line goes when the cancelled one would have."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await governor.admit(Demand("m", 597, 0))
-        first = asyncio.create_task(governor.admit(Demand("m", 500, 0)))
-        second = asyncio.create_task(governor.admit(Demand("m", 10, 0)))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await account.admit(Demand("m", 597, 0))
+        first = asyncio.create_task(account.admit(Demand("m", 500, 0)))
+        second = asyncio.create_task(account.admit(Demand("m", 10, 0)))
         await asyncio.sleep(0)
         first.cancel()
         await second
@@ -79,30 +79,30 @@ def test_a_cancelled_waiter_gives_its_place_and_reservation_back() -> None:
 def test_a_waiter_cancelled_after_its_grant_gives_everything_back() -> None:
     """Granted and cancelled in the same turn of the loop: no slot and no budget is lost."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        holder = await governor.admit(DEMAND)
-        waiter = asyncio.create_task(governor.admit(DEMAND))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        holder = await account.admit(DEMAND)
+        waiter = asyncio.create_task(account.admit(DEMAND))
         await asyncio.sleep(0)
         holder.settle(OK)
         waiter.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiter
-        await asyncio.wait_for(governor.admit(DEMAND), 1)
+        await asyncio.wait_for(account.admit(DEMAND), 1)
 
     in_virtual_time(scenario, limits(max_concurrent=1))
 
 
 def test_settling_twice_frees_one_slot() -> None:
-    """An admission counts once, whatever happens to it."""
+    """An permit counts once, whatever happens to it."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        admission = await governor.admit(DEMAND)
-        await governor.admit(DEMAND)
-        admission.settle(OK)
-        admission.settle(OK)
-        await governor.admit(DEMAND)
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        permit = await account.admit(DEMAND)
+        await account.admit(DEMAND)
+        permit.settle(OK)
+        permit.settle(OK)
+        await account.admit(DEMAND)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(governor.admit(DEMAND), 5)
+            await asyncio.wait_for(account.admit(DEMAND), 5)
 
     assert in_virtual_time(scenario, limits(max_concurrent=2)).stats.attempts == 1
 
@@ -111,11 +111,11 @@ def test_settling_twice_frees_one_slot() -> None:
 def test_a_429_pauses_the_whole_model_and_no_other(headers: dict[str, str]) -> None:
     """Nobody of that model goes before the server's time; another model does not notice."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, outcome=Outcome(429, headers))
-        await send(governor, Demand("other", 1, 0))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account, outcome=Outcome(429, headers))
+        await send(account, Demand("other", 1, 0))
         assert loop.time() == 0
-        await send(governor)
+        await send(account)
         assert loop.time() == pytest.approx(3, abs=0.02)
 
     assert in_virtual_time(scenario, limits(600)).stats.rate_limited == 1
@@ -124,11 +124,11 @@ def test_a_429_pauses_the_whole_model_and_no_other(headers: dict[str, str]) -> N
 def test_a_refused_request_did_not_spend_its_tokens() -> None:
     """After a 429 the tokens are there for the next; after a server error they are not."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, Demand("m", 597, 0), Outcome(429, {}))
-        await send(governor, Demand("m", 597, 0), Outcome(500, {}))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account, Demand("m", 597, 0), Outcome(429, {}))
+        await send(account, Demand("m", 597, 0), Outcome(500, {}))
         assert loop.time() == 0
-        await send(governor, Demand("m", 597, 0))
+        await send(account, Demand("m", 597, 0))
         assert loop.time() == pytest.approx(59.7, abs=0.1)
 
     in_virtual_time(scenario, limits(None, 600))
@@ -137,15 +137,15 @@ def test_a_refused_request_did_not_spend_its_tokens() -> None:
 def test_a_pause_longer_than_max_wait_fails_everyone_of_that_model_at_once() -> None:
     """Those who wait and those who come later are told when to come back; nobody waits for it."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        running = await governor.admit(DEMAND)
-        waiting = asyncio.create_task(governor.admit(DEMAND))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        running = await account.admit(DEMAND)
+        waiting = asyncio.create_task(account.admit(DEMAND))
         await asyncio.sleep(0)
         running.settle(Outcome(429, {"retry-after": "3600"}))
-        for attempt in (waiting, governor.admit(DEMAND)):
+        for attempt in (waiting, account.admit(DEMAND)):
             with pytest.raises(RateLimitError, match="3600 s, more than max_wait=600 s; come back at 2"):
                 await attempt
-        await governor.admit(Demand("other"))
+        await account.admit(Demand("other"))
         assert loop.time() == 0
 
     in_virtual_time(scenario, limits(max_concurrent=1))
@@ -155,11 +155,11 @@ def test_without_limits_nothing_waits_until_the_server_states_some() -> None:
     """rate_limit=None: any number goes at once; after the first headers the server's rate holds."""
     headers = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0"}
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await asyncio.gather(*[governor.admit(DEMAND) for _ in range(5000)])
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await asyncio.gather(*[account.admit(DEMAND) for _ in range(5000)])
         assert loop.time() == 0
-        await send(governor, outcome=Outcome(200, headers))
-        await send(governor)
+        await send(account, outcome=Outcome(200, headers))
+        await send(account)
         assert loop.time() == pytest.approx(1, abs=0.02)
 
     in_virtual_time(scenario, None)
@@ -168,10 +168,10 @@ def test_without_limits_nothing_waits_until_the_server_states_some() -> None:
 def test_requests_that_run_no_model_are_bounded_by_concurrency_alone() -> None:
     """Files and batches spend no requests per minute, and no model's slots."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await governor.admit(DEMAND)
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await account.admit(DEMAND)
         for _ in range(50):
-            await send(governor, Demand(None))
+            await send(account, Demand(None))
         assert loop.time() == 0
 
     in_virtual_time(scenario, limits(1, max_concurrent=1))
@@ -180,12 +180,12 @@ def test_requests_that_run_no_model_are_bounded_by_concurrency_alone() -> None:
 def test_a_lane_of_the_callers_own_replaces_the_models_bound() -> None:
     """A call with max_concurrent=3 has three in flight where the config says one."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        lane = Lane(3)
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        concurrency = ConcurrencyLimit(3)
         for _ in range(3):
-            await governor.admit(DEMAND, lane=lane)
+            await account.admit(DEMAND, concurrency=concurrency)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(governor.admit(DEMAND, lane=lane), 5)
+            await asyncio.wait_for(account.admit(DEMAND, concurrency=concurrency), 5)
 
     in_virtual_time(scenario, limits(max_concurrent=1))
 
@@ -194,9 +194,9 @@ def test_waits_are_logged_with_reason_and_seconds(caplog: pytest.LogCaptureFixtu
     """A user who wonders why nothing happens finds it at INFO."""
     caplog.set_level(logging.INFO, "openai_eval_client")
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor)
-        await send(governor, outcome=Outcome(429, {"retry-after": "2"}))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account)
+        await send(account, outcome=Outcome(429, {"retry-after": "2"}))
 
     in_virtual_time(scenario, limits(1))
     assert "waited 60.00 s for the rate limit of m" in caplog.text
@@ -216,20 +216,20 @@ def in_thread(work) -> threading.Thread:
 
 def test_eight_threads_with_their_own_loops_share_one_budget() -> None:
     """All are admitted, never more than the bound at once, and nothing is attached to the wrong loop."""
-    governor = Governor(limits(60_000, burst_seconds=0.005, max_concurrent=3))
+    account = Account(limits(60_000, burst_seconds=0.005, max_concurrent=3))
     running, most = 0, 0
     lock = threading.Lock()
 
     async def one() -> None:
         nonlocal running, most
-        admission = await governor.admit(DEMAND)
+        permit = await account.admit(DEMAND)
         with lock:
             running += 1
             most = max(most, running)
         await asyncio.sleep(0)
         with lock:
             running -= 1
-        admission.settle(OK)
+        permit.settle(OK)
 
     async def many() -> None:
         await asyncio.gather(*[one() for _ in range(100)])
@@ -239,17 +239,17 @@ def test_eight_threads_with_their_own_loops_share_one_budget() -> None:
         thread.join(60)
         assert not thread.is_alive()
     assert most <= 3
-    assert governor.stats.attempts == 800
+    assert account.stats.attempts == 800
 
 
 def test_a_loop_that_ends_with_waiters_leaves_the_others_their_turn() -> None:
     """`asyncio.run` cancelled halfway gives back what its waiters had; the next run goes on."""
-    governor = Governor(limits(max_concurrent=1))
-    held: list[Admission] = []
+    account = Account(limits(max_concurrent=1))
+    held: list[Permit] = []
 
     async def abandoned() -> None:
-        held.append(await governor.admit(DEMAND))
-        waiting = [asyncio.ensure_future(governor.admit(DEMAND)) for _ in range(10)]
+        held.append(await account.admit(DEMAND))
+        waiting = [asyncio.ensure_future(account.admit(DEMAND)) for _ in range(10)]
         await asyncio.sleep(0)
         assert not any(waiter.done() for waiter in waiting)
 
@@ -257,26 +257,26 @@ def test_a_loop_that_ends_with_waiters_leaves_the_others_their_turn() -> None:
     held[0].settle(OK)
 
     async def later() -> None:
-        await asyncio.wait_for(send(governor), 10)
+        await asyncio.wait_for(send(account), 10)
 
     asyncio.run(later())
 
 
 def test_a_loop_that_is_closed_without_ceremony_does_not_block_the_others() -> None:
     """Waiters of a loop that was just dropped are passed over, with their slots."""
-    governor = Governor(limits(max_concurrent=1))
+    account = Account(limits(max_concurrent=1))
     loop = asyncio.new_event_loop()
-    held = loop.run_until_complete(governor.admit(DEMAND))
-    waiter = loop.create_task(governor.admit(DEMAND))
+    held = loop.run_until_complete(account.admit(DEMAND))
+    waiter = loop.create_task(account.admit(DEMAND))
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
-    async def later(held: Admission) -> None:
+    async def later(held: Permit) -> None:
         held.settle(OK)
-        await asyncio.wait_for(send(governor), 10)
+        await asyncio.wait_for(send(account), 10)
 
     asyncio.run(later(held))
-    assert governor.stats.attempts == 2
+    assert account.stats.attempts == 2
     waiter._log_destroy_pending = False  # its loop is gone on purpose
     del waiter, held
     gc.collect()
@@ -284,19 +284,19 @@ def test_a_loop_that_is_closed_without_ceremony_does_not_block_the_others() -> N
 
 def test_a_blocked_loop_does_not_hold_up_the_others() -> None:
     """The next in line sits on a loop that is busy: the others are woken by their own timers."""
-    governor = Governor(limits(6_000, burst_seconds=0.01))
+    account = Account(limits(6_000, burst_seconds=0.01))
     blocked, release, done = threading.Event(), threading.Event(), threading.Event()
 
     async def busy() -> None:
-        await send(governor)
-        first = asyncio.ensure_future(send(governor))
+        await send(account)
+        first = asyncio.ensure_future(send(account))
         await asyncio.sleep(0)
         blocked.set()
-        release.wait(30)  # the loop stands still, with a ticket at the head of the queue
+        release.wait(30)  # the loop stands still, with a waiter at the head of the queue
         await first
 
     async def others() -> None:
-        await asyncio.gather(*[send(governor) for _ in range(20)])
+        await asyncio.gather(*[send(account) for _ in range(20)])
         done.set()
 
     threads = [in_thread(busy)]
@@ -311,34 +311,34 @@ def test_a_blocked_loop_does_not_hold_up_the_others() -> None:
 
 def test_one_governor_outlives_many_event_loops() -> None:
     """Successive `asyncio.run`s share one budget and leave no timer of a closed loop behind."""
-    governor = Governor(FAST)
+    account = Account(FAST)
 
     async def some() -> None:
-        await asyncio.gather(*[send(governor) for _ in range(20)])
+        await asyncio.gather(*[send(account) for _ in range(20)])
 
     for _ in range(20):
         asyncio.run(some())
-    assert governor.stats.attempts == 400
-    assert len(governor._timers) <= 1
+    assert account.stats.attempts == 400
+    assert len(account._timers) <= 1
 
 
 def test_waits_are_told_apart_by_their_cause() -> None:
     """Seconds of waiting for requests, tokens, a free slot and a pause add up to all there were."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await asyncio.gather(*[send(governor, Demand("by requests", 1, 0)) for _ in range(61)])
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await asyncio.gather(*[send(account, Demand("by requests", 1, 0)) for _ in range(61)])
         large = Outcome(200, {}, Usage(5000, 0))
-        await asyncio.gather(*[send(governor, Demand("by tokens", 5000, 0), large) for _ in range(2)])
-        held = await governor.admit(Demand("by slot"), lane=(lane := Lane(1)))
+        await asyncio.gather(*[send(account, Demand("by tokens", 5000, 0), large) for _ in range(2)])
+        held = await account.admit(Demand("by slot"), concurrency=(concurrency := ConcurrencyLimit(1)))
         loop.call_later(3, held.settle, OK)
-        (await governor.admit(Demand("by slot"), lane=lane)).settle(OK)
+        (await account.admit(Demand("by slot"), concurrency=concurrency)).settle(OK)
         await send(
-            governor, Demand("by pause"), Outcome(429, {"retry-after": "4"}, message="on tokens per min")
+            account, Demand("by pause"), Outcome(429, {"retry-after": "4"}, message="on tokens per min")
         )
-        await send(governor, Demand("by pause"))
+        await send(account, Demand("by pause"))
 
-    governor = in_virtual_time(scenario, limits(60, 6000))
-    stats = governor.stats
+    account = in_virtual_time(scenario, limits(60, 6000))
+    stats = account.stats
     assert stats.wait_seconds_by == pytest.approx(
         {
             "requests": 1.5,  # 59 at once; the 60th and 61st after 0.25 and 1.25 s
@@ -355,11 +355,11 @@ def test_waits_are_told_apart_by_their_cause() -> None:
 def test_the_share_used_is_of_what_bucket_and_refill_admit() -> None:
     """A full bucket of 59.75 and a minute's refill admit 119.75 requests: 60 sent are half."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await asyncio.gather(*[send(governor) for _ in range(30)])
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await asyncio.gather(*[send(account) for _ in range(30)])
         await asyncio.sleep(60)
-        await asyncio.gather(*[send(governor) for _ in range(30)])
-        share = governor.stats.utilisation["m"]["requests"]
+        await asyncio.gather(*[send(account) for _ in range(30)])
+        share = account.stats.utilisation["m"]["requests"]
         assert share == pytest.approx(60 / 119.75, rel=0.01)
 
     in_virtual_time(scenario, limits(60))
@@ -375,9 +375,9 @@ def test_the_share_used_is_of_what_bucket_and_refill_admit() -> None:
 def test_a_wait_that_only_the_message_names_is_heeded(message: str, seconds: float) -> None:
     """OpenAI's daily limits and Azure's refusals."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, outcome=Outcome(429, {}, message=message))
-        await send(governor)
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account, outcome=Outcome(429, {}, message=message))
+        await send(account)
         assert loop.time() == pytest.approx(seconds, abs=0.1)
 
     in_virtual_time(scenario, limits(600))
@@ -386,15 +386,15 @@ def test_a_wait_that_only_the_message_names_is_heeded(message: str, seconds: flo
 def test_what_the_collector_hands_back_inside_a_locked_region_waits_until_it_is_left() -> None:
     """A stream that is collected while its own thread admits another neither deadlocks nor overtakes."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        dropped = [await governor.admit(DEMAND) for _ in range(2)]
-        waiting = [asyncio.create_task(governor.admit(DEMAND)) for _ in range(3)]
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        dropped = [await account.admit(DEMAND) for _ in range(2)]
+        waiting = [asyncio.create_task(account.admit(DEMAND)) for _ in range(3)]
         await asyncio.sleep(0)
-        with governor._lock:
-            for admission in dropped:
-                admission.settle(OK)  # as __del__ would
+        with account._lock:
+            for permit in dropped:
+                permit.settle(OK)  # as __del__ would
             assert not any(task.done() for task in waiting)
-            assert governor.recorder.snapshot().attempts == 0
+            assert account.recorder.snapshot().attempts == 0
         for _ in range(3):
             (done,), _ = await asyncio.wait(waiting[:1])
             done.result().settle(OK)
@@ -406,9 +406,9 @@ def test_what_the_collector_hands_back_inside_a_locked_region_waits_until_it_is_
 def test_a_refused_request_without_a_model_harms_nobody() -> None:
     """A 429 for a file or a list of models has no budget to lower."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, Demand(None), Outcome(429, {"retry-after": "2"}))
-        await send(governor, Demand(None))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account, Demand(None), Outcome(429, {"retry-after": "2"}))
+        await send(account, Demand(None))
         assert loop.time() == pytest.approx(2, abs=0.05)
 
     in_virtual_time(scenario, limits(600, adaptive_throttling=True))
@@ -417,9 +417,9 @@ def test_a_refused_request_without_a_model_harms_nobody() -> None:
 def test_a_request_that_was_never_sent_spends_nothing() -> None:
     """Nobody listened: the next one has the whole budget."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
         for _ in range(50):
-            await send(governor, Demand("m", 500, 0), Outcome(sent=False))
+            await send(account, Demand("m", 500, 0), Outcome(sent=False))
         assert loop.time() == 0
 
     assert in_virtual_time(scenario, limits(60, 600)).stats.attempts == 0
@@ -429,9 +429,9 @@ def test_a_request_that_was_never_sent_spends_nothing() -> None:
 def test_a_refusal_for_good_is_no_congestion(message: str) -> None:
     """An empty account and a request beyond the limit slow nobody else down."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
         for _ in range(20):
-            await send(governor, outcome=Outcome(429, {}, message=message))
+            await send(account, outcome=Outcome(429, {}, message=message))
         assert loop.time() == 0
 
     in_virtual_time(scenario, limits(None, 60_000, adaptive_throttling=True))
@@ -441,11 +441,11 @@ def test_a_guess_does_not_make_a_request_too_large() -> None:
     """Only what is known of it counts: its input, and max_tokens where given."""
     headers = {"x-ratelimit-limit-tokens": "10000", "x-ratelimit-remaining-tokens": "10000"}
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, outcome=Outcome(200, headers, Usage(100, 9000)))
-        await send(governor, Demand("m", 8000))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account, outcome=Outcome(200, headers, Usage(100, 9000)))
+        await send(account, Demand("m", 8000))
         with pytest.raises(RequestTooLargeError, match="11,000 tokens is too large for the limit of 10,000"):
-            await governor.admit(Demand("m", 8000, 3000))
+            await account.admit(Demand("m", 8000, 3000))
 
     in_virtual_time(scenario, None)
 
@@ -453,10 +453,10 @@ def test_a_guess_does_not_make_a_request_too_large() -> None:
 def test_a_request_whose_debt_would_outlast_max_wait_is_too_large() -> None:
     """A debt of minutes is left, one of hours is refused before sending."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        await send(governor, Demand("m", 6000, 0))
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        await send(account, Demand("m", 6000, 0))
         with pytest.raises(RequestTooLargeError):
-            await governor.admit(Demand("m", 7000, 0))
+            await account.admit(Demand("m", 7000, 0))
 
     in_virtual_time(scenario, limits(None, 600))
 
@@ -473,9 +473,9 @@ def test_threads_that_log_at_the_same_time_do_not_trip_over_each_other() -> None
         def popleft(self):
             raise IndexError
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
-        governor._notes = Emptied()
-        await send(governor)
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
+        account._notes = Emptied()
+        await send(account)
 
     assert in_virtual_time(scenario, limits()).stats.attempts == 1
 
@@ -485,7 +485,7 @@ def test_threads_that_log_at_the_same_time_do_not_trip_over_each_other() -> None
 
 async def test_those_admitted_at_once_begin_a_few_at_a_time() -> None:
     """In their order, without whoever has left meanwhile, and with nothing left behind."""
-    starts, loop, order = Starts(), asyncio.get_running_loop(), []
+    starts, loop, order = StartThrottle(), asyncio.get_running_loop(), []
     waiters = [loop.create_future() for _ in range(30)]
     for number, waiter in enumerate(waiters):
         waiter.add_done_callback(lambda done, number=number: done.cancelled() or order.append(number))
@@ -503,10 +503,10 @@ async def test_those_admitted_at_once_begin_a_few_at_a_time() -> None:
 
 async def test_those_for_whom_there_is_room_begin_a_few_at_a_time_too() -> None:
     """In their order: a wave at once, the rest after it; who comes alone waits for no other turn."""
-    governor, order, begun = Governor(limits()), [], []
+    account, order, begun = Account(limits()), [], []
 
     async def one(number: int) -> None:
-        await governor.admit(DEMAND)
+        await account.admit(DEMAND)
         order.append(number)
 
     tasks = [asyncio.create_task(one(number)) for number in range(100)]
@@ -518,25 +518,25 @@ async def test_those_for_whom_there_is_room_begin_a_few_at_a_time_too() -> None:
     assert [count for count in begun if count] == [32, 8, 8, 8, 8, 8, 8, 8, 8, 4]
     await asyncio.gather(*tasks)
     await asyncio.sleep(0)
-    lonely = governor.admit(DEMAND)
+    lonely = account.admit(DEMAND)
     with pytest.raises(StopIteration):
         lonely.send(None)
 
 
 async def test_who_is_cancelled_before_their_turn_gives_slot_and_reservation_back() -> None:
     """They were admitted, and have not begun."""
-    governor = Governor(limits(60, max_concurrent=50))
-    tasks = [asyncio.create_task(governor.admit(DEMAND)) for _ in range(50)]
+    account = Account(limits(60, max_concurrent=50))
+    tasks = [asyncio.create_task(account.admit(DEMAND)) for _ in range(50)]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     begun = [
-        task for task in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(task, Admission)
+        task for task in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(task, Permit)
     ]
     assert len(begun) == 32
-    gate = governor._gates["m"]
-    assert gate.lane.in_flight == len(begun)
-    assert gate.requests.spent == len(begun)
+    queue = account._queues["m"]
+    assert queue.concurrency.in_flight == len(begun)
+    assert queue.requests.spent == len(begun)
 
 
 async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
@@ -550,7 +550,7 @@ async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
                 raise KeyError
             return super().done()
 
-    starts, loop, inner = Starts(), asyncio.get_running_loop(), []
+    starts, loop, inner = StartThrottle(), asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda *_: None)
     outer = [loop.create_future(), Reentrant(), loop.create_future()]
     for waiter in outer:
@@ -563,24 +563,24 @@ async def test_who_is_admitted_while_others_are_woken_is_woken_too() -> None:
 @pytest.mark.parametrize("meanwhile", ["admitted", "waiting"])
 def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: str) -> None:
     """Slots of those it never let begin come back, also to a loop that lives on beside it."""
-    governor = Governor(limits(max_concurrent=100))
+    account = Account(limits(max_concurrent=100))
 
     async def one() -> None:
-        (await governor.admit(DEMAND)).settle(OK)
+        (await account.admit(DEMAND)).settle(OK)
 
     async def hold() -> None:
-        admission = await governor.admit(DEMAND)
+        permit = await account.admit(DEMAND)
         try:
             await asyncio.sleep(3600)
         finally:
-            admission.settle(OK)
+            permit.settle(OK)
 
     async def leave_in_the_middle() -> None:
-        held = [await governor.admit(DEMAND) for _ in range(100)] if meanwhile == "waiting" else []
+        held = [await account.admit(DEMAND) for _ in range(100)] if meanwhile == "waiting" else []
         tasks = [asyncio.ensure_future(hold()) for _ in range(100)]
         await asyncio.sleep(0)
-        for admission in held:
-            admission.settle(OK)
+        for permit in held:
+            permit.settle(OK)
         await asyncio.sleep(0)
         assert not any(task.done() for task in tasks)
 
@@ -590,7 +590,7 @@ def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: st
     closed.close()
     del closed
     gc.collect()
-    assert governor._gates["m"].lane.in_flight == 0
+    assert account._queues["m"].concurrency.in_flight == 0
 
     async def go_on() -> None:
         await asyncio.wait_for(asyncio.gather(*[one() for _ in range(100)]), 5)
@@ -602,11 +602,11 @@ def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: st
 def test_the_time_until_one_begins_is_waiting_and_not_the_servers() -> None:
     """Although it was admitted at once."""
 
-    async def scenario(governor: Governor, loop: VirtualLoop) -> None:
+    async def scenario(account: Account, loop: VirtualLoop) -> None:
         async def one() -> None:
-            admission = await governor.admit(DEMAND)
+            permit = await account.admit(DEMAND)
             loop.jump.slept += 0.5  # what it takes to begin
-            admission.settle(OK)
+            permit.settle(OK)
 
         await asyncio.gather(*[one() for _ in range(40)])
 
@@ -618,13 +618,13 @@ def test_the_time_until_one_begins_is_waiting_and_not_the_servers() -> None:
 
 async def test_a_crowd_that_was_cancelled_holds_nobody_up() -> None:
     """Nor does whoever comes next pass those who were there before."""
-    governor, order = Governor(limits(max_concurrent=2000)), []
+    account, order = Account(limits(max_concurrent=2000)), []
 
     async def one(name: str) -> None:
-        await governor.admit(DEMAND)
+        await account.admit(DEMAND)
         order.append(name)
 
-    crowd = [asyncio.ensure_future(governor.admit(DEMAND)) for _ in range(1000)]
+    crowd = [asyncio.ensure_future(account.admit(DEMAND)) for _ in range(1000)]
     early = [asyncio.ensure_future(one("early")) for _ in range(8)]
     await asyncio.sleep(0)
     for task in crowd:

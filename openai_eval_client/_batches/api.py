@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.status import Placement, is_enqueued_limit, read_placement, was_refused
-from openai_eval_client._sdk import deadline, patient, retrying, typed
+from openai_eval_client._batches.status import JobMetadata, is_enqueued_limit, read_job_metadata, was_refused
+from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
 from openai_eval_client._validation import shown
 from openai_eval_client._wire import forget_key, is_transient
 from openai_eval_client.errors import QuotaError, ValidationError, sdk_httpx
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from openai_eval_client._batches.files import Part
+    from openai_eval_client._batches.files import InputFile
     from openai_eval_client.config import OpenAIConfig
 
 
@@ -64,7 +64,7 @@ class Calls:
 
     async def _attempted(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
         try:
-            return await typed(attempt(), seconds=seconds, url=_URL)
+            return await call_sdk(attempt(), seconds=seconds, url=_URL)
         except openai.APIError as error:
             forget_key(error, self._key)
             if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error.code, error.message):
@@ -87,7 +87,7 @@ def no_object(answer: object) -> openai.APIConnectionError:
 async def once_known(file_id: str, action: Callable[[], Awaitable[Any]], seconds: float) -> Any:
     """Do something with a file, again for so many seconds while the server does not know of it yet."""
     unknown = functools.partial(_is_unknown_file, file_id=file_id)
-    return await patient(action, is_worth=unknown, seconds=seconds)()
+    return await retry_for(action, is_worth=unknown, seconds=seconds)()
 
 
 def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
@@ -121,7 +121,7 @@ class Order:
         metadata: The caller's own.
     """
 
-    placement: Placement
+    placement: JobMetadata
     endpoint: str
     window: str
     metadata: dict[str, str]
@@ -141,7 +141,7 @@ class BatchApi:
         self._timeout = config.timeout
         self._repeated = Calls(config, max_wait).repeated
 
-    async def upload(self, part: Part) -> str:
+    async def upload(self, part: InputFile) -> str:
         """Upload the lines of a part and return the file's id, once the server knows it."""
         file = ("requests.jsonl", part.file, "application/jsonl")
 
@@ -193,11 +193,11 @@ class BatchApi:
         unclear.discard(key)
         return made
 
-    async def find(self, placement: Placement, *, since: float) -> Batch | None:
+    async def find(self, placement: JobMetadata, *, since: float) -> Batch | None:
         """Return the newest batch with this placement, None where there is none."""
         async with contextlib.aclosing(self.all_batches(since=since)) as batches:
             async for batch in batches:
-                known = read_placement(batch.metadata)
+                known = read_job_metadata(batch.metadata)
                 if known is not None and known.key == placement.key and not was_refused(batch):
                     return batch
         return None

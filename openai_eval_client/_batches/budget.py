@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from openai_eval_client._batches.files import Part
+    from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import Outcome
-    from openai_eval_client._cost import Payments, Purse
+    from openai_eval_client._cost import CostBudget, Payments
     from openai_eval_client._tokens import TokenCounter
 
 
@@ -57,24 +57,24 @@ class Bill:
             costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
             self.reservation.settle(sum(costs, _NOTHING))
 
-    def give_back(self) -> None:
+    def refund(self) -> None:
         """Give it back: the batch was refused, and nothing ran."""
         self.reservation.settle(_NOTHING)
 
-    def stand(self) -> None:
+    def keep_reserved(self) -> None:
         """Keep it, but let nobody wait for its settling."""
-        self.reservation.stand()
+        self.reservation.keep_reserved()
 
 
 class Funds:
-    """Pays for the parts of one job from the purses of its call.
+    """Pays for the parts of one job from the budgets of its call.
 
     Args:
         payments: The money of the client.
         counter: Counts tokens.
         path: The endpoint of the requests.
         bills: Those of all batches of the client, by batch id.
-        own: The call's own purse.
+        own: The call's own budget.
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class Funds:
         counter: TokenCounter,
         path: str,
         bills: dict[str, Bill],
-        own: Purse | None = None,
+        own: CostBudget | None = None,
     ) -> None:
-        self._purses = payments.purses(own)
-        self._quoter = payments.quoter
+        self._purses = payments.budgets(own)
+        self._bounds = payments.bounds
         self._counter = counter
         self._path = path
         self._bills = bills
         self._waiting: dict[str, Bill] = {}
         self._costs: list[Decimal] = []  # of each line of the job
 
-    async def estimate(self, parts: Iterable[Part]) -> None:
+    async def estimate(self, parts: Iterable[InputFile]) -> None:
         """Find out what every line can cost, where anybody keeps a budget.
 
         Raises:
@@ -101,12 +101,12 @@ class Funds:
         """
         if not self._purses:
             return
-        await self._quoter.ready()
+        await self._bounds.ready()
         for part in parts:
             await self._counter.most_input({"model": part.model})  # waits for the vocabulary
             self._costs += await asyncio.to_thread(self._costs_of, part)
 
-    def cover(self, part: Part) -> bool:
+    def cover(self, part: InputFile) -> bool:
         """Reserve what a part can cost, if there is room for it now and it is not reserved yet."""
         if part.key not in self._waiting:
             costs = self._lines(part)
@@ -119,7 +119,7 @@ class Funds:
             self._waiting[part.key] = Bill(part.indexes, costs, reservation)
         return True
 
-    async def cover_all(self, parts: Sequence[Part]) -> None:
+    async def cover_all(self, parts: Sequence[InputFile]) -> None:
         """Reserve what all parts can cost together, once there is room for it.
 
         Raises:
@@ -130,66 +130,66 @@ class Funds:
         for part, piece in zip(parts, whole.split(amounts), strict=True):
             self._waiting[part.key] = Bill(part.indexes, self._lines(part), piece)
 
-    def commit(self, part: Part) -> None:
+    def commit(self, part: InputFile) -> None:
         """Reserve what a part can cost that is submitted already, whether there is room for it or not."""
         costs = self._lines(part)
         self._waiting[part.key] = Bill(part.indexes, costs, commit(self._purses, _sum(costs)))
 
-    def fitting(self, part: Part) -> int | None:
+    def fitting(self, part: InputFile) -> int | None:
         """Return how many of a part's first lines there is room for; None: something may make more room."""
-        if not all(purse.idle for purse in self._purses):
+        if not all(budget.idle for budget in self._purses):
             return None
-        left = min(purse.free for purse in self._purses)
+        left = min(budget.free for budget in self._purses)
         for count, cost in enumerate(self._lines(part)):
             left -= cost
             if left < 0:
                 return count
         return part.count
 
-    def exceeded(self, part: Part) -> BudgetExceededError:
+    def exceeded(self, part: InputFile) -> BudgetExceededError:
         """Return the error of a part whose first line there is no room for."""
         most = self._lines(part)[0]
-        purse = min(self._purses, key=lambda each: each.free)
-        return purse.exceeded(most)
+        budget = min(self._purses, key=lambda each: each.free)
+        return budget.exceeded(most)
 
-    def started(self, part: Part, batch_id: str, *, watched: bool) -> None:
+    def started(self, part: InputFile, batch_id: str, *, watched: bool) -> None:
         """Keep a part's reservation for its batch; let others wait for it only if its end is waited for."""
         bill = self._waiting.pop(part.key)
         if self._purses:
             self._bills[batch_id] = bill
         if not watched:
-            bill.stand()
+            bill.keep_reserved()
 
-    def refused(self, part: Part) -> None:
+    def refused(self, part: InputFile) -> None:
         """Give back what is reserved for a part of which no batch was made."""
         bill = self._waiting.pop(part.key, None)
         if bill is not None:
-            bill.give_back()
+            bill.refund()
 
-    def unclear(self, part: Part) -> None:
+    def unclear(self, part: InputFile) -> None:
         """Count a part as spent of which nobody knows whether there is a batch."""
         bill = self._waiting.pop(part.key, None)
         if bill is not None:
-            bill.stand()
+            bill.keep_reserved()
 
     def cancelled(self, batch_id: str) -> None:
         """Give back what is reserved for a batch that never ran."""
         bill = self._bills.pop(batch_id, None)
         if bill is not None:
-            bill.give_back()
+            bill.refund()
 
-    def leave(self, parts: Iterable[Part], batch_ids: Iterable[str], *, unclear: bool) -> None:
+    def leave(self, parts: Iterable[InputFile], batch_ids: Iterable[str], *, unclear: bool) -> None:
         """End with parts not submitted, or perhaps, and batches that nobody watches any more."""
         for part in parts:
             (self.unclear if unclear else self.refused)(part)
         for batch_id in batch_ids:
             if batch_id in self._bills:
-                self._bills[batch_id].stand()
+                self._bills[batch_id].keep_reserved()
 
-    def _lines(self, part: Part) -> list[Decimal]:
+    def _lines(self, part: InputFile) -> list[Decimal]:
         return self._costs[part.first : part.first + part.count]
 
-    def _costs_of(self, part: Part) -> list[Decimal]:
+    def _costs_of(self, part: InputFile) -> list[Decimal]:
         part.file.seek(0)
         same: dict[Decimal, Decimal] = {}  # few lines differ, and all costs are kept
         return [
@@ -199,7 +199,7 @@ class Funds:
 
     def _cost(self, raw: bytes, index: int) -> Decimal:
         try:
-            return self._quoter.most_by_batch(json.loads(raw)["body"], self._path, self._counter)
+            return self._bounds.most_by_batch(json.loads(raw)["body"], self._path, self._counter)
         except ValidationError as error:
             raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
 

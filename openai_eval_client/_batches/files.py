@@ -13,7 +13,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from openai_eval_client._validation import check_text, refuse
+from openai_eval_client._validation import check_text, reject_input
 from openai_eval_client._wire import check_parameters, check_prompt, read_json
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest
@@ -30,7 +30,7 @@ MIXED = "mixed"  # the temperature of a part whose requests differ in it
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class BatchLine:
     """One request of a job.
 
     Attributes:
@@ -47,7 +47,7 @@ class Item:
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class InputFile:
     """The requests of one input file, of one model.
 
     Attributes:
@@ -104,7 +104,7 @@ def number(index: int) -> str:
     return f"request-{index}"
 
 
-def line_of(item: Item) -> bytes:
+def line_of(item: BatchLine) -> bytes:
     """Return a request as a line of an input file.
 
     Raises:
@@ -120,11 +120,13 @@ def line_of(item: Item) -> bytes:
     data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
     if len(data) > MOST_BYTES:
         why = f"{len(data):,} bytes as a line of a batch, whose file may have {MOST_BYTES:,}"
-        refuse(f"requests[{item.index}]", item.prompt, why, field="prompt", index=item.index)
+        reject_input(f"requests[{item.index}]", item.prompt, why, field="prompt", index=item.index)
     return data
 
 
-def write_parts(items: Iterable[Item], *, most_lines: int, most_bytes: int = MOST_BYTES) -> list[Part]:
+def write_parts(
+    items: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES
+) -> list[InputFile]:
     """Write all requests to files on disk: one or several of each model, in the order of the requests.
 
     Args:
@@ -138,13 +140,13 @@ def write_parts(items: Iterable[Item], *, most_lines: int, most_bytes: int = MOS
     Raises:
         ValidationError: A request is too large; no file is left.
     """
-    by_model: dict[str, list[Part]] = {}
+    by_model: dict[str, list[InputFile]] = {}
     try:
         for item in items:
             line = line_of(item)
             parts = by_model.setdefault(item.parameters.model, [])
             if not parts or parts[-1].count >= most_lines or parts[-1].size + len(line) > most_bytes:
-                parts.append(Part(_unnamed_file(), item.parameters.model))
+                parts.append(InputFile(_unnamed_file(), item.parameters.model))
             parts[-1].add(line, item.index, item.parameters.body.get("temperature"))
     except BaseException:
         close_files(part for parts in by_model.values() for part in parts)
@@ -152,9 +154,9 @@ def write_parts(items: Iterable[Item], *, most_lines: int, most_bytes: int = MOS
     return _in_a_row([part for parts in by_model.values() for part in parts])
 
 
-async def write_aside(items: Iterable[Item], *, most_lines: int) -> list[Part]:
+async def write_aside(items: Iterable[BatchLine], *, most_lines: int) -> list[InputFile]:
     """Do `write_parts` in a thread; nobody is left with its files where the wait for it is cancelled."""
-    written: list[Part] = []
+    written: list[InputFile] = []
     abandoned = threading.Event()
 
     def write() -> None:
@@ -171,13 +173,13 @@ async def write_aside(items: Iterable[Item], *, most_lines: int) -> list[Part]:
     return written
 
 
-def cut_lines(part: Part, counts: Sequence[int]) -> list[Part]:
+def cut_lines(part: InputFile, counts: Sequence[int]) -> list[InputFile]:
     """Cut a part into several with so many lines each, and close it."""
     part.file.seek(0)
-    smaller: list[Part] = []
+    smaller: list[InputFile] = []
     first = 0
     for count in counts:
-        piece = Part(_unnamed_file(), part.model, first=part.first + first, numbered=part.numbered)
+        piece = InputFile(_unnamed_file(), part.model, first=part.first + first, numbered=part.numbered)
         for position in range(first, first + count):
             piece.add(part.file.readline(), part.indexes[position], None)
         piece.temperature = part.temperature
@@ -187,10 +189,10 @@ def cut_lines(part: Part, counts: Sequence[int]) -> list[Part]:
     return smaller
 
 
-def recut(parts: Iterable[Part], spans: Iterable[tuple[int, int]]) -> list[Part]:
+def recut(parts: Iterable[InputFile], spans: Iterable[tuple[int, int]]) -> list[InputFile]:
     """Cut parts as they were cut before, by the first line and the count of each piece."""
     counts = dict(spans)
-    pieces: list[Part] = []
+    pieces: list[InputFile] = []
     for part in parts:
         firsts = [first for first in counts if part.first <= first < part.first + part.count]
         exact = sum(counts[first] for first in firsts) == part.count
@@ -208,7 +210,7 @@ def even_parts(count: int, pieces: int) -> list[int]:
     return [count * (n + 1) // pieces - count * n // pieces for n in range(pieces)]
 
 
-def close_files(parts: Iterable[Part]) -> None:
+def close_files(parts: Iterable[InputFile]) -> None:
     """Delete the files."""
     for part in parts:
         part.file.close()
@@ -218,7 +220,7 @@ def _unnamed_file() -> IO[bytes]:
     return tempfile.TemporaryFile(prefix="openai_eval_client-")  # closed with its part
 
 
-def _in_a_row(parts: list[Part]) -> list[Part]:
+def _in_a_row(parts: list[InputFile]) -> list[InputFile]:
     first = 0
     for part in parts:
         part.first = first
@@ -242,7 +244,7 @@ def naming(custom_ids: Sequence[str | None], *, several_models: bool) -> Iterato
         name = number(index) if own is None else own
         if named and seen.setdefault(name, index) != index:
             why = f"the same as that of requests[{seen[name]}]: each must be another"
-            refuse(f"requests[{index}].custom_id", name, why, field="custom_id", index=index)
+            reject_input(f"requests[{index}].custom_id", name, why, field="custom_id", index=index)
         yield f"{own}#{index}" if several_models and own is not None else name
 
 
@@ -250,7 +252,7 @@ _NAME = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')  # in a line that 
 
 
 @dataclass(slots=True)
-class Manifest:
+class RequestIndex:
     """What a batch was asked, as far as it is known.
 
     Attributes:
@@ -284,7 +286,7 @@ class Manifest:
         return self.temperature if self.temperatures is None else self.temperatures.get(index)
 
 
-def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Manifest:
+def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> RequestIndex:
     """Read what a batch was asked from its input file.
 
     Args:
@@ -308,10 +310,10 @@ def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Mani
         indexes.append(index)
         by_name[name] = index
         temperatures[index] = body.get("temperature") if isinstance(body, dict) else None
-    return Manifest(indexes, by_name, temperatures, empty=empty)
+    return RequestIndex(indexes, by_name, temperatures, empty=empty)
 
 
-def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> Manifest:
+def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> RequestIndex:
     """Make up the manifest of a batch whose input file is gone, from its results.
 
     Args:
@@ -332,7 +334,7 @@ def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, co
                 names.setdefault(name, index)
         file.seek(0)
     indexes = sorted(set(names.values())) if numbered else range(start, start + max(count, len(names)))
-    return Manifest(indexes, names)
+    return RequestIndex(indexes, names)
 
 
 def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, Any]:
@@ -381,7 +383,7 @@ def endpoint_of(api: object) -> str:
         ValidationError: It is neither.
     """
     if not isinstance(api, str) or api not in ENDPOINTS:
-        refuse("api", api, "must be 'chat' or 'responses'")
+        reject_input("api", api, "must be 'chat' or 'responses'")
     return ENDPOINTS[api]
 
 
@@ -392,18 +394,18 @@ def listed(requests: object) -> list[BatchRequest]:
         ValidationError: There are none, or something else is among them.
     """
     if isinstance(requests, str | bytes | dict) or not hasattr(requests, "__iter__"):
-        refuse("requests", requests, f"must be a list of BatchRequest, not {type(requests).__name__}")
+        reject_input("requests", requests, f"must be a list of BatchRequest, not {type(requests).__name__}")
     found = list(requests)
     if not found:
-        refuse("requests", found, "must hold at least one request")
+        reject_input("requests", found, "must hold at least one request")
     for index, request in enumerate(found):
         if not isinstance(request, BatchRequest):
             why = f"must be a BatchRequest, not {type(request).__name__}"
-            refuse(f"requests[{index}]", request, why, field="requests", index=index)
+            reject_input(f"requests[{index}]", request, why, field="requests", index=index)
     return found
 
 
-def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[Item]:
+def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
     """Yield each request, checked, by the name it has on the wire.
 
     Args:
@@ -435,7 +437,7 @@ def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -
         except ValidationError as error:
             message = f"requests[{index}]: {error}"
             raise ValidationError(message, field=error.field, index=index) from None
-        yield Item(index, name, parameters, prompt)
+        yield BatchLine(index, name, parameters, prompt)
 
 
 def is_numbered(requests: Sequence[BatchRequest], *, default_model: str) -> bool:
@@ -448,9 +450,9 @@ def refuse_online_only(params: Mapping[str, Any]) -> None:
     """Refuse parameters that no line of a batch can carry."""
     for name in _ONLINE_ONLY:
         if params.get(name) is not None:
-            refuse(name, params[name], "a request in a batch has none of its own")
+            reject_input(name, params[name], "a request in a batch has none of its own")
     if params.get("service_tier") not in _TIERS:
-        refuse("service_tier", params["service_tier"], "a batch is a tier of its own")
+        reject_input("service_tier", params["service_tier"], "a batch is a tier of its own")
 
 
 def _model_of(request: BatchRequest) -> str | None:
@@ -464,7 +466,7 @@ def _model_of(request: BatchRequest) -> str | None:
 def _prompt_of(request: BatchRequest) -> Any:
     """Return its prompt or messages; a request may have been changed since it was made."""
     if request.prompt is not None and request.messages is not None:
-        refuse("messages", request.messages, "give either prompt or messages")
+        reject_input("messages", request.messages, "give either prompt or messages")
     return request.messages if request.prompt is None else request.prompt
 
 

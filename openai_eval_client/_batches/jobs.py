@@ -22,18 +22,18 @@ from openai_eval_client._batches.files import (
     write_aside,
 )
 from openai_eval_client._batches.results import BatchJobs
-from openai_eval_client._batches.resume import Intent, Journal, Kept
+from openai_eval_client._batches.resume import CachedAnswers, JobRecord, Journal
 from openai_eval_client._batches.run import BatchRun, Tools
 from openai_eval_client._batches.status import (
     SEPARATOR,
     Grouping,
-    Placement,
+    JobMetadata,
     as_time,
     check_metadata,
     failure_of,
     has_ended,
     job_status,
-    read_placement,
+    read_job_metadata,
     request_counts,
     state_of,
     stated_errors,
@@ -41,7 +41,7 @@ from openai_eval_client._batches.status import (
 )
 from openai_eval_client._log import warn
 from openai_eval_client._online import handed_out
-from openai_eval_client._validation import check_window, refuse
+from openai_eval_client._validation import check_window, reject_input
 from openai_eval_client._wire import of_error
 from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJob, BatchJobStatus
@@ -51,13 +51,13 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from openai_eval_client._account import Governor
-    from openai_eval_client._batches.files import Part
+    from openai_eval_client._account import Account
+    from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.resume import Store
     from openai_eval_client._cache import Cache
-    from openai_eval_client._cost import Payments, Purse
+    from openai_eval_client._cost import CostBudget, Payments
     from openai_eval_client._report import Progress
-    from openai_eval_client._sdk import Refusals
+    from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import BatchConfig, OpenAIConfig
@@ -69,7 +69,7 @@ class Submitter:
     Args:
         base_url: Where the API is.
         api: The endpoints.
-        jobs: Starts batches.
+        jobs: StartThrottle batches.
         store: Where jobs are recorded; None: nowhere.
         ttl: Seconds for which a job that was recorded is gone on with; None: for ever.
         payments: The money of the client.
@@ -98,7 +98,7 @@ class Submitter:
 
     async def submit(
         self,
-        parts: list[Part],
+        parts: list[InputFile],
         endpoint: str,
         window: str,
         metadata: dict[str, str],
@@ -127,13 +127,13 @@ class Submitter:
         try:
             await funds.estimate(parts)
             async with journal.exclusive():
-                record = await journal.load()
-                intent = Intent.recover(record) if record and not self._is_old(record) else Intent()
-                batches = await self._create_all(parts, intent, journal, options, funds)
-                if intent.recovered and not _are_of_use(batches):
+                saved = await journal.load()
+                record = JobRecord.recover(saved) if saved and not self._is_old(saved) else JobRecord()
+                batches = await self._create_all(parts, record, journal, options, funds)
+                if record.recovered and not _are_of_use(batches):
                     for batch in batches:
                         funds.cancelled(batch.id)
-                    batches = await self._create_all(parts, Intent(), journal, options, funds)
+                    batches = await self._create_all(parts, JobRecord(), journal, options, funds)
                 return batches
         except BaseException:
             self._submitted[name] -= 1
@@ -146,38 +146,38 @@ class Submitter:
 
     async def _create_all(
         self,
-        parts: list[Part],
-        intent: Intent,
+        parts: list[InputFile],
+        record: JobRecord,
         journal: Journal,
         options: tuple[str, str, dict[str, str]],
         funds: Funds,
     ) -> list[Batch]:
-        await _reserve(parts, intent, funds)
+        await _reserve(parts, record, funds)
         total = sum(part.count for part in parts)
         made: list[Batch] = []
-        await journal.save(intent.to_dict())
+        await journal.save(record.to_dict())
         try:
             for part in parts:
-                order = Order(Placement.of(part, intent.name, total), *options)
-                made.append(await self._jobs.start(part, order, intent))
+                order = Order(JobMetadata.of(part, record.name, total), *options)
+                made.append(await self._jobs.start(part, order, record))
                 funds.started(part, made[-1].id, watched=False)
-                await journal.save(intent.to_dict())
+                await journal.save(record.to_dict())
         except BaseException as error:  # raised where the rows are taken
             left = parts[len(made) :]
-            ours = isinstance(error, Exception) and not intent.recovered
-            if ours and await self._undo(made, left, order, intent, funds):
+            ours = isinstance(error, Exception) and not record.recovered
+            if ours and await self._undo(made, left, order, record, funds):
                 await journal.forget()
-            _leave(left, funds, unclear=intent.recovered or bool(intent.unclear))
-            _name_made(made, intent, error)
+            _leave(left, funds, unclear=record.recovered or bool(record.unclear))
+            _name_made(made, record, error)
             raise
         return made
 
     async def _undo(
         self,
         made: list[Batch],
-        left: list[Part],
+        left: list[InputFile],
         last: Order,
-        intent: Intent,
+        record: JobRecord,
         funds: Funds,
     ) -> bool:
         """Cancel the batches of a job that could not be created whole; the last may have been created.
@@ -186,8 +186,8 @@ class Submitter:
             False where that did not succeed.
         """
         try:
-            found = await self._api.find(last.placement, since=intent.since) if intent.unclear else None
-            intent.unclear.clear()
+            found = await self._api.find(last.placement, since=record.since) if record.unclear else None
+            record.unclear.clear()
             if found is not None:
                 made.append(found)
                 funds.started(left.pop(0), found.id, watched=False)
@@ -200,28 +200,28 @@ class Submitter:
         return True
 
 
-async def _reserve(parts: list[Part], intent: Intent, funds: Funds) -> None:
+async def _reserve(parts: list[InputFile], record: JobRecord, funds: Funds) -> None:
     """Reserve what all parts can cost; those that an earlier program submitted cost that anyway."""
-    known = [part for part in parts if part.key in intent.made]
+    known = [part for part in parts if part.key in record.made]
     for part in known:
         funds.commit(part)
     try:
-        await funds.cover_all([part for part in parts if part.key not in intent.made])
+        await funds.cover_all([part for part in parts if part.key not in record.made])
     except BaseException:
         for part in known:
-            funds.started(part, intent.made[part.key], watched=False)
+            funds.started(part, record.made[part.key], watched=False)
         raise
 
 
-def _leave(left: list[Part], funds: Funds, *, unclear: bool) -> None:
+def _leave(left: list[InputFile], funds: Funds, *, unclear: bool) -> None:
     """Give back what is reserved for parts of which no batch was made; of the first that may be unclear."""
     funds.leave(left[:1], (), unclear=unclear)
     funds.leave(left[1:], (), unclear=False)
 
 
-def _name_made(made: list[Batch], intent: Intent, error: BaseException) -> None:
+def _name_made(made: list[Batch], record: JobRecord, error: BaseException) -> None:
     """Name the batches of a job that was not created whole: they may cost."""
-    ids = list(dict.fromkeys([*(batch.id for batch in made), *intent.made.values()]))
+    ids = list(dict.fromkeys([*(batch.id for batch in made), *record.made.values()]))
     if ids:
         job_id = error.__dict__["job_id"] = SEPARATOR.join(ids)
         about = {"batch_id": job_id, **of_error(error)}
@@ -243,9 +243,9 @@ class Batches:
         config: Where the API is.
         batch: How to batch.
         sdk: An SDK client that does not retry.
-        governor: Keeps the bill and the statistics.
+        account: Keeps the bill and the statistics.
         counter: Counts tokens.
-        refusals: What models are known to refuse.
+        unsupported: What models are known to refuse.
         cache: Keeps answers and the journal of jobs.
     """
 
@@ -255,17 +255,17 @@ class Batches:
         batch: BatchConfig,
         *,
         sdk: openai.AsyncOpenAI,
-        governor: Governor,
+        account: Account,
         counter: TokenCounter,
-        refusals: Refusals,
+        unsupported: UnsupportedParameters,
         cache: Cache | None,
     ) -> None:
         self._config = config
         self._batch = batch
         self._is_closed = sdk.is_closed
-        self._api = BatchApi(sdk, config, governor.config.max_wait)
-        self._jobs = BatchJobs(self._api, counter, governor)
-        self._tools = Tools(self._api, self._jobs, counter, batch, refusals, governor.payments)
+        self._api = BatchApi(sdk, config, account.config.max_wait)
+        self._jobs = BatchJobs(self._api, counter, account)
+        self._tools = Tools(self._api, self._jobs, counter, batch, unsupported, account.payments)
         self._cache = cache
         self._store: Store | None = None if cache is None else cache.journal
         self._submitter = Submitter(
@@ -274,7 +274,7 @@ class Batches:
             self._jobs,
             self._store,
             ttl=None if cache is None else cache.ttl,
-            payments=governor.payments,
+            payments=account.payments,
             counter=counter,
         )
 
@@ -283,17 +283,17 @@ class Batches:
         prompts: Sequence[Any],
         parameters: Parameters,
         *,
-        purse: Purse | None,
+        budget: CostBudget | None,
         progress: Progress | None,
         return_exceptions: bool,
     ) -> list[Any]:
         """Answer prompts by batches, with the contract of `batch_generate`."""
         headers, query = parameters.headers or None, parameters.query or None
         refuse_online_only({**parameters.body, "extra_headers": headers, "extra_query": query})
-        kept = Kept(self._cache, parameters)
+        kept = CachedAnswers(self._cache, parameters)
         await kept.take(prompts)
         journal = Journal(self._store, f"batch {kept.name}")
-        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept, purse)
+        run = BatchRun(self._tools, prompts, parameters, progress, journal, kept, budget)
         self._check_open()
         return await run.collect(return_exceptions=return_exceptions)
 
@@ -357,11 +357,11 @@ class Batches:
     async def _all(self, job_id: str) -> list[Batch]:
         ids = job_id.split(SEPARATOR) if isinstance(job_id, str) else []
         if not ids or any(not name or not name.isascii() or not name.isprintable() for name in ids):
-            refuse("job_id", job_id, "must be the job_id of a BatchJob, or the id of a batch")
+            reject_input("job_id", job_id, "must be the job_id of a BatchJob, or the id of a batch")
         return [await self._api.get(name) for name in ids]
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
-        if len(batches) > 1 and any(read_placement(batch.metadata) is None for batch in batches):
+        if len(batches) > 1 and any(read_job_metadata(batch.metadata) is None for batch in batches):
             text = "job of %d batches that do not say where they stand: theirs is the order"
             warn(text, len(batches), event="batch_order_unknown")
         outcomes: dict[int, Any] = {}

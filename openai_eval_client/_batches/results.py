@@ -14,7 +14,7 @@ import openai
 from openai_eval_client._batches.files import (
     ENDPOINTS,
     MIXED,
-    Manifest,
+    RequestIndex,
     guess_manifest,
     name_of,
     number,
@@ -27,7 +27,7 @@ from openai_eval_client._batches.status import (
     MISSING,
     Reasons,
     ended_at,
-    read_placement,
+    read_job_metadata,
     request_counts,
 )
 from openai_eval_client._cost import exact
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from openai_eval_client._account import Governor
+    from openai_eval_client._account import Account
     from openai_eval_client._batches.api import BatchApi, Order
     from openai_eval_client._batches.budget import Bill
-    from openai_eval_client._batches.files import Part
-    from openai_eval_client._batches.resume import Intent
-    from openai_eval_client._batches.status import Placement
+    from openai_eval_client._batches.files import InputFile
+    from openai_eval_client._batches.resume import JobRecord
+    from openai_eval_client._batches.status import JobMetadata
     from openai_eval_client._cost import Pricer
     from openai_eval_client._tokens import TokenCounter
 
@@ -71,7 +71,7 @@ _TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 
 
 @dataclass(slots=True)
-class Settlement:
+class BatchResults:
     """The outcomes of one batch, and what was odd about its files.
 
     Attributes:
@@ -121,13 +121,13 @@ class Reader:
         self._parameters = Parameters(api=api, model=model, timeout=0.0, body={}, schema=schema)
         self._price = price
 
-    def read(self, files: Iterable[Iterable[bytes]], manifest: Manifest) -> Settlement:
+    def read(self, files: Iterable[Iterable[bytes]], manifest: RequestIndex) -> BatchResults:
         """Read the lines of a batch's output and error files.
 
         An answer counts more than an error, and the first of two answers more than the second. Every oddity
         is counted: none loses another request's result.
         """
-        settlement = Settlement()
+        settlement = BatchResults()
         expected = frozenset(manifest.indexes) if manifest.by_name is None else None
         for file in files:
             for raw in file:
@@ -139,9 +139,9 @@ class Reader:
     def _take(
         self,
         raw: bytes,
-        manifest: Manifest,
+        manifest: RequestIndex,
         expected: frozenset[int] | None,
-        settlement: Settlement,
+        settlement: BatchResults,
     ) -> None:
         line = parsed(raw)
         if line is None:
@@ -202,7 +202,7 @@ class Reader:
         )
 
 
-def name_outcomes(settlement: Settlement, manifest: Manifest) -> None:
+def name_outcomes(settlement: BatchResults, manifest: RequestIndex) -> None:
     """Give each outcome the custom_id that the caller gave its request."""
     named = manifest.by_name or {}
     settlement.names.update({index: name for name, index in named.items() if name != number(index)})
@@ -245,68 +245,68 @@ def _status_error(status: int, body: Any, request_id: Any) -> openai.APIStatusEr
 
 
 class BatchJobs:
-    """Starts batches, and settles them to one typed outcome for each request.
+    """StartThrottle batches, and settles them to one call_sdk outcome for each request.
 
     Args:
         api: The endpoints.
         counter: Counts tokens where a result has no usage.
-        governor: Keeps the bill and the statistics.
+        account: Keeps the bill and the statistics.
 
     Attributes:
         bills: What is reserved for batches that are not settled, by their id.
     """
 
-    def __init__(self, api: BatchApi, counter: TokenCounter, governor: Governor) -> None:
+    def __init__(self, api: BatchApi, counter: TokenCounter, account: Account) -> None:
         self._api = api
         self._counter = counter
-        self._ledger = governor.ledger
-        self._recorder = governor.recorder
+        self._ledger = account.ledger
+        self._recorder = account.recorder
         self._booked: set[str] = set()
         self.bills: dict[str, Bill] = {}
 
-    async def found(self, part: Part, order: Order, intent: Intent) -> Batch | None:
+    async def found(self, part: InputFile, order: Order, record: JobRecord) -> Batch | None:
         """Return the batch of a part, where it was created before."""
-        known = intent.made.get(part.key)
+        known = record.made.get(part.key)
         if known is not None:
             with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
                 made = await self._api.get(known)
                 _say_resumed(made)
                 return made
-        if not (intent.recovered or part.key in intent.unclear):
+        if not (record.recovered or part.key in record.unclear):
             return None
-        batch = await self._api.find(order.placement, since=intent.since)
+        batch = await self._api.find(order.placement, since=record.since)
         if batch is not None:
-            self._note(part, batch, intent)
+            self._note(part, batch, record)
             _say_resumed(batch)
         return batch
 
-    async def make(self, part: Part, order: Order, intent: Intent) -> Batch:
+    async def make(self, part: InputFile, order: Order, record: JobRecord) -> Batch:
         """Upload a part, once, and create its batch."""
         if part.file_id is None:
             part.file_id = await self._api.upload(part)
-        batch = await self._api.create(order, part.file_id, since=intent.since, unclear=intent.unclear)
-        self._note(part, batch, intent)
+        batch = await self._api.create(order, part.file_id, since=record.since, unclear=record.unclear)
+        self._note(part, batch, record)
         about = {"batch_id": batch.id, "model": part.model, "requests": part.count}
         text = "batch %s created: %d requests of %s"
         inform(text, batch.id, part.count, part.model, event="batch_created", **about)
         return batch
 
-    async def start(self, part: Part, order: Order, intent: Intent) -> Batch:
+    async def start(self, part: InputFile, order: Order, record: JobRecord) -> Batch:
         """Upload a part and create its batch, unless that was done before."""
-        return await self.found(part, order, intent) or await self.make(part, order, intent)
+        return await self.found(part, order, record) or await self.make(part, order, record)
 
-    def _note(self, part: Part, batch: Batch, intent: Intent) -> None:
-        intent.made[part.key] = batch.id
-        intent.unclear.discard(part.key)
+    def _note(self, part: InputFile, batch: Batch, record: JobRecord) -> None:
+        record.made[part.key] = batch.id
+        record.unclear.discard(part.key)
 
     async def settle(
         self,
         batch: Batch,
         *,
-        part: Part | None = None,
+        part: InputFile | None = None,
         offset: int = 0,
         schema: Any = None,
-    ) -> Settlement:
+    ) -> BatchResults:
         """Read the results of a batch that has ended.
 
         Args:
@@ -361,9 +361,9 @@ class BatchJobs:
             index = manifest.index_at(error.line or 0)
             error.line = None if index is None else index + 1
 
-    async def _manifest(self, batch: Batch, offset: int) -> Manifest | None:
+    async def _manifest(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked; None where its input file is gone and nothing else tells."""
-        placement = read_placement(batch.metadata)
+        placement = read_job_metadata(batch.metadata)
         consecutive = placement is not None and placement.start is not None and placement.numbered
         if placement is not None and consecutive and placement.temperature != MIXED:
             return _consecutive(placement)
@@ -390,7 +390,7 @@ class BatchJobs:
             warn(text, batch.id, kind, file_id, event="batch_file_gone", batch_id=batch.id)
             return None
 
-    def _compare(self, batch: Batch, settlement: Settlement) -> None:
+    def _compare(self, batch: Batch, settlement: BatchResults) -> None:
         """Say what is odd about the files, and where the API counts otherwise."""
         for what, times in settlement.oddities.items():
             if times:
@@ -405,7 +405,7 @@ class BatchJobs:
     async def _count_missing_usage(
         self,
         batch: Batch,
-        settlement: Settlement,
+        settlement: BatchResults,
         indexes: Sequence[int],
         tab: Tab,
     ) -> None:
@@ -452,26 +452,26 @@ class Tab:
         return None if cost is None else float(cost)
 
 
-def _model_of(batch: Batch, part: Part | None) -> str:
+def _model_of(batch: Batch, part: InputFile | None) -> str:
     """Return the model that a batch was asked for, as far as that is known."""
-    source = part or read_placement(batch.metadata)
+    source = part or read_job_metadata(batch.metadata)
     return (source and source.model) or getattr(batch, "model", None) or ""
 
 
-def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: Manifest) -> Settlement:
+def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: RequestIndex) -> BatchResults:
     with exact():
         return reader.read(files, manifest)
 
 
-def _of_part(part: Part) -> Manifest:
+def _of_part(part: InputFile) -> RequestIndex:
     """Return the manifest of a part, whose requests all have one temperature."""
-    return Manifest(part.indexes, temperature=_shared(part.temperature))
+    return RequestIndex(part.indexes, temperature=_shared(part.temperature))
 
 
-def _consecutive(placement: Placement) -> Manifest:
+def _consecutive(placement: JobMetadata) -> RequestIndex:
     """Return the manifest of a batch whose metadata say all."""
     start = placement.start or 0
-    return Manifest(range(start, start + placement.count), temperature=_shared(placement.temperature))
+    return RequestIndex(range(start, start + placement.count), temperature=_shared(placement.temperature))
 
 
 def _say_resumed(batch: Batch) -> None:
@@ -483,9 +483,9 @@ def _shared(temperature: float | str | None) -> float | None:
     return None if isinstance(temperature, str) else temperature
 
 
-def _guessed(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> Manifest:
+def _guessed(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
     """Return the manifest of a batch whose input file is gone, as far as its results tell."""
-    placement = read_placement(batch.metadata)
+    placement = read_job_metadata(batch.metadata)
     count = request_counts(batch)[0]
     if placement is not None and placement.numbered:
         manifest = guess_manifest(files, numbered=True, start=0, count=count)
@@ -498,7 +498,7 @@ def _guessed(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> Manifest:
     return manifest
 
 
-def _explain_missing(batch: Batch, settlement: Settlement, manifest: Manifest) -> None:
+def _explain_missing(batch: Batch, settlement: BatchResults, manifest: RequestIndex) -> None:
     """Give each request without a result the reason."""
     reasons = Reasons(batch, manifest.index_at)
     for index in manifest.indexes:

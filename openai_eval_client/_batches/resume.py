@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from openai_eval_client._batches.files import Part
-    from openai_eval_client._cache import Cache, Sample
+    from openai_eval_client._batches.files import InputFile
+    from openai_eval_client._cache import Cache, Occurrence
     from openai_eval_client._wire import Parameters
     from openai_eval_client.models import ModelResponse
 
@@ -36,7 +36,7 @@ class Store(Protocol):
 
 
 @dataclass(slots=True)
-class Intent:
+class JobRecord:
     """The wish to have requests run: named before the first step on the network, so that none is done twice.
 
     Attributes:
@@ -55,7 +55,7 @@ class Intent:
     unclear: set[str] = field(default_factory=set)
     recovered: bool = False
 
-    def note(self, parts: Iterable[Part]) -> None:
+    def note(self, parts: Iterable[InputFile]) -> None:
         """Remember how the parts are cut now."""
         spans = dict(self.spans)
         spans.update((part.first, part.count) for part in parts)
@@ -66,7 +66,7 @@ class Intent:
         return {"name": self.name, "since": self.since, "made": dict(self.made), "spans": self.spans}
 
     @classmethod
-    def recover(cls, record: dict[str, Any]) -> Intent:
+    def recover(cls, record: dict[str, Any]) -> JobRecord:
         """Return one that an earlier program recorded."""
         spans = [(first, count) for first, count in record["spans"]]
         return cls(record["name"], record["since"], dict(record["made"]), spans, recovered=True)
@@ -117,7 +117,7 @@ def unrolled(found: Iterable[Sequence[int]]) -> list[int]:
 _AT_ONCE = 100  # answers looked up or kept at a time
 
 
-class Kept:
+class CachedAnswers:
     """What is kept of the answers to the prompts of one call; without a cache, nothing.
 
     Attributes:
@@ -130,7 +130,7 @@ class Kept:
         self.found: dict[int, ModelResponse] = {}
         self._cache = cache
         self._parameters = parameters
-        self._samples: list[Sample] = []
+        self._samples: list[Occurrence] = []
 
     async def take(self, prompts: Sequence[Any]) -> None:
         """Say which prompts are asked."""
@@ -162,5 +162,5 @@ class Kept:
             if self._cache is not None and index not in answered:
                 self._cache.give_back(sample, self._parameters)
 
-    def _taken(self, cache: Cache, prompts: Sequence[Any]) -> list[Sample]:
+    def _taken(self, cache: Cache, prompts: Sequence[Any]) -> list[Occurrence]:
         return [cache.take(self._parameters.with_prompt(prompt), self._parameters) for prompt in prompts]

@@ -17,7 +17,7 @@ from openai_eval_client._batches.api import Order
 from openai_eval_client._batches.budget import Funds
 from openai_eval_client._batches.files import (
     ENDPOINTS,
-    Item,
+    BatchLine,
     close_files,
     cut_lines,
     even_parts,
@@ -26,10 +26,10 @@ from openai_eval_client._batches.files import (
     write_aside,
 )
 from openai_eval_client._batches.results import is_curable
-from openai_eval_client._batches.resume import Intent, runs, unrolled
+from openai_eval_client._batches.resume import JobRecord, runs, unrolled
 from openai_eval_client._batches.status import (
     SEPARATOR,
-    Placement,
+    JobMetadata,
     enqueued_limit,
     failure_of,
     has_ended,
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
     from openai.types import Batch
 
     from openai_eval_client._batches.api import BatchApi
-    from openai_eval_client._batches.files import Part
+    from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import BatchJobs, Outcome
-    from openai_eval_client._batches.resume import Journal, Kept
-    from openai_eval_client._cost import Payments, Purse
+    from openai_eval_client._batches.resume import CachedAnswers, Journal
+    from openai_eval_client._cost import CostBudget, Payments
     from openai_eval_client._report import Progress
-    from openai_eval_client._sdk import Refusals
+    from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import BatchConfig
@@ -73,7 +73,7 @@ class Plan:
         window: The completion window.
         polling_interval: Seconds between two looks.
         schema: The pydantic class the answers are to fit, where there is one.
-        save: Called whenever the intent has changed, before and after each step that costs.
+        save: Called whenever the record has changed, before and after each step that costs.
         keep: Called with the outcomes of each batch, before they are handed on.
         tell: Called with the number of requests that are done.
         funds: Pays for them.
@@ -101,10 +101,10 @@ class Round:
 
     Attributes:
         api: The endpoints.
-        jobs: Starts and settles batches.
+        jobs: StartThrottle and settles batches.
         counter: Counts the tokens of a part that is too large.
         plan: What all batches have in common.
-        intent: Names them.
+        record: Names them.
         waiting: The parts not submitted yet.
         running: Those submitted, by the id of their batch.
         outcomes: One for each index that is settled.
@@ -117,9 +117,9 @@ class Round:
     jobs: BatchJobs
     counter: TokenCounter
     plan: Plan
-    intent: Intent
-    waiting: deque[Part]
-    running: dict[str, Part] = field(default_factory=dict)
+    record: JobRecord
+    waiting: deque[InputFile]
+    running: dict[str, InputFile] = field(default_factory=dict)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     failed: list[Exception] = field(default_factory=list)
     never_ran: int = 0
@@ -138,7 +138,7 @@ class Round:
         self._give_up_at = time.monotonic() + window_seconds(self.plan.window)
         try:
             await self.plan.funds.estimate(self.waiting)
-            self.waiting = deque(sorted(self.waiting, key=lambda part: part.key not in self.intent.made))
+            self.waiting = deque(sorted(self.waiting, key=lambda part: part.key not in self.record.made))
             await self._save()
             while True:
                 await self._submit()
@@ -147,7 +147,7 @@ class Round:
                 await asyncio.sleep(self._pause())
                 await self._poll()
         finally:
-            unclear = self.intent.recovered or bool(self.intent.unclear)
+            unclear = self.record.recovered or bool(self.record.unclear)
             self.plan.funds.leave(self.waiting, self.running, unclear=unclear)
             close_files([*self.waiting, *self.running.values()])
 
@@ -158,7 +158,7 @@ class Round:
 
     async def _save(self) -> None:
         """Record which parts there are and which batches were made of them."""
-        self.intent.note([*self.waiting, *self.running.values()])
+        self.record.note([*self.waiting, *self.running.values()])
         await self.plan.save()
 
     async def _submit(self) -> None:
@@ -166,7 +166,7 @@ class Round:
         while self.waiting and not self._held and not self._paused:
             part = self.waiting[0]
             order = Order(
-                Placement.of(part, self.intent.name, self._total),
+                JobMetadata.of(part, self.record.name, self._total),
                 self.plan.endpoint,
                 self.plan.window,
                 {},
@@ -179,10 +179,10 @@ class Round:
                 self.running[batch.id] = self.waiting.popleft()
                 await self._save()
 
-    async def _found(self, part: Part, order: Order) -> Batch | None:
+    async def _found(self, part: InputFile, order: Order) -> Batch | None:
         """Look for a batch that was created before; where that cannot be told now, pause."""
         try:
-            batch = await self.jobs.found(part, order, self.intent)
+            batch = await self.jobs.found(part, order, self.record)
         except openai.APIError as error:
             self._pause_for(error)
             return None
@@ -190,7 +190,7 @@ class Round:
             self.plan.funds.commit(part)  # it costs that anyway
         return batch
 
-    async def _covered(self, part: Part) -> bool:
+    async def _covered(self, part: InputFile) -> bool:
         """Reserve what the first part may cost; with too little left, cut it, hold it back or give it up."""
         funds = self.plan.funds
         if self.broke is None and funds.cover(part):
@@ -206,9 +206,9 @@ class Round:
             self.waiting.popleft().file.close()
         return False
 
-    async def _made(self, part: Part, order: Order) -> Batch | None:
+    async def _made(self, part: InputFile, order: Order) -> Batch | None:
         try:
-            return await self.jobs.make(part, order, self.intent)
+            return await self.jobs.make(part, order, self.record)
         except openai.OpenAIError as error:
             await self._refused(error)
             return None
@@ -239,7 +239,7 @@ class Round:
 
     def _is_worth_a_pause(self, error: openai.APIError) -> bool:
         """Return whether a part whose batch was not created may be submitted later, or may be running."""
-        begun = self.running or self.outcomes or self.waiting[0].key in self.intent.unclear
+        begun = self.running or self.outcomes or self.waiting[0].key in self.record.unclear
         return bool(begun) and is_transient(error) and self._patient
 
     def _give_up(self, error: Exception) -> None:
@@ -279,7 +279,7 @@ class Round:
         inform(text, part.count, len(smaller), limit, event="batch_cut", requests=part.count)
         await self._save()
 
-    async def _tokens(self, part: Part) -> int:
+    async def _tokens(self, part: InputFile) -> int:
         if part.key not in self._tokens_of:
             part.file.seek(0)
             total = 0
@@ -298,7 +298,7 @@ class Round:
             await self._look(batch_id, part)
         await self.plan.tell(len(self.outcomes) + sum(self._done.values()))
 
-    async def _look(self, batch_id: str, part: Part) -> None:
+    async def _look(self, batch_id: str, part: InputFile) -> None:
         try:
             await self._take(await self.api.get(batch_id), part)
         except openai.APIError as error:
@@ -307,7 +307,7 @@ class Round:
             text, about = "batch %s could not be read (%s): later again", of_error(error)
             warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)
 
-    async def _take(self, batch: Batch, part: Part) -> None:
+    async def _take(self, batch: Batch, part: InputFile) -> None:
         """Take in what a batch has become."""
         if not has_ended(batch):
             _, completed, failed = request_counts(batch)
@@ -329,19 +329,19 @@ class Round:
             self.never_ran += part.count
         self.outcomes.update(settlement.outcomes)
 
-    async def _requeue(self, batch: Batch, part: Part, refusal: BatchError) -> None:
+    async def _requeue(self, batch: Batch, part: InputFile, refusal: BatchError) -> None:
         """Have a part wait again whose batch was created, and refused when it was validated."""
         self._forget(batch)
         self.plan.funds.cancelled(batch.id)
         self.waiting.appendleft(part)
-        self.intent.made.pop(part.key, None)
+        self.record.made.pop(part.key, None)
         await self._hold(refusal.message, refusal)
         await self._save()
 
     @property
     def left(self) -> list[str]:
         """The ids of the batches that are not settled."""
-        made = self.intent.made
+        made = self.record.made
         return [*self.running, *(made[part.key] for part in self.waiting if part.key in made)]
 
     def _forget(self, batch: Batch) -> None:
@@ -355,10 +355,10 @@ class Tools:
 
     Attributes:
         api: The endpoints.
-        jobs: Starts and settles batches.
+        jobs: StartThrottle and settles batches.
         counter: Counts tokens.
         config: How to batch.
-        refusals: What models are known to refuse.
+        unsupported: What models are known to refuse.
         payments: The money of the client.
     """
 
@@ -366,7 +366,7 @@ class Tools:
     jobs: BatchJobs
     counter: TokenCounter
     config: BatchConfig
-    refusals: Refusals
+    unsupported: UnsupportedParameters
     payments: Payments
 
 
@@ -383,7 +383,7 @@ class BatchRun:
         progress: Called with the finished fraction.
         journal: The record by which a killed run goes on.
         kept: The answers kept from earlier runs.
-        purse: What it is paid from besides the client's purse.
+        budget: What it is paid from besides the client's budget.
     """
 
     tools: Tools
@@ -391,8 +391,8 @@ class BatchRun:
     parameters: Parameters
     progress: Progress | None
     journal: Journal
-    kept: Kept
-    purse: Purse | None = None
+    kept: CachedAnswers
+    budget: CostBudget | None = None
     _rounds: list[Round] = field(default_factory=list)
     _recorded: list[dict[str, Any]] = field(default_factory=list)
     _known: list[dict[str, Any]] = field(default_factory=list)
@@ -453,11 +453,11 @@ class BatchRun:
         place = len(self._rounds)
         known = self._known[place] if place < len(self._known) else None
         indexes = unrolled(known["indexes"]) if known else wanted
-        intent = Intent.recover(known["intent"]) if known else Intent()
-        refused = known["refused"] if known else self.tools.refusals.of(self.parameters.model)
+        record = JobRecord.recover(known["record"]) if known else JobRecord()
+        refused = known["refused"] if known else self.tools.unsupported.of(self.parameters.model)
         most_lines = known["most_lines"] if known else self.tools.config.max_batch_size
         adapted = dataclasses.replace(self.parameters, body=without(self.parameters.body, refused))
-        items = (Item(index, number(index), adapted, self.prompts[index]) for index in indexes)
+        items = (BatchLine(index, number(index), adapted, self.prompts[index]) for index in indexes)
         parts = await write_aside(items, most_lines=most_lines)
         done = len(self.prompts) - len(indexes)
         tools, endpoint = self.tools, ENDPOINTS[self.parameters.api]
@@ -469,18 +469,18 @@ class BatchRun:
             save=self._save,
             keep=self._keep,
             tell=lambda more: self._tell((done + more) / len(self.prompts)),
-            funds=Funds(tools.payments, tools.counter, endpoint, tools.jobs.bills, self.purse),
+            funds=Funds(tools.payments, tools.counter, endpoint, tools.jobs.bills, self.budget),
         )
-        record = {"indexes": runs(indexes), "refused": refused, "most_lines": most_lines}
-        self._recorded.append({**record, "intent": intent.to_dict()})
-        waiting = deque(recut(parts, intent.spans))
-        self._rounds.append(Round(tools.api, tools.jobs, tools.counter, plan, intent, waiting))
+        about = {"indexes": runs(indexes), "refused": refused, "most_lines": most_lines}
+        self._recorded.append({**about, "record": record.to_dict()})
+        waiting = deque(recut(parts, record.spans))
+        self._rounds.append(Round(tools.api, tools.jobs, tools.counter, plan, record, waiting))
         await self._rounds[-1].run()
 
     async def _save(self) -> None:
         """Record all rounds so far."""
         for recorded, each in zip(self._recorded, self._rounds, strict=True):
-            recorded["intent"] = each.intent.to_dict()
+            recorded["record"] = each.record.to_dict()
         await self.journal.save({"rounds": self._recorded})
 
     async def _keep(self, outcomes: dict[int, Outcome]) -> None:
@@ -500,7 +500,7 @@ class BatchRun:
             return False
         if isinstance(outcome, openai.BadRequestError):
             sent = without(self.parameters.body, self._recorded[-1]["refused"])
-            return self.tools.refusals.learn(outcome, sent)
+            return self.tools.unsupported.learn(outcome, sent)
         again = is_curable(outcome) and index not in self._repeated
         self._repeated.add(index)
         return again

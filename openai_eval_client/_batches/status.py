@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._batches.files import MIXED, part_key
-from openai_eval_client._validation import check_mapping, check_text, refuse
+from openai_eval_client._validation import check_mapping, check_text, reject_input
 from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJobStatus
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from openai_eval_client._batches.files import Part
+    from openai_eval_client._batches.files import InputFile
 
 
 INTENT = "openai_eval_client_intent"
@@ -28,11 +28,11 @@ _PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-refer
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class JobMetadata:
     """Where the lines of a batch stand in their job.
 
     Attributes:
-        intent: Names the job, before it has an id.
+        record: Names the job, before it has an id.
         total: Requests of the whole job.
         first: The position of the batch's first line among all lines of the job.
         count: How many lines it has.
@@ -42,7 +42,7 @@ class Placement:
         model: The model they ask.
     """
 
-    intent: str
+    record: str
     total: int
     first: int
     count: int
@@ -52,12 +52,12 @@ class Placement:
     model: str = ""
 
     @classmethod
-    def of(cls, part: Part, intent: str, total: int) -> Placement:
+    def of(cls, part: InputFile, record: str, total: int) -> JobMetadata:
         """Say where a part stands."""
         low, high = part.indexes[0], part.indexes[-1]
         consecutive = high - low + 1 == part.count  # they rise
         return cls(
-            intent=intent,
+            record=record,
             total=total,
             first=part.first,
             count=part.count,
@@ -75,30 +75,30 @@ class Placement:
     @property
     def key(self) -> tuple[str, int, int]:
         """What tells it from every other batch."""
-        return self.intent, self.first, self.count
+        return self.record, self.first, self.count
 
     def metadata(self) -> dict[str, str]:
         """Return our two pairs."""
         values = {name: getattr(self, name) for name in _FIELDS}
-        return {INTENT: self.intent, PART: json.dumps(values, separators=(",", ":"))}
+        return {INTENT: self.record, PART: json.dumps(values, separators=(",", ":"))}
 
 
 _FIELDS = ("total", "first", "count", "start", "numbered", "temperature", "model")
 
 
-def read_placement(metadata: object) -> Placement | None:
+def read_job_metadata(metadata: object) -> JobMetadata | None:
     """Return where a batch stands in its job; None where it is none of ours."""
     if not isinstance(metadata, dict):
         return None
     try:
         values = json.loads(metadata[PART])
-        placement = Placement(intent=metadata[INTENT], **{name: values[name] for name in _FIELDS})
+        placement = JobMetadata(record=metadata[INTENT], **{name: values[name] for name in _FIELDS})
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return placement if _is_sound(placement) else None
 
 
-def _is_sound(placement: Placement) -> bool:
+def _is_sound(placement: JobMetadata) -> bool:
     whole = (
         placement.total,
         placement.first,
@@ -108,7 +108,7 @@ def _is_sound(placement: Placement) -> bool:
     temperature = placement.temperature
     return (
         all(type(number) is int and number >= 0 for number in whole)
-        and isinstance(placement.intent, str)
+        and isinstance(placement.record, str)
         and isinstance(placement.numbered, bool)
         and isinstance(placement.model, str)
         and placement.first + placement.count <= placement.total
@@ -127,7 +127,9 @@ def check_metadata(metadata: object) -> dict[str, str]:
     check_mapping(metadata, "metadata")
     pairs: Mapping[str, Any] = metadata  # type: ignore[assignment]  # just checked
     if len(pairs) > _PAIRS - 2:
-        refuse("metadata", metadata, f"has {len(pairs)} pairs; a batch takes {_PAIRS}, and two are ours")
+        reject_input(
+            "metadata", metadata, f"has {len(pairs)} pairs; a batch takes {_PAIRS}, and two are ours"
+        )
     for key, value in pairs.items():
         _check_pair(key, value)
     return dict(pairs)
@@ -137,15 +139,15 @@ def _check_pair(key: str, value: object) -> None:
     name = f"metadata[{key!r}]"
     check_text(key, "metadata")
     if key in {INTENT, PART}:
-        refuse(name, value, "this key is ours", field="metadata")
+        reject_input(name, value, "this key is ours", field="metadata")
     if len(key) > _KEY:
-        refuse(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
+        reject_input(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
     if not isinstance(value, str):
-        refuse(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
+        reject_input(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
     if not _is_unicode(value):
-        refuse(name, value, "holds a lone surrogate: not valid Unicode", field="metadata")
+        reject_input(name, value, "holds a lone surrogate: not valid Unicode", field="metadata")
     if len(value) > _VALUE:
-        refuse(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
+        reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
 
 
 def _is_unicode(text: str) -> bool:
@@ -204,18 +206,18 @@ class Grouping:
 
         A batch whose requests a newer one has too was replaced by it.
         """
-        placement = read_placement(batch.metadata)
-        if placement is None or placement.intent in self._whole:
+        placement = read_job_metadata(batch.metadata)
+        if placement is None or placement.record in self._whole:
             return []
-        found = self._jobs.setdefault(placement.intent, [])
+        found = self._jobs.setdefault(placement.record, [])
         last = placement.first + placement.count
         if any(first < last and placement.first < first + count for first, count, _ in found):
             return []
         found.append((placement.first, placement.count, batch))
         if sum(count for _, count, _ in found) < placement.total:
             return []
-        self._whole.add(placement.intent)
-        return _sorted(self._jobs.pop(placement.intent))
+        self._whole.add(placement.record)
+        return _sorted(self._jobs.pop(placement.record))
 
     def incomplete(self) -> list[list[Batch]]:
         """Return the jobs of which batches are missing."""
@@ -245,7 +247,7 @@ def request_counts(batch: Batch) -> tuple[int, int, int]:
     """Return how many requests a batch has, has completed, and has failed."""
     said = batch.request_counts
     total, completed, failed = (said.total or 0, said.completed or 0, said.failed or 0) if said else (0, 0, 0)
-    placement = read_placement(batch.metadata)
+    placement = read_job_metadata(batch.metadata)
     if placement is not None:
         total = placement.count  # also while the API still says 0
     completed = min(completed, total)

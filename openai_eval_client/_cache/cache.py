@@ -19,7 +19,7 @@ import pydantic
 
 from openai_eval_client._cache.store import Store, unpacked
 from openai_eval_client._log import warn
-from openai_eval_client._validation import refuse
+from openai_eval_client._validation import reject_input
 from openai_eval_client._wire import PATHS, Usage, is_answer, of_error, read_answer, read_json, usage_of
 from openai_eval_client.config import CacheConfig
 from openai_eval_client.models import TokenUsage
@@ -74,7 +74,7 @@ def request_digest(base_url: str, parameters: Parameters, body: Mapping[str, Any
     return hashlib.sha256(_canonical(request).encode("utf-8", "surrogatepass")).digest()
 
 
-class Sample(NamedTuple):
+class Occurrence(NamedTuple):
     """One answer to one request.
 
     Attributes:
@@ -120,7 +120,7 @@ def _whole(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Samples:
+class Occurrences:
     """Numbers the same request each time it is asked, from 0, so that each is a sample of its own.
 
     Numbers are given in the order asked for. That of a request that failed is given again, but not within the
@@ -191,7 +191,7 @@ class Cache:
         self._base_url = normalised(base_url)
         self._recorder = recorder
         self._ledger = ledger
-        self._samples = Samples()
+        self._samples = Occurrences()
         self._asking: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[bytes | None]] = {}
 
     async def answer(self, body: Mapping[str, Any], parameters: Parameters, send: Send) -> ModelResponse:
@@ -220,18 +220,18 @@ class Cache:
             self.give_back(sample, parameters)
             raise
 
-    def take(self, body: Mapping[str, Any], parameters: Parameters) -> Sample:
+    def take(self, body: Mapping[str, Any], parameters: Parameters) -> Occurrence:
         """Return which sample of a request is asked for next."""
         digest = request_digest(self._base_url, parameters, body)
         sampled = is_sampled(body)
-        return Sample(digest, self._samples.take(digest, parameters) if sampled else 0, sampled)
+        return Occurrence(digest, self._samples.take(digest, parameters) if sampled else 0, sampled)
 
-    def give_back(self, sample: Sample, parameters: Parameters) -> None:
+    def give_back(self, sample: Occurrence, parameters: Parameters) -> None:
         """Let a later call ask for a sample again: it was not answered."""
         if sample.sampled:
             self._samples.give_back(sample.digest, sample.number, parameters)
 
-    async def kept(self, samples: Sequence[Sample], parameters: Parameters) -> dict[int, ModelResponse]:
+    async def kept(self, samples: Sequence[Occurrence], parameters: Parameters) -> dict[int, ModelResponse]:
         """Return the answers kept of these samples, by position; at the batch price they are savings."""
         if not self._config.read:
             return {}
@@ -353,9 +353,9 @@ def open_cache(given: object, base_url: str, recorder: Recorder, ledger: Ledger)
         try:
             given = CacheConfig(path=given)
         except pydantic.ValidationError as error:
-            refuse("cache", given, error.errors()[0]["msg"])
+            reject_input("cache", given, error.errors()[0]["msg"])
     if not isinstance(given, CacheConfig):
-        refuse("cache", given, f"must be a path or a CacheConfig, not {type(given).__name__}")
+        reject_input("cache", given, f"must be a path or a CacheConfig, not {type(given).__name__}")
     return Cache(given, base_url, recorder, ledger)
 
 

@@ -59,7 +59,7 @@ class Database:
             if not self.path.exists():
                 self._create()
             self._status = self._recognised()
-            with contextlib.closing(patiently(self.connect, _PATIENCE)) as connection:
+            with contextlib.closing(retry_while_locked(self.connect, _PATIENCE)) as connection:
                 self._check_writable(connection)
 
     def look(self, read: Callable[[sqlite3.Connection], T]) -> T:
@@ -80,7 +80,7 @@ class Database:
                     found = self._read("immutable=1", read)
                     if not self._log.exists() and self._is_unchanged():
                         return found
-            return patiently(lambda: self._read_in_use(read), _PATIENCE)
+            return retry_while_locked(lambda: self._read_in_use(read), _PATIENCE)
 
     def _read_in_use(self, read: Callable[[sqlite3.Connection], T]) -> T:
         try:
@@ -260,7 +260,7 @@ def _fill(path: Path) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
 
 
-def patiently(action: Callable[[], T], seconds: float) -> T:
+def retry_while_locked(action: Callable[[], T], seconds: float) -> T:
     """Do it again while another process is in the way, for so many seconds at most."""
     give_up = time.monotonic() + seconds
     while True:

@@ -10,7 +10,7 @@ import zlib
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._cache.database import Connection, Database, is_passing, patiently
+from openai_eval_client._cache.database import Connection, Database, is_passing, retry_while_locked
 from openai_eval_client._log import warn
 from openai_eval_client._runtime import Background, FileLock
 
@@ -165,7 +165,7 @@ class Store:
                 connection.execute("COMMIT")
                 return rows
 
-        return patiently(read, _PATIENCE)
+        return retry_while_locked(read, _PATIENCE)
 
     def _write(self, statements: Sequence[Statement]) -> list[Any]:
         def write() -> list[Any]:
@@ -177,7 +177,7 @@ class Store:
                 return [None] * len(statements)
 
         try:
-            done = patiently(write, self._patience)
+            done = retry_while_locked(write, self._patience)
         except sqlite3.OperationalError as error:
             self._patience = 0.0 if is_passing(error) else self._patience
             raise

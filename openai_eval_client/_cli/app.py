@@ -20,12 +20,12 @@ from openai_eval_client._cli.options import BAD_INPUT, account, exit_codes, fail
 from openai_eval_client._cli.run import estimate, run
 from openai_eval_client._cli.work import complete, with_client
 from openai_eval_client._format import usd
-from openai_eval_client._wire import DIMENSIONS, read_quotas
+from openai_eval_client._wire import DIMENSIONS, read_stated_limits
 from openai_eval_client.config import OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
     from openai_eval_client._cli.demo import Summary
-    from openai_eval_client._wire import Quota
+    from openai_eval_client._wire import StatedLimit
     from openai_eval_client.client import OpenAIClient
 
 
@@ -62,8 +62,8 @@ def limits(
                 say(f"{name}: the server states no limits; --rpm and --tpm set them")
 
 
-async def _ask(client: OpenAIClient, models: list[str]) -> dict[str, dict[str, Quota]]:
-    return {model: read_quotas(await _headers(client, model)) for model in models}
+async def _ask(client: OpenAIClient, models: list[str]) -> dict[str, dict[str, StatedLimit]]:
+    return {model: read_stated_limits(await _headers(client, model)) for model in models}
 
 
 async def _headers(client: OpenAIClient, model: str) -> Any:
@@ -79,12 +79,12 @@ async def _asked(client: OpenAIClient, model: str, brief: dict[str, int]) -> Any
     try:
         return (await create(model=model, messages=_QUESTION, **brief)).headers
     except openai.RateLimitError as error:
-        if not read_quotas(error.response.headers):
+        if not read_stated_limits(error.response.headers):
             raise
         return error.response.headers
 
 
-def _plain(quotas: dict[str, Quota]) -> dict[str, Any]:
+def _plain(quotas: dict[str, StatedLimit]) -> dict[str, Any]:
     return {name: dataclasses.asdict(quotas[name]) for name in DIMENSIONS if name in quotas}
 
 

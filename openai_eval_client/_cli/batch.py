@@ -39,7 +39,7 @@ from openai_eval_client.errors import PartialFailureError, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from openai_eval_client._wire import Quota
+    from openai_eval_client._wire import StatedLimit
     from openai_eval_client.client import OpenAIClient
     from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.models import BatchJobStatus, ModelResponse
@@ -65,7 +65,7 @@ def show_jobs(jobs: Sequence[BatchJobStatus], *, as_json: bool) -> None:
         _print(_table_of(jobs))
 
 
-def show_limits(found: Mapping[str, Mapping[str, Quota]]) -> None:
+def show_limits(found: Mapping[str, Mapping[str, StatedLimit]]) -> None:
     """Write the limits of several models to standard output."""
     table = Table(box=box.SIMPLE)
     table.add_column("model", overflow="fold")
@@ -77,7 +77,7 @@ def show_limits(found: Mapping[str, Mapping[str, Quota]]) -> None:
     _print(table)
 
 
-def _cells(quota: Quota | None) -> tuple[str, str, str]:
+def _cells(quota: StatedLimit | None) -> tuple[str, str, str]:
     if quota is None:
         return "", "", ""
     return f"{quota.limit:,}", f"{quota.remaining:,}", "" if quota.reset is None else f"{quota.reset:g} s"

@@ -216,11 +216,11 @@ class Source:
         try:
             row = json.loads(line, parse_constant=_no_json)
         except (ValueError, RecursionError) as error:
-            self.refuse(number, not_json(line.strip(), error))
+            self.reject_input(number, not_json(line.strip(), error))
         if isinstance(row, str):
             return {self._column or "prompt": row}
         if not isinstance(row, dict):
-            self.refuse(number, f"{shown(row)}: must be a text or an object, one a line")
+            self.reject_input(number, f"{shown(row)}: must be a text or an object, one a line")
         return row
 
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -230,7 +230,7 @@ class Source:
         try:
             yield from self._records(reader)
         except csv.Error as error:
-            self.refuse(reader.line_num, f"not CSV: {error}")
+            self.reject_input(reader.line_num, f"not CSV: {error}")
 
     def _texts(self, file: IO[bytes]) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
@@ -240,40 +240,40 @@ class Source:
         try:
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            self.refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
+            self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
 
     def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         header: list[str] = next(reader, [])
         twice = [name for name, times in Counter(header).items() if times > 1]
         if twice:
-            self.refuse(1, f"the column {twice[0]!r} is there twice")
+            self.reject_input(1, f"the column {twice[0]!r} is there twice")
         for fields in reader:
             if fields and len(fields) != len(header):
-                self.refuse(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")
+                self.reject_input(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")
             if fields:
                 yield reader.line_num, dict(zip(header, fields, strict=True))
 
     def _prompt(self, data: dict[str, Any], index: int, line: int) -> str | list[Any]:
         keys = [self._column] if self._column else [key for key in _PROMPT_KEYS if data.get(key) is not None]
         if len(keys) > 1:
-            self.refuse(line, 'has "prompt" and "messages": give one of them')
+            self.reject_input(line, 'has "prompt" and "messages": give one of them')
         if not keys or keys[0] not in data:
             wanted = f'no "{self._column}"' if self._column else 'no "prompt" and no "messages"'
             other = "" if self._column else "; --prompt-column names another"
-            self.refuse(line, f"{wanted}, but {shown(sorted(data))}{other}")
+            self.reject_input(line, f"{wanted}, but {shown(sorted(data))}{other}")
         prompt: Any = data[keys[0]]
         try:
             check_prompt(prompt, index)
         except ValidationError as error:
-            self.refuse(line, str(error).replace(f"prompts[{index}]", keys[0], 1))
+            self.reject_input(line, str(error).replace(f"prompts[{index}]", keys[0], 1))
         return prompt  # type: ignore[no-any-return]
 
-    def refuse(self, line: int, why: str) -> NoReturn:
+    def reject_input(self, line: int, why: str) -> NoReturn:
         """Raise the error of a line."""
         raise ValidationError(f"{self.name}, line {line}: {why}", field="input")
 
 
-async def aside(rows: Iterable[Row]) -> AsyncIterator[Row]:
+async def read_in_thread(rows: Iterable[Row]) -> AsyncIterator[Row]:
     """Yield what a thread of its own reads: a pipe may have nothing to say for hours."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Row | BaseException | None] = asyncio.Queue()

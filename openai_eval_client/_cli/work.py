@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import openai
 
 from openai_eval_client._cli.options import INTERRUPTED, say
-from openai_eval_client._cli.rows import aside, carried, fingerprint, line_of
+from openai_eval_client._cli.rows import carried, fingerprint, line_of, read_in_thread
 from openai_eval_client._report import bar_is_open
-from openai_eval_client._wire import code_of, is_doom, status_of
+from openai_eval_client._wire import code_of, is_fatal, status_of
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.errors import ValidationError
 
@@ -201,7 +201,7 @@ class Order:
             if known is None:
                 yield row
             elif known != fingerprint(carried(row.data)):
-                self.source.refuse(
+                self.source.reject_input(
                     row.line,
                     f"not what the output has at index {row.index}: the input changed",
                 )
@@ -322,7 +322,7 @@ async def _stream(
 
 
 def _dooms(error: Exception, order: Order, result: Result) -> bool:
-    return is_doom(error, order.limits.max_wait, answered=bool(result.answered))
+    return is_fatal(error, order.limits.max_wait, answered=bool(result.answered))
 
 
 async def answer_by_batch(order: Order, output: Output) -> Result:
@@ -400,7 +400,7 @@ async def _prompts_aside(order: Order, taken: dict[int, Row]) -> AsyncIterator[A
 
 async def _each(order: Order) -> AsyncIterator[Row]:
     if order.source.is_stream:
-        async for row in aside(order.rows()):
+        async for row in read_in_thread(order.rows()):
             yield row
     else:
         for row in order.rows():

@@ -1,9 +1,9 @@
 """What requests cost, can cost, and may cost."""
 
 from openai_eval_client._cost.budget import (
+    CostBudget,
     Payment,
     Payments,
-    Purse,
     Reservation,
     commit,
     reserve,
@@ -13,11 +13,11 @@ from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._cost.pricing import Pricer, Rates, exact
 
 __all__ = [
+    "CostBudget",
     "Ledger",
     "Payment",
     "Payments",
     "Pricer",
-    "Purse",
     "Rates",
     "Reservation",
     "commit",

@@ -46,7 +46,7 @@ class _Size(NamedTuple):
     spoken: bool
 
 
-class Quoter:
+class CostBounds:
     """Says what requests can cost, and what they did.
 
     Args:
@@ -110,7 +110,7 @@ class Quoter:
     def _priced(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
         model, tier = body.get("model"), body.get("service_tier")
         if not isinstance(model, str):
-            _refuse(f"what model={model!r} costs is not known")
+            _reject(f"what model={model!r} costs is not known")
         parts = list(_parts(chain(_listed(body.get("messages")), _listed(body.get("input")))))
         _check_seen(parts)
         tokens += sum(
@@ -132,7 +132,7 @@ class Quoter:
         )
         if most is None:
             kind = "batch price" if batch else f"price in service tier {tier!r}" if tier else "price"
-            _refuse(f"the {kind} of model={model!r} is not known, so what is spent could not be held to it")
+            _reject(f"the {kind} of model={model!r} is not known, so what is spent could not be held to it")
         return most
 
     def say_surprises(self) -> None:
@@ -156,14 +156,14 @@ def most_output(body: Mapping[str, Any], path: str) -> int:
     """
     names = next((names for end, names in _CAPS.items() if path.endswith(end)), None)
     if names is None:
-        _refuse(f"what a request to {path} costs is not known beforehand")
+        _reject(f"what a request to {path} costs is not known beforehand")
     _check_parameters(body)
     if not names:
         return 0
     caps = [token_count(body[name]) for name in names if body.get(name) is not None]
     bounds = [cap for cap in caps if cap is not None]
     if not caps or len(bounds) < len(caps):
-        _refuse("needs max_tokens (or max_completion_tokens, max_output_tokens), a whole number")
+        _reject("needs max_tokens (or max_completion_tokens, max_output_tokens), a whole number")
     predicted = len(str(body["prediction"]).encode()) if body.get("prediction") else 0
     return (max(bounds) + predicted) * _choices(body) * _prompts(body.get("prompt"))
 
@@ -173,7 +173,7 @@ def _choices(body: Mapping[str, Any]) -> int:
     given = [body[name] for name in _CHOICES if body.get(name) is not None]
     counts = [count for value in given if (count := token_count(value))]
     if len(counts) < len(given):
-        _refuse(f"needs n (and best_of) to be whole numbers, not {given}")
+        _reject(f"needs n (and best_of) to be whole numbers, not {given}")
     return max(counts, default=1)
 
 
@@ -187,11 +187,11 @@ def _check_parameters(body: Mapping[str, Any]) -> None:
     unseen = [name for name in _UNSEEN if body.get(name) is not None]
     unseen += ["prompt"] if isinstance(body.get("prompt"), Mapping) else []
     if unseen:
-        _refuse(f"what {unseen[0]} adds to the input is not known beforehand")
+        _reject(f"what {unseen[0]} adds to the input is not known beforehand")
     for tool in _listed(body.get("tools")):
         kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
         if kind not in _OWN_TOOLS:
-            _refuse(f"what a tool of type {kind!r} costs is not known beforehand")
+            _reject(f"what a tool of type {kind!r} costs is not known beforehand")
 
 
 def _check_seen(parts: list[Mapping[str, Any]]) -> None:
@@ -204,7 +204,7 @@ def _check_seen(parts: list[Mapping[str, Any]]) -> None:
             str,
         )
         if named or kind == "item_reference":
-            _refuse(f"how large a {kind} is that is only named is not known beforehand", field="prompt")
+            _reject(f"how large a {kind} is that is only named is not known beforehand", field="prompt")
 
 
 def _parts(values: Iterator[Any]) -> Iterator[Mapping[str, Any]]:
@@ -221,5 +221,5 @@ def _listed(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else ()
 
 
-def _refuse(why: str, *, field: str = "max_cost") -> NoReturn:
+def _reject(why: str, *, field: str = "max_cost") -> NoReturn:
     raise ValidationError(f"max_cost: {why}", field=field)

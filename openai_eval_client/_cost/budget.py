@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._cost.bounds import Quoter, most_output
+from openai_eval_client._cost.bounds import CostBounds, most_output
 from openai_eval_client._cost.pricing import EXACT
 from openai_eval_client._log import inform
-from openai_eval_client._runtime import Exclusive, call_on, refuse, resolve
+from openai_eval_client._runtime import DeferringLock, call_on, fail_waiter, resolve
 from openai_eval_client._validation import check_cost
 from openai_eval_client.errors import BudgetExceededError
 
@@ -40,22 +40,22 @@ class _State(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """What one purse reserves for one request.
+    """What one budget reserves for one request.
 
     Attributes:
         amount: USD.
         state: Where it is.
         owner: The event loop that waits for it.
-        waiter: The future to resolve.
+        future: The future to resolve.
     """
 
     amount: Decimal
     state: _State = _State.WAITING
     owner: asyncio.AbstractEventLoop | None = None
-    waiter: asyncio.Future[None] | None = None
+    future: asyncio.Future[None] | None = None
 
 
-class Purse:
+class CostBudget:
     """A limit on what is spent, kept by reserving; safe for several threads and event loops.
 
     First come, first served: a request for which there is no room now, but may be once others are settled,
@@ -67,9 +67,9 @@ class Purse:
         lock: The lock of those who settle; None: one of its own.
     """
 
-    def __init__(self, limit: Decimal, *, lock: Exclusive | None = None) -> None:
+    def __init__(self, limit: Decimal, *, lock: DeferringLock | None = None) -> None:
         self._limit = limit
-        self._lock = lock or Exclusive()
+        self._lock = lock or DeferringLock()
         self._spent = self._held = self._standing = _NOTHING
         self._queue: deque[Hold] = deque()
 
@@ -83,15 +83,15 @@ class Purse:
             hold, asked_at = self._asked(amount), time.monotonic()
             if hold.state is _State.WAITING:
                 hold.owner = asyncio.get_running_loop()
-                waiter = hold.waiter = hold.owner.create_future()
+                future = hold.future = hold.owner.create_future()
                 self._queue.append(hold)
-        if hold.waiter is None:
+        if hold.future is None:
             return hold
         try:
-            await waiter
+            await future
         except BaseException:
-            if waiter.done() and not waiter.cancelled():
-                waiter.exception()  # is looked at, even where a cancellation came together with it
+            if future.done() and not future.cancelled():
+                future.exception()  # is looked at, even where a cancellation came together with it
             self.settle(hold, _NOTHING)
             raise
         waited = time.monotonic() - asked_at
@@ -121,9 +121,9 @@ class Purse:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
         self._lock.when_free(lambda: self._settle(hold, actual))
 
-    def stand(self, hold: Hold) -> None:
+    def keep_reserved(self, hold: Hold) -> None:
         """Keep a reservation, but let nobody wait for its settling, which may never come."""
-        self._lock.when_free(lambda: self._stand(hold))
+        self._lock.when_free(lambda: self._keep_reserved(hold))
 
     def split(self, hold: Hold, amounts: Sequence[Decimal]) -> list[Hold]:
         """Return a reservation as several, of amounts in USD that add up to it."""
@@ -181,7 +181,7 @@ class Purse:
             self._spent = EXACT.add(self._spent, actual)
         self._pump()
 
-    def _stand(self, hold: Hold) -> None:
+    def _keep_reserved(self, hold: Hold) -> None:
         if hold.state is _State.HELD:
             hold.state = _State.STANDING
             self._held = EXACT.subtract(self._held, hold.amount)
@@ -189,7 +189,7 @@ class Purse:
             self._pump()
 
     def _pump(self) -> None:
-        """Serve those who wait, as far as there is room; refuse whom it cannot come to."""
+        """Serve those who wait, as far as there is room; fail_waiter whom it cannot come to."""
         while self._queue:
             hold = self._queue[0]
             if hold.state is _State.WAITING and self._room() < hold.amount <= self._ever():
@@ -199,16 +199,16 @@ class Purse:
                 self._answer(hold)
 
     def _answer(self, hold: Hold) -> None:
-        """Grant or refuse the first who waits."""
-        owner, waiter = hold.owner, hold.waiter
-        if owner is None or waiter is None:
+        """Grant or fail_waiter the first who waits."""
+        owner, future = hold.owner, hold.future
+        if owner is None or future is None:
             return
         if hold.amount > self._ever():
             hold.state = _State.DONE
-            call_on(owner, refuse, waiter, self._refusal(hold.amount))
+            call_on(owner, fail_waiter, future, self._refusal(hold.amount))
             return
         self._grant(hold)
-        if not call_on(owner, resolve, waiter):
+        if not call_on(owner, resolve, future):
             self._held = EXACT.subtract(self._held, hold.amount)  # its loop has closed
             hold.state = _State.DONE
 
@@ -233,38 +233,38 @@ class Purse:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one request reserves, from each purse that it is to be paid from.
+    """What one request reserves, from each budget that it is to be paid from.
 
     Attributes:
         amount: USD.
-        holds: Each purse and what it reserves.
+        holds: Each budget and what it reserves.
     """
 
     amount: Decimal
-    holds: tuple[tuple[Purse, Hold], ...]
+    holds: tuple[tuple[CostBudget, Hold], ...]
 
     def settle(self, actual: Decimal) -> None:
         """Replace it by what was spent, in USD; a second call does nothing."""
-        for purse, hold in self.holds:
-            purse.settle(hold, actual)
+        for budget, hold in self.holds:
+            budget.settle(hold, actual)
 
     def split(self, amounts: Sequence[Decimal]) -> list[Reservation]:
         """Return it as several, of amounts in USD that add up to it."""
-        pieces = [[(purse, piece) for piece in purse.split(hold, amounts)] for purse, hold in self.holds]
+        pieces = [[(budget, piece) for piece in budget.split(hold, amounts)] for budget, hold in self.holds]
         parts = zip(*pieces, strict=True) if pieces else [()] * len(amounts)
         return [Reservation(amount, part) for amount, part in zip(amounts, parts, strict=True)]
 
-    def stand(self) -> None:
+    def keep_reserved(self) -> None:
         """Keep it, but let nobody wait for its settling, which may never come."""
-        for purse, hold in self.holds:
-            purse.stand(hold)
+        for budget, hold in self.holds:
+            budget.keep_reserved(hold)
 
 
-async def reserve(purses: Sequence[Purse], amount: Decimal) -> Reservation:
-    """Reserve an amount from several purses, once all of them have room for it.
+async def reserve(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation:
+    """Reserve an amount from several budgets, once all of them have room for it.
 
     Args:
-        purses: In the same order for every request, so that none waits for another in a circle.
+        budgets: In the same order for every request, so that none waits for another in a circle.
         amount: USD.
 
     Returns:
@@ -273,29 +273,29 @@ async def reserve(purses: Sequence[Purse], amount: Decimal) -> Reservation:
     Raises:
         BudgetExceededError: There cannot be room for it any more.
     """
-    holds: list[tuple[Purse, Hold]] = []
+    holds: list[tuple[CostBudget, Hold]] = []
     try:
-        for purse in purses:
-            holds.append((purse, await purse.reserve(amount)))  # noqa: PERF401  # is given back in parts
+        for budget in budgets:
+            holds.append((budget, await budget.reserve(amount)))  # noqa: PERF401  # is given back in parts
     except BaseException:
         Reservation(amount, tuple(holds)).settle(_NOTHING)
         raise
     return Reservation(amount, tuple(holds))
 
 
-def reserve_now(purses: Sequence[Purse], amount: Decimal) -> Reservation | None:
-    """Reserve an amount from several purses at once; None where there is no room now, but may be later.
+def reserve_now(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation | None:
+    """Reserve an amount from several budgets at once; None where there is no room now, but may be later.
 
     Raises:
         BudgetExceededError: There cannot be room for it any more.
     """
-    holds: list[tuple[Purse, Hold]] = []
+    holds: list[tuple[CostBudget, Hold]] = []
     try:
-        for purse in purses:
-            hold = purse.reserve_now(amount)
+        for budget in budgets:
+            hold = budget.reserve_now(amount)
             if hold is None:
                 break
-            holds.append((purse, hold))
+            holds.append((budget, hold))
         else:
             return Reservation(amount, tuple(holds))
     except BudgetExceededError:
@@ -305,9 +305,9 @@ def reserve_now(purses: Sequence[Purse], amount: Decimal) -> Reservation | None:
     return None
 
 
-def commit(purses: Sequence[Purse], amount: Decimal) -> Reservation:
+def commit(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation:
     """Reserve an amount that is being spent already, whether there is room for it or not."""
-    return Reservation(amount, tuple((purse, purse.commit(amount)) for purse in purses))
+    return Reservation(amount, tuple((budget, budget.commit(amount)) for budget in budgets))
 
 
 class Payments:
@@ -319,13 +319,15 @@ class Payments:
         max_cost: USD that may be spent in all; None: any amount.
     """
 
-    def __init__(self, ledger: Ledger, lock: Exclusive, max_cost: float | None) -> None:
-        self.quoter = Quoter(ledger)
+    def __init__(self, ledger: Ledger, lock: DeferringLock, max_cost: float | None) -> None:
+        self.bounds = CostBounds(ledger)
         self._lock = lock
-        self._purse = self._new(max_cost)
+        self._budget = self._new(max_cost)
 
-    def purse_for(self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str) -> Purse | None:
-        """Return a call's own purse, None for None; where anybody keeps a budget, check that it can be kept.
+    def budget_for(
+        self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str
+    ) -> CostBudget | None:
+        """Return a call's own budget, None for None; where anybody keeps a budget, check that it can be kept.
 
         Args:
             max_cost: USD that the call may cost.
@@ -338,20 +340,20 @@ class Payments:
         if max_cost is not None:
             check_cost(max_cost, "max_cost")
         own = self._new(max_cost)
-        if self.purses(own):
+        if self.budgets(own):
             most_output(body, path)
         return own
 
-    def purses(self, own: Purse | None = None) -> list[Purse]:
-        """Return what a call is paid from: its own purse, where it has one, and the client's."""
-        return [purse for purse in (own, self._purse) if purse is not None]
+    def budgets(self, own: CostBudget | None = None) -> list[CostBudget]:
+        """Return what a call is paid from: its own budget, where it has one, and the client's."""
+        return [budget for budget in (own, self._budget) if budget is not None]
 
-    async def reserve(self, demand: Demand, own: Purse | None) -> Payment:
+    async def reserve(self, demand: Demand, own: CostBudget | None) -> Payment:
         """Reserve what an attempt can cost at most, once there is room for it.
 
         Args:
             demand: What it asks for.
-            own: The call's own purse.
+            own: The call's own budget.
 
         Returns:
             What is to be settled.
@@ -359,49 +361,49 @@ class Payments:
         Raises:
             BudgetExceededError: There cannot be room for it any more.
         """
-        return Payment(self.quoter, await reserve(self.purses(own), demand.most_cost or Decimal(0)))
+        return Payment(self.bounds, await reserve(self.budgets(own), demand.most_cost or Decimal(0)))
 
     def shared(self, ledger: Ledger) -> Payments:
-        """Return the same purse for another account, whose prices may be others."""
+        """Return the same budget for another account, whose prices may be others."""
         other = Payments(ledger, self._lock, None)
-        other._purse = self._purse
+        other._budget = self._budget
         return other
 
-    def _new(self, max_cost: float | Decimal | None) -> Purse | None:
-        return None if max_cost is None else Purse(Decimal(str(max_cost)), lock=self._lock)
+    def _new(self, max_cost: float | Decimal | None) -> CostBudget | None:
+        return None if max_cost is None else CostBudget(Decimal(str(max_cost)), lock=self._lock)
 
     async def most(
         self,
         body: Mapping[str, Any],
         path: str,
         counter: TokenCounter,
-        own: Purse | None = None,
+        own: CostBudget | None = None,
     ) -> Decimal | None:
         """Return the most that one attempt can cost, in USD; None where nobody keeps a budget.
 
         Raises:
             ValidationError: That has no bound, or the price is not known.
         """
-        return await self.quoter.most(body, path, counter) if self.purses(own) else None
+        return await self.bounds.most(body, path, counter) if self.budgets(own) else None
 
     @property
     def stats(self) -> dict[str, Decimal]:
         """What the client may spend, what it spent and what is reserved, in USD; empty without a limit."""
-        return {} if self._purse is None else self._purse.stats
+        return {} if self._budget is None else self._budget.stats
 
 
 @dataclass(frozen=True, slots=True)
 class Payment:
     """What is reserved for one attempt."""
 
-    quoter: Quoter
+    bounds: CostBounds
     reservation: Reservation
 
     def settle(self, demand: Demand, outcome: Outcome) -> None:
         """Replace it by what the attempt came to."""
-        self.reservation.settle(self.quoter.actual(demand, outcome))
-        self.quoter.say_surprises()
+        self.reservation.settle(self.bounds.actual(demand, outcome))
+        self.bounds.say_surprises()
 
-    def give_back(self) -> None:
+    def refund(self) -> None:
         """Give it back: nothing was sent."""
         self.reservation.settle(Decimal(0))

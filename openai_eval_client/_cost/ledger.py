@@ -1,4 +1,4 @@
-"""The running bill behind `client.stats.cost`: every billed attempt, by whatever road, priced exactly."""
+"""The running bill behind `client.stats.cost`: every billed attempt, by whatever channel, priced exactly."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class _Row:
     """The sums of one `ModelCost`."""
 
     model: str
-    road: str
+    channel: str
     service_tier: str
     calls: int = 0
     input_tokens: int = 0
@@ -214,8 +214,8 @@ class Ledger:
         tier = "default" if tier is None or tier == "auto" else tier
         row = self._rows.get((model, batch, tier))
         if row is None:
-            road = "batch" if batch else "online"
-            row = self._rows[model, batch, tier] = _Row(_valid(model), road, _valid(tier))
+            channel = "batch" if batch else "online"
+            row = self._rows[model, batch, tier] = _Row(_valid(model), channel, _valid(tier))
         return row
 
 

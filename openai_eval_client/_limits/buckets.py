@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from aiolimiter import AsyncLimiter
 
 if TYPE_CHECKING:
-    from openai_eval_client._wire import Quota
+    from openai_eval_client._wire import StatedLimit
     from openai_eval_client.config import RateLimitConfig
 
 
@@ -82,23 +82,23 @@ class Bucket(AsyncLimiter):
 FIRST_SECONDS = 1.0  # of the configured rate: all that is sent before the server has said or served anything
 GROWTH = 2.0  # while a silent server refuses nothing, each success makes room for twice its cost
 CUT = 0.7  # of the rate is kept when a silent server refuses
-SURE_SECONDS = 1.0  # between two refusals: then what passed between them is a better measure than a cut
+SURE_SECONDS = 1.0  # between two unsupported: then what passed between them is a better measure than a cut
 CREEP = 0.01  # of the configured rate comes back each second after a cut
 UNBOUNDED_CREEP = 0.05  # of the rate itself, where no limit is configured
-MOMENT = 0.005  # seconds in which nothing is news: at a thousand answers a second, reading all is a waste
+MOMENT = 0.005  # seconds in which nothing is pending: at a thousand answers a second, reading all is a waste
 IDLE_SECONDS = 5.0  # without a request: what passed before then says nothing of the rate
 SMOOTHING = 2.0  # seconds: time constant of believing in more; less is believed at once
 TRANSIT = 0.15  # seconds: what was sent since then may not have reached the server when it answered
-SAMPLE_SECONDS = 0.25  # between two looks at how fast others spend the same quota
+SAMPLE_SECONDS = 0.25  # between two looks at how fast others spend the same stated
 SAMPLE_UNITS = 10  # or the time in which so many are refilled, if longer: what is left is told in whole units
 OTHERS_SMOOTHING = 1.0  # seconds: time constant of that
 LEAST_SHARE = 0.05  # of the rate is ours, however much others spend
 MARGIN = 0.25  # seconds of the rate are left to others, where there are any
-_SHORTEST = 1.0  # seconds of quota in a server's bucket at least
+_SHORTEST = 1.0  # seconds of stated in a server's bucket at least
 
 
-class Mark(NamedTuple):
-    """The state when a ticket was granted.
+class Sent(NamedTuple):
+    """The state when a waiter was granted.
 
     Attributes:
         arrived: This one, and all that was granted so long before it that it had surely reached the server.
@@ -111,7 +111,7 @@ class Mark(NamedTuple):
     amount: float
 
 
-class Belief:
+class ServerBucket:
     """The server's own bucket of one dimension, as far as it can be known.
 
     Before it has spoken, it begins with one second of the configured rate (a limit set too high then does no
@@ -158,7 +158,7 @@ class Belief:
         """Return the seconds until `amount` may be spent."""
         return self.bucket.ready_in(amount) if self.bucket is not None else 0.0
 
-    def charge(self, amount: float) -> Mark:
+    def charge(self, amount: float) -> Sent:
         """Spend `amount` and return the mark of it; negative: take back what was not spent after all."""
         if self.bucket is not None:
             self.bucket.charge(amount)
@@ -168,49 +168,49 @@ class Belief:
         self._last = now
         in_transit = self._in_transit(now)
         self._granted += amount
-        mark = Mark(self._granted - in_transit, now, amount)
+        mark = Sent(self._granted - in_transit, now, amount)
         self._recent.append((self._granted, now))
         return mark
 
-    def owe(self, amount: float) -> None:
+    def add_debt(self, amount: float) -> None:
         """Take in that more was used than reserved; a server that speaks has counted it already."""
         if self.bucket is not None and not self._spoken:
             self.bucket.charge(amount)
 
-    def give_back(self, amount: float) -> None:
+    def refund(self, amount: float) -> None:
         """Take back what was refused for good; a server that speaks has not counted it."""
         if not self._spoken:
             self._granted -= amount
             if self.bucket is not None:
                 self.bucket.charge(-amount)
 
-    def heeds(self, mark: Mark) -> bool:
-        """Return whether the answer is news: the last word is a moment old, and of no fresher request."""
+    def is_news(self, mark: Sent) -> bool:
+        """Return whether the answer is pending: the last word is a moment old, and of no fresher request."""
         if mark.at < self._freshest:
             return False
         return not self._spoken or self._clock.time() - self._heard_at >= MOMENT
 
-    def hear(self, quota: Quota, mark: Mark) -> None:
+    def update_from_headers(self, stated: StatedLimit, mark: Sent) -> None:
         """Take over what an answer's headers say.
 
         Servers stamp them when they admit a request or when they answer it; the lower of the two readings is
         believed. Only the answer to the freshest request counts.
 
         Args:
-            quota: What the headers say.
-            mark: Of the ticket that was answered.
+            stated: What the headers say.
+            mark: Of the waiter that was answered.
         """
         if mark.at < self._freshest:
             return
-        self.limit = max(quota.limit, self.limit or 0)
+        self.limit = max(stated.limit, self.limit or 0)
         now = self._clock.time()
-        rate, capacity = self.stated(quota, mark)
-        others = self._others_rate(quota, rate, capacity, now)
+        rate, capacity = self.stated(stated, mark)
+        others = self._others_rate(stated, rate, capacity, now)
         ours = max(rate - others, rate * LEAST_SHARE)
         after = self._granted - mark.arrived
         since = ours * (now - mark.at) - after
         margin = min(others, MARGIN * rate)
-        left = max(quota.remaining + min(-min(self._in_transit(now), after), since), 0.0) - margin
+        left = max(stated.remaining + min(-min(self._in_transit(now), after), since), 0.0) - margin
         if self._spoken and self.bucket is not None:
             had = self.bucket.left()
             share = 1 - math.exp(-(now - self._heard_at) / SMOOTHING)
@@ -218,21 +218,21 @@ class Belief:
         self._replace(ours, capacity, left)
         self._spoken, self._freshest, self._heard_at = True, mark.at, now
 
-    def stated(self, quota: Quota, mark: Mark) -> tuple[float, float]:
+    def stated(self, stated: StatedLimit, mark: Sent) -> tuple[float, float]:
         """Return the refill per second and the size of the bucket that an answer's headers state."""
-        rate = _rate(quota)
-        return rate, self._capacity(quota, rate, mark)
+        rate = _rate(stated)
+        return rate, self._capacity(stated, rate, mark)
 
-    def _capacity(self, quota: Quota, rate: float, mark: Mark) -> float:
+    def _capacity(self, stated: StatedLimit, rate: float, mark: Sent) -> float:
         """Return the size of the server's bucket: what is left and the refill until it is full again.
 
         Where the server does not say when that is, the most it has said was left.
         """
-        self._most_left = max(self._most_left, quota.remaining + mark.amount)
-        known = self._most_left if quota.reset is None else quota.remaining + quota.reset * rate
-        return min(max(known, rate * _SHORTEST), quota.limit)
+        self._most_left = max(self._most_left, stated.remaining + mark.amount)
+        known = self._most_left if stated.reset is None else stated.remaining + stated.reset * rate
+        return min(max(known, rate * _SHORTEST), stated.limit)
 
-    def passed(self, amount: float) -> None:
+    def on_success(self, amount: float) -> None:
         """Learn that the server served `amount`."""
         self._passed += amount
         if self._spoken or self.bucket is None:
@@ -244,12 +244,12 @@ class Belief:
         else:
             self._creep(self.bucket)
 
-    def refused(self, amount: float, mark: Mark, wait: float, *, spoke: bool) -> None:
+    def refused(self, amount: float, mark: Sent, wait: float, *, spoke: bool) -> None:
         """Learn that the server refused `amount` for now.
 
         Args:
             amount: What was asked of it.
-            mark: Of the ticket that was refused.
+            mark: Of the waiter that was refused.
             wait: Seconds it says to wait, 0 where it does not say.
             spoke: Whether it says what is left; one that has stopped doing so is silent from then on.
         """
@@ -258,13 +258,13 @@ class Belief:
             return
         self._spoken = self._spoken and spoke
         if not self._spoken:
-            self.give_back(amount)
+            self.refund(amount)
             self._slow_down(amount, mark, now)
         if self.bucket is not None:  # after the wait there is room for this one; the refill paces the rest
             left = amount - wait * self.bucket.rate
             self.bucket.lower_to(min(left, self.bucket.max_rate))
 
-    def _slow_down(self, amount: float, mark: Mark, now: float) -> None:
+    def _slow_down(self, amount: float, mark: Sent, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
         if self.bucket is None or (self._ceiling is None and mark.at <= self._first_cut):
             rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
@@ -295,17 +295,17 @@ class Belief:
         if rate > bucket.rate * (1 + CREEP / 2):
             self._replace(rate, bucket.max_rate, bucket.left())
 
-    def _others_rate(self, quota: Quota, rate: float, capacity: float, now: float) -> float:
-        """Return how fast others spend the same quota: what was refilled, was not ours, and is gone."""
+    def _others_rate(self, stated: StatedLimit, rate: float, capacity: float, now: float) -> float:
+        """Return how fast others spend the same stated: what was refilled, was not ours, and is gone."""
         seconds = now - self._sampled_at
         if seconds < max(SAMPLE_SECONDS, SAMPLE_UNITS / rate):
             return self._others
         if self._spoken:
             refilled = min(self._sampled_left + rate * seconds, capacity)
             spent = self._granted - self._sampled_granted + 1  # and what rounding hides
-            sample = min(max((refilled - spent - quota.remaining) / seconds, 0.0), rate)
+            sample = min(max((refilled - spent - stated.remaining) / seconds, 0.0), rate)
             self._others += (sample - self._others) * (1 - math.exp(-seconds / OTHERS_SMOOTHING))
-        self._sampled_at, self._sampled_left, self._sampled_granted = now, quota.remaining, self._granted
+        self._sampled_at, self._sampled_left, self._sampled_granted = now, stated.remaining, self._granted
         return self._others
 
     def _in_transit(self, now: float) -> float:
@@ -321,12 +321,12 @@ class Belief:
         self.bucket.set_left(left)
 
 
-def _rate(quota: Quota) -> float:
+def _rate(stated: StatedLimit) -> float:
     """Return the refill per second; that of a daily limit shows in a reset longer than a minute."""
-    used = quota.limit - quota.remaining
-    if quota.reset is not None and quota.reset > MINUTE + 1 and used > 0:
-        return min(used / quota.reset, quota.limit / MINUTE)
-    return quota.limit / MINUTE
+    used = stated.limit - stated.remaining
+    if stated.reset is not None and stated.reset > MINUTE + 1 and used > 0:
+        return min(used / stated.reset, stated.limit / MINUTE)
+    return stated.limit / MINUTE
 
 
 MARGIN_SHARE = 0.1  # of the bucket, at most
@@ -353,7 +353,7 @@ class Limit(NamedTuple):
         return min((value for value in (self.configured, self.server) if value is not None), default=None)
 
 
-class Budget:
+class Quota:
     """One dimension of a model's limit: what the user configured, and what the server is believed to keep.
 
     An estimate that was too high is given back to the configured bucket only: servers that charge
@@ -379,7 +379,7 @@ class Budget:
         capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
         self._whole = Bucket(rate, capacity, clock) if rate else None
         self._configured = self._whole
-        self._server = Belief(rate, capacity, clock) if config.adaptive_throttling and metered else None
+        self._server = ServerBucket(rate, capacity, clock) if config.adaptive_throttling and metered else None
         self._clock = clock
         self._began: float | None = None
         self.spent = 0.0
@@ -419,11 +419,11 @@ class Budget:
         """Go back to the whole limit."""
         self._configured = self._whole
 
-    def stated(self, quota: Quota, mark: Mark | None) -> tuple[float, float]:
+    def stated(self, stated: StatedLimit, mark: Sent | None) -> tuple[float, float]:
         """Return the rate and the size of the server's bucket, as an answer's headers state them."""
         assert self._server is not None  # noqa: S101  # asked only by who heeds the server
         assert mark is not None  # noqa: S101  # as is given out then
-        return self._server.stated(quota, mark)
+        return self._server.stated(stated, mark)
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
@@ -444,7 +444,7 @@ class Budget:
             return None
         return round(bucket.rate * MINUTE)
 
-    def charge(self, amount: float) -> Mark | None:
+    def charge(self, amount: float) -> Sent | None:
         """Spend `amount`, or take the whole of it back where negative."""
         self._began = self._clock.time() if self._began is None else self._began
         self.spent += amount
@@ -457,12 +457,12 @@ class Budget:
         if self._configured is not None:
             self._configured.charge(actual - reserved)
         if self._server is not None and actual > reserved:
-            self._server.owe(actual - reserved)
+            self._server.add_debt(actual - reserved)
 
-    def give_back(self, amount: float) -> None:
+    def refund(self, amount: float) -> None:
         """Learn that what was reserved was refused for good, and so not spent."""
         if self._server is not None:
-            self._server.give_back(amount)
+            self._server.refund(amount)
 
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request.
@@ -474,23 +474,23 @@ class Budget:
             return None
         return self.spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))
 
-    def passed(self, amount: float) -> None:
+    def on_success(self, amount: float) -> None:
         """Learn that the server served what was reserved."""
         if self._server is not None:
-            self._server.passed(amount)
+            self._server.on_success(amount)
 
-    def refused(self, amount: float, mark: Mark | None, wait: float, *, spoke: bool) -> None:
+    def refused(self, amount: float, mark: Sent | None, wait: float, *, spoke: bool) -> None:
         """Learn that this limit is why the server refused; it `spoke` if it said what is left."""
         if self._server is not None and mark is not None:
             self._server.refused(amount, mark, wait, spoke=spoke)
         elif self._configured is not None and amount > 0:  # after the wait, this one and then the rate
             self._configured.lower_to(amount - wait * self._configured.rate)
 
-    def heeds(self, mark: Mark | None) -> bool:
+    def is_news(self, mark: Sent | None) -> bool:
         """Return whether an answer's headers would be heeded."""
-        return self._server is not None and mark is not None and self._server.heeds(mark)
+        return self._server is not None and mark is not None and self._server.is_news(mark)
 
-    def hear(self, quota: Quota, mark: Mark | None) -> None:
+    def update_from_headers(self, stated: StatedLimit, mark: Sent | None) -> None:
         """Heed an answer's headers."""
         if self._server is not None and mark is not None:
-            self._server.hear(quota, mark)
+            self._server.update_from_headers(stated, mark)

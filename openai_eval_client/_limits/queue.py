@@ -9,19 +9,19 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._limits.buckets import Budget
+from openai_eval_client._limits.buckets import Quota
 from openai_eval_client._wire import DIMENSIONS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Mapping
 
-    from openai_eval_client._limits.buckets import Clock, Limit, Mark
-    from openai_eval_client._wire import Quota
+    from openai_eval_client._limits.buckets import Clock, Limit, Sent
+    from openai_eval_client._wire import StatedLimit
     from openai_eval_client.config import RateLimitConfig
 
 
 class State(enum.Enum):
-    """Where a ticket is."""
+    """Where a waiter is."""
 
     WAITING = enum.auto()
     GRANTED = enum.auto()
@@ -29,55 +29,55 @@ class State(enum.Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class ConcurrencyLimit:
     """A bound on concurrency: the model's own, or that of one call which brought its own.
 
     Attributes:
         limit: Requests in flight at once.
         in_flight: How many there are.
-        queue: Heap of waiting tickets; those no longer waiting are dropped when they come up.
+        queue: Heap of waiting waiters; those no longer waiting are dropped when they come up.
     """
 
     limit: float
     in_flight: int = 0
-    queue: list[Ticket] = field(default_factory=list)
+    queue: list[Waiter] = field(default_factory=list)
 
-    def first(self) -> Ticket | None:
-        """Return the ticket whose turn is next, where there is room for it."""
+    def first(self) -> Waiter | None:
+        """Return the waiter whose turn is next, where there is room for it."""
         while self.queue and self.queue[0].state is not State.WAITING:
             heapq.heappop(self.queue)
         return self.queue[0] if self.queue and self.in_flight < self.limit else None
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class Waiter:
     """One HTTP attempt's place in the queue, and what is reserved for it.
 
     Attributes:
         turn: Its number; a retry comes back with its old one.
         tokens: What it reserves.
-        lane: The concurrency bound it runs under.
+        concurrency: The concurrency bound it runs under.
         asked_at: Clock time at which it queued.
         owner: The event loop that waits for it, None where nobody had to wait.
-        waiter: The future to resolve.
+        future: The future to resolve.
         state: Where it is.
         granted_at: Clock time at which it was admitted; once it has begun, at which it began.
         ended_at: Clock time at which it was settled.
-        marks: Where the budgets of requests and of tokens stood then.
+        marks: Where the quotas of requests and of tokens stood then.
     """
 
     turn: int
     tokens: float
-    lane: Lane
+    concurrency: ConcurrencyLimit
     asked_at: float
     owner: Any = None
-    waiter: Any = None
+    future: Any = None
     state: State = State.WAITING
     granted_at: float = 0.0
     ended_at: float = 0.0
-    marks: tuple[Mark | None, Mark | None] = (None, None)
+    marks: tuple[Sent | None, Sent | None] = (None, None)
 
-    def __lt__(self, other: Ticket) -> bool:
+    def __lt__(self, other: Waiter) -> bool:
         return self.turn < other.turn
 
 
@@ -86,7 +86,7 @@ _OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ModelLimits:
     """What holds for one model, and what it waited for.
 
     Attributes:
@@ -106,14 +106,14 @@ class Facts:
     output_length: dict[str, float]
 
 
-class Gate:
-    """Admission to one model: first come, first served within both budgets and the concurrency bound.
+class ModelQueue:
+    """The queue of one model: first come, first served within both quotas and the concurrency bound.
 
-    A ticket whose lane is full lets the tickets of other lanes pass; one that waits for budget does not, so a
-    large request cannot starve behind small ones. One larger than the bucket goes when the bucket is full.
+    A waiter whose concurrency limit is reached lets those of other limits pass; one that waits for quota does
+    not, so a large request cannot starve behind small ones. One larger than the bucket goes when the bucket is full.
 
     Args:
-        model: Whose limits these are; None: no budget, only the concurrency bound.
+        model: Whose limits these are; None: no quota, only the concurrency bound.
         config: The limits.
         clock: Where the time comes from.
     """
@@ -121,9 +121,9 @@ class Gate:
     def __init__(self, model: str | None, config: RateLimitConfig, clock: Clock) -> None:
         self.model = model
         self._clock = clock
-        self.requests = Budget(config.requests_per_minute, config, clock, metered=model is not None)
-        self.tokens = Budget(config.tokens_per_minute, config, clock, metered=model is not None)
-        self.lane = Lane(config.max_concurrent)
+        self.requests = Quota(config.requests_per_minute, config, clock, metered=model is not None)
+        self.tokens = Quota(config.tokens_per_minute, config, clock, metered=model is not None)
+        self.concurrency = ConcurrencyLimit(config.max_concurrent)
         self.waiting: Counter[Any] = Counter()
         self.expected_output = FIRST_OUTPUT_GUESS
         self.waited: defaultdict[str, float] = defaultdict(float)
@@ -131,104 +131,104 @@ class Gate:
         self._variance = 0.0
         self._cause = "concurrency"
         self._looked_at = clock.time()
-        self._lanes = [self.lane]
+        self._concurrency_limits = [self.concurrency]
         self._paused_until = float("-inf")
 
-    def enqueue(self, ticket: Ticket) -> None:
-        """Put a ticket in the queue, at the place of its turn."""
+    def enqueue(self, waiter: Waiter) -> None:
+        """Put a waiter in the queue, at the place of its turn."""
         self._count_waiting()
-        if not ticket.lane.queue and ticket.lane not in self._lanes:
-            self._lanes.append(ticket.lane)
-        heapq.heappush(ticket.lane.queue, ticket)
-        self.waiting[ticket.owner] += 1
+        if not waiter.concurrency.queue and waiter.concurrency not in self._concurrency_limits:
+            self._concurrency_limits.append(waiter.concurrency)
+        heapq.heappush(waiter.concurrency.queue, waiter)
+        self.waiting[waiter.owner] += 1
 
-    def grant_next(self) -> Ticket | None:
-        """Admit the ticket whose turn it is, if it can go now."""
-        ticket = self._head()
-        if ticket is None or self._ready_in(ticket) > 0:
+    def grant_next(self) -> Waiter | None:
+        """Admit the waiter whose turn it is, if it can go now."""
+        waiter = self._head()
+        if waiter is None or self._ready_in(waiter) > 0:
             return None
-        heapq.heappop(ticket.lane.queue)
-        self._left(ticket)
-        self._admit(ticket)
-        return ticket
+        heapq.heappop(waiter.concurrency.queue)
+        self._left(waiter)
+        self._admit(waiter)
+        return waiter
 
-    def try_grant(self, ticket: Ticket) -> bool:
-        """Admit a new ticket at once, if nobody waits and it can go now."""
-        free = not self.waiting and ticket.lane.in_flight < ticket.lane.limit
-        if free and self._ready_in(ticket) <= 0:
-            self._admit(ticket)
+    def try_grant(self, waiter: Waiter) -> bool:
+        """Admit a new waiter at once, if nobody waits and it can go now."""
+        free = not self.waiting and waiter.concurrency.in_flight < waiter.concurrency.limit
+        if free and self._ready_in(waiter) <= 0:
+            self._admit(waiter)
             return True
         return False
 
     def next_in(self) -> float | None:
-        """Return the seconds until the next ticket can go; None where time alone lets nobody go."""
-        ticket = self._head()
-        if ticket is None:
+        """Return the seconds until the next waiter can go; None where time alone lets nobody go."""
+        waiter = self._head()
+        if waiter is None:
             self._cause = "concurrency"
             return None
-        delay, self._cause = self._held_up(ticket)
+        delay, self._cause = self._held_up(waiter)
         return delay
 
-    def withdraw(self, ticket: Ticket) -> None:
-        """Take back a ticket that was not sent: out of the queue, or its reservation and slot."""
-        if ticket.state is State.WAITING:
-            self._left(ticket)
-        elif ticket.state is State.GRANTED:
+    def cancel(self, waiter: Waiter) -> None:
+        """Take back a waiter that was not sent: out of the queue, or its reservation and slot."""
+        if waiter.state is State.WAITING:
+            self._left(waiter)
+        elif waiter.state is State.GRANTED:
             self.requests.charge(-1)
-            self.tokens.charge(-ticket.tokens)
-            ticket.lane.in_flight -= 1
-        ticket.state = State.DONE
+            self.tokens.charge(-waiter.tokens)
+            waiter.concurrency.in_flight -= 1
+        waiter.state = State.DONE
 
-    def settle(self, ticket: Ticket, tokens: float | None) -> None:
-        """Free the ticket's slot and replace its estimate by `tokens`, where they are known."""
-        ticket.state = State.DONE
-        ticket.lane.in_flight -= 1
+    def settle(self, waiter: Waiter, tokens: float | None) -> None:
+        """Free the waiter's slot and replace its estimate by `tokens`, where they are known."""
+        waiter.state = State.DONE
+        waiter.concurrency.in_flight -= 1
         if tokens is not None:
-            self.tokens.settle(ticket.tokens, tokens)
+            self.tokens.settle(waiter.tokens, tokens)
 
-    def served(self, ticket: Ticket) -> None:
-        """Learn that the server had room for this ticket."""
-        self.requests.passed(1)
-        self.tokens.passed(ticket.tokens)
+    def on_success(self, waiter: Waiter) -> None:
+        """Learn that the server had room for this waiter."""
+        self.requests.on_success(1)
+        self.tokens.on_success(waiter.tokens)
 
-    def rejected(self, ticket: Ticket) -> None:
-        """Learn that the server refused this ticket for good, and so did not count its tokens."""
-        self.tokens.give_back(ticket.tokens)
+    def rejected(self, waiter: Waiter) -> None:
+        """Learn that the server refused this waiter for good, and so did not count its tokens."""
+        self.tokens.refund(waiter.tokens)
 
-    def refused(self, ticket: Ticket, dimension: str | None, wait: float, spoken: Container[str]) -> None:
-        """Learn that the server had no room for this ticket: in "requests", "tokens", or it did not say.
+    def refused(self, waiter: Waiter, dimension: str | None, wait: float, spoken: Container[str]) -> None:
+        """Learn that the server had no room for this waiter: in "requests", "tokens", or it did not say.
 
         `spoken` holds the dimensions of which its headers said what is left.
         """
         if dimension != "tokens":
-            self.requests.refused(1, ticket.marks[0], wait, spoke="requests" in spoken)
+            self.requests.refused(1, waiter.marks[0], wait, spoke="requests" in spoken)
         if dimension != "requests":
-            self.tokens.refused(ticket.tokens, ticket.marks[1], wait, spoke="tokens" in spoken)
+            self.tokens.refused(waiter.tokens, waiter.marks[1], wait, spoke="tokens" in spoken)
 
-    def heeds(self, ticket: Ticket) -> bool:  # whichever it is
-        """Return whether what the answer to this ticket states is news: no fresher one has said it."""
-        requests, tokens = ticket.marks
-        return self.requests.heeds(requests) or self.tokens.heeds(tokens)
+    def is_news(self, waiter: Waiter) -> bool:  # whichever it is
+        """Return whether what the answer to this waiter states is pending: no fresher one has said it."""
+        requests, tokens = waiter.marks
+        return self.requests.is_news(requests) or self.tokens.is_news(tokens)
 
-    def hear(self, ticket: Ticket, quotas: Mapping[str, Quota]) -> None:
-        """Heed the limits that the answer to this ticket states."""
-        for dimension, budget, mark in zip(
+    def update_from_headers(self, waiter: Waiter, stated: Mapping[str, StatedLimit]) -> None:
+        """Heed the limits that the answer to this waiter states."""
+        for dimension, quota, mark in zip(
             DIMENSIONS,
             (self.requests, self.tokens),
-            ticket.marks,
+            waiter.marks,
             strict=True,
         ):
-            if dimension in quotas:
-                budget.hear(quotas[dimension], mark)
+            if dimension in stated:
+                quota.update_from_headers(stated[dimension], mark)
 
-    def gauge(self) -> Gauge:
+    def gauge(self) -> LimitStatus:
         """Return where the limits stand."""
-        budgets = {"requests": self.requests, "tokens": self.tokens}
-        spent = {name: budget.spent for name, budget in budgets.items()}
-        limits = {name: budget.limit().per_minute for name, budget in budgets.items()}
+        quotas = {"requests": self.requests, "tokens": self.tokens}
+        spent = {name: quota.spent for name, quota in quotas.items()}
+        limits = {name: quota.limit().per_minute for name, quota in quotas.items()}
         head = self._head()
         seconds, cause = (0.0, "concurrency") if head is None else self._held_up(head)
-        return Gauge(spent, limits, sum(self.waiting.values()), cause, seconds)
+        return LimitStatus(spent, limits, sum(self.waiting.values()), cause, seconds)
 
     def leave(self) -> dict[str, Any] | None:
         """Return what others have to be told in the end: nothing, where nothing is shared."""
@@ -250,11 +250,11 @@ class Gate:
         """Return mean and standard deviation of the latest answers, in tokens; empty before the first."""
         return {"mean": self.expected_output, "spread": self._variance**0.5} if self._answers else {}
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelLimits:
         """Return what a report says of this model."""
         limits = self.requests.limit(), self.tokens.limit()
         waited, output = dict(self.waited), self.output_length()
-        return Facts(str(self.model), *limits, self.lane.limit, waited, output)
+        return ModelLimits(str(self.model), *limits, self.concurrency.limit, waited, output)
 
     def pause(self, seconds: float) -> None:
         """Let nobody go for that long, as the server asked."""
@@ -264,30 +264,34 @@ class Gate:
         """Return the seconds that the server's pause still lasts, 0 where there is none."""
         return max(0.0, self._paused_until - self._clock.time())
 
-    def waiters(self, owner: Any = None) -> list[Ticket]:
-        """Return all waiting tickets, or those of one owner."""
-        queued = (ticket for lane in self._lanes for ticket in sorted(lane.queue))
+    def waiters(self, owner: Any = None) -> list[Waiter]:
+        """Return all waiting waiters, or those of one owner."""
+        queued = (waiter for concurrency in self._concurrency_limits for waiter in sorted(concurrency.queue))
         return [t for t in queued if t.state is State.WAITING and owner in (None, t.owner)]
 
-    def _head(self) -> Ticket | None:
-        if len(self._lanes) == 1:
-            return self.lane.first()
-        heads = [head for lane in self._lanes_in_use() if (head := lane.first()) is not None]
-        return min(heads, key=lambda ticket: ticket.turn, default=None)
+    def _head(self) -> Waiter | None:
+        if len(self._concurrency_limits) == 1:
+            return self.concurrency.first()
+        heads = [head for concurrency in self._limits_in_use() if (head := concurrency.first()) is not None]
+        return min(heads, key=lambda waiter: waiter.turn, default=None)
 
-    def _lanes_in_use(self) -> list[Lane]:
-        self._lanes = [lane for lane in self._lanes if lane.queue or lane is self.lane]
-        return self._lanes
+    def _limits_in_use(self) -> list[ConcurrencyLimit]:
+        self._concurrency_limits = [
+            concurrency
+            for concurrency in self._concurrency_limits
+            if concurrency.queue or concurrency is self.concurrency
+        ]
+        return self._concurrency_limits
 
-    def _ready_in(self, ticket: Ticket) -> float:
-        return self._held_up(ticket)[0]
+    def _ready_in(self, waiter: Waiter) -> float:
+        return self._held_up(waiter)[0]
 
-    def _held_up(self, ticket: Ticket) -> tuple[float, str]:
-        """Return the seconds until a ticket can go, and what it waits for."""
+    def _held_up(self, waiter: Waiter) -> tuple[float, str]:
+        """Return the seconds until a waiter can go, and what it waits for."""
         paused = self.pause_left()
         delay, cause = max(
             (self.requests.ready_in(1), "requests"),
-            (self.tokens.ready_in(ticket.tokens), "tokens"),
+            (self.tokens.ready_in(waiter.tokens), "tokens"),
         )
         return max(delay, paused), "pause" if paused else cause
 
@@ -298,33 +302,33 @@ class Gate:
             self.waited[self._cause] += (now - self._looked_at) * sum(self.waiting.values())
         self._looked_at = now
 
-    def _admit(self, ticket: Ticket) -> None:
-        ticket.marks = self.requests.charge(1), self.tokens.charge(ticket.tokens)
-        ticket.lane.in_flight += 1
-        ticket.state = State.GRANTED
-        ticket.granted_at = self._clock.time()
+    def _admit(self, waiter: Waiter) -> None:
+        waiter.marks = self.requests.charge(1), self.tokens.charge(waiter.tokens)
+        waiter.concurrency.in_flight += 1
+        waiter.state = State.GRANTED
+        waiter.granted_at = self._clock.time()
 
-    def _left(self, ticket: Ticket) -> None:
+    def _left(self, waiter: Waiter) -> None:
         self._count_waiting()
-        self.waiting[ticket.owner] -= 1
-        if not self.waiting[ticket.owner]:
-            del self.waiting[ticket.owner]
+        self.waiting[waiter.owner] -= 1
+        if not self.waiting[waiter.owner]:
+            del self.waiting[waiter.owner]
 
 
-def describe(gates: Collection[Gate]) -> dict[str, dict[str, Any]]:
-    """Return what `ClientStats` says of gates."""
+def describe(queues: Collection[ModelQueue]) -> dict[str, dict[str, Any]]:
+    """Return what `ClientStats` says of queues."""
     waited: defaultdict[str, float] = defaultdict(float)
-    for cause, seconds in itertools.chain(*(gate.waited.items() for gate in gates)):
+    for cause, seconds in itertools.chain(*(queue.waited.items() for queue in queues)):
         waited[cause] += seconds
-    models = {gate.model: gate for gate in gates if gate.model is not None}
+    models = {queue.model: queue for queue in queues if queue.model is not None}
     return {
         "wait_seconds_by": dict(waited),
-        "utilisation": {model: gate.utilisation() for model, gate in models.items()},
-        "output_length": {model: gate.output_length() for model, gate in models.items()},
+        "utilisation": {model: queue.utilisation() for model, queue in models.items()},
+        "output_length": {model: queue.output_length() for model, queue in models.items()},
     }
 
 
-class Gauge(NamedTuple):
+class LimitStatus(NamedTuple):
     """Where a model's limits stand.
 
     Attributes:

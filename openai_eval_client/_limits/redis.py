@@ -1,4 +1,4 @@
-"""The way to the shared quota: one connection and one thread for each client, whatever its event loops."""
+"""The way to the shared stated: one connection and one thread for each client, whatever its event loops."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def script() -> str:
     return constants + Path(__file__).with_name("shared.lua").read_text("utf-8")
 
 
-class RedisLink:
-    """Asks and tells the shared quotas of one account.
+class RedisBackend:
+    """Asks and tells the shared stated of one account.
 
     Args:
         config: Where they are kept, and under what namespace.
@@ -112,7 +112,7 @@ class RedisLink:
     def _exchange(self, model: str, told: dict[str, Any]) -> Sequence[float] | Exception:
         try:
             reply = self._run(self._keys(model), json.dumps({**told, "worker": self._worker}))
-        except Exception as error:  # noqa: BLE001  # of a cluster, not even RedisError; a gate waits for a word
+        except Exception as error:  # noqa: BLE001  # of a cluster, not even RedisError; a queue waits for a word
             self._note(error)
             return self._unusable(error)
         self._note(None)
@@ -124,18 +124,18 @@ class RedisLink:
         except redis.ResponseError as error:
             if not isinstance(error, redis.exceptions.MovedError) and not str(error).startswith("MOVED"):
                 raise
-            # it is one node of a cluster, which keeps each quota whole
+            # it is one node of a cluster, which keeps each stated whole
             self._client = self._connected(redis.RedisCluster)
             reply = self._script(keys, [told])
         return [float(number) for number in reply]
 
     def _keys(self, model: str) -> list[str]:
-        """Return the two keys of a model's quota, which a cluster keeps in one place."""
+        """Return the two keys of a model's stated, which a cluster keeps in one place."""
         digest = hashlib.sha256("\0".join([*self._account, model]).encode()).hexdigest()[:32]
-        return [f"{{{self._namespace}:{digest}}}:{part}" for part in ("quota", "workers")]
+        return [f"{{{self._namespace}:{digest}}}:{part}" for part in ("stated", "workers")]
 
     def _note(self, error: Exception | None) -> None:
-        """Log once that the shared quota is gone, and once that it is back."""
+        """Log once that the shared stated is gone, and once that it is back."""
         if error is not None and self.workers and not self._down:
             where, share = without_password(self._url), self.workers
             warn(_GONE, where, self._said(error), share, event="redis_lost", workers=share)

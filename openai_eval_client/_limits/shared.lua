@@ -6,7 +6,7 @@
 -- from `free` and `rate`, which the reply holds: nobody asks twice, and what changes them moves all places.
 --
 -- KEYS: the state; the workers and when each was heard of last.
--- ARGV: what the worker asks and tells, in JSON (_shared.py, _news.py). The constants come from _redis.py.
+-- ARGV: what the worker asks and tells, in JSON (_shared.py, _pending.py). The constants come from _redis.py.
 
 local told = cjson.decode(ARGV[1])
 

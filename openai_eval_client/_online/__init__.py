@@ -2,6 +2,6 @@
 
 from openai_eval_client._online.caller import Caller
 from openai_eval_client._online.estimate import estimate
-from openai_eval_client._online.pool import Crew, answered, attach, collect, handed_out, start_pool
+from openai_eval_client._online.pool import WorkerPool, answered, attach, collect, handed_out, pool_for
 
-__all__ = ["Caller", "Crew", "answered", "attach", "collect", "estimate", "handed_out", "start_pool"]
+__all__ = ["Caller", "WorkerPool", "answered", "attach", "collect", "estimate", "handed_out", "pool_for"]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._sdk import Refusals, retrying, typed
+from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._wire import (
     PATHS,
     Demand,
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
     from decimal import Decimal
 
-    from openai_eval_client._account import Governor
+    from openai_eval_client._account import Account
     from openai_eval_client._cache import Cache
-    from openai_eval_client._cost import Pricer, Purse
-    from openai_eval_client._limits import Lane
+    from openai_eval_client._cost import CostBudget, Pricer
+    from openai_eval_client._limits import ConcurrencyLimit
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import OpenAIConfig
@@ -57,8 +57,8 @@ class _Job:
         parameters: What is asked.
         body: The request's body, as first asked for.
         sent: The body of the latest attempt: without what the model is known to refuse.
-        lane: The concurrency bound it runs under; None: the model's.
-        purse: What it is paid from besides the client's purse; None: nothing.
+        concurrency: The concurrency bound it runs under; None: the model's.
+        budget: What it is paid from besides the client's budget; None: nothing.
         sending: Entered for as long as a request is in flight.
         keep: Keeps the answer, before the request ceases to be in flight.
         input_tokens: What its input counts.
@@ -69,8 +69,8 @@ class _Job:
     parameters: Parameters
     body: dict[str, Any]
     sent: dict[str, Any]
-    lane: Lane | None
-    purse: Purse | None
+    concurrency: ConcurrencyLimit | None
+    budget: CostBudget | None
     sending: Callable[[], contextlib.AbstractContextManager[None]]
     keep: Callable[[ModelResponse], Awaitable[None]] | None = None
     input_tokens: int = 0
@@ -84,7 +84,7 @@ class Caller:
     Args:
         config: Where the API is, and how often to retry.
         sdk: An SDK client whose HTTP client is not governed and that does not retry.
-        governor: Admits every attempt.
+        account: Admits every attempt.
         counter: Counts the tokens of the input.
         pricer: Knows the prices.
         cache: Answers what was answered before; None: everything is sent.
@@ -94,7 +94,7 @@ class Caller:
         self,
         config: OpenAIConfig,
         sdk: openai.AsyncOpenAI,
-        governor: Governor,
+        account: Account,
         counter: TokenCounter,
         pricer: Pricer,
         *,
@@ -102,19 +102,19 @@ class Caller:
     ) -> None:
         self._key = config.api_key
         self._sdk = sdk
-        self._governor = governor
+        self._account = account
         self._counter = counter
         self._pricer = pricer
         self._cache = cache
         self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
         self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
         self._name, self._count = uuid.uuid4(), itertools.count()
-        self.refusals = Refusals()
+        self.unsupported = UnsupportedParameters()
         self._retrying = retrying(
             self._again,
             max_retries=config.max_retries,
-            max_wait=governor.config.max_wait,
-            on_retry=governor.recorder.retry,
+            max_wait=account.config.max_wait,
+            on_retry=account.recorder.retry,
             model_of=_model_of,
         )
 
@@ -123,8 +123,8 @@ class Caller:
         prompt: str | Sequence[Any],
         parameters: Parameters,
         *,
-        lane: Lane | None = None,
-        purse: Purse | None = None,
+        concurrency: ConcurrencyLimit | None = None,
+        budget: CostBudget | None = None,
         sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Awaitable[ModelResponse]:
         """Answer one prompt.
@@ -132,8 +132,8 @@ class Caller:
         Args:
             prompt: The prompt, checked.
             parameters: What is asked, checked.
-            lane: A concurrency bound of the caller's own, instead of the model's.
-            purse: The caller's own, from which it is paid besides the client's.
+            concurrency: A concurrency bound of the caller's own, instead of the model's.
+            budget: The caller's own, from which it is paid besides the client's.
             sending: Entered for as long as a request is in flight.
 
         Returns:
@@ -147,7 +147,7 @@ class Caller:
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
-        job = _Job(parameters, body, body, lane, purse, sending)
+        job = _Job(parameters, body, body, concurrency, budget, sending)
         if self._cache is None:
             return self._answer(job)
         return self._cache.answer(body, parameters, functools.partial(self._answer, job))
@@ -158,12 +158,12 @@ class Caller:
         keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
-        governor, counter, body = self._governor, self._counter, job.body
+        account, counter, body = self._account, self._counter, job.body
         try:
             job.input_tokens = await counter.count_input(body)
             path = PATHS[job.parameters.api]
-            job.most_cost = await governor.payments.most(body, path, counter, job.purse)
-            job.turn, job.keep = governor.next_turn(), keep
+            job.most_cost = await account.payments.most(body, path, counter, job.budget)
+            job.turn, job.keep = account.next_turn(), keep
             failures = None
             try:
                 response: ModelResponse = await self._send(job)
@@ -174,9 +174,9 @@ class Caller:
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIError):
                 forget_key(error, self._key)
-            governor.recorder.failed(body["model"], error)
+            account.recorder.failed(body["model"], error)
             raise
-        governor.recorder.answered()
+        account.recorder.answered()
         return response
 
     async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:
@@ -194,15 +194,17 @@ class Caller:
                 raise failures.pop()
             return await self._send(job)
         except openai.BadRequestError as error:
-            if not self.refusals.learn(error, job.sent):
+            if not self.unsupported.learn(error, job.sent):
                 raise
         return await self._again(job, failures)
 
     async def _send(self, job: _Job) -> ModelResponse:
         """Send once."""
-        body = job.sent = self.refusals.adapted(job.body)
+        body = job.sent = self.unsupported.adapted(job.body)
         demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
-        admission = await self._governor.admit(demand, lane=job.lane, turn=job.turn, purse=job.purse)
+        permit = await self._account.admit(
+            demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget
+        )
         started, outcome = time.perf_counter(), _NOT_SENT
         try:
             with job.sending():
@@ -241,7 +243,7 @@ class Caller:
             outcome = Outcome(sent=not was_never_sent(error))
             raise
         finally:
-            admission.settle(outcome)
+            permit.settle(outcome)
         if not usage.estimated:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
         return response
@@ -265,7 +267,7 @@ class Caller:
         options: Any = {"timeout": None, "max_retries": 0, "idempotency_key": unique, **given}
         url = self._urls[parameters.api]
         call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
-        return typed(call, seconds=parameters.timeout, url=url)
+        return call_sdk(call, seconds=parameters.timeout, url=url)
 
     def _price(self, response: ModelResponse, usage: Usage) -> None:
         """Price an answer for its reader; the ledger prices every attempt that was billed."""

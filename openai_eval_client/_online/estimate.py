@@ -11,8 +11,8 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._cost import exact
-from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, Gate
-from openai_eval_client._online.pool import each
+from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, ModelQueue
+from openai_eval_client._online.pool import iterate
 from openai_eval_client._report import report
 from openai_eval_client._wire import Usage, check_prompt, max_output
 from openai_eval_client.models import CostEstimate
@@ -20,7 +20,7 @@ from openai_eval_client.models import CostEstimate
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 
-    from openai_eval_client._account import Governor
+    from openai_eval_client._account import Account
     from openai_eval_client._cost import Rates
     from openai_eval_client._report import Progress
     from openai_eval_client._tokens import TokenCounter
@@ -38,7 +38,7 @@ async def estimate(
     parameters: Parameters,
     *,
     counter: TokenCounter,
-    governor: Governor,
+    account: Account,
     progress: Progress | None,
 ) -> CostEstimate:
     """Estimate what prompts would need.
@@ -47,7 +47,7 @@ async def estimate(
         prompts: The prompts, taken on the event loop and counted in a thread, a few hundred at a time.
         parameters: What all of them share.
         counter: Counts their tokens.
-        governor: Knows the limits, the prices, and how long answers were so far.
+        account: Knows the limits, the prices, and how long answers were so far.
         progress: Called with the counted fraction where the number of prompts is known, and with 1.0.
 
     Returns:
@@ -63,7 +63,7 @@ async def estimate(
             sizes.update(await _count_all(chunk, sizes.total(), parameters, counter))
             if sizes.total() < total:
                 await report(progress, sizes.total() / total)
-    estimated = await asyncio.to_thread(_priced, sizes, parameters, governor)
+    estimated = await asyncio.to_thread(_priced, sizes, parameters, account)
     await report(progress, 1.0)
     return estimated
 
@@ -72,7 +72,7 @@ async def _chunks(prompts: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator
     """Yield the prompts, a few at a time."""
     chunk: list[Any] = []
     began = time.perf_counter()
-    async with contextlib.aclosing(each(prompts)) as source:
+    async with contextlib.aclosing(iterate(prompts)) as source:
         async for prompt in source:
             chunk.append(prompt)
             if len(chunk) == _CHUNK or time.perf_counter() - began > _TAKING:
@@ -116,15 +116,15 @@ def _count_some(
     return counts
 
 
-def _priced(sizes: Counter[int], parameters: Parameters, governor: Governor) -> CostEstimate:
+def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> CostEstimate:
     """Return the estimate for so many prompts of each size."""
     requests, most = sizes.total(), max_output(parameters.body)
     prompt_tokens = sum(size * count for size, count in sizes.items())
-    mean = governor.output_length(parameters.model).get("mean")
+    mean = account.output_length(parameters.model).get("mean")
     mean = mean if mean is None or most is None else min(mean, most)
     reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
-    online = _costs(sizes, (0, mean, most), parameters, governor, batch=False)
-    batch = _costs(sizes, (0, mean, most), parameters, governor, batch=True)
+    online = _costs(sizes, (0, mean, most), parameters, account, batch=False)
+    batch = _costs(sizes, (0, mean, most), parameters, account, batch=True)
     return CostEstimate(
         model=parameters.model,
         requests=requests,
@@ -135,7 +135,7 @@ def _priced(sizes: Counter[int], parameters: Parameters, governor: Governor) -> 
         **dict(zip(("cost_low", "cost_expected", "cost_high"), online, strict=True)),
         **dict(zip(("batch_cost_low", "batch_cost_expected", "batch_cost_high"), batch, strict=True)),
         unpriced=requests if online[0] is None else 0,
-        minutes=minutes(governor.config, requests, prompt_tokens + requests * reserved),
+        minutes=minutes(account.config, requests, prompt_tokens + requests * reserved),
     )
 
 
@@ -143,12 +143,12 @@ def _costs(
     sizes: Counter[int],
     outputs: Iterable[float | None],
     parameters: Parameters,
-    governor: Governor,
+    account: Account,
     *,
     batch: bool,
 ) -> list[float | None]:
     """Return USD if each answer takes that many tokens; None where those or their price are not known."""
-    pricer, tier = governor.ledger.pricer_for(None), parameters.body.get("service_tier")
+    pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
     pricer.load()
     tier = tier if isinstance(tier, str) else None
     rates = pricer.rates(parameters.model, batch=batch, service_tier=tier, at=time.time())
@@ -186,7 +186,7 @@ def minutes(limits: RateLimitConfig, requests: int, tokens: float) -> float | No
     """
     if limits.requests_per_minute is None and limits.tokens_per_minute is None:
         return None
-    gate = Gate("", limits.model_copy(update={"adaptive_throttling": False}), _Still())
-    gate.requests.charge(requests)
-    gate.tokens.charge(tokens)
-    return max(gate.requests.ready_in(0), gate.tokens.ready_in(0)) / MINUTE  # until the debt is paid
+    queue = ModelQueue("", limits.model_copy(update={"adaptive_throttling": False}), _Still())
+    queue.requests.charge(requests)
+    queue.tokens.charge(tokens)
+    return max(queue.requests.ready_in(0), queue.tokens.ready_in(0)) / MINUTE  # until the debt is paid

@@ -9,16 +9,16 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from openai_eval_client._limits import Lane
+from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._report import report
 from openai_eval_client._validation import check_count
-from openai_eval_client._wire import check_prompt, is_doom
+from openai_eval_client._wire import check_prompt, is_fatal
 from openai_eval_client.errors import PartialFailureError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 
-    from openai_eval_client._cost import Purse
+    from openai_eval_client._cost import CostBudget
     from openai_eval_client._report import Display, Progress
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import RateLimitConfig
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _LONG = 0.002  # seconds; whoever takes items for longer lets others go in between
 
 
-class Crew:
+class WorkerPool:
     """The items of one run that are at work, some of them with a request in flight.
 
     A worker whose item is answered goes on with the next one in the same turn of the event loop: what the one
@@ -43,7 +43,7 @@ class Crew:
         slots: Requests that are to be in flight at once, so many items are at work; more where some of them
             wait for something else, such as another attempt. The limits bound what is sent, not these.
         width: Items taken and not yet consumed, at most.
-        is_doom: Whether an error would meet every other item, too; called with it, and with whether any item
+        is_fatal: Whether an error would meet every other item, too; called with it, and with whether any item
             was answered so far.
     """
 
@@ -53,11 +53,11 @@ class Crew:
         *,
         slots: int,
         width: int,
-        is_doom: Callable[[Exception, bool], bool],
+        is_fatal: Callable[[Exception, bool], bool],
     ) -> None:
         self.error: BaseException | None = None
         self._work = work
-        self._is_doom = is_doom
+        self._is_fatal = is_fatal
         self._slots = slots
         self._workers = 0
         self._ready: deque[tuple[int, Any]] = deque()
@@ -113,7 +113,7 @@ class Crew:
         if not self._stopped:
             self._stop(None)
 
-    def sending(self) -> Crew:
+    def sending(self) -> WorkerPool:
         """Return what says that the running item has a request in flight: until its outcome is out."""
         return self
 
@@ -131,7 +131,7 @@ class Crew:
         self._sending.discard(task)
         if isinstance(error, Exception):
             self._waiting.add(task)
-            asyncio.get_running_loop().call_soon(self._staff)  # unless this one goes on itself
+            asyncio.get_running_loop().call_soon(self._start_worker)  # unless this one goes on itself
         if self._stopped and task is not None:
             task.cancel()  # no further attempt
 
@@ -160,7 +160,7 @@ class Crew:
 
     async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
         try:
-            async with contextlib.aclosing(each(items)) as source:
+            async with contextlib.aclosing(iterate(items)) as source:
                 await self._take_from(source)
         except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
             self.error = error if self.error is None else self.error
@@ -175,12 +175,12 @@ class Crew:
             except StopAsyncIteration:
                 return
             self._ready.append((index, item))
-            if self._staff() or loop.time() - began > _LONG:
+            if self._start_worker() or loop.time() - began > _LONG:
                 if not self._room.locked():  # else there is a wait anyway
                     await asyncio.sleep(0)  # items may be slow to make, and others can go
                 began = loop.time()
 
-    def _staff(self) -> bool:
+    def _start_worker(self) -> bool:
         """Start a worker for what is ready, if there may be a slot for it; return whether one was."""
         if not self._ready or (self._surplus >= 0 and len(self._sending) >= self._slots):
             return False
@@ -206,7 +206,7 @@ class Crew:
             outcome = await self._work(index, item, sending=self.sending)
         except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
             self._outcomes.put_nowait((index, error))
-            if self._is_doom(error, self._answered):
+            if self._is_fatal(error, self._answered):
                 self._stop(error)
         else:
             self._answered = True
@@ -218,7 +218,7 @@ class Crew:
         self._waiting.discard(task)
 
 
-async def each(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
     """Yield from an iterable of either kind; an async generator is closed in the end, as nobody else may."""
     if not isinstance(items, AsyncIterable):
         for item in items:
@@ -238,46 +238,46 @@ E = TypeVar("E", bound=BaseException)
 _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
 
 
-def start_pool(
+def pool_for(
     call: Callable[..., Awaitable[ModelResponse]],
     parameters: Parameters,
     limits: RateLimitConfig,
     max_concurrent: int | None,
-    purse: Purse | None,
-) -> Crew:
-    """Return the crew that answers prompts.
+    budget: CostBudget | None,
+) -> WorkerPool:
+    """Return the pool that answers prompts.
 
     Args:
         call: Answers one.
         parameters: What all of them share.
         limits: The client's limits.
         max_concurrent: Requests in flight at once; None: what the limits say.
-        purse: What they are paid from besides the client's purse.
+        budget: What they are paid from besides the client's budget.
 
     Returns:
-        The crew, for one run.
+        The pool, for one run.
 
     Raises:
         ValidationError: `max_concurrent` is no count.
     """
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
-    lane = Lane(max_concurrent) if max_concurrent else None
+    concurrency = ConcurrencyLimit(max_concurrent) if max_concurrent else None
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         check_prompt(prompt, index)
-        return call(prompt, parameters, lane=lane, purse=purse, sending=sending)
+        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending)
 
-    def dooms(error: Exception, answered: bool) -> bool:
-        return is_doom(error, limits.max_wait, answered=answered)
+    def fatal(error: Exception, answered: bool) -> bool:
+        return is_fatal(error, limits.max_wait, answered=answered)
 
     in_flight = max_concurrent or limits.max_concurrent
     width = in_flight + min(in_flight, _READ_AHEAD)
-    return Crew(answer, slots=in_flight, width=width, is_doom=dooms)
+    return WorkerPool(answer, slots=in_flight, width=width, is_fatal=fatal)
 
 
 async def collect(
-    crew: Crew,
+    pool: WorkerPool,
     prompts: Sequence[Any],
     *,
     progress: Progress | None,
@@ -287,7 +287,7 @@ async def collect(
     """Answer all prompts and return the responses in input order.
 
     Args:
-        crew: Answers them.
+        pool: Answers them.
         prompts: The prompts.
         progress: Called with the finished fraction after each.
         display: Shows how far it is; None: nothing does.
@@ -298,24 +298,24 @@ async def collect(
 
     Raises:
         PartialFailureError: Some failed, and `return_exceptions` is False.
-        openai.APIError: An error that dooms all prompts alike; `.responses` holds what was answered.
+        openai.APIError: An error that fatal all prompts alike; `.responses` holds what was answered.
         asyncio.CancelledError: The run was cancelled; it too has `.responses`.
     """
     outcomes: list[Any] = [None] * len(prompts)
     if not prompts:
         await report(progress, 1.0)
     try:
-        async with contextlib.aclosing(crew.run(prompts)) as stream:
+        async with contextlib.aclosing(pool.run(prompts)) as stream:
             done = 0
             async for index, outcome in stream:
                 outcomes[index] = outcome
                 done += 1
                 if display is not None:
                     display.count(outcome)
-                if crew.error is None:
+                if pool.error is None:
                     await report(progress, done / len(prompts))
     except (Exception, asyncio.CancelledError) as error:
-        for index, outcome in crew.unclaimed():
+        for index, outcome in pool.unclaimed():
             outcomes[index] = outcome
         attach(error, answered(outcomes))
         raise

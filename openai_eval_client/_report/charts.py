@@ -13,8 +13,8 @@ from openai_eval_client._stats import Histogram
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from openai_eval_client._limits import Facts, Limit
-    from openai_eval_client._stats import History, Story, Track
+    from openai_eval_client._limits import Limit, ModelLimits
+    from openai_eval_client._stats import History, ModelTimeline, ReportData
     from openai_eval_client.models import ClientStats
 
 
@@ -264,7 +264,7 @@ def _columns(of: Timeline, top: float) -> Iterator[str]:
 
 
 def _peaks(of: Timeline, top: float) -> Iterator[str]:
-    """Mark the columns that are higher than the picture; the highest says how high."""
+    """Sent the columns that are higher than the picture; the highest says how high."""
     sums = of.sums
     for number, total in enumerate(sums):
         if total > top:
@@ -283,7 +283,7 @@ def _steps(of: Timeline, layer: Layer, top: float) -> Iterator[str]:
 
 
 def _limit_marks(limits: Mapping[str, float], top: float) -> Iterator[str]:
-    """Mark each limit with a line; labels stand above the highest, and below others where there is room."""
+    """Sent each limit with a line; labels stand above the highest, and below others where there is room."""
     for number, (label, value) in enumerate(sorted(limits.items(), key=lambda pair: -pair[1])):
         y = y_of(value / top)
         below = number > 0 and y + 2 * _LINE < BOTTOM
@@ -298,7 +298,7 @@ def _far(labels: Iterable[str]) -> Iterator[str]:
 
 
 def _breaks(of: Timeline) -> Iterator[str]:
-    """Mark where time is left out; where that is often, how much is told by the pointer alone."""
+    """Sent where time is left out; where that is often, how much is told by the pointer alone."""
     for at, left_out in of.breaks.items():
         x = x_of(at / of.seconds)
         said = escape(f"{duration(left_out)} in which nothing happened are left out here")
@@ -438,7 +438,7 @@ class _Axis:
         return over_time(of)
 
 
-def pictures(stats: ClientStats, story: Story, facts: Sequence[Facts]) -> Iterator[Markup]:
+def pictures(stats: ClientStats, story: ReportData, facts: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the sections that are pictures."""
     if story.history.tracks:
         axis = _Axis.of(story.history)
@@ -459,7 +459,7 @@ def latency(classes: Mapping[int, int], marks: Mapping[str, float], what: str) -
     return figure("How long answers took", drawn, {"time": f"{what}; the axis of time is logarithmic"})
 
 
-def _limits(axis: _Axis, facts: Sequence[Facts]) -> Iterator[Markup]:
+def _limits(axis: _Axis, facts: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the pictures of the models that spent most, against their limits."""
     tracks, known = axis.history.tracks, {each.model: each for each in facts}
     largest = sorted(known.keys() & tracks.keys(), key=lambda model: (-sum(tracks[model].reserved), model))
@@ -474,7 +474,7 @@ def _limits(axis: _Axis, facts: Sequence[Facts]) -> Iterator[Markup]:
         yield section("Requests and tokens against their limits", figures(drawn), note=note)
 
 
-def _requests(axis: _Axis, track: Track, facts: Facts) -> Markup:
+def _requests(axis: _Axis, track: ModelTimeline, facts: ModelLimits) -> Markup:
     layers = [Layer("sent", "admitted", axis.rates(track.admitted))]
     title = f"requests per {axis.per}"
     limits = _named(facts.requests, axis)
@@ -482,7 +482,7 @@ def _requests(axis: _Axis, track: Track, facts: Facts) -> Markup:
     return figure(Markup(f"{name(facts.model)}: {title}"), drawn, {"admitted": "sent"})
 
 
-def _tokens(axis: _Axis, track: Track, facts: Facts) -> Markup:
+def _tokens(axis: _Axis, track: ModelTimeline, facts: ModelLimits) -> Markup:
     layers = [Layer("reserved", "reserved", axis.rates(track.reserved))]
     line = Layer("used", "used", axis.rates(track.used))
     title, limits = f"tokens per {axis.per}", _named(facts.tokens, axis)
@@ -501,7 +501,7 @@ def _named(limit: Limit, axis: _Axis) -> dict[str, float]:
     }
 
 
-def _flight(axis: _Axis, facts: Sequence[Facts]) -> Iterator[Markup]:
+def _flight(axis: _Axis, facts: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return how many were in flight, and which attempts brought nothing."""
     means, bound = axis.means(axis.history.in_flight), [each.max_concurrent for each in facts]
     limits = {f"max_concurrent {bound[0]:g}": bound[0]} if len(bound) == 1 and max(means) <= bound[0] else {}
@@ -535,7 +535,7 @@ def _swatch(style: str, label: str) -> Markup:
     return Markup(f'<span class="swatch {style}"></span>{escape(label)}')
 
 
-def _latencies(stats: ClientStats, story: Story) -> Iterator[Markup]:
+def _latencies(stats: ClientStats, story: ReportData) -> Iterator[Markup]:
     known = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
     marks = {label: value for label, value in known.items() if value is not None}
     if story.latency:

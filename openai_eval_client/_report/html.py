@@ -172,11 +172,11 @@ def job_table(of: BatchJobStatus) -> Markup:
 @as_html.register(CostLedger)
 def bill_table(of: CostLedger) -> Markup:
     """Return a bill, row by row."""
-    head = ("model", "road", "tier", "calls", "input", "cached", "output", "unpriced", "cost")
+    head = ("model", "channel", "tier", "calls", "input", "cached", "output", "unpriced", "cost")
     rows = [
         (
             name(row.model),
-            row.road,
+            row.channel,
             row.service_tier,
             count(row.calls),
             count(row.input_tokens),

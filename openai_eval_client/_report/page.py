@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path  # typer reads the annotations
 
-    from openai_eval_client._account import Governor
-    from openai_eval_client._limits import Facts, Limit
-    from openai_eval_client._stats import Failure, History, Story, Track
+    from openai_eval_client._account import Account
+    from openai_eval_client._limits import Limit, ModelLimits
+    from openai_eval_client._stats import Failure, History, ModelTimeline, ReportData
     from openai_eval_client.models import ClientStats, CostLedger, ModelCost
 
 
@@ -101,7 +101,7 @@ _FIELDS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Bottleneck:
     """What bound a run.
 
     Attributes:
@@ -115,7 +115,7 @@ class Verdict:
     advice: tuple[str, ...] = ()
 
 
-def shares(facts: Facts, track: Track, breaks: Mapping[int, float]) -> dict[str, float]:
+def shares(facts: ModelLimits, track: ModelTimeline, breaks: Mapping[int, float]) -> dict[str, float]:
     """Return the share of each limit that was used, from a model's first request to its last.
 
     What a full bucket admitted at once is part of the limit, as in `ClientStats.utilisation`, and so is what
@@ -132,11 +132,11 @@ def shares(facts: Facts, track: Track, breaks: Mapping[int, float]) -> dict[str,
     return used
 
 
-def verdict(stats: ClientStats, facts: Sequence[Facts], history: History) -> Verdict:
+def bottleneck(stats: ClientStats, facts: Sequence[ModelLimits], history: History) -> Bottleneck:
     """Return what bound a run, as far as the client can know."""
     if not stats.attempts:
         cached = "all answers came from the cache" if stats.cache_hits else "nothing was sent"
-        return Verdict("nothing", cached)
+        return Bottleneck("nothing", cached)
     waited = sum(sum(each.waited.values()) for each in facts)
     whole = waited + stats.server_seconds + stats.retry_seconds
     if stats.retry_seconds > _MUCH * whole and stats.retry_seconds > waited:
@@ -157,15 +157,15 @@ def verdict(stats: ClientStats, facts: Sequence[Facts], history: History) -> Ver
     return _limited(cause, one, track, history)
 
 
-def _limited(cause: str, facts: Facts, track: Track, history: History) -> Verdict:
-    """Return the verdict on a run that waited for requests or tokens per minute, or whatever else it was."""
+def _limited(cause: str, facts: ModelLimits, track: ModelTimeline, history: History) -> Bottleneck:
+    """Return the bottleneck of a run that waited for requests or tokens per minute, or for anything else."""
     if cause not in _FIELDS:
-        return Verdict(cause, f"held up by {cause} ({facts.model})")
+        return Bottleneck(cause, f"held up by {cause} ({facts.model})")
     limit = facts.requests if cause == "requests" else facts.tokens
     share = shares(facts, track, history.breaks).get(cause)
     where = f"{cause} per minute ({facts.model})"
     if share is None:
-        return Verdict(cause, f"bound by {where}", tuple(_ways_out(cause, facts, track)))
+        return Bottleneck(cause, f"bound by {where}", tuple(_ways_out(cause, facts, track)))
     if share < _FULL:
         seconds = track.last - track.first
         text = (
@@ -174,9 +174,11 @@ def _limited(cause: str, facts: Facts, track: Track, history: History) -> Verdic
             else "Requests waited although the limit was not used up on the whole: they came in bursts, or "
             "the server had less left than its limit says, as it does where others spend the same quota."
         )
-        return Verdict(cause, f"paced by {where}: {percent(share)} used", (text, *_corrections(cause, limit)))
+        return Bottleneck(
+            cause, f"paced by {where}: {percent(share)} used", (text, *_corrections(cause, limit))
+        )
     advice = (*_corrections(cause, limit), *_ways_out(cause, facts, track))
-    return Verdict(cause, f"bound by {where}: {percent(share)} used", advice)
+    return Bottleneck(cause, f"bound by {where}: {percent(share)} used", advice)
 
 
 def _corrections(cause: str, limit: Limit) -> Iterator[str]:
@@ -197,7 +199,7 @@ def _corrections(cause: str, limit: Limit) -> Iterator[str]:
         )
 
 
-def _ways_out(cause: str, facts: Facts, track: Track) -> Iterator[str]:
+def _ways_out(cause: str, facts: ModelLimits, track: ModelTimeline) -> Iterator[str]:
     requests = sum(track.admitted)
     reserved, used = sum(track.reserved) / max(requests, 1), sum(track.used) / max(requests, 1)
     length = facts.output_length
@@ -218,8 +220,8 @@ def _ways_out(cause: str, facts: Facts, track: Track) -> Iterator[str]:
     )
 
 
-def _concurrency(facts: Facts, track: Track, history: History) -> Verdict:
-    """Return the verdict on a run that could have had more requests in flight."""
+def _concurrency(facts: ModelLimits, track: ModelTimeline, history: History) -> Bottleneck:
+    """Return the bottleneck on a run that could have had more requests in flight."""
     used = shares(facts, track, history.breaks)
     level = "".join(f", {percent(share)} of its {each} per minute used" for each, share in used.items())
     headline = f"bound by max_concurrent ({facts.model}){level}"
@@ -240,15 +242,15 @@ def _concurrency(facts: Facts, track: Track, history: History) -> Verdict:
         )
     else:
         text = "The limits on requests and tokens are nearly used up, too: more in flight would gain little."
-    return Verdict("concurrency", headline, (text,))
+    return Bottleneck("concurrency", headline, (text,))
 
 
-def _latency(track: Track) -> float:
+def _latency(track: ModelTimeline) -> float:
     """Return the mean seconds of an attempt."""
     return track.seconds / max(sum(track.admitted), 1.0)
 
 
-def _enough_in_flight(facts: Facts, track: Track) -> int | None:
+def _enough_in_flight(facts: ModelLimits, track: ModelTimeline) -> int | None:
     """Return how many in flight use the limits up: rate x latency (Little's law); None without a limit."""
     limits = facts.requests.per_minute, facts.tokens.per_minute
     costs = 1.0, sum(track.reserved) / max(sum(track.admitted), 1.0)
@@ -256,8 +258,8 @@ def _enough_in_flight(facts: Facts, track: Track) -> int | None:
     return math.ceil(min(rates) * _latency(track)) if rates else None
 
 
-def _paused(stats: ClientStats, facts: Facts) -> Verdict:
-    """Return the verdict on a run that the server refused again and again."""
+def _paused(stats: ClientStats, facts: ModelLimits) -> Bottleneck:
+    """Return the bottleneck on a run that the server refused again and again."""
     where = max(stats.rate_limited_by.items(), key=lambda pair: pair[1], default=("unknown", 0))[0]
     named = f", mostly for {where}" if where != "unknown" else ""
     share = (
@@ -265,24 +267,24 @@ def _paused(stats: ClientStats, facts: Facts) -> Verdict:
         "else lower the configured limits to the part of it that is this program's."
     )
     advice = [*_corrections("requests", facts.requests), *_corrections("tokens", facts.tokens), share]
-    headline = f"held up by the server's refusals: {count(stats.rate_limited)} times 429{named}"
-    return Verdict("pause", headline, tuple(advice))
+    headline = f"held up by the server's unsupported: {count(stats.rate_limited)} times 429{named}"
+    return Bottleneck("pause", headline, tuple(advice))
 
 
-def _failing(stats: ClientStats) -> Verdict:
+def _failing(stats: ClientStats) -> Bottleneck:
     text = "The table of failures names what came back. A lower max_retries gives up earlier."
-    return Verdict("retries", f"slowed by {count(stats.retries)} retries after failed attempts", (text,))
+    return Bottleneck("retries", f"slowed by {count(stats.retries)} retries after failed attempts", (text,))
 
 
-def _server(stats: ClientStats, history: History) -> Verdict:
-    """Return the verdict on a run that nothing of ours held up."""
+def _server(stats: ClientStats, history: History) -> Bottleneck:
+    """Return the bottleneck on a run that nothing of ours held up."""
     most = max(history.in_flight[: history.bins], default=0.0)
     latency = duration(stats.server_seconds / stats.attempts)
     text = (
         f"No request waited for a limit: each took {latency} at the server, at most {most:.1f} at a time. "
         "To go faster, ask for more at once: batch_generate instead of one prompt after the other."
     )
-    return Verdict("server", "bound by the time the server takes", (text,) if stats.requests > 1 else ())
+    return Bottleneck("server", "bound by the time the server takes", (text,) if stats.requests > 1 else ())
 
 
 _COLUMNS = 80  # of a picture over time
@@ -290,16 +292,16 @@ _DRAWN = 6  # models that have pictures of their own
 _ROWS = 40  # of a table
 
 
-def write_report(path: str | os.PathLike[str], governor: Governor, base_url: str, title: str | None) -> Path:
+def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
     """Write the report of a client, and return its path."""
-    stats, story, facts = governor.stats, governor.recorder.story(), governor.facts
+    stats, story, facts = account.stats, account.recorder.story(), account.facts
     return write_page(path, client_page(stats, story, facts, base_url=base_url, title=title))
 
 
 def client_page(
     stats: ClientStats,
-    story: Story,
-    facts: Sequence[Facts],
+    story: ReportData,
+    facts: Sequence[ModelLimits],
     *,
     base_url: str,
     title: str | None,
@@ -313,7 +315,7 @@ def client_page(
         base_url: The API's address, of which the host is shown.
         title: The heading; None: "Run report".
     """
-    history, said = story.history, verdict(stats, facts, story.history)
+    history, said = story.history, bottleneck(stats, facts, story.history)
     began = "" if history.began_at is None else f", first request {clock(history.began_at)}"
     return html_page(
         title or "Run report",
@@ -323,7 +325,7 @@ def client_page(
     )
 
 
-def summary(stats: ClientStats, history: History, said: Verdict) -> str:
+def summary(stats: ClientStats, history: History, said: Bottleneck) -> str:
     """Return all of it in a line."""
     cached = f" ({count(stats.cache_hits)} from the cache)" if stats.cache_hits else ""
     whole = (
@@ -344,10 +346,12 @@ def bill(cost: CostLedger) -> str:
     return f"{dollars(cost.total)}{f' and {count(cost.unpriced)} unpriced' if cost.unpriced else ''}"
 
 
-def _sections(stats: ClientStats, story: Story, facts: Sequence[Facts], said: Verdict) -> Iterator[str]:
+def _sections(
+    stats: ClientStats, story: ReportData, facts: Sequence[ModelLimits], said: Bottleneck
+) -> Iterator[str]:
     advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in said.advice)
     content = f"<b>{escape(_sentence(said.headline))}</b>{f'<ul>{advice}</ul>' if advice else ''}"
-    yield f'<div class="card verdict">{content}</div>'
+    yield f'<div class="card bottleneck">{content}</div>'
     yield _tiles(stats, story.history)
     yield from pictures(stats, story, facts)
     if stats.cost.rows:
@@ -379,7 +383,7 @@ def _tiles(stats: ClientStats, history: History) -> Markup:
 def _costs(cost: CostLedger) -> Markup:
     rows = sorted(cost.rows, key=lambda row: (-(row.cost or 0), -row.calls))
     most = max((float(row.cost or 0) for row in rows), default=0.0)
-    head = ("model", "road", "tier", "calls", "tokens in", "cached", "tokens out", "USD")
+    head = ("model", "channel", "tier", "calls", "tokens in", "cached", "tokens out", "USD")
     return table(head, [_cost_row(row, most) for row in rows[:_ROWS]], texts=3)
 
 
@@ -387,7 +391,7 @@ def _cost_row(row: ModelCost, most: float) -> tuple[object, ...]:
     counts = map(count, (row.calls, row.input_tokens, row.cached_tokens, row.output_tokens))
     shown = dollars(row.cost)
     share = float(row.cost or 0) / most if most else 0.0
-    return (name(row.model), row.road, row.service_tier, *counts, part(share, shown))
+    return (name(row.model), row.channel, row.service_tier, *counts, part(share, shown))
 
 
 def _cost_note(stats: ClientStats) -> str:
@@ -408,7 +412,7 @@ def _cost_note(stats: ClientStats) -> str:
     return " ".join(parts)
 
 
-def _models(history: History, facts: Sequence[Facts]) -> Markup:
+def _models(history: History, facts: Sequence[ModelLimits]) -> Markup:
     known = {each.model: each for each in facts}
     head = (
         "model",
@@ -434,7 +438,7 @@ def _models(history: History, facts: Sequence[Facts]) -> Markup:
     return table(head, rows)
 
 
-def _failures(stats: ClientStats, story: Story) -> Markup:
+def _failures(stats: ClientStats, story: ReportData) -> Markup:
     unnamed = stats.failures - sum(row.prompts for row in story.failures)
     note = (
         f"{count(unnamed)} requests of batches failed: their errors are among the results."

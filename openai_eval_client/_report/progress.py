@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from openai_eval_client._limits import Gauge
+    from openai_eval_client._limits import LimitStatus
 
 
 Progress: TypeAlias = "Callable[[float], Any]"
@@ -86,14 +86,14 @@ class Reading(NamedTuple):
         retries: Likewise.
     """
 
-    gauge: Gauge | None = None
+    gauge: LimitStatus | None = None
     in_flight: int | None = None
     rate_limited: int = 0
     retries: int = 0
 
 
 @dataclass(slots=True)
-class Figures:
+class ProgressSnapshot:
     """How far a run is.
 
     Attributes:
@@ -173,7 +173,7 @@ class Meter:
         """Count what is said to be done, where outcomes come all at once in the end."""
         self.done = max(self.done, round(fraction * (self.total or 0)))
 
-    def read(self, said: Reading, now: float) -> Figures:
+    def read(self, said: Reading, now: float) -> ProgressSnapshot:
         """Return the figures.
 
         Args:
@@ -188,7 +188,7 @@ class Meter:
         limits = said.gauge.limits if said.gauge is not None else {}
         used = {name: spent[name] - then.spent.get(name, 0.0) for name in spent}
         rate = (self.done - then.done) / max(now - then.at, 1e-9) if self.done > then.done else 0.0
-        figures = Figures(
+        figures = ProgressSnapshot(
             done=self.done,
             total=self.total,
             failed=self.failed,
@@ -207,7 +207,7 @@ class Meter:
         self._look_ahead(figures, spent)
         return figures
 
-    def _look_ahead(self, figures: Figures, spent: dict[str, float]) -> None:
+    def _look_ahead(self, figures: ProgressSnapshot, spent: dict[str, float]) -> None:
         """Fill in what can be known of the rest: at the rate so far, and no faster than the limits allow."""
         if self.total is None or not self.done:
             return
@@ -220,7 +220,7 @@ class Meter:
             figures.left = max(rest / figures.rate, *least) if least else rest / figures.rate
 
 
-def progress_of(figures: Figures) -> str:
+def progress_of(figures: ProgressSnapshot) -> str:
     """Return how far it is: count, rate and time."""
     done = f"{figures.done:,}" if figures.total is None else f"{figures.done:,}/{figures.total:,}"
     parts = [done, f"{_brief(figures.rate)}/s"]
@@ -231,7 +231,7 @@ def progress_of(figures: Figures) -> str:
     return ", ".join([*parts, *filter(None, [waited_for(figures)])])
 
 
-def waited_for(figures: Figures) -> str:
+def waited_for(figures: ProgressSnapshot) -> str:
     """Return what is being waited for, where that is not an answer."""
     if figures.in_flight is None and figures.done != figures.total:
         return "waiting for the Batch API"
@@ -243,7 +243,7 @@ def waited_for(figures: Figures) -> str:
     return f"waiting{long} for {_NAMES[figures.cause]}"
 
 
-def details(figures: Figures) -> list[str]:
+def details(figures: ProgressSnapshot) -> list[str]:
     """Return the rest of it, the most telling first."""
     money = f"${usd(figures.cost)}"
     if figures.projected is not None and figures.done != figures.total:
@@ -270,7 +270,7 @@ def fitted(parts: Iterable[str], width: int) -> str:
     return line
 
 
-def log_line(figures: Figures) -> str:
+def log_line(figures: ProgressSnapshot) -> str:
     """Return all of it in a line."""
     share = f" ({figures.done / figures.total:.0%})" if figures.total else ""
     done, _, rest = progress_of(figures).partition(", ")
@@ -320,7 +320,7 @@ class Bar:
         if not in_notebook():
             self._lines.append(_line(None, _BARE))
 
-    def show(self, figures: Figures) -> None:
+    def show(self, figures: ProgressSnapshot) -> None:
         """Paint both lines."""
         first, *rest = self._lines
         first.n = figures.done
@@ -385,7 +385,7 @@ _MISSING = "for a bar instead of these lines: pip install 'openai-eval-client[pr
 class Screen(Protocol):
     """Where figures are shown."""
 
-    def show(self, figures: Figures) -> None:
+    def show(self, figures: ProgressSnapshot) -> None:
         """Show them."""
 
     def close(self) -> None:
@@ -395,7 +395,7 @@ class Screen(Protocol):
 class Lines:
     """Lines of a log, where no terminal can be painted on."""
 
-    def show(self, figures: Figures) -> None:
+    def show(self, figures: ProgressSnapshot) -> None:
         """Write a line."""
         self.say(log_line(figures))
 

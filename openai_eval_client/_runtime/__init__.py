@@ -3,25 +3,25 @@
 from openai_eval_client._runtime.files import FileLock, replacing
 from openai_eval_client._runtime.loops import (
     Background,
-    Exclusive,
+    DeferringLock,
     Monotonic,
-    Starts,
+    StartThrottle,
     call_on,
+    fail_waiter,
     mind_forks,
-    refuse,
     resolve,
     running_loop,
 )
 
 __all__ = [
     "Background",
-    "Exclusive",
+    "DeferringLock",
     "FileLock",
     "Monotonic",
-    "Starts",
+    "StartThrottle",
     "call_on",
+    "fail_waiter",
     "mind_forks",
-    "refuse",
     "replacing",
     "resolve",
     "running_loop",

@@ -46,7 +46,7 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class Starts:
+class StartThrottle:
     """Lets those who were admitted begin: on each event loop in their order, and a few in each of its turns.
 
     A loop that begins hundreds of requests in one turn hears nothing meanwhile, and may hear their answers in
@@ -125,13 +125,13 @@ def resolve(waiter: asyncio.Future[None]) -> bool:
     return True
 
 
-def refuse(waiter: asyncio.Future[None], error: Exception) -> None:
+def fail_waiter(waiter: asyncio.Future[None], error: Exception) -> None:
     """Raise an error where they wait, unless they have been cancelled meanwhile."""
     if not waiter.done():
         waiter.set_exception(error)
 
 
-class Exclusive:
+class DeferringLock:
     """A lock for state that collected objects hand something back to.
 
     The collector may run anywhere, also in the middle of a locked region of the same thread. What a collected

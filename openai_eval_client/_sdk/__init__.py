@@ -1,19 +1,26 @@
-"""The SDK's client: paced, on its own transport, one call typed and retried."""
+"""The SDK's client: paced, on its own transport, one call call_sdk and retried."""
 
-from openai_eval_client._sdk.calls import Refusals, deadline, patient, retrying, typed, without
+from openai_eval_client._sdk.calls import (
+    UnsupportedParameters,
+    call_sdk,
+    deadline,
+    retry_for,
+    retrying,
+    without,
+)
 from openai_eval_client._sdk.paced import AsyncOpenAI, account_of, govern
 from openai_eval_client._sdk.transport import SdkClient, fast_client
 
 __all__ = [
     "AsyncOpenAI",
-    "Refusals",
     "SdkClient",
+    "UnsupportedParameters",
     "account_of",
+    "call_sdk",
     "deadline",
     "fast_client",
     "govern",
-    "patient",
+    "retry_for",
     "retrying",
-    "typed",
     "without",
 ]

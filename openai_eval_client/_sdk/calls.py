@@ -29,12 +29,12 @@ else:
 
     deadline = async_timeout.timeout
 
-# What a model may refuse, and what takes its place: learnt from its 400, never guessed from its name.
+# What a model may reject_input, and what takes its place: learnt from its 400, never guessed from its name.
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
 _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
 
-async def typed(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
+async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
     """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours.
 
     Args:
@@ -74,7 +74,7 @@ def _request(url: str) -> Any:
     return sdk_httpx().Request("POST", url)
 
 
-class Refusals:
+class UnsupportedParameters:
     """Remembers which parameters each model refuses."""
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ def retrying(
     return repeated
 
 
-def patient(
+def retry_for(
     attempt: Callable[[], Awaitable[Any]],
     *,
     is_worth: Callable[[Any], bool],

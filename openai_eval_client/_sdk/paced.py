@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._account import Governor
+from openai_eval_client._account import Account
 from openai_eval_client._sdk.transport import SdkClient, default_client
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._wire import (
@@ -30,17 +30,17 @@ from openai_eval_client.errors import ValidationError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from openai_eval_client._account import Admission
+    from openai_eval_client._account import Permit
     from openai_eval_client.models import ClientStats
 
 
-UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: whoever sends it knows Refused
+UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: whoever sends it knows NotSent
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
 
 
-class Refused(BaseException):
+class NotSent(BaseException):
     """One of our errors before a request was sent: the SDK would send it again, were it an Exception."""
 
     def __init__(self, error: openai.OpenAIError) -> None:
@@ -48,7 +48,7 @@ class Refused(BaseException):
         self.error = error
 
 
-def govern(client: Any, governor: Governor, counter: TokenCounter) -> Any:
+def govern(client: Any, account: Account, counter: TokenCounter) -> Any:
     """Return a view of an HTTP client of either httpx family whose every `send` is paced.
 
     The view shares the client's whole state, so closing either closes both.
@@ -56,13 +56,13 @@ def govern(client: Any, governor: Governor, counter: TokenCounter) -> Any:
     kind: Any = _governed_class(client.__class__)
     view: Any = object.__new__(kind)
     object.__setattr__(view, "__dict__", client.__dict__)
-    view.original, view.governor, view.counter = client, governor, counter
+    view.original, view.account, view.counter = client, account, counter
     return view
 
 
 @functools.lru_cache(maxsize=64)
 def _governed_class(base: Any) -> type:
-    slots = ("counter", "governor", "original")
+    slots = ("counter", "account", "original")
     return type(f"Governed{base.__name__}", (_Governed, base), {"__slots__": slots})
 
 
@@ -71,43 +71,43 @@ class _Governed:
 
     __slots__ = ()
     original: Any
-    governor: Governor
+    account: Account
     counter: TokenCounter
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-        """Wait for admission, send, and settle: at once, or when a streamed answer is closed."""
-        admission = await _admitted(request, self.governor, self.counter)
-        demand = admission.demand
+        """Wait for permit, send, and settle: at once, or when a streamed answer is closed."""
+        permit = await _admitted(request, self.account, self.counter)
+        demand = permit.demand
         try:
             send = super().send  # type: ignore[misc]  # of the client looked at
             response = await send(request, stream=stream, **options)
             if stream and not response.is_closed:
-                response.stream = _metered_class(response.__class__)(response, admission)
+                response.stream = _metered_class(response.__class__)(response, permit)
                 return response
         except BaseException as error:  # raised where the rows are taken
-            admission.settle(Outcome(sent=not was_never_sent(error)))
+            permit.settle(Outcome(sent=not was_never_sent(error)))
             raise
         outcome = _outcome(demand, response.status_code, response.headers, response.content)
         if outcome.usage is not None and demand.model is not None:
             self.counter.observe(demand.model, demand.input_tokens, outcome.usage.prompt_tokens)
-        admission.settle(outcome)
+        permit.settle(outcome)
         return response
 
     def __del__(self) -> None:
         """Leave closing to the client itself."""
 
 
-async def _admitted(request: Any, governor: Governor, counter: TokenCounter) -> Admission:
+async def _admitted(request: Any, account: Account, counter: TokenCounter) -> Permit:
     """Wait until a request may be sent."""
     try:
         demand, body = await _read_demand(request, counter)
         if is_charged(request.method, request.url.path):
-            most = await governor.payments.most(body, request.url.path, counter)
+            most = await account.payments.most(body, request.url.path, counter)
             demand = demand if most is None else demand._replace(most_cost=most)
-        return await governor.admit(demand)
+        return await account.admit(demand)
     except openai.OpenAIError as error:
         if request.extensions.get(UNWRAPS):
-            raise Refused(error) from None
+            raise NotSent(error) from None
         raise
 
 
@@ -150,14 +150,14 @@ def _metered_class(response_class: Any) -> type:
 class _MeteredStream:
     """The body of a streamed answer: holds its slot until closed, then settles from the usage at its end."""
 
-    def __init__(self, response: Any, admission: Admission) -> None:
+    def __init__(self, response: Any, permit: Permit) -> None:
         self._stream = response.stream
         self._status = response.status_code
         self._headers = response.headers
-        self._admission = admission
+        self._permit = permit
         self._tail = Tail()
         if self._status < _BAD_REQUEST:  # what they say holds now, not when the stream ends
-            admission.hear(self._headers)
+            permit.update_from_headers(self._headers)
             self._headers = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -173,8 +173,8 @@ class _MeteredStream:
             self._settle()
 
     def _settle(self) -> None:
-        admission = self._admission
-        admission.settle(_outcome(admission.demand, self._status, self._headers, self._tail.read()))
+        permit = self._permit
+        permit.settle(_outcome(permit.demand, self._status, self._headers, self._tail.read()))
 
     def __del__(self) -> None:
         """Hand the slot back where the caller dropped the stream without closing it."""
@@ -213,7 +213,7 @@ class AsyncOpenAI(SdkClient):
     """
 
     if TYPE_CHECKING:
-        _governor: Governor
+        _account: Account
 
         def __init__(
             self,
@@ -236,15 +236,15 @@ class AsyncOpenAI(SdkClient):
     else:
 
         def __init__(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> None:
-            view = http_client if isinstance(getattr(http_client, "governor", None), Governor) else None
-            self._governor = _governor(rate_limit, view)
+            view = http_client if isinstance(getattr(http_client, "account", None), Account) else None
+            self._account = _account(rate_limit, view)
             self._counter = view.counter if view is not None else TokenCounter()
             plain = view.original if view is not None else http_client or default_client()
             if hasattr(plain, "send"):  # anything else is for the SDK to refuse
-                plain = govern(plain, self._governor, self._counter)
+                plain = govern(plain, self._account, self._counter)
             super().__init__(http_client=plain, **options)
-            self._governor.ledger.pricer_for(str(self.base_url))
-            self._governor.share(*account_of(self))
+            self._account.ledger.pricer_for(str(self.base_url))
+            self._account.share(*account_of(self))
 
         __init__.__signature__ = _signature()
 
@@ -259,8 +259,8 @@ class AsyncOpenAI(SdkClient):
             """
             named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
             same = all(_same(value, getattr(self, name, None)) for name, value in named.items())
-            governor = self._governor if same else self._governor.fresh()
-            return super().copy(_extra_kwargs={"rate_limit": governor, **(_extra_kwargs or {})}, **options)
+            account = self._account if same else self._account.fresh()
+            return super().copy(_extra_kwargs={"rate_limit": account, **(_extra_kwargs or {})}, **options)
 
         with_options = copy
 
@@ -276,7 +276,7 @@ class AsyncOpenAI(SdkClient):
             """
             try:
                 return await super().request(*args, **options)
-            except Refused as refused:
+            except NotSent as refused:
                 raise refused.error from None
 
         async def _prepare_request(self, request: Any) -> Any:
@@ -286,7 +286,7 @@ class AsyncOpenAI(SdkClient):
     @property
     def stats(self) -> ClientStats:
         """What went through this client and its copies so far."""
-        return self._governor.stats
+        return self._account.stats
 
 
 def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:
@@ -299,13 +299,13 @@ def _same(value: object, other: object) -> bool:
     return str(value).rstrip("/") == str(other).rstrip("/")
 
 
-def _governor(rate_limit: Any, view: Any) -> Governor:
-    if isinstance(rate_limit, Governor):
+def _account(rate_limit: Any, view: Any) -> Account:
+    if isinstance(rate_limit, Account):
         return rate_limit
     if rate_limit is None and view is not None:
-        governor: Governor = view.governor
-        return governor
+        account: Account = view.account
+        return account
     if rate_limit is not None and not isinstance(rate_limit, RateLimitConfig):
         message = f"rate_limit: must be of class RateLimitConfig, not {type(rate_limit).__name__}"
         raise ValidationError(message, field="rate_limit")
-    return Governor(rate_limit)
+    return Account(rate_limit)

@@ -7,7 +7,7 @@ from openai_eval_client._wire.failures import (
     class_of,
     code_of,
     forget_key,
-    is_doom,
+    is_fatal,
     is_transient,
     not_an_answer,
     of_error,
@@ -15,7 +15,13 @@ from openai_eval_client._wire.failures import (
     status_of,
     was_never_sent,
 )
-from openai_eval_client._wire.headers import DIMENSIONS, Quota, read_quotas, refused_dimension, stated_wait
+from openai_eval_client._wire.headers import (
+    DIMENSIONS,
+    StatedLimit,
+    read_stated_limits,
+    refused_dimension,
+    stated_wait,
+)
 from openai_eval_client._wire.requests import (
     PATHS,
     Parameters,
@@ -42,7 +48,7 @@ __all__ = [
     "Demand",
     "Outcome",
     "Parameters",
-    "Quota",
+    "StatedLimit",
     "Tail",
     "Usage",
     "asked_wait",
@@ -55,7 +61,7 @@ __all__ = [
     "forget_key",
     "is_answer",
     "is_charged",
-    "is_doom",
+    "is_fatal",
     "is_free",
     "is_metered",
     "is_transient",
@@ -65,7 +71,7 @@ __all__ = [
     "of_error",
     "read_answer",
     "read_json",
-    "read_quotas",
+    "read_stated_limits",
     "read_usage",
     "refused_dimension",
     "stated_wait",

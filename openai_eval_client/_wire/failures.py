@@ -151,7 +151,7 @@ _TRANSIENT = frozenset({408, 409, 429})
 _NO_CONNECTION = frozenset(
     {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ClientConnectorCertificateError"},
 )
-_DOOMED = (
+_FATAL = (
     openai.AuthenticationError,
     openai.PermissionDeniedError,
     openai.NotFoundError,
@@ -180,7 +180,7 @@ def is_transient(error: Exception) -> bool:
     return error.status_code in _TRANSIENT or error.status_code >= _SERVER_ERROR
 
 
-def is_doom(error: Exception, max_wait: float, *, answered: bool = True) -> bool:
+def is_fatal(error: Exception, max_wait: float, *, answered: bool = True) -> bool:
     """Return whether an error would meet every other prompt too.
 
     So it is for key, model, credit, a budget, a very long pause, a closed client; and for no connection, as
@@ -192,7 +192,7 @@ def is_doom(error: Exception, max_wait: float, *, answered: bool = True) -> bool
         return True
     if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:
         return True
-    return isinstance(error, _DOOMED) or type(error) is RuntimeError
+    return isinstance(error, _FATAL) or type(error) is RuntimeError
 
 
 def was_never_sent(error: BaseException | None) -> bool:

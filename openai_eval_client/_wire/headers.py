@@ -27,7 +27,7 @@ DIMENSIONS = ("requests", "tokens")
 
 
 @dataclass(frozen=True, slots=True)
-class Quota:
+class StatedLimit:
     """One dimension of a limit, as the `x-ratelimit-*` headers state it.
 
     Attributes:
@@ -41,17 +41,17 @@ class Quota:
     reset: float | None
 
 
-def read_quotas(headers: Mapping[str, str]) -> dict[str, Quota]:
+def read_stated_limits(headers: Mapping[str, str]) -> dict[str, StatedLimit]:
     """Return what the headers say of requests and of tokens, each only where they do.
 
     Where a project has a limit of its own beside the organisation's, the one with less left counts.
     """
-    found: dict[str, Quota] = {}
+    found: dict[str, StatedLimit] = {}
     stated = _ratelimits(headers)
     for dimension in DIMENSIONS if stated else ():
-        quota = read_quota(stated, dimension)
+        quota = read_stated_limit(stated, dimension)
         if f"x-ratelimit-limit-project-{dimension}" in stated:
-            quota = _tighter(quota, read_quota(stated, f"project-{dimension}"))
+            quota = _tighter(quota, read_stated_limit(stated, f"project-{dimension}"))
         if quota is not None:
             found[dimension] = quota
     return found
@@ -66,7 +66,7 @@ def _ratelimits(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.decode("ascii", "replace"): text.decode("ascii", "replace") for name, text in stated}
 
 
-def _tighter(one: Quota | None, other: Quota | None) -> Quota | None:
+def _tighter(one: StatedLimit | None, other: StatedLimit | None) -> StatedLimit | None:
     if one is None or other is None:
         return one or other
     return min(one, other, key=lambda quota: (quota.remaining, quota.limit))
@@ -98,7 +98,7 @@ def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
     return None if found is None else duration(found[1]) or _number(found[2])
 
 
-def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:
+def read_stated_limit(headers: Mapping[str, str], dimension: str) -> StatedLimit | None:
     """Read the limit of one dimension.
 
     Args:
@@ -119,7 +119,9 @@ def read_quota(headers: Mapping[str, str], dimension: str) -> Quota | None:
     reset = _number(text) if spelt is None else spelt
     if reset == 0 and remaining < limit / 2:  # full already, and yet not: nonsense
         return None
-    return Quota(limit, min(remaining, limit), reset if reset is None or reset <= _LONGEST_RESET else None)
+    return StatedLimit(
+        limit, min(remaining, limit), reset if reset is None or reset <= _LONGEST_RESET else None
+    )
 
 
 def duration(text: str | None) -> float | None:

@@ -18,7 +18,7 @@ from openai_eval_client._validation import (
     check_mapping,
     check_number,
     check_text,
-    refuse,
+    reject_input,
 )
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def check_parameters(
         ValidationError: Names the parameter and its value.
     """
     if not isinstance(api, str) or api not in PATHS:
-        refuse("api", api, "must be 'chat' or 'responses'")
+        reject_input("api", api, "must be 'chat' or 'responses'")
     check_text(model, "model")
     check_number(timeout, "timeout", above=0)
     if temperature is not None:
@@ -141,7 +141,7 @@ def check_prompt(prompt: object, index: int | None = None) -> None:
         _check_messages(prompt, name, index)
     else:
         why = f"must be a str or a list of messages, not {type(prompt).__name__}"
-        refuse(name, prompt, why, field="prompt", index=index)
+        reject_input(name, prompt, why, field="prompt", index=index)
 
 
 def list_prompts(prompts: Iterable[Any]) -> list[Any]:
@@ -160,28 +160,28 @@ def list_prompts(prompts: Iterable[Any]) -> list[Any]:
 def check_iterable(prompts: object, *methods: str) -> None:
     """Refuse what cannot be iterated by one of these methods, and a text or dict, which are no prompts."""
     if isinstance(prompts, str | bytes | dict) or not any(hasattr(prompts, name) for name in methods):
-        refuse("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
+        reject_input("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
 
 
 def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> None:
     if not messages:
-        refuse(name, messages, "must hold at least one message", field="prompt", index=index)
+        reject_input(name, messages, "must hold at least one message", field="prompt", index=index)
     try:
         plain = _plain(messages)
     except RecursionError:
-        refuse(name, messages, "not valid JSON: nested too deeply", field="prompt", index=index)
+        reject_input(name, messages, "not valid JSON: nested too deeply", field="prompt", index=index)
     for position, message in enumerate(plain):
         if not isinstance(message, dict) or not isinstance(message.get("role", message.get("type")), str):
             why = "must be a message with a role"
-            refuse(f"{name}[{position}]", message, why, field="prompt", index=index)
+            reject_input(f"{name}[{position}]", message, why, field="prompt", index=index)
     check_json({name: plain}, field="prompt", index=index)
 
 
 def _check_names(given: Mapping[str, Any], api: str) -> None:
-    _refuse_stream(given)
+    _reject_stream(given)
     for name, value in given.items():
         if name not in _known_names(api):
-            refuse(name, value, _unknown(name, api))
+            reject_input(name, value, _unknown(name, api))
     if "n" in given:
         check_count(given["n"], "n")
 
@@ -211,16 +211,16 @@ def _check_extra(*, body: Any, headers: Any, query: Any) -> None:
 
 
 def _check_body(body: Mapping[str, Any]) -> None:
-    _refuse_stream(body)
+    _reject_stream(body)
     check_text(body["model"], "model")
     if body.get("temperature") is not None:
         check_number(body["temperature"], "temperature", least=0)
     check_json(body)
 
 
-def _refuse_stream(given: Mapping[str, Any]) -> None:
+def _reject_stream(given: Mapping[str, Any]) -> None:
     if given.get("stream") is not None:
-        refuse("stream", given["stream"], "not here; stream with client.openai.chat.completions.create")
+        reject_input("stream", given["stream"], "not here; stream with client.openai.chat.completions.create")
 
 
 def _named(

@@ -37,7 +37,7 @@ from openai_eval_client import (
     QuotaError,
 )
 from openai_eval_client._batches import files as _batch_lines
-from openai_eval_client._batches.status import INTENT, read_placement
+from openai_eval_client._batches.status import INTENT, read_job_metadata
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
@@ -103,12 +103,12 @@ async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, inde
             sent = await lines_sent(client, server)
             status = await ended(client, job.job_id)
             responses = await client.retrieve_batch_results(job.job_id)
-        placements = [read_placement(batch["metadata"]) for batch in server.batches]
+        placements = [read_job_metadata(batch["metadata"]) for batch in server.batches]
         assert job.job_id == "+".join(batch["id"] for batch in server.batches)
     assert [[int(each["custom_id"].split("-")[1]) for each in lines] for lines in sent] == indexes
     assert [response.content for response in responses] == [f"echo: p{n}" for n in range(7)]
     assert (job.request_count, status.request_count, status.completed_count) == (7, 7, 7)
-    assert len({placement.intent for placement in placements}) == 1
+    assert len({placement.record for placement in placements}) == 1
     assert [placement.first for placement in placements] == [
         sum(map(len, indexes[:n])) for n in range(len(indexes))
     ]

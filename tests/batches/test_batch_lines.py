@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from openai_eval_client import BatchRequest, ValidationError
 from openai_eval_client._batches import files as _batch_lines
-from openai_eval_client._batches.files import Part, checked, naming, recut, write_parts
+from openai_eval_client._batches.files import InputFile, checked, naming, recut, write_parts
 from openai_eval_client._batches.files import close_files as close
 from openai_eval_client._batches.files import cut_lines as cut
 from openai_eval_client._batches.files import even_parts as even
@@ -23,12 +23,12 @@ from openai_eval_client.testing import SimulatedServer
 pytestmark = pytest.mark.usefixtures("few_certificates")
 
 
-def parts_of(requests: list[BatchRequest], **limits: Any) -> list[Part]:
+def parts_of(requests: list[BatchRequest], **limits: Any) -> list[InputFile]:
     given_limits = {"most_lines": 50_000, **limits}
     return write_parts(checked(requests, api="chat", default_model=MODEL), **given_limits)
 
 
-def lines_in(part: Part) -> list[dict[str, Any]]:
+def lines_in(part: InputFile) -> list[dict[str, Any]]:
     part.file.seek(0)
     return [json.loads(line) for line in part.file]
 
@@ -114,7 +114,7 @@ def test_an_even_cut_adds_up(count: int, pieces: int) -> None:
 def test_a_part_that_is_cut_keeps_its_lines(count: int, pieces: int, again: int, most: int) -> None:
     """Their order and places; and a restarted program cuts in the same places."""
     requests = [BatchRequest(prompt=f"p{n}", temperature=n % 2) for n in range(count)]
-    cut_up: list[Part] = []
+    cut_up: list[InputFile] = []
     for part in parts_of(requests, most_lines=most):
         for piece in cut(part, even(part.count, pieces)):
             cut_up += cut(piece, even(piece.count, again))

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from openai_eval_client import BatchRequest, ValidationError
 from openai_eval_client._batches.files import checked, is_numbered, line_of, write_parts
-from openai_eval_client._batches.status import INTENT, PART, Placement, read_placement
+from openai_eval_client._batches.status import INTENT, PART, JobMetadata, read_job_metadata
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates")
@@ -327,10 +327,10 @@ def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]
     parts = write_parts(checked(requests, api="chat", default_model=MODEL), most_lines=most)
     seen: list[int] = []
     for part in parts:
-        placement = Placement.of(part, "a" * 32, len(pairs))
+        placement = JobMetadata.of(part, "a" * 32, len(pairs))
         metadata = placement.metadata()
         assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
-        assert read_placement(metadata) == placement
+        assert read_job_metadata(metadata) == placement
         assert placement.part_key == part.key
         assert placement.first == len(seen)
         assert {pairs[index][0] for index in part.indexes} == {part.model}
@@ -353,21 +353,21 @@ fields = st.sampled_from(["total", "first", "count", "start", "numbered", "tempe
 
 @patient
 @given(st.dictionaries(fields, odd), odd)
-def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], intent: Any) -> None:
+def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], record: Any) -> None:
     """Whatever stands under our keys: a sound placement, or None."""
     import json
 
     right = {"total": 5, "first": 0, "count": 2, "start": 0, "numbered": True, "temperature": None}
     for text in (json.dumps({**right, **values}), json.dumps(values), "[" * 100_000, "", "7"):
-        placement = read_placement({INTENT: intent, PART: text})
+        placement = read_job_metadata({INTENT: record, PART: text})
         if placement is not None:
             assert placement.first + placement.count <= placement.total
-            assert isinstance(placement.intent, str)
+            assert isinstance(placement.record, str)
             assert (
-                read_placement(placement.metadata()) == placement
+                read_job_metadata(placement.metadata()) == placement
                 or placement.temperature != placement.temperature
             )
-    assert read_placement(values) is None
+    assert read_job_metadata(values) is None
 
 
 def test_requests_may_come_from_a_generator() -> None:

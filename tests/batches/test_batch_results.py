@@ -14,7 +14,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from openai_eval_client import BatchError, ModelResponse, QuotaError
-from openai_eval_client._batches.files import Manifest, guess_manifest, index_in, read_bodies, read_manifest
+from openai_eval_client._batches.files import (
+    RequestIndex,
+    guess_manifest,
+    index_in,
+    read_bodies,
+    read_manifest,
+)
 from openai_eval_client._batches.results import Reader, is_curable
 
 if TYPE_CHECKING:
@@ -48,7 +54,7 @@ def unrun(name: Any, error: Any) -> bytes:
 
 
 def read(*files: list[bytes], count: int = 1, api: str = "chat") -> Any:
-    return Reader(api, None, price).read(files, Manifest(range(count), temperature=0.5))
+    return Reader(api, None, price).read(files, RequestIndex(range(count), temperature=0.5))
 
 
 # --- one line ----------------------------------------------------------------------------------------------

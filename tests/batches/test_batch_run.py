@@ -38,7 +38,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client import _validation as _checks
-from openai_eval_client._batches.status import read_placement
+from openai_eval_client._batches.status import read_job_metadata
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -353,7 +353,7 @@ async def test_parts_are_held_back_until_there_is_room(refused: Any, caplog) -> 
         ran = [batch for batch in server.batches if batch["status"] == "completed"]
         refusals = [batch for batch in server.batches if batch["status"] == "failed"]
     assert len(ran) == 4
-    assert len({read_placement(batch["metadata"]).key for batch in ran}) == 4
+    assert len({read_job_metadata(batch["metadata"]).key for batch in ran}) == 4
     assert bool(refusals) == (refused == "later")
     assert "held back" in caplog.text
 

@@ -17,7 +17,7 @@ from openai_eval_client._batches.status import (
     INTENT,
     PART,
     Grouping,
-    Placement,
+    JobMetadata,
     Reasons,
     failure_of,
     has_ended,
@@ -52,8 +52,8 @@ def batch(status: str = "completed", name: str = "batch_1", **fields: Any) -> Ba
     return Batch.construct(**given_fields)
 
 
-def placed(first: int, count: int, total: int, intent: str = "i", **fields: Any) -> Batch:
-    placement = Placement(intent, total, first, count, first, numbered=True, temperature=None)
+def placed(first: int, count: int, total: int, record: str = "i", **fields: Any) -> Batch:
+    placement = JobMetadata(record, total, first, count, first, numbered=True, temperature=None)
     return batch(metadata=placement.metadata(), **fields)
 
 
@@ -181,13 +181,13 @@ def test_a_refusal_for_enqueued_tokens_is_known() -> None:
 
 @st.composite
 def accounts(draw: Any) -> list[tuple[str, int, int, int]]:
-    """Batches of several jobs in any order: intent, first, count, total; later ones may repeat places."""
+    """Batches of several jobs in any order: record, first, count, total; later ones may repeat places."""
     found = []
-    for intent in "abc"[: draw(st.integers(1, 3))]:
+    for record in "abc"[: draw(st.integers(1, 3))]:
         cuts = sorted(draw(st.sets(st.integers(1, 9), max_size=3)))
         edges = [0, *cuts, 10]
         for first, last in pairwise(edges):  # the second of two replaced the first
-            found += [(intent, first, last - first, 10)] * draw(st.integers(1, 2))
+            found += [(record, first, last - first, 10)] * draw(st.integers(1, 2))
     return draw(st.permutations(found))
 
 
@@ -196,20 +196,20 @@ def accounts(draw: Any) -> list[tuple[str, int, int, int]]:
 def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, int]]) -> None:
     """Each job once, its batches in the order of their requests, of each place the newest."""
     batches = [
-        placed(first, count, total, intent, name=f"b{n}")
-        for n, (intent, first, count, total) in enumerate(account)
+        placed(first, count, total, record, name=f"b{n}")
+        for n, (record, first, count, total) in enumerate(account)
     ]
     grouping = Grouping()
     jobs = [job for each in batches if (job := grouping.add(each))]
     assert grouping.incomplete() == []
-    assert len(jobs) == len({intent for intent, *_ in account})
+    assert len(jobs) == len({record for record, *_ in account})
     for job in jobs:
-        intents = {each.metadata[INTENT] for each in job}
-        assert len(intents) == 1
-        (intent,) = intents
+        records = {each.metadata[INTENT] for each in job}
+        assert len(records) == 1
+        (record,) = records
         places = [account[int(each.id[1:])] for each in job]
         assert [first for _, first, _, _ in places] == sorted(
-            {entry[1] for entry in account if entry[0] == intent}
+            {entry[1] for entry in account if entry[0] == record}
         )
         for each, place in zip(job, places, strict=True):
             assert batches[account.index(place)] is each

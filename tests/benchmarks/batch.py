@@ -23,7 +23,7 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, OpenAIClient, OpenAIConfig
-from openai_eval_client._batches.files import Manifest, checked, write_parts
+from openai_eval_client._batches.files import RequestIndex, checked, write_parts
 from openai_eval_client._batches.files import close_files as close
 from openai_eval_client._batches.results import Reader, Tab
 from openai_eval_client.testing import SimulatedServer
@@ -101,9 +101,9 @@ async def read_ratios(count: int) -> tuple[float, float, float]:
             await client.retrieve_batch_results(job.job_id)  # so that the prices are loaded
             api = client._jobs._api
             file: IO[bytes] = await api.download(str(batch.output_file_id))
-            reader = Reader("chat", None, Tab(client._governor.ledger.pricer_for(None)).price)
+            reader = Reader("chat", None, Tab(client._account.ledger.pricer_for(None)).price)
     with file:
-        ours, settlement = cpu(reader.read, [file], Manifest(range(count), temperature=0.5))
+        ours, settlement = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
         if settlement.answered != count:
             raise SystemExit(f"{settlement.answered} of {count} results were read")
         del settlement

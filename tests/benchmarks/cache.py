@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
-from openai_eval_client._cache.cache import Sample, Samples
+from openai_eval_client._cache.cache import Occurrence, Occurrences
 from openai_eval_client._cache.store import Store
 from openai_eval_client.testing import SimulatedServer
 
@@ -30,7 +30,7 @@ WORDS = "Think about it carefully. " * 5
 
 
 @dataclass
-class Figures:
+class ProgressSnapshot:
     """All rates are per second."""
 
     prompts: int
@@ -84,8 +84,8 @@ async def puts(path: Path, count: int) -> float:
 
 def samples_mb(count: int) -> float:
     """Return the megabytes that so many different numbered requests take."""
-    keys = [Sample(b"", number, sampled=True).key for number in range(count)]
-    samples, call = Samples(), object()
+    keys = [Occurrence(b"", number, sampled=True).key for number in range(count)]
+    samples, call = Occurrences(), object()
     tracemalloc.start()
     for key in keys:
         samples.take(key, call)
@@ -94,12 +94,12 @@ def samples_mb(count: int) -> float:
     return round(size / 1e6, 1)
 
 
-async def measure(server: SimulatedServer, folder: Path, count: int) -> Figures:
+async def measure(server: SimulatedServer, folder: Path, count: int) -> ProgressSnapshot:
     cache, prompts = folder / "runs.sqlite", [f"{n} {WORDS}" for n in range(count)]
     async with connect(server.base_url, cache) as client:
         await client.batch_generate(prompts, max_tokens=20)
     asked = server.counts["200"]
-    return Figures(
+    return ProgressSnapshot(
         prompts=count,
         hits_at_10=await warm(server.base_url, cache, prompts, 10),
         hits_at_50=await warm(server.base_url, cache, prompts, 50),

@@ -46,7 +46,7 @@ TRACED = 10  # a traced run has so many times fewer prompts
 
 
 @dataclass
-class Figures:
+class ProgressSnapshot:
     """What one run came to.
 
     Attributes:
@@ -106,9 +106,9 @@ async def measure(
     in_flight: int = 100,
     warm: int = WARM,
     pause: float = 0.0,
-) -> Figures:
+) -> ProgressSnapshot:
     """Run so many prompts in this process."""
-    figures = Figures(road, prompts)
+    figures = ProgressSnapshot(road, prompts)
     limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=in_flight)
     config = OpenAIConfig(api_key="sk-memory", base_url=base_url, default_model=MODEL)
     async with OpenAIClient(config, rate_limit=limits) as client:
@@ -128,13 +128,13 @@ async def measure(
     return figures
 
 
-def in_a_process(base_url: str, road: str, prompts: int, *, traced: bool = False) -> Figures:
+def in_a_process(base_url: str, road: str, prompts: int, *, traced: bool = False) -> ProgressSnapshot:
     """Run so many prompts in a process of its own."""
     command = [sys.executable, __file__, "--worker", json.dumps([base_url, road, prompts, traced])]
-    return Figures(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+    return ProgressSnapshot(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
-def row(figures: Figures) -> str:
+def row(figures: ProgressSnapshot) -> str:
     cells = (
         figures.road,
         figures.prompts,

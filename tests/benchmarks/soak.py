@@ -99,7 +99,7 @@ async def soak(server: SimulatedServer, seconds: float, *, batch: int = 200, see
                     flush=True,
                 )
         late = memory()
-        slots = sum(lane.in_flight for gate in client._governor._gates.values() for lane in gate._lanes)
+        slots = sum(lane.in_flight for gate in client._account._gates.values() for lane in gate._lanes)
         stats = client.stats
     for _ in range(200):
         if not server.connections:

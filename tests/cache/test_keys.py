@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from openai_eval_client._cache.cache import Sample, Samples, is_sampled, normalised, request_digest
+from openai_eval_client._cache.cache import Occurrence, Occurrences, is_sampled, normalised, request_digest
 from openai_eval_client._wire.requests import check_parameters
 
 URL = "https://api.openai.com/v1"
@@ -152,7 +152,7 @@ def test_query_headers_and_body_are_not_confused() -> None:
 
 def test_each_sample_has_a_key_of_its_own() -> None:
     """Of 32 bytes."""
-    keys = {Sample(digest(prompt), number, sampled=True).key for prompt in "ab" for number in range(20)}
+    keys = {Occurrence(digest(prompt), number, sampled=True).key for prompt in "ab" for number in range(20)}
     assert len(keys) == 40
     assert {len(key) for key in keys} == {32}
 
@@ -181,13 +181,13 @@ A, B, C = (bytes([n]) * 32 for n in (1, 2, 3))
 
 def test_samples_are_numbered_in_the_order_asked_for() -> None:
     """Each request from 0."""
-    samples, call = Samples(), object()
+    samples, call = Occurrences(), object()
     assert [samples.take(name, call) for name in (A, B, A, A, C, B)] == [0, 0, 1, 2, 0, 1]
 
 
 def test_a_failed_sample_is_asked_for_again_by_another_call() -> None:
     """The lowest first; within its own call the numbers follow the order of the prompts alone."""
-    samples, first, second = Samples(), object(), object()
+    samples, first, second = Occurrences(), object(), object()
     assert [samples.take(A, first) for _ in range(3)] == [0, 1, 2]
     samples.give_back(A, 1, first)
     samples.give_back(A, 0, first)
@@ -202,7 +202,7 @@ def test_a_failed_sample_is_asked_for_again_by_another_call() -> None:
 )
 def test_no_sample_is_asked_for_twice_unless_it_failed(steps) -> None:
     """Whatever the order of calls and failures: what was answered is not given out again, none is skipped."""
-    samples, answered, given_out = Samples(), set(), {A: set(), B: set()}
+    samples, answered, given_out = Occurrences(), set(), {A: set(), B: set()}
     for name, call, fails in steps:
         number = samples.take(name, call)
         assert (name, number) not in answered
@@ -217,8 +217,8 @@ def test_no_sample_is_asked_for_twice_unless_it_failed(steps) -> None:
 
 def test_two_hundred_thousand_requests_take_little_memory() -> None:
     """A few megabytes, and none is forgotten."""
-    names = [Sample(A, number, sampled=True).key for number in range(200_000)]
-    samples, call = Samples(), object()
+    names = [Occurrence(A, number, sampled=True).key for number in range(200_000)]
+    samples, call = Occurrences(), object()
     tracemalloc.start()
     try:
         assert {samples.take(name, call) for name in names} == {0}

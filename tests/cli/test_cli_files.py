@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import ModelResponse, TokenUsage, ValidationError
-from openai_eval_client._cli.rows import Output, Row, Source, aside, carried, fingerprint, line_of
+from openai_eval_client._cli.rows import Output, Row, Source, carried, fingerprint, line_of, read_in_thread
 
 TEXTS = st.text()  # halves of surrogate pairs among them
 VALUES = st.recursive(
@@ -89,7 +89,7 @@ async def test_a_pipe_is_read_by_a_thread():
                 yield Row(index, index + 1, {}, line.decode())
         raise ValidationError("bad")
 
-    found = aside(rows())
+    found = read_in_thread(rows())
     os.write(writing, b"one\n")
     assert (await anext(found)).prompt == "one\n"
     os.write(writing, b"two\n")
@@ -108,7 +108,7 @@ async def test_a_pipe_is_not_read_far_ahead():
             taken.append(index)
             yield Row(index, index, {}, "x")
 
-    found = aside(rows())
+    found = read_in_thread(rows())
     assert (await anext(found)).index == 0
     await asyncio.sleep(0.05)
     assert len(taken) < 200

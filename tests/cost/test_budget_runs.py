@@ -48,8 +48,8 @@ def connect(server: SimulatedServer, rate_limit: RateLimitConfig = WIDE, **optio
 async def most(client: OpenAIClient, prompt: str, output: int = MOST) -> Decimal:
     """What one attempt may cost."""
     body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": prompt}], "max_tokens": output}
-    payments, counter = client._governor.payments, client._counter
-    return await payments.quoter.most(body, "/v1/chat/completions", counter)
+    payments, counter = client._account.payments, client._counter
+    return await payments.bounds.most(body, "/v1/chat/completions", counter)
 
 
 # --- the cap ----------------------------------------------------------------------------------------------
@@ -307,7 +307,7 @@ async def test_the_sdk_raises_our_error_and_does_not_try_again(retries: int) -> 
                 with pytest.raises(ValidationError, match="max_cost: needs max_tokens"):
                     await sdk.chat.completions.create(model="gpt-4o-mini", messages=HELLO)
             assert client.stats.retries == 0
-            assert client._governor.next_turn() == 0  # never queued
+            assert client._account.next_turn() == 0  # never queued
             assert asyncio.get_running_loop().time() - waited < 60
         assert server.calls == []
 

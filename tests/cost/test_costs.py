@@ -18,7 +18,7 @@ COUNTS = st.integers(0, 10**12)
 ROWS = st.builds(
     ModelCost,
     model=st.text(),
-    road=st.sampled_from(["online", "batch"]),
+    channel=st.sampled_from(["online", "batch"]),
     service_tier=st.sampled_from(["default", "flex"]),
     calls=COUNTS,
     input_tokens=COUNTS,
@@ -119,7 +119,7 @@ def row(model, cost, **more):
         ("calls", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens", "unpriced"), 1
     )
     return ModelCost(
-        **{"model": model, "road": "online", "service_tier": "default", **counts, "cost": cost, **more}
+        **{"model": model, "channel": "online", "service_tier": "default", **counts, "cost": cost, **more}
     )
 
 
@@ -128,7 +128,7 @@ def test_costs_by_model_take_roads_and_tiers_together():
     ledger = CostLedger(
         rows=[
             row("a", Decimal("0.1")),
-            row("a", Decimal("0.02"), road="batch"),
+            row("a", Decimal("0.02"), channel="batch"),
             row("a", None, service_tier="flex"),
             row("b", None),
             row("c", None),

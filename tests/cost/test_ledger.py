@@ -168,7 +168,7 @@ async def test_the_batch_road_has_its_own_rows() -> None:
             job = [found async for found in client.list_batch_jobs()]
             again = await client.retrieve_batch_results(job[0].job_id)
             cost = client.stats.cost
-    assert {row.road: row.calls for row in cost.rows} == {"batch": 6, "online": 1}
+    assert {row.channel: row.calls for row in cost.rows} == {"batch": 6, "online": 1}
     assert cost.total == exact([*own, online])
     assert exact(again) == exact(own)
     assert cost.by_model["gpt-4o-mini"] == cost.total
@@ -378,7 +378,7 @@ def test_another_server_has_its_own_prices_and_bill() -> None:
     """The address decides whose prices hold: that of the client, of a copy, or of the environment."""
     client = AsyncOpenAI(api_key="sk-test")
     groq = client.with_options(base_url="https://api.groq.com/openai/v1")
-    ledgers = [each._governor.ledger for each in (client, groq, client.copy(), groq.copy())]
+    ledgers = [each._account.ledger for each in (client, groq, client.copy(), groq.copy())]
     assert ledgers[0] is ledgers[2] is not ledgers[1] is ledgers[3]
     for ledger in ledgers[:2]:
         ledger.add("llama-3.3-70b-versatile", Usage(1000, 10))
@@ -444,7 +444,7 @@ def test_the_bill_is_the_sum_of_the_prices(story) -> None:
     assert (bill.retried, bill.unaccounted) == (counts.count("retried"), counts.count("unaccounted"))
     assert (bill.unpriced, adds_up(bill)) == (unpriced, True)
     assert sum(row.calls for row in bill.rows) == counts.count("answered") + counts.count("retried")
-    assert len({(row.model, row.road, row.service_tier) for row in bill.rows}) == len(bill.rows)
+    assert len({(row.model, row.channel, row.service_tier) for row in bill.rows}) == len(bill.rows)
 
 
 def test_a_program_that_computes_roughly_has_an_exact_bill() -> None:

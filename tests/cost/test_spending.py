@@ -1,4 +1,4 @@
-"""The purse: never overspent, nobody overtaken, nobody left waiting."""
+"""The budget: never overspent, nobody overtaken, nobody left waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from virtual import VirtualLoop
 
 from openai_eval_client import BudgetExceededError
-from openai_eval_client._cost.budget import Purse, commit, reserve, reserve_now
+from openai_eval_client._cost.budget import CostBudget, commit, reserve, reserve_now
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds
@@ -29,7 +29,7 @@ class Request:
         actual: Share of what it reserved.
         patience: Virtual seconds until its caller cancels it, waiting or not; None: never.
         stands: Whether nobody settles it, but somebody says so.
-        own: The limit of a purse of its own besides, where it has one.
+        own: The limit of a budget of its own besides, where it has one.
     """
 
     at: float
@@ -40,8 +40,8 @@ class Request:
     stands: bool = False
 
 
-class Watched(Purse):
-    """A purse that remembers who asked and who got something, in which order."""
+class Watched(CostBudget):
+    """A budget that remembers who asked and who got something, in which order."""
 
     def __init__(self, limit: Decimal) -> None:
         super().__init__(limit)
@@ -70,15 +70,15 @@ class Seen:
 
 
 class Story:
-    """Requests on one purse in virtual time, watched at every step."""
+    """Requests on one budget in virtual time, watched at every step."""
 
     def __init__(self, limit: int, requests: list[Request]) -> None:
-        self.purse, self.limit = Watched(Decimal(limit)), Decimal(limit)
+        self.budget, self.limit = Watched(Decimal(limit)), Decimal(limit)
         self.requests = requests
         self.seen: list[Seen] = []
 
     def watch(self) -> dict[str, Decimal]:
-        stats = self.purse.stats
+        stats = self.budget.stats
         assert stats["spent"] + stats["reserved"] <= self.limit
         assert min(stats.values()) >= 0
         return stats
@@ -89,7 +89,7 @@ class Story:
         seen = Seen()
         self.seen.append(seen)
         try:
-            hold = await self.purse.reserve(amount)
+            hold = await self.budget.reserve(amount)
         except BudgetExceededError as error:
             stats = self.watch()
             assert amount > self.limit - stats["spent"] - stats["reserved"]
@@ -108,10 +108,10 @@ class Story:
                 amount if request.stands else (amount * Decimal(request.actual)).quantize(Decimal("0.01"))
             )
             if request.stands:
-                self.purse.stand(hold)
+                self.budget.keep_reserved(hold)
             else:
-                self.purse.settle(hold, seen.spent)
-                self.purse.settle(hold, amount)  # does nothing
+                self.budget.settle(hold, seen.spent)
+                self.budget.settle(hold, amount)  # does nothing
             self.watch()
 
     async def impatient(self, request: Request) -> None:
@@ -160,7 +160,7 @@ def test_any_story(limit: int, requests: list[Request]) -> None:
     """Never over the limit; whoever waits is served, refused or cancelled; in the order of asking."""
     story = told(limit, requests)
     stats = story.watch()
-    order = [story.purse.asked.index(hold) for hold in story.purse.granted]
+    order = [story.budget.asked.index(hold) for hold in story.budget.granted]
     assert order == sorted(order)
     assert stats["spent"] + stats["reserved"] == sum((seen.spent for seen in story.seen), NOTHING)
     assert all(seen.refused or seen.cancelled or seen.granted for seen in story.seen)
@@ -169,9 +169,9 @@ def test_any_story(limit: int, requests: list[Request]) -> None:
 def test_one_that_fits_waits_behind_one_that_does_not_yet() -> None:
     """First come, first served: the small one does not overtake, and goes as soon as the large one does."""
     story = told(10, [Request(0, 8, 5, 0.5), Request(1, 6, 4, 0.5), Request(2, 1, 1)])
-    assert story.purse.granted == story.purse.asked
-    assert [hold.amount for hold in story.purse.granted] == [8, 6, 1]
-    assert story.purse.stats["spent"] == 8
+    assert story.budget.granted == story.budget.asked
+    assert [hold.amount for hold in story.budget.granted] == [8, 6, 1]
+    assert story.budget.stats["spent"] == 8
 
 
 def test_one_that_can_never_fit_is_refused_at_once() -> None:
@@ -204,39 +204,39 @@ def test_a_cancelled_waiter_lets_the_next_one_go() -> None:
 
 async def test_what_is_committed_counts_even_beyond_the_limit() -> None:
     """It was spent before anybody asked."""
-    purse = Purse(Decimal(5))
-    held = commit([purse], Decimal(7))
-    assert purse.stats["reserved"] == 7
-    assert (purse.free, purse.idle) == (0, False)
+    budget = CostBudget(Decimal(5))
+    held = commit([budget], Decimal(7))
+    assert budget.stats["reserved"] == 7
+    assert (budget.free, budget.idle) == (0, False)
     with pytest.raises(BudgetExceededError):
-        await purse.reserve(Decimal(6))
-    waiting = asyncio.ensure_future(purse.reserve(Decimal(3)))
+        await budget.reserve(Decimal(6))
+    waiting = asyncio.ensure_future(budget.reserve(Decimal(3)))
     await asyncio.sleep(0)
     held.settle(Decimal(2))
     assert (await waiting).amount == 3
-    assert (purse.free, purse.idle) == (0, False)
+    assert (budget.free, budget.idle) == (0, False)
 
 
 async def test_what_costs_more_than_was_reserved_is_not_forgotten() -> None:
     """Nothing goes after it."""
-    purse = Purse(Decimal(5))
-    (await reserve([purse], Decimal(4))).settle(Decimal(6))
-    assert purse.stats == {"limit": 5, "spent": 6, "reserved": 0}
-    assert purse.free == 0
+    budget = CostBudget(Decimal(5))
+    (await reserve([budget], Decimal(4))).settle(Decimal(6))
+    assert budget.stats == {"limit": 5, "spent": 6, "reserved": 0}
+    assert budget.free == 0
     with pytest.raises(BudgetExceededError, match="6 spent"):
-        await purse.reserve(Decimal("0.01"))
+        await budget.reserve(Decimal("0.01"))
 
 
 async def test_two_purses_reserve_together_or_not_at_all() -> None:
     """What the second refuses, or has no room for now, is given back to the first."""
-    wide, narrow = Purse(Decimal(10)), Purse(Decimal(3))
+    wide, narrow = CostBudget(Decimal(10)), CostBudget(Decimal(3))
     with pytest.raises(BudgetExceededError, match="max_cost=3 "):
         await reserve([wide, narrow], Decimal(4))
     with pytest.raises(BudgetExceededError, match="max_cost=3 "):
         reserve_now([wide, narrow], Decimal(4))
     both = await reserve([wide, narrow], Decimal(2))
     assert reserve_now([wide, narrow], Decimal(2)) is None
-    assert [purse.stats["reserved"] for purse in (wide, narrow)] == [2, 2]
+    assert [budget.stats["reserved"] for budget in (wide, narrow)] == [2, 2]
     waiting = asyncio.ensure_future(reserve([wide, narrow], Decimal(3)))
     await asyncio.sleep(0)
     assert wide.stats["reserved"] == 5
@@ -244,57 +244,57 @@ async def test_two_purses_reserve_together_or_not_at_all() -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     assert wide.stats["reserved"] == 2
     both.settle(Decimal(1))
-    assert [purse.stats["spent"] for purse in (wide, narrow)] == [1, 1]
+    assert [budget.stats["spent"] for budget in (wide, narrow)] == [1, 1]
 
 
 async def test_nobody_jumps_the_queue() -> None:
     """Who does not wait gets nothing while others do."""
-    purse = Purse(Decimal(10))
-    first = await purse.reserve(Decimal(8))
-    waiting = asyncio.ensure_future(purse.reserve(Decimal(5)))
+    budget = CostBudget(Decimal(10))
+    first = await budget.reserve(Decimal(8))
+    waiting = asyncio.ensure_future(budget.reserve(Decimal(5)))
     await asyncio.sleep(0)
-    assert purse.reserve_now(Decimal(1)) is None
-    assert purse.free == 0
-    purse.settle(first, NOTHING)
+    assert budget.reserve_now(Decimal(1)) is None
+    assert budget.free == 0
+    budget.settle(first, NOTHING)
     await waiting
-    assert purse.reserve_now(Decimal(5)) is not None
+    assert budget.reserve_now(Decimal(5)) is not None
 
 
 def test_sums_are_exact_whatever_precision_the_program_has_set() -> None:
     """A thousand times a billionth and a half is neither more nor less."""
     with localcontext() as context:
         context.prec = 3
-        purse = Purse(Decimal("1.0000000015"))
+        budget = CostBudget(Decimal("1.0000000015"))
         for _ in range(1000):
-            hold = purse.reserve_now(Decimal("0.0000000015"))
-            purse.settle(hold, Decimal("0.0000000015"))
-        assert purse.stats["spent"] == Decimal("0.0000015000")
-        assert purse.free == Decimal("0.9999985015")
+            hold = budget.reserve_now(Decimal("0.0000000015"))
+            budget.settle(hold, Decimal("0.0000000015"))
+        assert budget.stats["spent"] == Decimal("0.0000015000")
+        assert budget.free == Decimal("0.9999985015")
 
 
 def test_a_loop_that_was_closed_holds_nothing_back() -> None:
     """Who waited on it is passed over, and what was granted to it is given back."""
-    purse = Purse(Decimal(10))
-    held = purse.reserve_now(Decimal(8))
+    budget = CostBudget(Decimal(10))
+    held = budget.reserve_now(Decimal(8))
     loop = asyncio.new_event_loop()
-    waiting = loop.create_task(purse.reserve(Decimal(5)))
+    waiting = loop.create_task(budget.reserve(Decimal(5)))
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
-    purse.settle(held, NOTHING)
-    assert purse.stats["reserved"] == 0
-    assert purse.reserve_now(Decimal(10)) is not None
+    budget.settle(held, NOTHING)
+    assert budget.stats["reserved"] == 0
+    assert budget.reserve_now(Decimal(10)) is not None
     waiting._log_destroy_pending = False
 
 
 def test_a_loop_that_ends_between_grant_and_waking_gives_back() -> None:
     """The waiter was collected before it could run again."""
-    purse = Purse(Decimal(10))
-    held = purse.reserve_now(Decimal(8))
+    budget = CostBudget(Decimal(10))
+    held = budget.reserve_now(Decimal(8))
 
     async def leave() -> None:
-        waiting.append(asyncio.ensure_future(purse.reserve(Decimal(5))))
+        waiting.append(asyncio.ensure_future(budget.reserve(Decimal(5))))
         await asyncio.sleep(0)
-        threading.Thread(target=purse.settle, args=(held, NOTHING)).start()
+        threading.Thread(target=budget.settle, args=(held, NOTHING)).start()
 
     waiting: list[asyncio.Future] = []
     loop = asyncio.new_event_loop()
@@ -303,29 +303,29 @@ def test_a_loop_that_ends_between_grant_and_waking_gives_back() -> None:
     loop.close()
     del loop
     gc.collect()
-    assert purse.stats["reserved"] == 0
+    assert budget.stats["reserved"] == 0
 
 
 def test_threads_with_loops_of_their_own_share_one_purse() -> None:
     """Eight of them, asking, settling and giving up at random: never over, and all of them end."""
     limit = Decimal(100)
-    purse = Purse(limit)
+    budget = CostBudget(limit)
     over: list[object] = []
     spent: list[Decimal] = []
 
     async def one(chance: random.Random) -> None:
         amount = Decimal(chance.randint(1, 30))
         try:
-            held = await asyncio.wait_for(purse.reserve(amount), chance.choice([0.001, 30]))
+            held = await asyncio.wait_for(budget.reserve(amount), chance.choice([0.001, 30]))
         except (BudgetExceededError, asyncio.TimeoutError):
             return
-        stats = purse.stats
+        stats = budget.stats
         if stats["spent"] + stats["reserved"] > limit:
             over.append(stats)
         await asyncio.sleep(chance.random() / 1000)
         actual = amount * chance.randint(0, 10) / 500
         spent.append(actual)
-        purse.settle(held, actual)
+        budget.settle(held, actual)
 
     async def work(seed: int) -> None:
         await asyncio.gather(*[one(random.Random(1000 * seed + n)) for n in range(150)])  # noqa: S311
@@ -337,5 +337,5 @@ def test_threads_with_loops_of_their_own_share_one_purse() -> None:
         thread.join(50)
     assert not any(thread.is_alive() for thread in threads)
     assert over == []
-    assert purse.stats == {"limit": limit, "spent": sum(spent, NOTHING), "reserved": 0}
-    assert purse.idle
+    assert budget.stats == {"limit": limit, "spent": sum(spent, NOTHING), "reserved": 0}
+    assert budget.idle

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from virtual import VirtualLoop, VirtualServer, rehearse
 
 from openai_eval_client import RateLimitConfig
-from openai_eval_client._account import Governor
-from openai_eval_client._limits.buckets import Belief
-from openai_eval_client._wire.headers import Quota
+from openai_eval_client._account import Account
+from openai_eval_client._limits.buckets import ServerBucket
+from openai_eval_client._wire.headers import StatedLimit
 from openai_eval_client._wire.usage import Demand
 
 RPM, TPM = 1800, 480_000  # 20 requests of 400 tokens a second: tokens bind
@@ -27,7 +27,7 @@ def config(factor: int = 1, **options: object) -> RateLimitConfig:
     return RateLimitConfig(**{**limits, "max_concurrent": 1000, **options})
 
 
-STAMPS = pytest.mark.parametrize("stamp", ["answer", "admission"])
+STAMPS = pytest.mark.parametrize("stamp", ["answer", "permit"])
 SEEDS = pytest.mark.parametrize("seed", range(3))
 
 
@@ -125,25 +125,27 @@ EVENTS = st.lists(
 def test_whatever_happens_nobody_waits_for_ever(events, rate) -> None:
     """For any story told by the server, the wait for the next request stays finite and comes to an end."""
     clock = FakeClock()
-    belief = Belief(rate, (rate or 0) * 60, clock)
-    mark = belief.charge(1)
-    for kind, amount, quota, seconds in events:
+    server_bucket = ServerBucket(rate, (rate or 0) * 60, clock)
+    mark = server_bucket.charge(1)
+    for kind, amount, stated, seconds in events:
         if kind == "spend":
-            mark = belief.charge(amount)
+            mark = server_bucket.charge(amount)
         elif kind == "hear":
-            belief.hear(Quota(max(quota, 1), min(amount, max(quota, 1)), seconds), mark)
+            server_bucket.update_from_headers(
+                StatedLimit(max(stated, 1), min(amount, max(stated, 1)), seconds), mark
+            )
         elif kind == "pass":
-            belief.passed(amount)
-        elif kind == "refuse":
-            belief.refused(amount, mark, seconds, spoke=bool(quota % 2))
+            server_bucket.on_success(amount)
+        elif kind == "reject_input":
+            server_bucket.refused(amount, mark, seconds, spoke=bool(stated % 2))
         elif kind == "owe":
-            belief.owe(amount)
+            server_bucket.add_debt(amount)
         clock.now += seconds
-        wait = belief.ready_in(100)
+        wait = server_bucket.ready_in(100)
         assert 0 <= wait < 1e9
     for _ in range(5):
-        clock.now += belief.ready_in(100)
-    assert belief.ready_in(100) <= 1e-3
+        clock.now += server_bucket.ready_in(100)
+    assert server_bucket.ready_in(100) <= 1e-3
 
 
 def serially(rpm: int, tpm: int, sizes: list[int], *, idle: float = 0.0, before: int = 0) -> list[float]:
@@ -152,21 +154,21 @@ def serially(rpm: int, tpm: int, sizes: list[int], *, idle: float = 0.0, before:
     loop = VirtualLoop()
     waits: list[float] = []
 
-    async def one(governor: Governor, tokens: int) -> None:
+    async def one(account: Account, tokens: int) -> None:
         asked = loop.time()
-        admission = await governor.admit(Demand("m", tokens, 0))
+        permit = await account.admit(Demand("m", tokens, 0))
         waits.append(loop.time() - asked)
-        admission.settle(await server.answer(tokens))
+        permit.settle(await server.answer(tokens))
 
     async def story() -> None:
         limits = RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm)
-        governor = Governor(limits, clock=loop)
+        account = Account(limits, clock=loop)
         for _ in range(before):
-            await one(governor, sizes[0])
+            await one(account, sizes[0])
         await asyncio.sleep(idle)
         waits.clear()
         for tokens in sizes:
-            await one(governor, tokens)
+            await one(account, tokens)
 
     try:
         loop.run_until_complete(story())
@@ -224,15 +226,15 @@ def test_fixed_limits_too_do_not_stampede_after_a_refusal() -> None:
 def test_a_daily_limit_in_the_headers_is_not_taken_for_a_minutes() -> None:
     """10,000 a day with 20 left and a reset of a day: the next ones go at the day's pace."""
     clock = FakeClock()
-    belief = Belief(100.0, 6000.0, clock)
-    mark = belief.charge(1)
-    belief.hear(Quota(10_000, 0, 86_400.0), mark)
+    server_bucket = ServerBucket(100.0, 6000.0, clock)
+    mark = server_bucket.charge(1)
+    server_bucket.update_from_headers(StatedLimit(10_000, 0, 86_400.0), mark)
     clock.now += 1
-    assert belief.ready_in(1) == pytest.approx(86_400 / 10_000, rel=0.2)
+    assert server_bucket.ready_in(1) == pytest.approx(86_400 / 10_000, rel=0.2)
 
 
 def test_a_daily_refusal_without_tokens_does_no_harm() -> None:
     """A request that reserves nothing can be refused, too."""
-    belief = Belief(None, 1.0, FakeClock())
-    belief.refused(0.0, belief.charge(0.0), 3.0, spoke=False)
-    assert belief.ready_in(10**6) == 0
+    server_bucket = ServerBucket(None, 1.0, FakeClock())
+    server_bucket.refused(0.0, server_bucket.charge(0.0), 3.0, spoke=False)
+    assert server_bucket.ready_in(10**6) == 0

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._limits.buckets import Bucket
-from openai_eval_client._limits.queue import Gate, Lane, State, Ticket
-from openai_eval_client._wire.headers import Quota
+from openai_eval_client._limits.queue import ConcurrencyLimit, ModelQueue, State, Waiter
+from openai_eval_client._wire.headers import StatedLimit
 
 EPSILON = 1e-6
 
@@ -30,37 +30,39 @@ class FakeClock:
 
 @dataclass
 class Queue:
-    """A gate, its clock, and what it admitted when."""
+    """A queue, its clock, and what it admitted when."""
 
     config: RateLimitConfig
     clock: FakeClock = field(default_factory=FakeClock)
-    admitted: list[tuple[float, Ticket]] = field(default_factory=list)
+    admitted: list[tuple[float, Waiter]] = field(default_factory=list)
     turns: itertools.count[int] = field(default_factory=itertools.count)
 
     def __post_init__(self) -> None:
-        self.gate = Gate("m", self.config, self.clock)
+        self.queue = ModelQueue("m", self.config, self.clock)
 
-    def ask(self, tokens: float, lane: Lane | None = None) -> Ticket:
-        ticket = Ticket(next(self.turns), tokens, lane or self.gate.lane, self.clock.now, owner="loop")
-        self.gate.enqueue(ticket)
+    def ask(self, tokens: float, concurrency: ConcurrencyLimit | None = None) -> Waiter:
+        waiter = Waiter(
+            next(self.turns), tokens, concurrency or self.queue.concurrency, self.clock.now, owner="loop"
+        )
+        self.queue.enqueue(waiter)
         self.pump()
-        return ticket
+        return waiter
 
     def pump(self) -> None:
-        while (ticket := self.gate.grant_next()) is not None:
-            self.admitted.append((self.clock.now, ticket))
+        while (waiter := self.queue.grant_next()) is not None:
+            self.admitted.append((self.clock.now, waiter))
 
     def wait(self) -> bool:
-        """Let time pass until the next ticket can go; False where time alone helps nobody."""
-        delay = self.gate.next_in()
+        """Let time pass until the next waiter can go; False where time alone helps nobody."""
+        delay = self.queue.next_in()
         if delay is None:
             return False
         self.clock.now += delay
         self.pump()
         return True
 
-    def finish(self, ticket: Ticket, tokens: float | None = None) -> None:
-        self.gate.settle(ticket, tokens)
+    def finish(self, waiter: Waiter, tokens: float | None = None) -> None:
+        self.queue.settle(waiter, tokens)
         self.pump()
 
 
@@ -136,7 +138,7 @@ GAPS = st.lists(st.floats(0, 20), min_size=60, max_size=60)
 @settings(max_examples=200, deadline=None)
 @given(SIZES, GAPS, st.integers(1, 600), st.integers(100, 6000), st.floats(0.5, 90))
 def test_no_window_admits_more_than_the_burst_and_its_refill(sizes, gaps, rpm, tpm, burst) -> None:
-    """For any arrivals, any 60 s hold at most burst + one minute's quota, of requests and of tokens.
+    """For any arrivals, any 60 s hold at most burst + one minute's stated, of requests and of tokens.
 
     A request larger than the bucket is the one exception for tokens: its excess is a debt paid before the
     next goes.
@@ -152,7 +154,7 @@ def test_no_window_admits_more_than_the_burst_and_its_refill(sizes, gaps, rpm, t
     requests = [(time, 1.0) for time, _ in queue.admitted]
     assert most_in_any_window(requests, 60) <= max(rpm * burst / 60, 1) + rpm + EPSILON
     bucket = max(tpm * burst / 60, 1)
-    tokens = [(time, ticket.tokens) for time, ticket in queue.admitted]
+    tokens = [(time, waiter.tokens) for time, waiter in queue.admitted]
     excess = max([0.0, *(size - bucket for size in sizes)])
     assert most_in_any_window(tokens, 60) <= bucket + tpm + excess + EPSILON
 
@@ -162,7 +164,7 @@ def test_no_window_admits_more_than_the_burst_and_its_refill(sizes, gaps, rpm, t
 def test_tickets_go_in_the_order_in_which_they_came(sizes, data) -> None:
     """First come, first served, whatever the sizes, with slots freed in any order."""
     queue = Queue(limits(100, 5000, max_concurrent=3))
-    running: list[Ticket] = []
+    running: list[Waiter] = []
     for size in sizes:
         queue.ask(size)
     while len(queue.admitted) < len(sizes) or running:
@@ -172,19 +174,19 @@ def test_tickets_go_in_the_order_in_which_they_came(sizes, data) -> None:
             queue.finish(data.draw(st.sampled_from(running)))
         elif not queue.wait():
             assert running or len(queue.admitted) == len(sizes)
-    turns = [ticket.turn for _, ticket in queue.admitted]
+    turns = [waiter.turn for _, waiter in queue.admitted]
     assert turns == sorted(turns)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2000), st.booleans()), min_size=1, max_size=40))
 def test_a_cancelled_ticket_leaves_no_trace(arrivals) -> None:
-    """Withdrawn tickets give back reservation and slot: the others go exactly as if they had never been."""
+    """Withdrawn waiters give back reservation and slot: the others go exactly as if they had never been."""
     with_them, without = Queue(limits(60, 3000)), Queue(limits(60, 3000))
     for size, cancelled in arrivals:
-        ticket = with_them.ask(size)
+        waiter = with_them.ask(size)
         if cancelled:
-            with_them.gate.withdraw(ticket)
+            with_them.queue.cancel(waiter)
             with_them.pump()
         else:
             without.ask(size)
@@ -194,8 +196,8 @@ def test_a_cancelled_ticket_leaves_no_trace(arrivals) -> None:
     kept = [(time, t.tokens) for time, t in with_them.admitted if t.state is State.GRANTED]
     assert [tokens for _, tokens in kept] == [t.tokens for _, t in without.admitted]
     assert [time for time, _ in kept] == pytest.approx([time for time, _ in without.admitted])
-    assert with_them.gate.lane.in_flight == len(kept)
-    assert not with_them.gate.waiting
+    assert with_them.queue.concurrency.in_flight == len(kept)
+    assert not with_them.queue.waiting
 
 
 def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
@@ -215,14 +217,14 @@ def test_a_waiting_ticket_holds_no_slot() -> None:
     queue = Queue(limits(1, None, max_concurrent=2))
     queue.ask(1)
     queue.ask(1)
-    assert queue.gate.lane.in_flight == 1
+    assert queue.queue.concurrency.in_flight == 1
 
 
 def test_a_full_lane_lets_other_lanes_pass() -> None:
     """A call with its own concurrency bound is not held up by another call's."""
     queue = Queue(limits(max_concurrent=1))
     first, second = queue.ask(1), queue.ask(1)
-    own = queue.ask(1, Lane(1))
+    own = queue.ask(1, ConcurrencyLimit(1))
     assert [t for _, t in queue.admitted] == [first, own]
     queue.finish(first)
     assert queue.admitted[-1][1] is second
@@ -234,46 +236,46 @@ def test_an_underestimate_is_a_debt_and_an_overestimate_a_credit() -> None:
     low, high = queue.ask(1000), queue.ask(4900)
     queue.finish(low, 3000)
     queue.ask(100)
-    assert queue.gate.next_in() == pytest.approx(20.25)  # (3000 + 4900 + 100 - 5975) / 100 a second
+    assert queue.queue.next_in() == pytest.approx(20.25)  # (3000 + 4900 + 100 - 5975) / 100 a second
     queue.finish(high, 1000)
-    assert queue.gate.next_in() is None
+    assert queue.queue.next_in() is None
 
 
 def test_a_pause_holds_everyone_and_then_the_rate_decides() -> None:
     """After a 429 nobody goes until the server's time has come."""
     queue = Queue(limits(600, None))
-    queue.gate.pause(7)
-    ticket = queue.ask(1)
-    assert queue.gate.next_in() == pytest.approx(7)
+    queue.queue.pause(7)
+    waiter = queue.ask(1)
+    assert queue.queue.next_in() == pytest.approx(7)
     queue.wait()
-    assert queue.admitted == [(1007.0, ticket)]
+    assert queue.admitted == [(1007.0, waiter)]
 
 
-def heard(queue: Queue, **quotas: Quota) -> None:
+def heard(queue: Queue, **stated: StatedLimit) -> None:
     """One request comes back with these headers."""
-    ticket = queue.ask(1)
-    queue.finish(ticket)
-    queue.gate.hear(ticket, quotas)
+    waiter = queue.ask(1)
+    queue.finish(waiter)
+    queue.queue.update_from_headers(waiter, stated)
 
 
 def test_the_server_lowers_the_limit_but_never_raises_it_above_the_users() -> None:
     """Headers with less than configured count; headers with more do not."""
     queue = Queue(limits(600, None, adaptive_throttling=True))
-    heard(queue, requests=Quota(limit=60, remaining=0, reset=None))
+    heard(queue, requests=StatedLimit(limit=60, remaining=0, reset=None))
     queue.ask(1)
-    assert queue.gate.next_in() == pytest.approx(1, abs=0.3)
+    assert queue.queue.next_in() == pytest.approx(1, abs=0.3)
     generous = Queue(limits(60, None, adaptive_throttling=True))
-    heard(generous, requests=Quota(limit=6000, remaining=6000, reset=0.0))
+    heard(generous, requests=StatedLimit(limit=6000, remaining=6000, reset=0.0))
     for _ in range(60):
         generous.ask(1)
     assert len(generous.admitted) == 59
-    assert generous.gate.next_in() == pytest.approx(0.25)  # the margin
+    assert generous.queue.next_in() == pytest.approx(0.25)  # the margin
 
 
 def test_without_adaptive_throttling_headers_change_nothing() -> None:
     """Fixed limits stay fixed."""
     queue = Queue(limits(600, None))
-    heard(queue, requests=Quota(limit=60, remaining=0, reset=None))
+    heard(queue, requests=StatedLimit(limit=60, remaining=0, reset=None))
     queue.ask(1)
     assert len(queue.admitted) == 2
 
@@ -284,23 +286,23 @@ def test_limits_that_are_not_given_are_learnt() -> None:
     for _ in range(1000):
         queue.ask(10_000)
     assert len(queue.admitted) == 1000
-    heard(queue, tokens=Quota(limit=6000, remaining=0, reset=None))
+    heard(queue, tokens=StatedLimit(limit=6000, remaining=0, reset=None))
     queue.ask(100)
-    assert queue.gate.next_in() == pytest.approx(1, abs=0.01)
+    assert queue.queue.next_in() == pytest.approx(1, abs=0.01)
 
 
 def test_output_that_is_not_bounded_is_reserved_at_the_running_mean() -> None:
     """The guess gives way to what this model's answers take."""
-    gate = Queue(limits()).gate
+    queue = Queue(limits()).queue
     for length in (100, 300):
-        gate.observe_output(length)
-    assert gate.expected_output == pytest.approx(200)
-    assert gate.output_length() == pytest.approx({"mean": 200, "spread": 100})
+        queue.observe_output(length)
+    assert queue.expected_output == pytest.approx(200)
+    assert queue.output_length() == pytest.approx({"mean": 200, "spread": 100})
 
 
 STORY = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "finish", "cancel", "refuse", "wait"]),
+        st.sampled_from(["ask", "ask", "ask", "finish", "cancel", "reject_input", "wait"]),
         st.integers(1, 3000),
         st.integers(0, 50),
         st.floats(0, 15),
@@ -316,24 +318,24 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
     """Arrivals, answers, cancellations, refusals in any order: who was not cancelled goes, within the limits.
 
     What an answer took replaces what was reserved for it, and what was cancelled or refused is given back; of
-    what remains, no 60 s hold more than the burst and a minute's quota, but for what answers took beyond
+    what remains, no 60 s hold more than the burst and a minute's stated, but for what answers took beyond
     their reservation and one request larger than the bucket.
     """
     queue = Queue(limits(rpm, tpm, max_concurrent=8, adaptive_throttling=adaptive))
-    asked: list[Ticket] = []
+    asked: list[Waiter] = []
     cancelled: set[int] = set()
-    running: list[Ticket] = []
+    running: list[Waiter] = []
     given_back = over = 0.0
 
-    def end(ticket: Ticket, kind: str, amount: float) -> None:
+    def end(waiter: Waiter, kind: str, amount: float) -> None:
         nonlocal given_back, over
-        running.remove(ticket)
-        took = {"finish": amount, "refuse": 0.0}[kind]
-        given_back += max(0.0, ticket.tokens - took)
-        over += max(0.0, took - ticket.tokens)
-        if kind == "refuse":
-            queue.gate.refused(ticket, "tokens", 0.0, ())
-        queue.finish(ticket, took)
+        running.remove(waiter)
+        took = {"finish": amount, "reject_input": 0.0}[kind]
+        given_back += max(0.0, waiter.tokens - took)
+        over += max(0.0, took - waiter.tokens)
+        if kind == "reject_input":
+            queue.queue.refused(waiter, "tokens", 0.0, ())
+        queue.finish(waiter, took)
 
     for kind, amount, pick, seconds in story:
         running = [t for _, t in queue.admitted if t.state is State.GRANTED]
@@ -344,11 +346,11 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
             queue.clock.now += seconds
             queue.pump()
         elif kind == "cancel" and waiting:
-            ticket = waiting[pick % len(waiting)]
-            queue.gate.withdraw(ticket)
-            cancelled.add(ticket.turn)
+            waiter = waiting[pick % len(waiting)]
+            queue.queue.cancel(waiter)
+            cancelled.add(waiter.turn)
             queue.pump()
-        elif kind in {"finish", "refuse"} and running:
+        elif kind in {"finish", "reject_input"} and running:
             end(running[pick % len(running)], kind, amount)
     for _ in range(10_000):
         running = [t for _, t in queue.admitted if t.state is State.GRANTED]
@@ -357,20 +359,20 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
         elif not queue.wait():
             break
     assert {t.turn for _, t in queue.admitted} == {t.turn for t in asked} - cancelled
-    assert queue.gate.lane.in_flight == 0
-    assert not queue.gate.waiting
+    assert queue.queue.concurrency.in_flight == 0
+    assert not queue.queue.waiting
     requests = [(time, 1.0) for time, _ in queue.admitted]
     assert most_in_any_window(requests, 60) <= 2 * rpm + 1 + EPSILON
     largest = max((t.tokens for t in asked), default=0)
-    tokens = [(time, ticket.tokens) for time, ticket in queue.admitted]
+    tokens = [(time, waiter.tokens) for time, waiter in queue.admitted]
     assert most_in_any_window(tokens, 60) <= 2 * tpm + largest + given_back + EPSILON
 
 
 def test_what_holds_is_told_as_the_user_set_it() -> None:
-    """Also while a worker keeps to its part of a quota, because the others cannot be reached."""
-    budget = Queue(RateLimitConfig(requests_per_minute=600)).gate.requests
-    before = budget.limit()
-    budget.hold_to(2.5, 0.0, least=1.0)
-    assert budget.ready_in(1) == pytest.approx(0.4)
-    assert budget.limit() == before
+    """Also while a worker keeps to its part of a stated, because the others cannot be reached."""
+    quota = Queue(RateLimitConfig(requests_per_minute=600)).queue.requests
+    before = quota.limit()
+    quota.hold_to(2.5, 0.0, least=1.0)
+    assert quota.ready_in(1) == pytest.approx(0.4)
+    assert quota.limit() == before
     assert before.configured == 600

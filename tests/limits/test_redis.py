@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI, OpenAIClient, OpenAIConfig, RateLimitConfig, ValidationError
-from openai_eval_client._account import Governor
+from openai_eval_client._account import Account
 from openai_eval_client._wire.usage import Demand, Outcome, Usage
 from openai_eval_client.config import without_password
 from openai_eval_client.testing import SimulatedServer
@@ -225,7 +225,7 @@ def virtual(redis_server):
     client.close()
 
 
-def quota(factor: float = 1, **options: object) -> RateLimitConfig:
+def stated(factor: float = 1, **options: object) -> RateLimitConfig:
     rpm, tpm = int(1800 * factor), int(480_000 * factor)
     return RateLimitConfig(
         requests_per_minute=rpm, tokens_per_minute=tpm, max_concurrent=64, **{"burst_seconds": 5, **options}
@@ -234,9 +234,9 @@ def quota(factor: float = 1, **options: object) -> RateLimitConfig:
 
 CASES = {
     "limits right": ([1] * 4, {}, 1.03, 0),
-    "stamped at admission": ([1] * 4, {"stamp": "admission"}, 1.03, 0),
+    "stamped at permit": ([1] * 4, {"stamp": "permit"}, 1.03, 0),
     "4x too high": ([4] * 4, {}, 1.03, 0.005),
-    "4x too high, stamped at admission": ([4] * 4, {"stamp": "admission"}, 1.03, 0.005),
+    "4x too high, stamped at permit": ([4] * 4, {"stamp": "permit"}, 1.03, 0.005),
     "4x too high, no headers": ([4] * 4, {"headers": False}, 1.05, 0.05),
     "limits differ, no headers": ([1, 1, 2, 4], {"headers": False}, 1.03, 0),
     "one worker": ([1], {}, 1.03, 0),
@@ -252,7 +252,7 @@ def test_workers_use_one_quota_whole_and_fairly(virtual, case: str, seed: int) -
     factors, options, ratio, refused = CASES[case]
     count = 600 // len(factors)
     server = VirtualServer(1800, 480_000, window=5, seed=seed, **options)
-    fleet = virtual([quota(factor) for factor in factors], server=server).run(count)
+    fleet = virtual([stated(factor) for factor in factors], server=server).run(count)
     assert fleet.answered == [count] * len(factors)
     assert fleet.ratio <= ratio
     assert server.refused <= refused * 600
@@ -289,10 +289,10 @@ def test_a_killed_worker_holds_nothing(virtual) -> None:
 
     async def kill(fleet) -> None:
         await asyncio.sleep(8)
-        fleet.governors[0]._link.ask = lambda *_: None  # what it would still say is never heard
+        fleet.accounts[0]._backend.ask = lambda *_: None  # what it would still say is never heard
         fleet.tasks[0].cancel()
 
-    fleet = virtual([quota()] * 4).run(150, kill)
+    fleet = virtual([stated()] * 4).run(150, kill)
     assert fleet.answered[1:] == [150] * 3
     later = [at for at, _ in fleet.sent if 9 <= at < 19]
     assert len(later) >= 0.95 * 200
@@ -314,14 +314,14 @@ def test_redis_may_be_lost_and_come_back_empty(virtual, factor: int, window: int
 
     server = VirtualServer(1800, 480_000, window=window)
     count = 150 if window == 5 else 480  # all still ask when Redis is tried again: up to 5 s after it is back
-    fleet = virtual([quota(factor, burst_seconds=window)] * 4, server=server).run(count, outage)
+    fleet = virtual([stated(factor, burst_seconds=window)] * 4, server=server).run(count, outage)
     assert fleet.answered == [count] * 4
     assert server.refused <= 0.05 * 4 * count
     assert fleet.ratio <= 1.10
     during = [at for at, _ in fleet.sent if 8.5 <= at < 13]
     assert len(during) >= 0.8 * 4.5 * 20
     assert sum(at >= 14 for at, _ in fleet.sent) > 100
-    assert not any(governor._gates["m"]._alone for governor in fleet.governors)
+    assert not any(account._queues["m"]._alone for account in fleet.accounts)
 
 
 def test_an_emptied_redis_is_no_full_bucket(virtual) -> None:
@@ -333,7 +333,7 @@ def test_an_emptied_redis_is_no_full_bucket(virtual) -> None:
         fleet.redis.flush()
 
     server = VirtualServer(1800, 480_000, window=5, headers=False)
-    fleet = virtual([quota()] * 4, server=server).run(100, flush)
+    fleet = virtual([stated()] * 4, server=server).run(100, flush)
     assert fleet.answered == [100] * 4
     assert server.refused == 0
 
@@ -345,7 +345,7 @@ def test_the_lowest_limit_holds_while_its_worker_lives(virtual) -> None:
         await asyncio.sleep(20)
         fleet.tasks[0].cancel()
 
-    fleet = virtual([quota(0.25), quota(), quota()]).run(300, leave)
+    fleet = virtual([stated(0.25), stated(), stated()]).run(300, leave)
     slow = [at for at, _ in fleet.sent if 10 <= at < 20]
     fast = [at for at, _ in fleet.sent if 32 <= at < 42]
     assert len(slow) <= 52
@@ -353,17 +353,17 @@ def test_the_lowest_limit_holds_while_its_worker_lives(virtual) -> None:
 
 
 def in_virtual_time(virtual, scenario, *configs: RateLimitConfig) -> None:
-    """Run `scenario(loop, governors)` with one governor for each config, on one Redis."""
+    """Run `scenario(loop, accounts)` with one account for each config, on one Redis."""
     from shared_quota import VirtualLink
 
     fleet = virtual(configs)
     loop = fleet.redis.loop
-    governors = []
+    accounts = []
     for given_limits in configs:
-        governor = Governor(given_limits, clock=loop)
-        governor._link = VirtualLink(fleet.redis)
-        governors.append(governor)
-    loop.run_until_complete(scenario(loop, governors))
+        account = Account(given_limits, clock=loop)
+        account._backend = VirtualLink(fleet.redis)
+        accounts.append(account)
+    loop.run_until_complete(scenario(loop, accounts))
 
 
 def answer(**headers: str) -> Outcome:
@@ -377,8 +377,8 @@ FIXED = {"adaptive_throttling": False, "burst_seconds": 60}
 def test_a_pause_holds_for_all(virtual) -> None:
     """A 429 of one worker stops the others, and another model does not notice."""
 
-    async def scenario(loop, governors) -> None:
-        first, second = governors
+    async def scenario(loop, accounts) -> None:
+        first, second = accounts
         await second.admit(DEMAND)
         (await first.admit(DEMAND)).settle(Outcome(429, {"retry-after": "7"}))
         await asyncio.sleep(0.1)
@@ -393,8 +393,8 @@ def test_a_pause_longer_than_max_wait_ends_the_waiting_of_all(virtual) -> None:
     """Also of a worker that was not refused itself."""
     from openai_eval_client import RateLimitError
 
-    async def scenario(loop, governors) -> None:
-        first, second = governors
+    async def scenario(loop, accounts) -> None:
+        first, second = accounts
         await second.admit(DEMAND)
         (await first.admit(DEMAND)).settle(Outcome(429, {"retry-after": "3600"}))
         await asyncio.sleep(0.1)
@@ -407,12 +407,12 @@ def test_a_pause_longer_than_max_wait_ends_the_waiting_of_all(virtual) -> None:
 def test_a_debt_of_one_is_a_debt_of_all(virtual) -> None:
     """An answer that was 500 tokens longer than reserved is waited for by the other worker."""
 
-    async def scenario(loop, governors) -> None:
-        first, second = governors
-        admission = await first.admit(Demand("m", 500, 0))
-        admission.settle(Outcome(200, {}, Usage(1000, 0)))
+    async def scenario(loop, accounts) -> None:
+        first, second = accounts
+        permit = await first.admit(Demand("m", 500, 0))
+        permit.settle(Outcome(200, {}, Usage(1000, 0)))
         await asyncio.sleep(2)
-        await first.admit(Demand("m", 10, 0))  # tells the news
+        await first.admit(Demand("m", 10, 0))  # tells the pending
         await second.admit(Demand("m", 100, 0))
         assert loop.time() == pytest.approx(51, abs=1)
 
@@ -422,8 +422,8 @@ def test_a_debt_of_one_is_a_debt_of_all(virtual) -> None:
 def test_an_overestimate_is_given_back_to_all(virtual) -> None:
     """Nothing was used of what one had reserved: the other may use it at once."""
 
-    async def scenario(loop, governors) -> None:
-        first, second = governors
+    async def scenario(loop, accounts) -> None:
+        first, second = accounts
         (await first.admit(Demand("m", 550, 0))).settle(Outcome(200, {}, Usage(0, 0)))
         await asyncio.sleep(2)
         await first.admit(Demand("m", 10, 0))
@@ -437,8 +437,8 @@ def test_an_overestimate_is_given_back_to_all(virtual) -> None:
 def test_a_cancelled_waiter_gives_its_place_back(virtual) -> None:
     """What it had reserved is there for the others."""
 
-    async def scenario(loop, governors) -> None:
-        first, second = governors
+    async def scenario(loop, accounts) -> None:
+        first, second = accounts
         await first.admit(Demand("m", 590, 0))
         waiting = asyncio.create_task(first.admit(Demand("m", 500, 0)))
         await asyncio.sleep(1)
@@ -456,15 +456,15 @@ def test_a_cancelled_waiter_gives_its_place_back(virtual) -> None:
 def test_who_is_cancelled_while_redis_is_asked_gives_back_too(virtual) -> None:
     """The reply finds nobody: what was reserved travels back with the next question."""
 
-    async def scenario(loop, governors) -> None:
-        (governor,) = governors
-        task = asyncio.create_task(governor.admit(Demand("m", 500, 0)))
+    async def scenario(loop, accounts) -> None:
+        (account,) = accounts
+        task = asyncio.create_task(account.admit(Demand("m", 500, 0)))
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.sleep(1)
-        await governor.admit(Demand("m", 1, 0))
+        await account.admit(Demand("m", 1, 0))
         began = loop.time()
-        await governor.admit(Demand("m", 500, 0))
+        await account.admit(Demand("m", 500, 0))
         assert loop.time() - began < 0.1
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED))
@@ -474,9 +474,9 @@ def test_first_come_first_served_within_a_worker(virtual) -> None:
     """A long prompt is not overtaken by the short ones behind it."""
     order: list[int] = []
 
-    async def scenario(loop, governors) -> None:
+    async def scenario(loop, accounts) -> None:
         async def one(number: int, tokens: int) -> None:
-            await governors[0].admit(Demand("m", tokens, 0))
+            await accounts[0].admit(Demand("m", tokens, 0))
             order.append(number)
 
         sizes = [500, 90, 500, 1, 1]
@@ -489,14 +489,14 @@ def test_first_come_first_served_within_a_worker(virtual) -> None:
 def test_a_clock_that_is_set_back_stops_nobody(virtual) -> None:
     """Redis's goes back by an hour during a pause: the pause ends when it should, and the rate stays."""
 
-    async def scenario(loop, governors) -> None:
-        (governor,) = governors
-        (await governor.admit(DEMAND)).settle(Outcome(429, {"retry-after": "7"}))
+    async def scenario(loop, accounts) -> None:
+        (account,) = accounts
+        (await account.admit(DEMAND)).settle(Outcome(429, {"retry-after": "7"}))
         await asyncio.sleep(2)
-        governor._link.redis.epoch -= 3600
-        await governor.admit(DEMAND)
+        account._backend.redis.epoch -= 3600
+        await account.admit(DEMAND)
         assert loop.time() == pytest.approx(8, abs=2)
-        await governor.admit(Demand("m", 600, 0))
+        await account.admit(Demand("m", 600, 0))
         assert loop.time() == pytest.approx(67, abs=8)
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED))
@@ -505,8 +505,8 @@ def test_a_clock_that_is_set_back_stops_nobody(virtual) -> None:
 def test_one_larger_than_the_bucket_goes_when_it_is_full(virtual) -> None:
     """And those behind it wait for the debt."""
 
-    async def scenario(loop, governors) -> None:
-        first, second = governors
+    async def scenario(loop, accounts) -> None:
+        first, second = accounts
         await first.admit(Demand("m", 1200, 0))
         assert loop.time() < 1
         await second.admit(Demand("m", 100, 0))
@@ -538,27 +538,27 @@ def test_no_window_holds_more_than_the_limit(redis_server, data) -> None:
 
     loop = VirtualLoop()
 
-    async def one(governor, tokens, end, patience) -> None:
-        task = asyncio.ensure_future(governor.admit(Demand("m", tokens, 0)))
+    async def one(account, tokens, end, patience) -> None:
+        task = asyncio.ensure_future(account.admit(Demand("m", tokens, 0)))
         if end == "cancel":
             await asyncio.wait({task}, timeout=patience)
             if not task.done():
                 task.cancel()
                 return
-        admission = await task
+        permit = await task
         sent.append((loop.time(), tokens))
         if end != "drop":
             await asyncio.sleep(patience)
-            admission.settle(Outcome(200, {}, Usage(tokens, 0)))
+            permit.settle(Outcome(200, {}, Usage(tokens, 0)))
 
     async def scenario(redis) -> None:
-        governors = [Governor(limits(None, None, 600, **FIXED), clock=loop) for _ in range(3)]
-        for governor in governors:
-            governor._link = VirtualLink(redis)
+        accounts = [Account(limits(None, None, 600, **FIXED), clock=loop) for _ in range(3)]
+        for account in accounts:
+            account._backend = VirtualLink(redis)
         tasks = []
         for number, pause, tokens, end, patience in steps:
             await asyncio.sleep(pause)
-            tasks.append(asyncio.ensure_future(one(governors[number], tokens, end, patience)))
+            tasks.append(asyncio.ensure_future(one(accounts[number], tokens, end, patience)))
         await asyncio.gather(*tasks)
 
     with redis_server.client() as client:
@@ -633,7 +633,7 @@ def test_threads_and_loops_share_one_way(redis_server) -> None:
 
 def _generate(client: OpenAIClient, base_url: str, outcomes) -> None:
     response = asyncio.run(client.generate_response("hello"))
-    outcomes.put((response.content, client._governor._link.generation))
+    outcomes.put((response.content, client._account._backend.generation))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
@@ -662,11 +662,11 @@ def test_a_fork_waits_for_a_reply_that_is_being_heard(redis_server) -> None:
         inside = threading.Event()
 
         def hear(_: object) -> None:
-            with client._governor._lock:
+            with client._account._lock:
                 inside.set()
                 time.sleep(0.2)
 
-        client._governor._link.ask("another", {}, hear)
+        client._account._backend.ask("another", {}, hear)
         assert inside.wait(5)
         outcomes = context.Queue()
         child = context.Process(target=_generate, args=(client, server.base_url, outcomes), daemon=True)
@@ -690,13 +690,13 @@ def test_workers_are_counted_and_leave(redis_server) -> None:
                 ]
                 for client in clients:
                     await client.generate_response("hello")
-                counts.append(clients[-1]._governor._link.workers)
+                counts.append(clients[-1]._account._backend.workers)
                 first, second, _ = clients
                 await asyncio.gather(first.close(), second.close())
-                first._governor._link._thread.shutdown()  # until all is told
-                second._governor._link._thread.shutdown()
+                first._account._backend._thread.shutdown()  # until all is told
+                second._account._backend._thread.shutdown()
                 await clients[2].generate_response("hello")
-                counts.append(clients[-1]._governor._link.workers)
+                counts.append(clients[-1]._account._backend.workers)
                 await clients[2].close()
             return counts
 
@@ -719,15 +719,15 @@ async def test_a_script_that_was_flushed_is_loaded_again(redis_server) -> None:
             await client.generate_response("hello")
             redis.script_flush()
             await client.generate_response("hello")
-            assert client._governor._link.workers
+            assert client._account._backend.workers
 
 
 def test_what_a_worker_says_is_plain_json(redis_server) -> None:
     """Numbers, names of fields and nothing of the prompt; unknown numbers never appear."""
-    from openai_eval_client._limits.shared import News
+    from openai_eval_client._limits.shared import PendingUpdates
 
-    news = News()
-    news.add("credit", 0, 5)
-    news.pause(12.0)
-    assert json.loads(json.dumps(news.told(10.0), allow_nan=False)) == {"credit": [0, 5], "pause": 2}
-    assert not dataclasses.is_dataclass(news)
+    pending = PendingUpdates()
+    pending.add("credit", 0, 5)
+    pending.pause(12.0)
+    assert json.loads(json.dumps(pending.told(10.0), allow_nan=False)) == {"credit": [0, 5], "pause": 2}
+    assert not dataclasses.is_dataclass(pending)

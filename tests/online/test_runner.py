@@ -24,7 +24,7 @@ from openai_eval_client import (
     RateLimitConfig,
     ValidationError,
 )
-from openai_eval_client._online.pool import Crew
+from openai_eval_client._online.pool import WorkerPool
 from openai_eval_client.testing import SimulatedServer
 
 # --- any story: items, source, consumer, in virtual time ---------------------------------------------------
@@ -87,7 +87,7 @@ class Seen:
     source_ended: bool = False
     doomed: bool = False
     sent_after_doom: int = 0
-    crew: Crew | None = None
+    pool: WorkerPool | None = None
     ended_at: float = 0.0
 
     def took(self) -> None:
@@ -161,18 +161,18 @@ async def request(index: int, item: Item, raises: type[Exception] | None, sendin
 
 
 async def consume(story: Story, seen: Seen) -> None:
-    def is_doom(error: Exception, _: bool) -> bool:
+    def is_fatal(error: Exception, _: bool) -> bool:
         seen.doomed = seen.doomed or isinstance(error, DoomError)
         return isinstance(error, DoomError)
 
-    crew = seen.crew = Crew(
+    pool = seen.pool = WorkerPool(
         lambda *args, **options: work(*args, **options, seen=seen),
         slots=story.slots,
         width=story.width,
-        is_doom=is_doom,
+        is_fatal=is_fatal,
     )
     async with contextlib.AsyncExitStack() as stack:
-        streams = [crew.run(SOURCES[story.source](story, seen))]
+        streams = [pool.run(SOURCES[story.source](story, seen))]
         if story.ends == "aclose":
             stack.push_async_callback(streams[0].aclose)
         async for index, outcome in streams.pop():  # nothing else holds on to it
@@ -214,8 +214,8 @@ def told(story: Story) -> Seen:
     gc.collect(0)  # young objects: all of this story
     assert unheard == []
     assert (seen.sending, seen.sent_after_doom) == (0, 0)
-    assert not seen.crew._tasks | seen.crew._sending | seen.crew._waiting
-    assert seen.crew._stopped or seen.crew._workers == 0
+    assert not seen.pool._tasks | seen.pool._sending | seen.pool._waiting
+    assert seen.pool._stopped or seen.pool._workers == 0
     return seen
 
 
@@ -298,7 +298,10 @@ def test_work_begins_before_the_next_item_is_taken() -> None:
 
     async def main() -> int:
         return len(
-            [pair async for pair in Crew(begin, slots=99, width=99, is_doom=lambda *_: False).run(slow())]
+            [
+                pair
+                async for pair in WorkerPool(begin, slots=99, width=99, is_fatal=lambda *_: False).run(slow())
+            ]
         )
 
     assert asyncio.run(main()) == 9
@@ -317,8 +320,8 @@ def test_who_is_done_goes_on_with_the_next_item(fails: bool) -> None:
                 raise FailureError
 
     async def main() -> int:
-        crew = Crew(one, slots=3, width=9, is_doom=lambda *_: False)
-        return len([pair async for pair in crew.run([None] * 50)])
+        pool = WorkerPool(one, slots=3, width=9, is_fatal=lambda *_: False)
+        return len([pair async for pair in pool.run([None] * 50)])
 
     loop = VirtualLoop()
     assert loop.run_until_complete(main()) == 50
@@ -336,7 +339,7 @@ def test_who_waits_for_another_attempt_leaves_the_slot_to_another(waiting: int) 
 
 
 def test_no_more_are_at_work_than_there_are_slots_once_those_who_waited_are_back() -> None:
-    """Who takes a waiting one's slot gives it back; the gate of a client bounds what is sent meanwhile."""
+    """Who takes a waiting one's slot gives it back; the queue of a client bounds what is sent meanwhile."""
     seen = told(
         Story([Item(during=1.0)] * 3 + [Item(retry=0.5, during=1.0)] + [Item(during=1.0)] * 30, width=9)
     )
@@ -358,8 +361,8 @@ def test_a_source_that_is_slow_lets_the_others_go_in_between(seconds: float) -> 
             loop.jump.slept += seconds
 
     async def main() -> None:
-        crew = Crew(functools.partial(work, seen=Seen()), slots=1, width=99, is_doom=lambda *_: False)
-        async with contextlib.aclosing(crew.run(source())) as stream:
+        pool = WorkerPool(functools.partial(work, seen=Seen()), slots=1, width=99, is_fatal=lambda *_: False)
+        async with contextlib.aclosing(pool.run(source())) as stream:
             await anext(stream)
 
     loop.run_until_complete(main())
@@ -394,8 +397,8 @@ def test_clearing_the_frames_of_an_error_does_not_touch_the_work_on_others() -> 
 
     async def main() -> list[object]:
         outcomes = []
-        crew = Crew(one, slots=1, width=2, is_doom=lambda *_: False)
-        async for _, outcome in crew.run([None] * 5):
+        pool = WorkerPool(one, slots=1, width=2, is_fatal=lambda *_: False)
+        async for _, outcome in pool.run([None] * 5):
             if isinstance(outcome, FailureError):
                 traceback.clear_frames(outcome.__traceback__)
             outcomes.append(outcome)
@@ -418,7 +421,7 @@ def test_nothing_is_sent_in_the_place_of_what_is_cancelled() -> None:
             await asyncio.sleep(1.0)
 
     async def main() -> None:
-        async for _ in Crew(one, slots=3, width=6, is_doom=lambda *_: False).run([None] * 9):
+        async for _ in WorkerPool(one, slots=3, width=6, is_fatal=lambda *_: False).run([None] * 9):
             pass
 
     loop = VirtualLoop()
@@ -485,9 +488,9 @@ def test_what_swallows_its_cancellation_still_sends_no_more(doomed: bool) -> Non
             sent.append(index)
 
     async def main() -> None:
-        stream = Crew(stubborn, slots=2, width=2, is_doom=lambda error, _: isinstance(error, DoomError)).run(
-            [None] * 9
-        )
+        stream = WorkerPool(
+            stubborn, slots=2, width=2, is_fatal=lambda error, _: isinstance(error, DoomError)
+        ).run([None] * 9)
         await anext(stream)
         await stream.aclose()
 
@@ -501,7 +504,9 @@ async def test_an_async_generator_is_closed_by_the_time_the_stream_is() -> None:
     """Also where somebody still holds on to it."""
     seen = Seen()
     source = from_async(Story([Item()] * 9), seen)
-    stream = Crew(functools.partial(work, seen=seen), slots=2, width=2, is_doom=lambda *_: False).run(source)
+    stream = WorkerPool(functools.partial(work, seen=seen), slots=2, width=2, is_fatal=lambda *_: False).run(
+        source
+    )
     await anext(stream)
     await stream.aclose()
     assert seen.source_ended
@@ -519,8 +524,8 @@ def test_a_task_cancelled_by_somebody_else_is_not_lost_in_silence() -> None:
         return index
 
     async def all_of_them() -> None:
-        crew = Crew(one, slots=3, width=3, is_doom=lambda *_: False)
-        async for _, outcome in crew.run([None] * 9):
+        pool = WorkerPool(one, slots=3, width=3, is_fatal=lambda *_: False)
+        async for _, outcome in pool.run([None] * 9):
             outcomes.append(outcome)
 
     outcomes: list[int] = []
@@ -535,7 +540,7 @@ def test_a_source_that_is_never_read_from_is_not_touched() -> None:
     """Nothing starts before the first outcome is asked for, and nothing is left when none is."""
     seen = Seen()
     story = Story([Item()])
-    stream = Crew(work, slots=1, width=1, is_doom=lambda *_: False).run(from_list(story, seen))
+    stream = WorkerPool(work, slots=1, width=1, is_fatal=lambda *_: False).run(from_list(story, seen))
     del stream
     assert seen.taken == 0
 

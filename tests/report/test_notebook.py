@@ -31,7 +31,7 @@ from openai_eval_client.testing import SimulatedServer
 SCRIPT = '<script>alert("x")</script>'
 ROW = ModelCost(
     model=SCRIPT,
-    road="online",
+    channel="online",
     service_tier="default",
     calls=2,
     input_tokens=1200,
@@ -93,7 +93,7 @@ def answer(**more):
     ids=["stats", "estimate", "job", "ledger", "answer", "refusal"],
 )
 def test_a_notebook_shows_a_small_table(thing, said):
-    """Figures with units, and nothing of what comes from outside as HTML."""
+    """ProgressSnapshot with units, and nothing of what comes from outside as HTML."""
     page = Page(thing._repr_html_())
     assert "<script" not in page.text
     assert SCRIPT in page.words

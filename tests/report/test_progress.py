@@ -20,12 +20,12 @@ from openai_eval_client import (
     TokenUsage,
     ValidationError,
 )
-from openai_eval_client._limits.queue import Gauge
+from openai_eval_client._limits.queue import LimitStatus
 from openai_eval_client._report import progress as bar
 from openai_eval_client._report.progress import (
     Display,
-    Figures,
     Meter,
+    ProgressSnapshot,
     Reading,
     clock,
     details,
@@ -45,7 +45,7 @@ def response(cost, *, cached=False):
 
 def gauge(requests=0, tokens=0, waiting=0, cause="concurrency", seconds=0.0):
     limits = {"requests": 600.0, "tokens": None}
-    return Gauge({"requests": requests, "tokens": tokens}, limits, waiting, cause, seconds)
+    return LimitStatus({"requests": requests, "tokens": tokens}, limits, waiting, cause, seconds)
 
 
 # --- the figures ------------------------------------------------------------------------------------------
@@ -89,17 +89,17 @@ def test_a_burst_does_not_promise_too_much():
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        (Figures(done=0, total=5, waiting=1, cause="tokens", wait=42.4, in_flight=0), "waiting 0:42 for TPM"),
-        (Figures(done=0, total=5, waiting=1, cause="requests", wait=0.1, in_flight=0), "waiting for RPM"),
-        (Figures(done=0, waiting=3, cause="pause", wait=75, in_flight=0), "paused by the server 1:15"),
-        (Figures(done=1, total=5), "1 (20%), 0/s, 0:00, waiting for the Batch API"),
-        (Figures(done=1500, total=6000, rate=12.5, in_flight=9), "1,500/6,000 (25%), 12.5/s, 0:00"),
-        (Figures(done=1500, total=6000, left=4000, in_flight=9), "1:06:40 left"),
-        (Figures(cost=0.0123, projected=1.5, in_flight=0), "$0.012 of ~$1.50"),
-        (Figures(unpriced=2, in_flight=0), "cost unknown"),
-        (Figures(unpriced=2, cost=0.5, in_flight=0), "$0.50 + 2 unpriced"),
-        (Figures(used={"tokens": 123_456.0}, limits={"tokens": 2e6}, in_flight=0), "TPM 123k/2M"),
-        (Figures(failed=2, rate_limited=1, retries=3), "2 failed, $0.00, 1 x 429, 3 retries"),
+        (ProgressSnapshot(done=0, total=5, waiting=1, cause="tokens", wait=42.4, in_flight=0),"waiting 0:42 for TPM"),
+        (ProgressSnapshot(done=0, total=5, waiting=1, cause="requests", wait=0.1, in_flight=0), "waiting for RPM"),
+        (ProgressSnapshot(done=0, waiting=3, cause="pause", wait=75, in_flight=0), "paused by the server 1:15"),
+        (ProgressSnapshot(done=1, total=5), "1 (20%), 0/s, 0:00, waiting for the Batch API"),
+        (ProgressSnapshot(done=1500, total=6000, rate=12.5, in_flight=9), "1,500/6,000 (25%), 12.5/s, 0:00"),
+        (ProgressSnapshot(done=1500, total=6000, left=4000, in_flight=9), "1:06:40 left"),
+        (ProgressSnapshot(cost=0.0123, projected=1.5, in_flight=0), "$0.012 of ~$1.50"),
+        (ProgressSnapshot(unpriced=2, in_flight=0), "cost unknown"),
+        (ProgressSnapshot(unpriced=2, cost=0.5, in_flight=0), "$0.50 + 2 unpriced"),
+        (ProgressSnapshot(used={"tokens": 123_456.0}, limits={"tokens": 2e6}, in_flight=0), "TPM 123k/2M"),
+        (ProgressSnapshot(failed=2, rate_limited=1, retries=3), "2 failed, $0.00, 1 x 429, 3 retries"),
     ],
 )  # fmt: skip
 def test_what_is_said(figures, said):
@@ -109,7 +109,7 @@ def test_what_is_said(figures, said):
 
 def test_what_does_not_fit_is_left_out():
     """Whole parts, the least telling first."""
-    parts = details(Figures(used={"requests": 5.0}, in_flight=1, retries=2))
+    parts = details(ProgressSnapshot(used={"requests": 5.0}, in_flight=1, retries=2))
     assert fitted(parts, 18) == "RPM 5  1 in flight"
     assert fitted(parts, 5) == "RPM 5"
     assert clock(59.6) == "1:00"
@@ -192,7 +192,9 @@ def test_two_lines_of_a_terminal(monkeypatch, columns, widest):
     screen = Screen(monkeypatch, columns)
     painted = bar.Bar(200)
     assert bar.bar_is_open()
-    painted.show(Figures(done=50, total=200, rate=3, left=50, in_flight=4, used={"requests": 5}, retries=2))
+    painted.show(
+        ProgressSnapshot(done=50, total=200, rate=3, left=50, in_flight=4, used={"requests": 5}, retries=2)
+    )
     bar.write_above("a line")
     painted.close()
     assert not bar.bar_is_open()

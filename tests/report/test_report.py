@@ -49,7 +49,7 @@ async def test_the_figures_on_the_page_are_those_of_the_statistics(tmp_path, no_
     assert tiles["429s / retries"] == f"{stats.rate_limited} / {stats.retries}"
     assert tiles["tokens in"] == f"{stats.prompt_tokens:,}"
     assert page.words.count(f"{stats.requests - stats.failures} answered, {stats.failures} failed, ") == 1
-    story = client._governor.recorder.story()
+    story = client._account.recorder.story()
     track = story.history.tracks["gpt-4o-mini"]
     assert sum(track.admitted) == stats.attempts
     assert sum(track.rate_limited) == stats.rate_limited
@@ -157,7 +157,7 @@ async def test_nothing_stays_in_flight_after_cancelled_and_failed_runs(few_certi
                 with pytest.raises(asyncio.TimeoutError):
                     await asyncio.wait_for(run, seconds)
             await client.batch_generate(["x"] * 20, max_tokens=5, return_exceptions=True)
-            timeline = client._governor.recorder._timeline
+            timeline = client._account.recorder._timeline
     assert timeline._in_flight == 0
     track = timeline.history().tracks["gpt-4o-mini"]
     assert sum(track.admitted) > 20
@@ -175,7 +175,7 @@ def test_threads_keep_one_history(few_certificates):
             run.start()
         for run in runs:
             run.join()
-        timeline = client._governor.recorder._timeline
+        timeline = client._account.recorder._timeline
         asyncio.run(client.close())
     assert timeline._in_flight == 0
     assert sum(timeline.history().tracks["gpt-4o-mini"].admitted) == 100

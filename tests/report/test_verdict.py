@@ -3,8 +3,8 @@
 import pytest
 
 from openai_eval_client._limits.buckets import Limit
-from openai_eval_client._limits.queue import Facts
-from openai_eval_client._report.page import shares, verdict
+from openai_eval_client._limits.queue import ModelLimits
+from openai_eval_client._report.page import bottleneck, shares
 from openai_eval_client._stats import Timeline
 from openai_eval_client.models import ClientStats
 
@@ -24,7 +24,7 @@ def ran(count=600, *, seconds=60.0, latency=0.5, reserved=100, used=90):
 
 def facts(waited=None, *, requests=None, tokens=None, server=None, burst=0.0, concurrent=10, length=None):
     """The limits of a model, and what it waited for."""
-    return Facts(
+    return ModelLimits(
         "m",
         Limit(requests, None, burst if requests else 0.0),
         Limit(tokens, server, burst if tokens else 0.0),
@@ -42,7 +42,7 @@ def stats(**counts):
 def test_a_run_that_used_its_tokens_up_was_bound_by_them():
     """It says how much of the limit, and what lets more through."""
     one = facts({"tokens": 900.0}, requests=6000, tokens=60_000)
-    said = verdict(stats(), [one], ran())
+    said = bottleneck(stats(), [one], ran())
     assert (said.cause, said.headline) == ("tokens", "bound by tokens per minute (m): 100% used")
     assert any("Batch API" in sentence for sentence in said.advice)
 
@@ -50,7 +50,7 @@ def test_a_run_that_used_its_tokens_up_was_bound_by_them():
 def test_reservations_that_are_too_large_are_named():
     """With what answers really take."""
     one = facts({"tokens": 900.0}, tokens=300_000, length={"mean": 50.0, "spread": 10.0})
-    said = verdict(stats(), [one], ran(reserved=500, used=60))
+    said = bottleneck(stats(), [one], ran(reserved=500, used=60))
     assert "reserved 500 tokens and used 60" in said.advice[0]
     assert "50 tokens on average; 80 fit" in said.advice[0]
 
@@ -70,14 +70,14 @@ def test_reservations_that_are_too_large_are_named():
 )
 def test_a_limit_that_is_not_the_servers_is_named(configured, server, said):
     """The defaults are lower than most accounts' limits."""
-    advice = verdict(stats(), [facts({"tokens": 900.0}, tokens=configured, server=server)], ran()).advice
+    advice = bottleneck(stats(), [facts({"tokens": 900.0}, tokens=configured, server=server)], ran()).advice
     found = [sentence for sentence in advice if "server" in sentence and "limit" in sentence]
     assert (said in found[0]) if said else not [each for each in found if "configured" in each]
 
 
 def test_a_run_that_waited_for_requests_is_told_to_send_fewer():
     """Of the same tokens."""
-    said = verdict(stats(), [facts({"requests": 900.0}, requests=600)], ran())
+    said = bottleneck(stats(), [facts({"requests": 900.0}, requests=600)], ran())
     assert said.headline == "bound by requests per minute (m): 100% used"
     assert said.advice[0].startswith("Several questions in one prompt")
 
@@ -85,7 +85,7 @@ def test_a_run_that_waited_for_requests_is_told_to_send_fewer():
 def test_a_run_with_too_few_in_flight_is_told_how_many_would_do():
     """Rate x latency: 100 a second for half a second."""
     one = facts({"concurrency": 900.0}, requests=6000, concurrent=10)
-    said = verdict(stats(), [one], ran())
+    said = bottleneck(stats(), [one], ran())
     assert said.cause == "concurrency"
     assert "10% of its requests per minute used" in said.headline
     assert "about 50 in flight would use the limits up" in said.advice[0]
@@ -93,48 +93,48 @@ def test_a_run_with_too_few_in_flight_is_told_how_many_would_do():
 
 def test_without_limits_nobody_knows_how_many_would_do():
     """It can be tried out."""
-    said = verdict(stats(), [facts({"concurrency": 900.0})], ran())
+    said = bottleneck(stats(), [facts({"concurrency": 900.0})], ran())
     assert said.advice[0].startswith("Raise max_concurrent step by step")
 
 
 def test_a_short_run_within_its_burst_is_told_that_it_was_one():
     """More in flight would only spend the bucket sooner."""
     one = facts({"concurrency": 90.0}, requests=600, burst=600.0, concurrent=10)
-    said = verdict(stats(), [one], ran(200, seconds=10.0))
+    said = bottleneck(stats(), [one], ran(200, seconds=10.0))
     assert "a full bucket" in said.advice[0]
 
 
 def test_a_run_that_was_refused_again_and_again_is_told_so():
     """And which limit it was."""
     totals = stats(rate_limited=17, rate_limited_by={"tokens": 15, "requests": 2})
-    said = verdict(totals, [facts({"pause": 900.0, "tokens": 1.0})], ran())
-    assert said.headline == "held up by the server's refusals: 17 times 429, mostly for tokens"
+    said = bottleneck(totals, [facts({"pause": 900.0, "tokens": 1.0})], ran())
+    assert said.headline == "held up by the server's unsupported: 17 times 429, mostly for tokens"
 
 
 def test_a_run_of_failures_was_slowed_by_them():
     """Not by a limit."""
-    said = verdict(stats(retries=90, retry_seconds=400.0), [facts({"tokens": 10.0})], ran())
+    said = bottleneck(stats(retries=90, retry_seconds=400.0), [facts({"tokens": 10.0})], ran())
     assert (said.cause, said.headline) == ("retries", "slowed by 90 retries after failed attempts")
 
 
 def test_one_prompt_after_the_other_is_bound_by_the_server():
     """No limit held anything up."""
-    said = verdict(stats(), [facts({})], ran())
+    said = bottleneck(stats(), [facts({})], ran())
     assert said.cause == "server"
     assert "500 ms at the server" in said.advice[0]
 
 
 def test_a_short_run_that_was_paced_says_that_the_limit_was_not_used_up():
     """A client begins slowly."""
-    said = verdict(stats(), [facts({"tokens": 90.0}, tokens=1_000_000)], ran(100, seconds=10.0))
+    said = bottleneck(stats(), [facts({"tokens": 90.0}, tokens=1_000_000)], ran(100, seconds=10.0))
     assert said.headline.startswith("paced by tokens per minute (m): ")
     assert "It was short" in said.advice[0]
 
 
 def test_nothing_sent_is_said():
     """From the cache, or not at all."""
-    assert verdict(ClientStats(), [], ran(0)).headline == "nothing was sent"
-    assert "cache" in verdict(ClientStats(requests=3, cache_hits=3), [], ran(0)).headline
+    assert bottleneck(ClientStats(), [], ran(0)).headline == "nothing was sent"
+    assert "cache" in bottleneck(ClientStats(requests=3, cache_hits=3), [], ran(0)).headline
 
 
 def test_shares_are_of_the_lower_limit_and_count_the_burst():
@@ -150,5 +150,5 @@ def test_shares_are_of_the_lower_limit_and_count_the_burst():
 
 def test_a_wait_for_something_else_is_named():
     """Whatever else a limit may be shared through."""
-    said = verdict(stats(), [facts({"elsewhere": 900.0})], ran())
+    said = bottleneck(stats(), [facts({"elsewhere": 900.0})], ran())
     assert said.headline == "held up by elsewhere (m)"

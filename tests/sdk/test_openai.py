@@ -47,7 +47,11 @@ def eventually(holds, seconds: float = 10) -> bool:
 
 
 def in_flight(client: AsyncOpenAI) -> int:
-    return sum(lane.in_flight for gate in client._governor._gates.values() for lane in gate._lanes)
+    return sum(
+        concurrency.in_flight
+        for queue in client._account._queues.values()
+        for concurrency in queue._concurrency_limits
+    )
 
 
 async def test_it_answers_as_the_sdk_does(server) -> None:
@@ -150,7 +154,7 @@ ROADS = [
 
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
 async def test_every_road_passes_the_limiter_once(server, road) -> None:
-    """One admission for one HTTP request, whatever the resource, and its slot is free afterwards."""
+    """One permit for one HTTP request, whatever the resource, and its slot is free afterwards."""
     async with connect(server) as client:
         await road(client)
         assert client.stats.attempts == len(server.calls) == 1
@@ -256,7 +260,7 @@ async def test_a_copy_for_another_account_has_a_budget_of_its_own(server) -> Non
         other = client.with_options(api_key="sk-other")
         await plain(other)
         assert (client.stats.attempts, other.stats.attempts) == (1, 1)
-        assert other._governor.config == client._governor.config
+        assert other._account.config == client._account.config
 
 
 def family(name: str):
@@ -386,7 +390,7 @@ async def test_environment_proxies_go_on_working(server, monkeypatch) -> None:
 def test_the_key_is_in_no_repr() -> None:
     """Neither the client's nor its HTTP client's."""
     client = AsyncOpenAI(api_key="sk-very-secret")
-    assert "very-secret" not in f"{client!r}{client._client!r}{client._governor!r}"
+    assert "very-secret" not in f"{client!r}{client._client!r}{client._account!r}"
 
 
 def test_its_module_is_where_users_import_it_from() -> None:
@@ -432,8 +436,8 @@ async def test_naming_the_same_account_again_keeps_the_budget(server) -> None:
     """with_options(api_key=the same) is no other account."""
     async with connect(server) as client:
         same = client.with_options(api_key="sk-test", base_url=server.base_url)
-        assert same._governor is client._governor
-        assert client.with_options(organization="org-other")._governor is not client._governor
+        assert same._account is client._account
+        assert client.with_options(organization="org-other")._account is not client._account
 
 
 def test_the_limits_must_be_limits() -> None:

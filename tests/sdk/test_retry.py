@@ -16,7 +16,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client._sdk.calls import delays, retrying
-from openai_eval_client._wire.failures import asked_wait, is_doom, is_transient
+from openai_eval_client._wire.failures import asked_wait, is_fatal, is_transient
 from openai_eval_client.errors import PartialFailureError, QuotaError, rate_limited, sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -148,7 +148,7 @@ def test_a_request_that_is_too_large_is_not_sent_again():
 )
 def test_what_dooms_a_whole_run(error, doomed):
     """Key, permission, model, credit and a pause beyond max_wait meet every prompt alike."""
-    assert is_doom(error, max_wait=600) is doomed
+    assert is_fatal(error, max_wait=600) is doomed
 
 
 def test_the_wait_is_read_from_the_errors_headers():
@@ -269,7 +269,7 @@ async def test_a_success_in_time_is_returned(failures):
 
 
 async def test_a_rate_limit_is_tried_again_at_once():
-    """Its wait is the governor's to keep."""
+    """Its wait is the account's to keep."""
     attempts = Attempts(made(429, retry_after="500"), rate_limited("paused", 500))
     assert await attempts.retried(3)("value") == "value"
     assert attempts.count == 3

@@ -35,4 +35,8 @@ def nobody_listens():
 
 
 def no_slot_is_taken(client: OpenAIClient) -> bool:
-    return all(lane.in_flight == 0 for gate in client._governor._gates.values() for lane in gate._lanes)
+    return all(
+        concurrency.in_flight == 0
+        for queue in client._account._queues.values()
+        for concurrency in queue._concurrency_limits
+    )

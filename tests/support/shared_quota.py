@@ -1,4 +1,4 @@
-"""Many workers on one quota in virtual time: the real script in a real Redis, told what time it is."""
+"""Many workers on one stated in virtual time: the real script in a real Redis, told what time it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from openai_eval_client import RateLimitConfig  # noqa: TC001
-from openai_eval_client._account import Governor
-from openai_eval_client._limits.queue import Lane
+from openai_eval_client._account import Account
+from openai_eval_client._limits.queue import ConcurrencyLimit
 from openai_eval_client._limits.redis import script
 from openai_eval_client._wire.usage import Demand
 
@@ -34,7 +34,7 @@ class VirtualRedis:
         self.epoch = _EPOCH
         self.client = client
         self._script = client.register_script(script())
-        self._keys = [f"{{{next(_NAMES)}}}:quota", f"{{{next(_NAMES)}}}:workers"]
+        self._keys = [f"{{{next(_NAMES)}}}:stated", f"{{{next(_NAMES)}}}:workers"]
 
     def answer(self, told: dict):
         if self.down:
@@ -68,7 +68,7 @@ class VirtualLink:
 
 @dataclass
 class Fleet:
-    """Workers that share a quota, and what came of their run.
+    """Workers that share a stated, and what came of their run.
 
     Attributes:
         answered: By each worker.
@@ -85,20 +85,20 @@ class Fleet:
     answered: list[int] = field(default_factory=list)
     sent: list[tuple[float, int]] = field(default_factory=list)
     unanswered: int = 0
-    governors: list[Governor] = field(default_factory=list)
+    accounts: list[Account] = field(default_factory=list)
     wall: float = 0.0
 
     def __post_init__(self) -> None:
         self.answered = [0] * len(self.configs)
 
-    async def one(self, number: int, lane: Lane) -> None:
-        loop, governor = self.redis.loop, self.governors[number]
-        turn = governor.next_turn()
+    async def one(self, number: int, concurrency: ConcurrencyLimit) -> None:
+        loop, account = self.redis.loop, self.accounts[number]
+        turn = account.next_turn()
         for _ in range(self.retries + 1):
-            admission = await governor.admit(Demand("m", self.tokens, 0), lane=lane, turn=turn)
+            permit = await account.admit(Demand("m", self.tokens, 0), concurrency=concurrency, turn=turn)
             self.sent.append((loop.time(), number))
             outcome = await self.server.answer(self.tokens)
-            admission.settle(outcome)
+            permit.settle(outcome)
             if outcome.status == 200:
                 self.answered[number] += 1
                 return
@@ -107,22 +107,22 @@ class Fleet:
         self.unanswered += 1
 
     async def worker(self, number: int, requests: int) -> None:
-        lane, left = Lane(self.in_flight), iter(range(requests))
+        concurrency, left = ConcurrencyLimit(self.in_flight), iter(range(requests))
 
         async def lines() -> None:
             for _ in left:
-                await self.one(number, lane)
+                await self.one(number, concurrency)
 
         await asyncio.gather(*[lines() for _ in range(min(self.in_flight, requests))])
-        self.governors[number].leave()
+        self.accounts[number].leave()
 
     def run(self, requests: int, meanwhile: Callable[[Fleet], Awaitable[None]] | None = None) -> Fleet:
         """Send so many requests through each worker, in virtual time."""
         loop = self.redis.loop
         for config in self.configs:
-            governor = Governor(config, clock=loop)
-            governor._link = VirtualLink(self.redis)
-            self.governors.append(governor)
+            account = Account(config, clock=loop)
+            account._backend = VirtualLink(self.redis)
+            self.accounts.append(account)
 
         async def all_of_them() -> None:
             others = [meanwhile(self)] if meanwhile is not None else []

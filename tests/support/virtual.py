@@ -13,8 +13,8 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from openai_eval_client import RateLimitConfig  # noqa: TC001
-from openai_eval_client._account import Governor
-from openai_eval_client._limits.queue import Lane
+from openai_eval_client._account import Account
+from openai_eval_client._limits.queue import ConcurrencyLimit
 from openai_eval_client._wire.usage import Demand, Outcome, Usage
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ class VirtualServer:
         await asyncio.sleep(self.latency * self.random.lognormvariate(-0.03, 0.25))
         self.served += 1
         return Outcome(
-            200, early if self.stamp == "admission" else self.stamped(loop.time()), Usage(int(tokens), 0)
+            200, early if self.stamp == "permit" else self.stamped(loop.time()), Usage(int(tokens), 0)
         )
 
     def stamped(self, time: float) -> dict[str, str]:
@@ -129,7 +129,7 @@ class VirtualServer:
 
 
 @dataclass
-class Figures:
+class ProgressSnapshot:
     """What a run came to.
 
     Attributes:
@@ -153,18 +153,18 @@ def rehearse(
     clients: int = 1,
     retries: int = 10,
     meanwhile: Callable[[], Awaitable[None]] | None = None,
-) -> Figures:
+) -> ProgressSnapshot:
     """Send that many requests through that many uncoordinated clients, in virtual time."""
     loop = VirtualLoop()
     unanswered = 0
 
-    async def one(governor: Governor, lane: Lane) -> None:
+    async def one(account: Account, concurrency: ConcurrencyLimit) -> None:
         nonlocal unanswered
-        turn = governor.next_turn()
+        turn = account.next_turn()
         for _ in range(retries + 1):
-            admission = await governor.admit(Demand("m", tokens, 0), lane=lane, turn=turn)
+            permit = await account.admit(Demand("m", tokens, 0), concurrency=concurrency, turn=turn)
             outcome = await server.answer(tokens)
-            admission.settle(outcome)
+            permit.settle(outcome)
             if outcome.status == 200:
                 return
             if "retry-after-ms" not in outcome.headers:
@@ -172,10 +172,10 @@ def rehearse(
         unanswered += 1
 
     async def client(share: int) -> None:
-        governor, lane = Governor(config, clock=loop), Lane(in_flight)
-        admission = await governor.admit(Demand("m", tokens, 0))  # one call to warm up
-        admission.settle(await server.answer(tokens))
-        await asyncio.gather(*[one(governor, lane) for _ in range(share)])
+        account, concurrency = Account(config, clock=loop), ConcurrencyLimit(in_flight)
+        permit = await account.admit(Demand("m", tokens, 0))  # one call to warm up
+        permit.settle(await server.answer(tokens))
+        await asyncio.gather(*[one(account, concurrency) for _ in range(share)])
 
     async def all_of_them() -> None:
         others = [meanwhile()] if meanwhile is not None else []
@@ -188,4 +188,4 @@ def rehearse(
         loop.close()
     rate = min(server.tpm / tokens, server.rpm) / 60
     least = (requests - rate * server.window) / rate + server.latency
-    return Figures(wall / least, server.refused / requests, unanswered)
+    return ProgressSnapshot(wall / least, server.refused / requests, unanswered)

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client._wire.headers import (
-    Quota,
+    StatedLimit,
     duration,
-    read_quota,
-    read_quotas,
+    read_stated_limit,
+    read_stated_limits,
     refused_dimension,
     retry_after,
     stated_wait,
@@ -159,32 +159,32 @@ def test_what_looks_like_a_date_is_finite_or_none(text):
 def quota(limit=None, remaining=None, reset=None, dimension="tokens"):
     given_ = {"limit": limit, "remaining": remaining, "reset": reset}
     headers = {f"x-ratelimit-{name}-{dimension}": text for name, text in given_.items() if text is not None}
-    return read_quota(sdk_httpx().Headers(headers), dimension)
+    return read_stated_limit(sdk_httpx().Headers(headers), dimension)
 
 
 @pytest.mark.parametrize("dimension", ["requests", "tokens"])
 def test_a_quota_is_read(dimension):
     """Limit, remaining and reset of the dimension asked for."""
-    assert quota("500", "499", "120ms", dimension) == Quota(500, 499, 0.12)
+    assert quota("500", "499", "120ms", dimension) == StatedLimit(500, 499, 0.12)
 
 
 def test_the_other_dimension_is_not_mistaken_for_it():
     """Requests are not tokens."""
     headers = {"x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499"}
-    assert read_quota(headers, "requests") == Quota(500, 499, None)
-    assert read_quota(headers, "tokens") is None
+    assert read_stated_limit(headers, "requests") == StatedLimit(500, 499, None)
+    assert read_stated_limit(headers, "tokens") is None
 
 
 @pytest.mark.parametrize(
     ("limit", "remaining", "reset", "expected"),
     [
-        ("500", "0", "1s", Quota(500, 0, 1.0)),
-        ("500", "499", None, Quota(500, 499, None)),
-        ("500", "499", "soon", Quota(500, 499, None)),
-        ("500", "499", "1e999s", Quota(500, 499, None)),
-        ("500", "501", "1s", Quota(500, 500, 1.0)),
-        ("500", "1e300", "1s", Quota(500, 500, 1.0)),
-        ("500.0", "499.9", "1s", Quota(500, 499, 1.0)),
+        ("500", "0", "1s", StatedLimit(500, 0, 1.0)),
+        ("500", "499", None, StatedLimit(500, 499, None)),
+        ("500", "499", "soon", StatedLimit(500, 499, None)),
+        ("500", "499", "1e999s", StatedLimit(500, 499, None)),
+        ("500", "501", "1s", StatedLimit(500, 500, 1.0)),
+        ("500", "1e300", "1s", StatedLimit(500, 500, 1.0)),
+        ("500.0", "499.9", "1s", StatedLimit(500, 499, 1.0)),
         ("500", None, "1s", None),
         (None, "499", "1s", None),
         (None, None, "1s", None),
@@ -212,7 +212,7 @@ def test_a_quota_is_within_its_limit_or_none(limit, remaining, reset):
         f"x-ratelimit-{name}-tokens": text
         for name, text in zip(names, (limit, remaining, reset), strict=True)
     }
-    read = read_quota(headers, "tokens")
+    read = read_stated_limit(headers, "tokens")
     assert read is None or (read.limit > 0 and 0 <= read.remaining <= read.limit)
 
 
@@ -225,15 +225,15 @@ def test_a_projects_own_limit_counts_where_it_is_lower():
         "x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "59",
         "x-ratelimit-reset-requests": "1",
     }  # fmt: skip
-    quotas = read_quotas(sdk_httpx().Headers(headers))
-    assert quotas == {"tokens": Quota(500, 400, 12.0), "requests": Quota(60, 59, 1.0)}
-    assert read_quotas(sdk_httpx().Headers({"content-type": "text/html"})) == {}
+    quotas = read_stated_limits(sdk_httpx().Headers(headers))
+    assert quotas == {"tokens": StatedLimit(500, 400, 12.0), "requests": StatedLimit(60, 59, 1.0)}
+    assert read_stated_limits(sdk_httpx().Headers({"content-type": "text/html"})) == {}
 
 
 @pytest.mark.parametrize("reset", ["1795361825", "1795361825000", "2026-11-22T17:00:00Z", "-5"])
 def test_a_reset_that_is_a_date_is_not_taken_for_seconds(reset):
     """Some servers send the moment; the quota counts, the moment does not."""
-    assert quota("500", "400", reset) == Quota(500, 400, None)
+    assert quota("500", "400", reset) == StatedLimit(500, 400, None)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_the_most_output_a_request_may_use(body, path, tokens):
 
 @given(st.integers(), st.none() | st.integers() | st.booleans())
 def test_no_request_reserves_less_than_nothing(limit, choices):
-    """What makes no sense is for the API to refuse, not a credit."""
+    """What makes no sense is for the API to reject_input, not a credit."""
     assert (max_output({"max_tokens": limit, "n": choices}) or 0) >= 0
 
 
