@@ -27,7 +27,7 @@ from openai_eval_client import (
     RateLimitConfig,
     ValidationError,
 )
-from openai_eval_client.testing import SimulatedServer
+from openai_eval_client.testing import Call, SimulatedServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from . import _chat, _completions, _embeddings, _responses
-from ._answers import compose, mark_cached
+from ._endpoints import chat, completions, embeddings, responses
+from ._endpoints.answers import compose, mark_cached
 from ._errors import unknown_url, wrong_method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ._answers import Answer, Ask, Count, Json
+    from ._endpoints.answers import Answer, Ask, Count, Json
     from ._options import Options
 
 BASE = "/v1"
@@ -86,18 +86,18 @@ def one_model(_models: Sequence[str], parameters: dict[str, str]) -> Json:
 
 
 ROUTES = (
-    Route("POST", "/chat/completions", Generation(read=_chat.read, write=_chat.write, stream=_chat.stream)),
+    Route("POST", "/chat/completions", Generation(read=chat.read, write=chat.write, stream=chat.stream)),
     Route(
         "POST",
         "/responses",
-        Generation(read=_responses.read, write=_responses.write, stream=_responses.stream),
+        Generation(read=responses.read, write=responses.write, stream=responses.stream),
     ),
     Route(
         "POST",
         "/completions",
-        Generation(read=_completions.read, write=_completions.write, stream=_completions.stream),
+        Generation(read=completions.read, write=completions.write, stream=completions.stream),
     ),
-    Route("POST", "/embeddings", Generation(read=_embeddings.read, write=_embeddings.write)),
+    Route("POST", "/embeddings", Generation(read=embeddings.read, write=embeddings.write)),
     Route("GET", "/models", Lookup(list_models)),
     Route("GET", "/models/{model}", Lookup(one_model)),
     Route("POST", "/files", Stored("upload")),

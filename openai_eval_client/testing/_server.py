@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ._backends import ThreadBackend
 from ._options import Options, check_positive
 from ._process import ProcessBackend, check_process_options
-from ._thread import ThreadBackend
 
 if TYPE_CHECKING:
     from types import EllipsisType

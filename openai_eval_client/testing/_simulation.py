@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 
-from ._answers import Ask, quarter_bytes
+from ._batches.storage import Storage
+from ._batches.upload import Form, read_form
+from ._endpoints.answers import Ask, quarter_bytes
+from ._endpoints.sse import dumps
 from ._errors import ApiError, missing_key, quota_exhausted, unknown_model, unreadable_body, wrong_key
 from ._exchange import Exchange
 from ._faults import ERROR_STATUSES, Faults, Latency, fault_error, spoil_usage
 from ._limits import Limits
 from ._records import Recorder
 from ._routes import UPLOAD, Generation, Stored, find
-from ._sse import dumps
-from ._storage import Storage
-from ._upload import Form, read_form
 from ._wire import JSON_TYPE, Delivery, deliver, drop, hang
 
 if TYPE_CHECKING:

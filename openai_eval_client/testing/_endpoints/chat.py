@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ._answers import Answer, Ask, Count, Json, Tool, messages_read, model_of, number, required
-from ._sse import DONE, event
+from .answers import Answer, Ask, Count, Json, Tool, messages_read, model_of, number, required
+from .sse import DONE, event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 from aiohttp import BodyPartReader, MultipartReader
 
-from ._errors import ApiError, missing_parameter
+from .._errors import ApiError, missing_parameter
 
 if TYPE_CHECKING:
     from aiohttp import web
 
-    from ._files import Files, StoredFile
+    from .files import Files, StoredFile
 
 MOST_BYTES = 200 * 1024 * 1024
 CHUNK = 1024 * 1024

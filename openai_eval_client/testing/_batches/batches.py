@@ -10,21 +10,21 @@ from itertools import accumulate, chain, repeat
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from ._answers import required
-from ._batch import Batch, Surroundings
-from ._batch_input import NAMES, BatchInput, Reader, error
-from ._errors import ApiError, wrong_type
-from ._files import unknown_file
-from ._pages import Query, page
-from ._plans import Plan, plan_of, window_seconds
-from ._routes import EXACT, Generation
+from .._endpoints.answers import required
+from .._errors import ApiError, wrong_type
+from .._plans import Plan, plan_of, window_seconds
+from .._routes import EXACT, Generation
+from .batch import Batch, Surroundings
+from .files import unknown_file
+from .input import NAMES, BatchInput, Reader, error
+from .pages import Query, page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from ._answers import Ask, Count
-    from ._files import Files, StoredFile
-    from ._options import Options
+    from .._endpoints.answers import Ask, Count
+    from .._options import Options
+    from .files import Files, StoredFile
 
 Json = dict[str, Any]
 ORGANIZATION = "org-simulated"

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 
-from ._batches import Batches
-from ._errors import ApiError
-from ._faults import Faults, fault_error
-from ._files import Files
-from ._plans import AFTER, BEFORE, ENDPOINTS
-from ._upload import Form, upload
-from ._wire import drop, hang
+from .._errors import ApiError
+from .._faults import Faults, fault_error
+from .._plans import AFTER, BEFORE, ENDPOINTS
+from .._wire import drop, hang
+from .batches import Batches
+from .files import Files
+from .upload import Form, upload
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._answers import Count
-    from ._exchange import Exchange
-    from ._files import StoredFile
-    from ._options import Options
+    from .._endpoints.answers import Count
+    from .._exchange import Exchange
+    from .._options import Options
+    from .files import StoredFile
 
 Json = dict[str, Any]
 PIECE = 256 * 1024

@@ -7,19 +7,19 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._batch_input import SLICE, BatchInput, Task, error
-from ._batch_lines import Lines
-from ._errors import ApiError
-from ._plans import TERMINAL
+from .._errors import ApiError
+from .._plans import TERMINAL
+from .input import SLICE, BatchInput, Task, error
+from .lines import Lines
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Awaitable, Callable, Sequence
     from random import Random
 
-    from ._answers import Ask
-    from ._files import Files
-    from ._plans import Plan
+    from .._endpoints.answers import Ask
+    from .._plans import Plan
+    from .files import Files
 
 Json = dict[str, Any]
 VALIDATED, ANSWERED = 0.1, 0.9  # shares of a batch's time

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._errors import missing_parameter, server_error, wrong_type
-from ._schemas import minimal
+from .._errors import missing_parameter, server_error, wrong_type
+from .schemas import minimal
 
 if TYPE_CHECKING:
-    from ._options import Options
+    from .._options import Options
 
 Json = dict[str, Any]
 Count = Callable[[str], int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ._errors import ApiError
+from .._errors import ApiError
 
 Schema = dict[str, Any]
 DEEPEST = 60

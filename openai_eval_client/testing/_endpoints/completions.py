@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from ._answers import Answer, Ask, Count, Json, model_of, number, required, words
-from ._chat import usage
-from ._errors import wrong_type
-from ._sse import DONE, event
+from .._errors import wrong_type
+from .answers import Answer, Ask, Count, Json, model_of, number, required, words
+from .chat import usage
+from .sse import DONE, event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

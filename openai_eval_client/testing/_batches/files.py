@@ -7,8 +7,8 @@ import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ._errors import ApiError
-from ._pages import Query, page
+from .._errors import ApiError
+from .pages import Query, page
 
 if TYPE_CHECKING:
     from collections.abc import Callable

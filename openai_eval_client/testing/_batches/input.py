@@ -9,13 +9,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ._answers import Ask, Count, Json
-from ._errors import ApiError, server_error
+from .._endpoints.answers import Ask, Count, Json
+from .._errors import ApiError, server_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from ._routes import Generation
+    from .._routes import Generation
 
 MOST_LINES = 50_000
 SLICE = 0.005

@@ -19,11 +19,13 @@ from openai.types.responses import Response
 from pydantic import BaseModel
 from virtual import VirtualLoop
 
-from openai_eval_client.testing import SimulatedServer, _batch_input, _upload
-from openai_eval_client.testing._answers import quarter_bytes
-from openai_eval_client.testing._batches import Batches
+from openai_eval_client.testing import SimulatedServer
+from openai_eval_client.testing._batches import input as _batch_input
+from openai_eval_client.testing._batches import upload as _upload
+from openai_eval_client.testing._batches.batches import Batches
+from openai_eval_client.testing._batches.files import Files
+from openai_eval_client.testing._endpoints.answers import quarter_bytes
 from openai_eval_client.testing._errors import ApiError
-from openai_eval_client.testing._files import Files
 from openai_eval_client.testing._options import Options, as_json
 from openai_eval_client.testing._plans import ENDPOINTS, OUTCOMES, STATUSES, TERMINAL, endpoint_events
 

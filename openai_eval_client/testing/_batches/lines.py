@@ -7,15 +7,15 @@ import json
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from ._errors import ApiError, server_error
-from ._faults import fault_error
-from ._wire import HTML
+from .._errors import ApiError, server_error
+from .._faults import fault_error
+from .._wire import HTML
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ._answers import Ask
-    from ._batch_input import Task
+    from .._endpoints.answers import Ask
+    from .input import Task
 
 Json = dict[str, Any]
 UNANSWERED = {

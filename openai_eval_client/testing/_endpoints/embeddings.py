@@ -8,8 +8,8 @@ import struct
 from random import Random
 from typing import TYPE_CHECKING
 
-from ._answers import Answer, Ask, Count, Json, model_of, number, required
-from ._completions import inputs
+from .answers import Answer, Ask, Count, Json, model_of, number, required
+from .completions import inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable

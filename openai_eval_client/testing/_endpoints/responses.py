@@ -6,9 +6,9 @@ import time
 from itertools import count as counting
 from typing import TYPE_CHECKING, Any
 
-from ._answers import PER_MESSAGE, Answer, Ask, Count, Json, messages_read, model_of, number, required, words
-from ._chat import forced, schema_of, service_tier
-from ._sse import event
+from .answers import PER_MESSAGE, Answer, Ask, Count, Json, messages_read, model_of, number, required, words
+from .chat import forced, schema_of, service_tier
+from .sse import event
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

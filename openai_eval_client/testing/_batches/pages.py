@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ._errors import ApiError
+from .._errors import ApiError
 
 Json = dict[str, Any]
 Query = Mapping[str, str]
