@@ -32,8 +32,6 @@ from openai_eval_client.testing import Call, SimulatedServer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from openai_eval_client.testing._records import Call
-
 IN, OUT = Decimal("0.15e-6"), Decimal("0.6e-6")  # USD a token of gpt-4o-mini
 MOST = 40  # max_tokens
 STEADY = WIDE.model_copy(update={"adaptive_throttling": False})  # made-up 429s do not slow it down
