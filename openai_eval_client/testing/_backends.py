@@ -1,30 +1,38 @@
-"""The simulation in a thread of this process."""
+"""The two places where a simulation runs: a thread of this process, or a process of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 from copy import deepcopy
+from http.client import HTTPConnection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from ._exchange import Call
+from ._options import FUNCTIONS, Options, as_json
 from ._simulation import Simulation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from ._options import Options
-    from ._records import Call
+    from typing import IO
 
 HOST = "127.0.0.1"
 BACKLOG = 4096
+TIMEOUT = 60.0  # seconds for a child to answer or to end
+ROOT = Path(__file__).parents[2]
 
 
 class ThreadBackend:
-    """An event loop in a thread of its own; up when the constructor returns.
+    """A simulation in an event loop of its own thread; it listens when the constructor returns.
 
-    Raises:
-        OSError: The port is taken.
+    The constructor raises OSError if the port is taken.
     """
 
     def __init__(self, options: Options) -> None:
@@ -39,17 +47,17 @@ class ThreadBackend:
             raise
 
     def calls(self) -> list[Call]:
-        """The calls recorded."""
+        """Return the calls recorded."""
         return self._simulation.recorder.calls()
 
     def batches(self) -> list[dict[str, Any]]:
-        """The Batch objects, oldest first."""
+        """Return the Batch objects, oldest first."""
         found: list[dict[str, Any]] = []
         self._in_loop(lambda: found.extend(self._simulation.storage.batches()))
         return deepcopy(found)
 
     def state(self) -> dict[str, Any]:
-        """Counters and gauges."""
+        """Return counters and gauges."""
         return self._simulation.state()
 
     def reset(self) -> None:
@@ -67,7 +75,7 @@ class ThreadBackend:
 
     def _in_loop(self, action: Callable[[], None]) -> None:
         """Run an action between two steps of the loop, and wait for it."""
-        if threading.current_thread() is self._thread:  # asked from within answer()
+        if threading.current_thread() is self._thread:  # called from within answer()
             action()
             return
 
@@ -96,7 +104,7 @@ class ThreadBackend:
         await self._close_connections()
 
     async def _close_connections(self) -> None:
-        """Abort what is open; each connection's task ends with it."""
+        """Abort what is open; the task of each connection ends with it."""
         for connection in self._simulation.server.connections:
             if isinstance(connection.transport, asyncio.Transport):
                 connection.transport.abort()
@@ -104,3 +112,92 @@ class ThreadBackend:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def check_process_options(options: Options) -> None:
+    """Raise ValueError for options that another process cannot be given."""
+    if given := [name for name in FUNCTIONS if getattr(options, name) is not None]:
+        raise ValueError(
+            f"{', '.join(given)}: not with process=True, as functions cannot be passed to another process"
+        )
+
+
+class ProcessBackend:
+    """A simulation in a child process, with the methods of ThreadBackend.
+
+    The child listens when the constructor returns, and ends when its standard input closes. The constructor
+    raises OSError if the port is taken, and RuntimeError if the child ends before it listens.
+    """
+
+    def __init__(self, options: Options, cpu: int | None) -> None:
+        command = [sys.executable, "-m", __package__, "--child"]
+        self._child = subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
+        )
+        try:
+            self.base_url = self._greet({**as_json(options), "cpu": cpu})
+        except BaseException:
+            self.stop()
+            raise
+
+    def calls(self) -> list[Call]:
+        return [Call(**call) for call in self._ask("GET", "calls")]
+
+    def batches(self) -> list[dict[str, Any]]:
+        batches: list[dict[str, Any]] = self._ask("GET", "batches")
+        return batches
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._ask("GET", "state")
+        return state
+
+    def reset(self) -> None:
+        self._ask("POST", "reset")
+
+    def set_limits(self, limits: dict[str, float | None]) -> None:
+        self._ask("POST", "limits", json.dumps(limits).encode())
+
+    def stop(self) -> None:
+        stdin, stdout = self._pipes()
+        stdin.close()
+        try:
+            self._child.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+        stdout.close()
+
+    def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        if self._child.stdin is None or self._child.stdout is None:
+            raise AssertionError("both were asked for as pipes")
+        return self._child.stdin, self._child.stdout
+
+    def _greet(self, options: dict[str, Any]) -> str:
+        """Pass the options to the child and return its base URL."""
+        stdin, stdout = self._pipes()
+        stdin.write(json.dumps(options).encode() + b"\n")
+        stdin.flush()
+        line = stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"the simulated server ended with code {self._child.wait()} before it listened"
+            )
+        answer = json.loads(line)
+        if "base_url" not in answer:
+            raise OSError(answer["errno"], answer["error"])
+        return str(answer["base_url"])
+
+    def _ask(self, method: str, what: str, body: bytes | None = None) -> Any:
+        # not urllib: it would send this through the environment's proxy
+        connection = HTTPConnection(urlsplit(self.base_url).netloc, timeout=TIMEOUT)
+        try:
+            connection.request(method, f"/_sim/{what}", body)
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment, with this package importable however the parent found it."""
+    known = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([known] if known else [])])}

@@ -29,8 +29,7 @@ from pydantic import BaseModel, Field
 import openai_eval_client.testing as testing_package
 from openai_eval_client.testing import Call, SimulatedServer
 from openai_eval_client.testing._endpoints.schemas import minimal
-from openai_eval_client.testing._errors import ApiError, masked
-from openai_eval_client.testing._faults import FAULTS, Faults, Latency
+from openai_eval_client.testing._faults import FAULTS, ApiError, Faults, Latency, masked
 from openai_eval_client.testing._limits import Bucket, Limits, duration
 from openai_eval_client.testing._options import Options
 

@@ -20,14 +20,21 @@ from pydantic import BaseModel
 from virtual import VirtualLoop
 
 from openai_eval_client.testing import SimulatedServer
-from openai_eval_client.testing._batches import input as _batch_input
-from openai_eval_client.testing._batches import upload as _upload
+from openai_eval_client.testing._batches import files as files_module
+from openai_eval_client.testing._batches import input as input_module
 from openai_eval_client.testing._batches.batches import Batches
-from openai_eval_client.testing._batches.files import Files
-from openai_eval_client.testing._endpoints.answers import quarter_bytes
-from openai_eval_client.testing._errors import ApiError
-from openai_eval_client.testing._options import Options, as_json
-from openai_eval_client.testing._plans import ENDPOINTS, OUTCOMES, STATUSES, TERMINAL, endpoint_events
+from openai_eval_client.testing._batches.files import Files, Form
+from openai_eval_client.testing._endpoints import quarter_bytes
+from openai_eval_client.testing._faults import ApiError
+from openai_eval_client.testing._options import (
+    ENDPOINTS,
+    OUTCOMES,
+    STATUSES,
+    TERMINAL,
+    Options,
+    as_json,
+    endpoint_events,
+)
 
 CHAT = "/v1/chat/completions"
 BODIES = {
@@ -509,8 +516,8 @@ async def test_a_file_is_validated_line_by_line(content, errors):
 
 
 async def test_a_file_has_50_000_lines_at_most(server, monkeypatch):
-    assert _batch_input.MOST_LINES == 50_000
-    monkeypatch.setattr(_batch_input, "MOST_LINES", 3)
+    assert input_module.MOST_LINES == 50_000
+    monkeypatch.setattr(input_module, "MOST_LINES", 3)
     async with client(server) as sdk:
         assert (await finished(sdk, several(3))).status == "completed"
         batch = await finished(sdk, several(4))
@@ -635,7 +642,7 @@ def test_of_many_batches_at_once_as_many_are_admitted_as_fit(refusal):
         creations = [batches.create(body) for _ in range(5)]
         created = await asyncio.gather(*creations, return_exceptions=True)
         await asyncio.sleep(200)
-        return created, Counter(shown["status"] for shown in batches.shown())
+        return created, Counter(shown["status"] for shown in batches.as_json())
 
     options = Options(enqueued_tokens=6 * TOKENS, enqueued_refusal=refusal, batch_seconds=100)
     (created, ended), _ = in_virtual_time(scenario, options, several(2))
@@ -746,8 +753,8 @@ def test_any_bytes_and_any_name_come_back(server):
 
 
 def test_a_file_is_200_mb_at_most_and_the_connection_goes_on(server, monkeypatch):
-    assert _upload.MOST_BYTES == 200 * 1024 * 1024
-    monkeypatch.setattr(_upload, "MOST_BYTES", 3_000_000)
+    assert files_module.MOST_BYTES == 200 * 1024 * 1024
+    monkeypatch.setattr(files_module, "MOST_BYTES", 3_000_000)
     connection = HTTPConnection(urlsplit(server.base_url).netloc, timeout=30)
     headers = {"authorization": "Bearer k", "content-type": MULTIPART}
     for size, expected in [(3_000_001, 413), (3_000_000, 200)]:
@@ -801,7 +808,7 @@ class Clock:
 def test_a_file_cannot_be_found_before_its_time():
     clock = Clock()
     files = Files(5.0, clock=clock)
-    file = files.upload(b"x", "x", "batch")
+    file = files.upload(Form({"purpose": "batch"}, "x", b"x"))
     written = files.write(b"y", "y")
     clock.now = 4.9
     with pytest.raises(ApiError, match="No such File object"):
@@ -1111,11 +1118,11 @@ def in_virtual_time(scenario, options, content):
     async def run():
         files = Files()
         batches = Batches(options, files, quarter_bytes, lambda _: None)
-        file = files.upload(content, "input.jsonl", "batch")
+        file = files.upload(Form({"purpose": "batch"}, "input.jsonl", content))
         result = await scenario(batches, {"input_file_id": file.ident, **GOOD})
         lines = {
             name: [json.loads(line) for line in files.get(shown[f"{name}_file_id"]).content.splitlines()]
-            for shown in batches.shown()
+            for shown in batches.as_json()
             for name in ("output", "error")
             if shown[f"{name}_file_id"]
         }
@@ -1135,7 +1142,7 @@ def test_a_batch_keeps_its_time():
         seen = []
         for _ in range(20):
             await asyncio.sleep(5)
-            shown = batches.get(ident).shown()
+            shown = batches.get(ident).as_json()
             seen.append((shown["status"], shown["request_counts"]["completed"]))
         return seen
 
@@ -1169,7 +1176,7 @@ def test_no_line_is_lost(lines, status, done, many, seed):
     async def scenario(batches, body):
         ident = (await batches.create(body))["id"]
         await asyncio.sleep(101)
-        return batches.get(ident).shown()
+        return batches.get(ident).as_json()
 
     shown, files = in_virtual_time(scenario, options, several(many))
     output, failures = files.get("output", []), files.get("error", [])
@@ -1236,7 +1243,7 @@ def test_any_file_comes_to_an_end(lines):
     async def scenario(batches, body):
         ident = (await batches.create(body))["id"]
         await asyncio.sleep(101)
-        return batches.get(ident).shown()
+        return batches.get(ident).as_json()
 
     shown, _ = in_virtual_time(scenario, Options(batch_seconds=100), jsonl(*lines))
     counts = shown["request_counts"]

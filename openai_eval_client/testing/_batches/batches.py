@@ -1,88 +1,257 @@
-"""All batches: created, found, counted."""
+"""Batches: each from its creation to its end, and all of them as the API lists them."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections import deque
-from functools import partial
-from itertools import accumulate, chain, repeat
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from .._endpoints.answers import required
-from .._errors import ApiError, wrong_type
-from .._plans import Plan, plan_of, window_seconds
-from .._routes import EXACT, Generation
-from .batch import Batch, Surroundings
-from .files import unknown_file
-from .input import NAMES, BatchInput, Reader, error
-from .pages import Query, page
+from .._endpoints import Generation, required
+from .._faults import ApiError, Faults, wrong_type, wrong_value
+from .._options import TERMINAL, Plan, plan_of, window_seconds
+from .._routes import EXACT
+from .files import Query, page, unknown_file
+from .input import NAMES, BatchInput, Reader, Task, Turns, batch_error
+from .lines import Lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    import io
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
-    from .._endpoints.answers import Ask, Count
+    from .._endpoints import Count
     from .._options import Options
     from .files import Files, StoredFile
 
 Json = dict[str, Any]
 ORGANIZATION = "org-simulated"
-MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512
-STAMPS = (
+MOST_PAIRS, LONGEST_KEY, LONGEST_VALUE = 16, 64, 512  # of metadata
+VALIDATED, ANSWERED = 0.1, 0.9  # shares of a batch's time
+TIMES = (
     "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled",
 )  # fmt: skip
+
+
+class Batch:
+    """A batch that lives in a task of its own; its object is consistent whenever that task waits."""
+
+    def __init__(
+        self,
+        shown: Json,
+        plan: Plan,
+        options: Options,
+        files: Files,
+        *,
+        seed: str,
+        read: Callable[[], Awaitable[BatchInput]],
+        refuse: Callable[[BatchInput], Json | None],  # returns the error that ends it after validation
+        expires_after: int | None,
+    ) -> None:
+        self._shown, self._plan, self._files = shown, plan, files
+        self._read, self._refuse, self._expires_after = read, refuse, expires_after
+        faults = options.batch_faults if plan.lines is None else {}
+        self._outcomes, self._random = Faults(faults, plan.lines or (), seed), Random(seed)
+        self._lines = Lines(endpoint_at(shown["endpoint"]), options)
+        self._seconds = options.batch_seconds if plan.seconds is None else plan.seconds
+        self._clock = asyncio.get_running_loop().time
+        self._created = self._clock()
+        self._left: list[tuple[Task, str]] = []  # requests not run yet, with their outcomes
+        self._total = 0
+        self.tokens = 0
+        self._task = asyncio.ensure_future(self._live())
+
+    @property
+    def model(self) -> str | None:
+        """Its model, once known."""
+        model: str | None = self._shown["model"]
+        return model
+
+    @property
+    def ended(self) -> bool:
+        """Whether its status is final."""
+        return self._shown["status"] in TERMINAL
+
+    def as_json(self) -> Json:
+        """Return the Batch object as of now."""
+        counts = {"total": self._total, "completed": self._lines.completed, "failed": self._lines.failed}
+        told = self._plan.counts if self._total or self.ended else {}
+        return {**self._shown, "request_counts": {**counts, **told}}
+
+    def enqueue(self, read: BatchInput) -> None:
+        """Count its tokens as enqueued until it ends."""
+        self._shown["model"], self.tokens = read.model, read.tokens
+
+    def cancel(self) -> Json:
+        """Cancel it and return the Batch object; raise a 409 if it has ended otherwise."""
+        status = self._shown["status"]
+        if status not in ("cancelling", "cancelled"):
+            if self.ended:
+                raise ApiError(409, f"Cannot cancel a batch with status '{status}'.")
+            self._task.cancel()
+            self._enter("cancelling")
+            self._task = asyncio.ensure_future(self._wind_down())
+        return self.as_json()
+
+    async def _live(self) -> None:
+        try:
+            await self._pass_through()
+        except Exception as problem:  # noqa: BLE001 - a bug must not look like a batch that takes long
+            self._fail([batch_error("server_error", f"The simulation failed: {problem!r}")])
+
+    async def _pass_through(self) -> None:
+        """Go from status to status, and stay at the plan's."""
+        last = self._plan.status
+        read = await self._read()
+        await self._until(VALIDATED)
+        if last == "validating":
+            return
+        if errors := self._errors(read):
+            self._fail(errors)
+            return
+        self.enqueue(read)
+        self._enter("in_progress")
+        await self._run(read.tasks)
+        if last == "in_progress":
+            return
+        await self._until(ANSWERED)
+        self._enter("cancelling" if last in ("cancelling", "cancelled") else "finalizing")
+        if last in TERMINAL:
+            await self._until(1)
+            self._end(last)
+
+    def _errors(self, read: BatchInput) -> list[Json]:
+        """Return what ends the batch after its validation."""
+        if read.errors:
+            return read.errors
+        if not self._plan.runs:
+            return [batch_error("server_error", "The batch failed, as the simulation was told.")]
+        refusal = self._refuse(read)
+        return [refusal] if refusal else []
+
+    async def _run(self, tasks: list[Task]) -> None:
+        """Run the plan's share of the requests, in random order, each at its time."""
+        self._total = len(tasks)
+        self._left = [(task, self._outcomes.draw() or "ok") for task in tasks]
+        tasks.clear()  # to free each once it is answered
+        self._random.shuffle(self._left)
+        many, turns = round(self._plan.share * self._total), Turns()
+        for number in range(1, many + 1):
+            moment = VALIDATED + (ANSWERED - VALIDATED) * number / many
+            if self._seconds_to(moment) > 0:
+                await self._until(moment)
+            else:
+                await turns.give()
+            self._lines.run(*self._left.pop())
+
+    async def _wind_down(self) -> None:
+        await asyncio.sleep((1 - ANSWERED) * self._seconds)
+        self._end("cancelled")
+
+    def _seconds_to(self, share: float) -> float:
+        """Return the seconds until this share of the batch's time is over."""
+        return self._created + share * self._seconds - self._clock()
+
+    async def _until(self, share: float) -> None:
+        await asyncio.sleep(max(0.0, self._seconds_to(share)))
+
+    def _enter(self, status: str) -> None:
+        self._shown["status"] = status
+        self._shown[f"{status}_at"] = int(time.time())
+
+    def _fail(self, errors: Sequence[Json]) -> None:
+        self._left, self._total = [], 0
+        self._close("failed", errors)
+
+    def _end(self, status: str) -> None:
+        """Write the files and take the final status."""
+        reason = "cancelled" if status == "cancelled" else "expired"
+        for task, _ in self._left:
+            self._lines.leave(task, reason)
+        self._left = []
+        lines, plan = self._lines, self._plan
+        self._shown["output_file_id"] = self._write("output", lines.output, plan.output_file)
+        self._shown["error_file_id"] = self._write("error", lines.failures, plan.error_file)
+        self._shown["usage"] = lines.usage()
+        self._close(status)
+
+    def _write(self, name: str, lines: io.BytesIO, wanted: bool | str) -> str | None:
+        """Write a file of these lines and return its id, as far as the plan wants it."""
+        if wanted == "":
+            return ""
+        if wanted is False or not (lines.tell() or wanted == "empty"):
+            return None
+        content = b"" if wanted == "empty" else lines.getvalue()
+        lines.truncate(0)  # only the file holds them now
+        written = self._files.write(content, f"{self._shown['id']}_{name}.jsonl", self._expires_after)
+        if wanted == "gone":
+            self._files.forget(written.ident)
+        return written.ident
+
+    def _close(self, status: str, errors: Sequence[Any] | None = None) -> None:
+        shown = errors if self._plan.errors is None else self._plan.errors
+        if shown is not None:
+            self._shown["errors"] = {"object": "list", "data": [dict(error) for error in shown]}
+        if self._plan.input_gone:
+            self._files.forget(self._shown["input_file_id"])
+        self._enter(status)
 
 
 class Batches:
     """The batches of a server, in the order of their creation."""
 
-    def __init__(self, options: Options, files: Files, count: Count, know: Callable[[str], None]) -> None:
-        self._options, self._files, self._count, self._know = options, files, count, know
-        self._plans = deque(plan_of(told) for told in options.batch_plans)
-        self._bounds = tuple(
-            zip(accumulate(options.batch_faults.values()), options.batch_faults, strict=True)
-        )
+    def __init__(
+        self, options: Options, files: Files, count: Count, check_model: Callable[[str], None]
+    ) -> None:
+        self._options, self._files, self._count, self._check_model = options, files, count, check_model
+        self._plans = deque(plan_of(given) for given in options.batch_plans)
         self._batches: dict[str, Batch] = {}
 
-    def shown(self) -> list[Json]:
-        """All Batch objects, oldest first."""
-        return [batch.shown() for batch in self._batches.values()]
+    def as_json(self) -> list[Json]:
+        """Return all Batch objects, oldest first."""
+        return [batch.as_json() for batch in self._batches.values()]
 
     def list(self, query: Query) -> Json:
-        """GET /batches: newest first."""
-        return page(self.shown()[::-1], query, default=20, most=100)
+        """Return the page of batches asked for, newest first."""
+        return page(self.as_json()[::-1], query, default=20, most=100)
 
     def get(self, ident: str) -> Batch:
-        """A batch.
-
-        Raises:
-            ApiError: 404 when there is none of that id.
-        """
+        """Return a batch; raise a 404 if it is unknown."""
         if batch := self._batches.get(ident):
             return batch
         raise ApiError(404, f"No batch found with id '{ident}'.")
 
     async def create(self, body: Json) -> Json:
-        """POST /batches.
+        """Create a batch and return it; raise a 400 if it is refused, a 429 if too much is enqueued."""
+        shown = self._new(body)
+        url, file, after = shown["endpoint"], self._input(body), _expires_after(body)
+        read = await self._read_at_once(url, file)
+        held = [file]  # let go once read, as it may be large
 
-        Raises:
-            ApiError: 400 for what the API refuses at once, 429 where it has enough tokens enqueued.
-        """
-        shown = self._object(body)
-        file = self._input(body)
-        read = await self._admitted(shown["endpoint"], file)
-        plan = self._plans.popleft() if self._plans else plan_of({})
-        batch = self._started(shown, plan, file, read, _kept_for(body))
-        self._batches[batch.ident] = batch
-        return batch.shown()
+        async def known() -> BatchInput:
+            return read or await self._read(url, held.pop())
 
-    def _object(self, body: Json) -> Json:
-        """The Batch object at its beginning."""
+        batch = self._batches[shown["id"]] = Batch(
+            shown,
+            self._plans.popleft() if self._plans else plan_of({}),
+            self._options,
+            self._files,
+            seed=f"batch {self._options.seed} {len(self._batches)}",
+            read=known,
+            refuse=self._refusal if read is None else lambda _: None,
+            expires_after=after,
+        )
+        if read and not read.errors:
+            batch.enqueue(read)
+        return batch.as_json()
+
+    def _new(self, body: Json) -> Json:
+        """Return the Batch object at its beginning."""
         for name in ("input_file_id", "endpoint", "completion_window"):
             required(body, name)
-        _one_of(body, "endpoint", NAMES)
-        _one_of(body, "completion_window", self._options.completion_windows)
+        _check_value(body, "endpoint", NAMES)
+        _check_value(body, "completion_window", self._options.completion_windows)
         now = int(time.time())
         return {
             "id": f"batch_{uuid.uuid4().hex}",
@@ -97,7 +266,7 @@ class Batches:
             "error_file_id": None,
             "created_at": now,
             "expires_at": now + window_seconds(body["completion_window"]),
-            **{f"{status}_at": None for status in STAMPS},
+            **{f"{status}_at": None for status in TIMES},
             "usage": None,
             "metadata": _metadata(body.get("metadata")),
         }
@@ -112,128 +281,82 @@ class Batches:
             raise ApiError(400, message, param="input_file_id", code="invalid_purpose")
         return file
 
-    async def _admitted(self, url: str, file: StoredFile | None) -> BatchInput | None:
-        """The input, read now only where the answer depends on it."""
+    async def _read_at_once(self, url: str, file: StoredFile | None) -> BatchInput | None:
+        """Read the input if the answer to the creation depends on it; raise a 429 for too many tokens."""
         at_once = self._options.enqueued_tokens is not None and self._options.enqueued_refusal == "create"
         if file is None or not at_once:
             return None
         read = await self._read(url, file)
-        if read.errors or not (refusal := self._over(read)):
-            return read
-        raise ApiError(429, refusal["message"], code=refusal["code"])
-
-    def _started(
-        self,
-        shown: Json,
-        plan: Plan,
-        file: StoredFile | None,
-        read: BatchInput | None,
-        expires_after: int | None,
-    ) -> Batch:
-        held = [file]  # let go once read, as it may be large
-
-        async def known() -> BatchInput:
-            return read or await self._read(shown["endpoint"], held.pop())
-
-        random = Random(f"batch {self._options.seed} {len(self._batches)}")
-        around = Surroundings(
-            files=self._files,
-            read=known,
-            refuse=self._over if read is None else lambda _: None,
-            answer=partial(self._answer, _endpoint(shown["endpoint"])),
-            outcomes=partial(self._outcomes, plan, random),
-            random=random,
-            expires_after=expires_after,
-        )
-        seconds = self._options.batch_seconds if plan.seconds is None else plan.seconds
-        batch = Batch(shown, plan, seconds, around)
-        if read and not read.errors:
-            batch.enqueue(read)
-        return batch
+        if not read.errors and (refusal := self._refusal(read)):
+            raise ApiError(429, refusal["message"], code=refusal["code"])
+        return read
 
     async def _read(self, url: str, file: StoredFile | None) -> BatchInput:
         if file is None:
             message = f"Cannot find file, or organization {ORGANIZATION} does not have access to it."
-            return BatchInput(errors=[error("invalid_request", message, "file_id")])
-        return await Reader(url, _endpoint(url), self._count, self._know).all(file.content)
+            return BatchInput(errors=[batch_error("invalid_request", message, "file_id")])
+        return await Reader(url, endpoint_at(url), self._count, self._check_model).all(file.content)
 
-    def _over(self, read: BatchInput) -> Json | None:
-        """The error for more enqueued tokens than the limit, if this would be more."""
+    def _refusal(self, read: BatchInput) -> Json | None:
+        """Return the error for more enqueued tokens than the limit, if this input would exceed it."""
         limit = self._options.enqueued_tokens
         if limit is None:
             return None
-        running = (batch for batch in self._batches.values() if not batch.over and batch.model == read.model)
+        running = [one for one in self._batches.values() if not one.ended and one.model == read.model]
         if sum(batch.tokens for batch in running) + read.tokens <= limit:
             return None
         message = (
             f"Enqueued token limit reached for {read.model} in organization {ORGANIZATION}. Limit: {limit:,} "
             "enqueued tokens. Please try again once some in_progress batches have been completed."
         )
-        return error("token_limit_exceeded", message)
-
-    def _answer(self, endpoint: Generation, ask: Ask) -> Json:
-        return endpoint.answer(ask, uuid.uuid4().hex, self._options)
-
-    def _outcomes(self, plan: Plan, random: Random, many: int) -> Sequence[str]:
-        if plan.lines is not None:
-            return [outcome for outcome, _ in zip(chain(plan.lines, repeat("ok")), range(many), strict=False)]
-        return [self._drawn(random) for _ in range(many)] if self._bounds else ["ok"] * many
-
-    def _drawn(self, random: Random) -> str:
-        point = random.random()
-        return next((name for bound, name in self._bounds if point < bound), "ok")
+        return batch_error("token_limit_exceeded", message)
 
 
-def _endpoint(url: str) -> Generation:
+def endpoint_at(url: str) -> Generation:
+    """Return the endpoint that answers the lines of a batch."""
     endpoint = EXACT["POST", url].endpoint
-    if not isinstance(endpoint, Generation):
+    if isinstance(endpoint, str):
         raise AssertionError(f"{url} generates nothing")  # noqa: TRY004
     return endpoint
 
 
-def _one_of(body: Json, name: str, allowed: Collection[str]) -> None:
+def _check_value(body: Json, name: str, allowed: Collection[str]) -> None:
     if not isinstance(body[name], str):
         raise wrong_type(name, "a string")
     if body[name] not in allowed:
-        known = ", ".join(f"'{value}'" for value in allowed)
-        message = f"Invalid value: '{body[name]}'. Supported values are: {known}."
-        raise ApiError(400, message, param=name, code="invalid_value")
+        raise wrong_value(name, body[name], allowed)
 
 
 def _metadata(given: Any) -> dict[str, str] | None:
-    """The metadata, within what the API takes."""
+    """Return the metadata; raise a 400 for more than the API takes."""
     if given is None:
         return None
     if not isinstance(given, dict):
         raise wrong_type("metadata", "an object")
     if len(given) > MOST_PAIRS:
-        raise ApiError(
-            400,
+        message = (
             f"Invalid 'metadata': too many properties. Expected an object with at most {MOST_PAIRS} "
-            f"properties, but got an object with {len(given)} properties instead.",
-            param="metadata",
-            code="object_above_max_properties",
+            f"properties, but got an object with {len(given)} properties instead."
         )
+        raise ApiError(400, message, param="metadata", code="object_above_max_properties")
     for key, value in given.items():
         if not isinstance(value, str):
             raise wrong_type(f"metadata.{key}", "a string")
-        _short("metadata", "property name", key, LONGEST_KEY)
-        _short(f"metadata.{key}", "string", value, LONGEST_VALUE)
+        _check_length("metadata", "property name", key, LONGEST_KEY)
+        _check_length(f"metadata.{key}", "string", value, LONGEST_VALUE)
     return given
 
 
-def _short(name: str, what: str, text: str, most: int) -> None:
+def _check_length(name: str, what: str, text: str, most: int) -> None:
     if len(text) > most:
-        raise ApiError(
-            400,
+        message = (
             f"Invalid '{name}': {what} too long. Expected a string with maximum length {most}, "
-            f"but got a string with length {len(text)} instead.",
-            param=name,
-            code="string_above_max_length",
+            f"but got a string with length {len(text)} instead."
         )
+        raise ApiError(400, message, param=name, code="string_above_max_length")
 
 
-def _kept_for(body: Json) -> int | None:
+def _expires_after(body: Json) -> int | None:
     after = body.get("output_expires_after")
     seconds = after.get("seconds") if isinstance(after, dict) else None
     if after is not None and not isinstance(seconds, int):

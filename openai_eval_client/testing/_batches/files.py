@@ -1,47 +1,91 @@
-"""The files uploaded and those that batches wrote."""
+"""Files: read from an upload, kept, and listed page by page."""
 
 from __future__ import annotations
 
+import io
+import re
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .._errors import ApiError
-from .pages import Query, page
+from aiohttp import BodyPartReader, MultipartReader
+
+from .._faults import ApiError, missing_parameter, wrong_type, wrong_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiohttp import web
+
 Json = dict[str, Any]
-MONTH = 30 * 86_400
+Query = Mapping[str, str]
+MONTH = 30 * 86_400  # seconds
 LONGEST_LIST = 10_000
+MOST_BYTES = 200 * 1024 * 1024
+CHUNK = 1024 * 1024
+PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+
+
+@dataclass(slots=True)
+class Form:
+    """What an upload sent."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    filename: str = "upload"
+    content: bytes | None = None
+    refusal: ApiError | None = None  # why it cannot be taken
+
+
+async def read_form(request: web.BaseRequest) -> Form:
+    """Read the whole body, whatever it is, so that its connection can be used again."""
+    form = Form()
+    try:
+        async for part in await request.multipart():
+            await _take(form, part)
+    except Exception:  # noqa: BLE001 - the reader raises many errors for what is not a form
+        form.refusal = ApiError(400, "Could not parse multipart form")
+    async for _ in request.content.iter_chunked(CHUNK):
+        pass
+    return form
+
+
+async def _take(form: Form, part: BodyPartReader | MultipartReader | None) -> None:
+    if not isinstance(part, BodyPartReader):
+        raise ValueError("a form within a form")  # noqa: TRY004
+    content = await _content(form, part)
+    if part.name == "file":
+        form.filename, form.content = part.filename or form.filename, content
+    else:
+        form.fields[part.name or ""] = content.decode("utf-8", "replace")
+
+
+async def _content(form: Form, part: BodyPartReader) -> bytes:
+    """Return one part, of which no more is kept than the API takes."""
+    kept = io.BytesIO()  # getvalue() makes no copy
+    while chunk := await part.read_chunk(CHUNK):
+        if kept.tell() + len(chunk) <= MOST_BYTES:
+            kept.write(chunk)
+        else:
+            form.refusal = ApiError(413, "The data value transmitted exceeds the capacity limit.")
+    return kept.getvalue()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredFile:
-    """A file kept.
-
-    Attributes:
-        ident: Its id.
-        content: Its bytes.
-        filename: Its name.
-        purpose: What it is for.
-        created_at: When it came, as a Unix time.
-        expires_after: Seconds until it would expire; None never. Only shown: nothing expires.
-        ready: When it can be found, on the store's clock.
-    """
+    """A file kept."""
 
     ident: str
     content: bytes
     filename: str
     purpose: str
-    created_at: int
-    expires_after: int | None
-    ready: float
+    created_at: int  # Unix time
+    expires_after: int | None  # seconds; only shown, as nothing expires; None: never
+    ready: float  # when it can be found, on the store's clock
 
-    def shown(self) -> Json:
-        """The File object."""
+    def as_json(self) -> Json:
+        """Return the File object."""
         after = self.expires_after
         return {
             "object": "file",
@@ -57,26 +101,35 @@ class StoredFile:
 
 
 class Files:
-    """All files. Those uploaded cannot be found until `lag` seconds have passed."""
+    """All files; one just uploaded cannot be found until `lag` seconds have passed."""
 
     def __init__(self, lag: float = 0.0, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._lag, self._clock = lag, clock
         self._files: dict[str, StoredFile] = {}
 
-    def upload(
-        self, content: bytes, filename: str, purpose: str, expires_after: int | None = None
-    ) -> StoredFile:
-        """Keep a file of a client's."""
-        if expires_after is None and purpose == "batch":
-            expires_after = MONTH
-        return self._keep(content, filename, purpose, expires_after, self._clock() + self._lag)
+    def upload(self, form: Form) -> StoredFile:
+        """Keep the file of a form; raise a 400 if the form lacks something, a 413 if it is too large."""
+        if form.refusal:
+            raise form.refusal
+        if form.content is None:
+            raise missing_parameter("file")
+        purpose = form.fields.get("purpose")
+        if purpose is None:
+            raise missing_parameter("purpose")
+        if purpose not in PURPOSES:
+            raise wrong_value("purpose", purpose, PURPOSES)
+        seconds = form.fields.get("expires_after[seconds]", "")
+        after = MONTH if purpose == "batch" else None
+        if re.fullmatch(r"\d{1,9}", seconds):
+            after = int(seconds)
+        return self._keep(form.content, form.filename, purpose, after, self._lag)
 
     def write(self, content: bytes, filename: str, expires_after: int | None = None) -> StoredFile:
-        """Keep a file of a batch's."""
-        return self._keep(content, filename, "batch_output", expires_after, self._clock())
+        """Keep a file that a batch wrote."""
+        return self._keep(content, filename, "batch_output", expires_after, 0)
 
     def _keep(
-        self, content: bytes, filename: str, purpose: str, expires_after: int | None, ready: float
+        self, content: bytes, filename: str, purpose: str, expires_after: int | None, lag: float
     ) -> StoredFile:
         kept = StoredFile(
             ident=f"file-{uuid.uuid4().hex}",
@@ -85,28 +138,24 @@ class Files:
             purpose=purpose,
             created_at=int(time.time()),
             expires_after=expires_after,
-            ready=ready,
+            ready=self._clock() + lag,
         )
         self._files[kept.ident] = kept
         return kept
 
     def find(self, ident: Any) -> StoredFile | None:
-        """A file, unless it is unknown or too new."""
+        """Return a file, or None if it is unknown or too new."""
         found = self._files.get(ident) if isinstance(ident, str) else None
         return found if found and found.ready <= self._clock() else None
 
     def get(self, ident: str) -> StoredFile:
-        """A file.
-
-        Raises:
-            ApiError: 404 when it is unknown or too new.
-        """
+        """Return a file; raise a 404 if it is unknown or too new."""
         if found := self.find(ident):
             return found
         raise unknown_file(404, ident, "id")
 
     def delete(self, ident: str) -> Json:
-        """Forget a file, and say so."""
+        """Forget a file and return the API's answer."""
         self.forget(self.get(ident).ident)
         return {"object": "file", "id": ident, "deleted": True}
 
@@ -115,18 +164,54 @@ class Files:
         self._files.pop(ident, None)
 
     def list(self, query: Query) -> Json:
-        """The files as GET /files lists them: newest first, unless the query wants them otherwise."""
-        now = self._clock()
-        found = [
-            file
-            for file in self._files.values()
-            if file.ready <= now and query.get("purpose") in (None, file.purpose)
-        ]
+        """Return the page of files asked for, newest first unless `order` is "asc"."""
+        now, purpose = self._clock(), query.get("purpose")
+        ready = [file for file in self._files.values() if file.ready <= now]
+        found = [file.as_json() for file in ready if purpose in (None, file.purpose)]
         if query.get("order") != "asc":
             found.reverse()
-        return page([file.shown() for file in found], query, default=LONGEST_LIST, most=LONGEST_LIST)
+        return page(found, query, default=LONGEST_LIST, most=LONGEST_LIST)
 
 
 def unknown_file(status: int, ident: Any, param: str) -> ApiError:
-    """404, or 400 where the file is a parameter: there is no such file."""
+    """Return the error for a file that does not exist: a 404, or a 400 if it is a parameter."""
     return ApiError(status, f"No such File object: {ident}", param=param)
+
+
+def page(items: list[Json], query: Query, *, default: int, most: int) -> Json:
+    """Return the page of `items` that `limit` and `after` ask for; raise a 400 if they ask for none."""
+    limit, start = _limit(query.get("limit"), default, most), _start(items, query.get("after"))
+    data = items[start : start + limit]
+    return {
+        "object": "list",
+        "data": data,
+        "first_id": data[0]["id"] if data else None,
+        "last_id": data[-1]["id"] if data else None,
+        "has_more": start + limit < len(items),
+    }
+
+
+def _limit(text: str | None, default: int, most: int) -> int:
+    if text is None:
+        return default
+    try:
+        limit = int(text)
+    except ValueError:
+        raise wrong_type("limit", "an integer") from None
+    if 1 <= limit <= most:
+        return limit
+    side, word, bound = ("below_min", ">=", 1) if limit < 1 else ("above_max", "<=", most)
+    message = (
+        f"Invalid 'limit': integer {side.replace('_', ' ')}imum value. "
+        f"Expected a value {word} {bound}, but got {limit} instead."
+    )
+    raise ApiError(400, message, param="limit", code=f"integer_{side}_value")
+
+
+def _start(items: list[Json], after: str | None) -> int:
+    if after is None:
+        return 0
+    for index, item in enumerate(items):
+        if item["id"] == after:
+            return index + 1
+    raise ApiError(400, f"Invalid 'after': no object with id '{after}'.", param="after", code="invalid_value")

@@ -1,4 +1,4 @@
-"""The Files and Batches endpoints, and what happens to calls of them."""
+"""The endpoints of files and batches, and the faults of calls to them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 
-from .._errors import ApiError
-from .._faults import Faults, fault_error
-from .._plans import AFTER, BEFORE, ENDPOINTS
-from .._wire import drop, hang
+from .._faults import ApiError, Faults, fault_error
+from .._options import AFTER, BEFORE, ENDPOINTS
 from .batches import Batches
-from .files import Files
-from .upload import Form, upload
+from .files import Files, Form, Query, StoredFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .._endpoints.answers import Count
+    from .._endpoints import Count
     from .._exchange import Exchange
     from .._options import Options
-    from .files import StoredFile
 
 Json = dict[str, Any]
 PIECE = 256 * 1024
@@ -32,10 +28,10 @@ UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 class Storage:
     """The files and batches of a server, as its clients reach them."""
 
-    def __init__(self, options: Options, count: Count, know: Callable[[str], None]) -> None:
+    def __init__(self, options: Options, count: Count, check_model: Callable[[str], None]) -> None:
         self._options = options
         self._files = Files(options.file_lag)
-        self._batches = Batches(options, self._files, count, know)
+        self._batches = Batches(options, self._files, count, check_model)
         self._faults = {
             name: Faults(
                 options.endpoint_faults.get(name, {}),
@@ -46,85 +42,80 @@ class Storage:
         }
 
     def batches(self) -> list[Json]:
-        """All Batch objects, oldest first."""
-        return self._batches.shown()
+        """Return all Batch objects, oldest first."""
+        return self._batches.as_json()
 
     async def answer(
-        self, exchange: Exchange, name: str, ident: str, sent: Form | Json
+        self, exchange: Exchange, name: str, ident: str, sent: Form | bytes
     ) -> Json | web.StreamResponse:
-        """What the endpoint of this name answers.
-
-        Raises:
-            ApiError: It refuses, or is told to fail.
-        """
+        """Return what the endpoint of this name answers; raise ApiError if it refuses, or is told to fail."""
+        given = exchange.parse(sent) if name == "create" and isinstance(sent, bytes) else sent
         fault = exchange.fault = self._faults[name].draw()
         if fault in BEFORE:
             await self._break(exchange, str(fault))
-        done = await self._act(exchange, name, ident, sent)
+        done = await self._act(name, ident, given, exchange.request.query)
         if fault in AFTER:
             await self._break(exchange, str(fault).removesuffix("_after"))
-        return done if isinstance(done, dict) else await self._download(exchange, done)
+        return await self._download(exchange, done) if isinstance(done, StoredFile) else done
 
     async def _act(  # noqa: PLR0911 - one for each endpoint
-        self, exchange: Exchange, name: str, ident: str, sent: Form | Json
+        self, name: str, ident: str, given: Form | Json | bytes, query: Query
     ) -> Json | StoredFile:
-        match name:
-            case "upload" if isinstance(sent, Form):
-                return upload(sent, self._files).shown()
-            case "list_files":
-                return self._files.list(exchange.request.query)
-            case "retrieve_file":
-                return self._files.get(ident).shown()
-            case "content":
+        match name, given:
+            case "upload", Form() as form:
+                return self._files.upload(form).as_json()
+            case "list_files", _:
+                return self._files.list(query)
+            case "retrieve_file", _:
+                return self._files.get(ident).as_json()
+            case "content", _:
                 return self._files.get(ident)
-            case "delete":
+            case "delete", _:
                 return self._files.delete(ident)
-            case "list":
-                return self._batches.list(exchange.request.query)
-            case "retrieve":
-                return self._batches.get(ident).shown()
-            case "cancel":
-                batch = self._batches.get(ident)
-                batch.cancel()
-                return batch.shown()
-        if isinstance(sent, Form):
-            raise AssertionError("only an upload is a form")  # noqa: TRY004
-        return await self._batches.create(sent)
+            case "create", dict() as body:
+                return await self._batches.create(body)
+            case "list", _:
+                return self._batches.list(query)
+            case "retrieve", _:
+                return self._batches.get(ident).as_json()
+            case "cancel", _:
+                return self._batches.get(ident).cancel()
+        raise AssertionError(f"{name} is not an endpoint of files or batches")
 
     async def _break(self, exchange: Exchange, fault: str) -> NoReturn:
         if fault == "drop":
-            await drop(exchange)
+            await exchange.drop()
         if fault == "hang":
-            await hang(exchange)
+            await exchange.hang()
         raise fault_error(fault, self._options.unavailable_retry_after)
 
     async def _download(self, exchange: Exchange, file: StoredFile) -> web.StreamResponse:
-        """Send a file, or the rest of it; the fault "truncate" sends the half of that and closes."""
-        first, end = self._wanted(exchange.request, len(file.content))
-        whole = (first, end) == (0, len(file.content))
-        response = web.StreamResponse(status=200 if whole else 206, headers=exchange.headers())
+        """Send a file, or a range of it; the fault "truncate" sends half of that and closes."""
+        first, end = self._range(exchange.request, len(file.content))
+        response = web.StreamResponse(status=200, headers=exchange.headers())
         response.content_type = "application/octet-stream"
         response.headers["content-disposition"] = f'attachment; filename="{UNSAFE.sub("_", file.filename)}"'
         response.content_length = end - first
         if self._options.ranges:
             response.headers["accept-ranges"] = "bytes"
-        if not whole:
+        if (first, end) != (0, len(file.content)):
+            response.set_status(206)
             response.headers["content-range"] = f"bytes {first}-{end - 1}/{len(file.content)}"
         exchange.record(response.status)
         await response.prepare(exchange.request)
         stop = first + (end - first) // 2 if exchange.fault == "truncate" else end
-        content = memoryview(file.content)
+        content = memoryview(file.content)[first:stop]
         with suppress(ConnectionResetError):  # the client has left
-            for start in range(first, stop, PIECE):
-                if start + PIECE >= stop:
+            for start in range(0, len(content), PIECE):
+                if start + PIECE >= len(content):
                     exchange.leave()
-                await response.write(content[start : min(start + PIECE, stop)])
+                await response.write(content[start : start + PIECE])
         if stop < end:
-            await drop(exchange)
+            await exchange.drop()
         return response
 
-    def _wanted(self, request: web.BaseRequest, size: int) -> tuple[int, int]:
-        """The first byte to send and the one after the last."""
+    def _range(self, request: web.BaseRequest, size: int) -> tuple[int, int]:
+        """Return the first byte to send and the one after the last."""
         if not self._options.ranges or "range" not in request.headers:
             return 0, size
         try:

@@ -8,15 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .._errors import missing_parameter, server_error, wrong_type
+from .._faults import missing_parameter, server_error, wrong_type
 from .schemas import minimal
 
 if TYPE_CHECKING:
     from .._options import Options
 
 Json = dict[str, Any]
-Count = Callable[[str], int]
-PER_MESSAGE = 3
+Count = Callable[[str], int]  # tokens of a text
+PER_MESSAGE = 3  # tokens
 PER_REPLY = 3
 
 
@@ -26,68 +26,64 @@ class Tool:
 
     name: str
     parameters: Json
-    named: bool
+    named: bool  # whether the request names it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A generation request, understood.
-
-    Attributes:
-        model: The model asked for.
-        body: The request.
-        prompts: The texts to answer, one each; several only for completions and embeddings.
-        prompt_tokens: Tokens of everything sent.
-        cap: Most output tokens of one answer; None where the request sets no maximum.
-        n: Answers to each prompt.
-        stream: Whether the answer is to be streamed.
-        schema: JSON schema the answer must follow.
-        tool: Function the answer must call.
-    """
+    """A generation request, understood."""
 
     model: str
     body: Json
-    prompts: list[str]
-    prompt_tokens: int
-    cap: int | None
-    n: int = 1
-    stream: bool = False
-    schema: Json | None = None
-    tool: Tool | None = None
+    prompts: list[str]  # each is answered; several only for completions and embeddings
+    prompt_tokens: int  # of everything sent
+    cap: int | None  # most output tokens of one answer; None: the request sets no maximum
+    n: int = 1  # answers to each prompt
+    schema: Json | None = None  # JSON schema the answer must follow
+    tool: Tool | None = None  # function the answer must call
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is to be streamed."""
+        return bool(self.body.get("stream"))
 
     def reserved(self, default_output: int) -> int:
-        """Tokens to charge before the answer is known."""
+        """Return the tokens to charge before the answer is known."""
         cap = default_output if self.cap is None else self.cap
         return self.prompt_tokens + cap * self.n * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: text, or the arguments of the function called."""
+    """One answer."""
 
-    text: str
+    text: str  # or the arguments of the function called
     tokens: int
-    cut: bool
+    cut: bool  # whether it ends early, at the request's maximum
 
-    @property
-    def pieces(self) -> list[str]:
-        """The text as a stream delivers it, word by word."""
-        return words(self.text)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """An endpoint that is limited, delayed and subject to faults."""
+
+    read: Callable[[Json, Count], Ask]  # understands a request body
+    write: Callable[[Ask, Options, str], Json]  # makes the whole answer, under an id
+    stream: Callable[[Ask, Json], list[bytes]] | None = None  # cuts it into events, where it can be streamed
 
 
 def words(text: str) -> list[str]:
-    """The text cut after each word, losing nothing."""
+    """Cut the text after each word, losing nothing."""
     return re.findall(r"\S+\s*|\s+", text)
 
 
 def quarter_bytes(text: str) -> int:
-    """A cheap and deterministic count: a quarter of the UTF-8 bytes, at least 1."""
+    """Count tokens cheaply and the same each time: a quarter of the UTF-8 bytes, at least 1."""
     return max(1, len(text.encode("utf-8", "surrogatepass")) // 4)
 
 
 def compose(ask: Ask, prompt: str, options: Options) -> Answer:
-    """Answer one prompt, deterministically."""
-    text = _said(ask, prompt, options)
+    """Answer one prompt, the same each time."""
+    text = _text(ask, prompt, options)
     pieces = words(text)
     tokens = len(pieces) if options.output_tokens is None else options.output_tokens
     if ask.cap is None or tokens <= ask.cap:
@@ -95,40 +91,28 @@ def compose(ask: Ask, prompt: str, options: Options) -> Answer:
     return Answer("".join(pieces[: ask.cap]), ask.cap, cut=True)
 
 
-def mark_cached(usage: Json, prompt_tokens: int, cached: int) -> Json:
-    """The usage with so many tokens of the prompt reported as cached, where it reports them at all."""
-    for name in usage.keys() & {"prompt_tokens_details", "input_tokens_details"}:
-        details = {**usage[name], "cached_tokens": min(prompt_tokens, cached)}
-        return {**usage, name: details}
-    return usage
-
-
-def _said(ask: Ask, prompt: str, options: Options) -> str:
+def _text(ask: Ask, prompt: str, options: Options) -> str:
     if ask.tool:
         return json.dumps(minimal(ask.tool.parameters))
     if options.answer:
-        return _custom(options.answer, ask.body)
+        try:
+            return options.answer(ask.body)
+        except Exception as error:  # the user's function may fail in any way; its author reads this message
+            raise server_error(f"answer() raised {error!r}") from error
     if ask.schema is not None:
         return json.dumps(minimal(ask.schema))
     return f"echo: {prompt}"
 
 
-def _custom(answer: Callable[[Json], str], body: Json) -> str:
-    try:
-        return answer(body)
-    except Exception as error:  # the user's function may fail in any way, and its author reads the answer
-        raise server_error(f"answer() raised {error!r}") from error
-
-
 def required(body: Json, name: str) -> Any:
-    """A parameter the request must have."""
+    """Return a parameter the request must have."""
     if body.get(name) is None:
         raise missing_parameter(name)
     return body[name]
 
 
 def model_of(body: Json) -> str:
-    """The model asked for."""
+    """Return the model asked for."""
     model = required(body, "model")
     if not isinstance(model, str):
         raise wrong_type("model", "a string")
@@ -136,7 +120,7 @@ def model_of(body: Json) -> str:
 
 
 def number(body: Json, *names: str) -> int | None:
-    """The first of these parameters that is given, as an integer."""
+    """Return the first of these parameters that is given, as an integer."""
     for name in names:
         value = body.get(name)
         if isinstance(value, bool) or not isinstance(value, int | None):
@@ -146,18 +130,33 @@ def number(body: Json, *names: str) -> int | None:
     return None
 
 
-def content_text(content: Any) -> str:
-    """The text of a message's content, a string or a list of parts; other parts count for nothing."""
+def messages_read(messages: Any, name: str, count: Count) -> tuple[str, int]:
+    """Return the last user text and the tokens of all messages."""
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise wrong_type(name, "an array of objects")
+    texts = [(message.get("role"), _content(message.get("content"))) for message in messages]
+    last = next((text for role, text in reversed(texts) if role == "user"), "")
+    return last, sum(count(text) + PER_MESSAGE for _, text in texts) + PER_REPLY
+
+
+def _content(content: Any) -> str:
+    """Return the text of a message, a string or a list of parts; parts without text count for nothing."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
     return "".join(str(part.get("text") or "") for part in parts if isinstance(part, dict))
 
 
-def messages_read(messages: Any, name: str, count: Count) -> tuple[str, int]:
-    """The last user text and the tokens of all messages."""
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise wrong_type(name, "an array of objects")
-    texts = [(message.get("role"), content_text(message.get("content"))) for message in messages]
-    last = next((text for role, text in reversed(texts) if role == "user"), "")
-    return last, sum(count(text) + PER_MESSAGE for _, text in texts) + PER_REPLY
+def texts_read(value: Any, name: str, count: Count) -> tuple[list[str], int]:
+    """Return the texts and tokens of a string, a token list, or several of either."""
+    several = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
+    texts, tokens = [], 0
+    for item in several:
+        if isinstance(item, str):
+            tokens += count(item)
+        elif item and isinstance(item, list) and all(isinstance(token, int) for token in item):
+            tokens += len(item)
+        else:
+            raise wrong_type(name, "a string, a list of tokens, or a list of either")
+        texts.append(item if isinstance(item, str) else " ".join(map(str, item)))  # tokens as their numbers
+    return texts, tokens
