@@ -74,9 +74,7 @@ def _fault(text: str) -> tuple[str, float]:
     try:
         return name, float(probability)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=PROBABILITY; write for example 500=0.1"
-        ) from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PROBABILITY, such as 500=0.1") from None
 
 
 def _names(text: str) -> list[str]:
@@ -121,18 +119,9 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     add("--default-output", type=int, metavar="N", help="output tokens charged if no maximum is requested")
     enqueued = "prompt tokens of a model's batches under way at once (default: unlimited)"
     add("--enqueued-tokens", type=int, metavar="N", help=enqueued)
-    add(
-        "--no-headers",
-        dest="headers",
-        action="store_false",
-        help="send no x-ratelimit-* headers (default: send)",
-    )
-    add(
-        "--no-retry-after",
-        dest="retry_after",
-        action="store_false",
-        help="send no retry-after headers (default: send)",
-    )
+    limits, waits = (f"send no {names} headers (default: send)" for names in ("x-ratelimit-*", "retry-after"))
+    add("--no-headers", dest="headers", action="store_false", help=limits)
+    add("--no-retry-after", dest="retry_after", action="store_false", help=waits)
     stamp = "read x-ratelimit-remaining-* when answering, or when admitting"
     add("--stamp", choices=("answer", "admission"), help=stamp)
     quota = "answer insufficient_quota after N generations (default: never)"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ._exchange import Call
-from ._options import FUNCTIONS, Options, as_json
+from ._options import Options, as_json
 from ._simulation import Simulation
 
 if TYPE_CHECKING:
@@ -47,25 +47,20 @@ class ThreadBackend:
             raise
 
     def calls(self) -> list[Call]:
-        """Return the calls recorded."""
         return self._simulation.recorder.calls()
 
     def batches(self) -> list[dict[str, Any]]:
-        """Return the Batch objects, oldest first."""
         found: list[dict[str, Any]] = []
         self._in_loop(lambda: found.extend(self._simulation.storage.batches()))
         return deepcopy(found)
 
     def state(self) -> dict[str, Any]:
-        """Return counters and gauges."""
         return self._simulation.state()
 
     def reset(self) -> None:
-        """Forget the calls and fill the buckets."""
         self._in_loop(self._simulation.reset)
 
     def set_limits(self, limits: dict[str, float | None]) -> None:
-        """Change the limits of every model."""
         self._in_loop(lambda: self._simulation.limits.change(limits))
 
     def stop(self) -> None:
@@ -114,14 +109,6 @@ class ThreadBackend:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def check_process_options(options: Options) -> None:
-    """Raise ValueError for options that another process cannot be given."""
-    if given := [name for name in FUNCTIONS if getattr(options, name) is not None]:
-        raise ValueError(
-            f"{', '.join(given)}: not with process=True, as functions cannot be passed to another process"
-        )
-
-
 class ProcessBackend:
     """A simulation in a child process, with the methods of ThreadBackend.
 
@@ -130,10 +117,12 @@ class ProcessBackend:
     """
 
     def __init__(self, options: Options, cpu: int | None) -> None:
+        # the child finds this very package, however the parent found it
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         command = [sys.executable, "-m", __package__, "--child"]
-        self._child = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=_environment()
-        )
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment)  # noqa: S603
         try:
             self.base_url = self._greet({**as_json(options), "cpu": cpu})
         except BaseException:
@@ -144,12 +133,10 @@ class ProcessBackend:
         return [Call(**call) for call in self._ask("GET", "calls")]
 
     def batches(self) -> list[dict[str, Any]]:
-        batches: list[dict[str, Any]] = self._ask("GET", "batches")
-        return batches
+        return list(self._ask("GET", "batches"))
 
     def state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._ask("GET", "state")
-        return state
+        return dict(self._ask("GET", "state"))
 
     def reset(self) -> None:
         self._ask("POST", "reset")
@@ -179,9 +166,8 @@ class ProcessBackend:
         stdin.flush()
         line = stdout.readline()
         if not line:
-            raise RuntimeError(
-                f"the simulated server ended with code {self._child.wait()} before it listened"
-            )
+            code = self._child.wait()
+            raise RuntimeError(f"the simulated server ended with code {code} before it listened")
         answer = json.loads(line)
         if "base_url" not in answer:
             raise OSError(answer["errno"], answer["error"])
@@ -195,9 +181,3 @@ class ProcessBackend:
             return json.loads(connection.getresponse().read())
         finally:
             connection.close()
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment, with this package importable however the parent found it."""
-    known = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([known] if known else [])])}

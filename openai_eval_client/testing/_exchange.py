@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from aiohttp import web
 
-from ._faults import MALFORMED_HEADERS, ApiError
+from ._faults import MALFORMED_HEADERS, ApiError, fault_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +80,6 @@ class Recorder:
         self.max_in_flight = 0
 
     def arrive(self) -> int:
-        """Count a request in and return its index."""
         index, self._arrived = self._arrived, self._arrived + 1
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -102,14 +101,12 @@ class Recorder:
         self.max_in_flight = self.in_flight
 
     def calls(self) -> list[Call]:
-        """Return the calls kept, in order of arrival."""
         with self._lock:
             kept = list(self._calls)
         kept.sort(key=lambda pair: pair[0].index)
         return [call if raw is None else replace(call, body=json.loads(raw)) for call, raw in kept]
 
     def state(self) -> dict[str, Any]:
-        """Return the counters."""
         with self._lock:
             counts = dict(self._counts)
         return {"counts": counts, "in_flight": self.in_flight, "max_in_flight": self.max_in_flight}
@@ -172,17 +169,19 @@ class Exchange:
         )
         self._recorder.note(call, self._raw)
 
-    def abandon(self) -> None:
-        """Record that the client left, or the server stopped, before there was an answer."""
-        if not self._recorded:
-            self.fault = None
-            self.record(0)
-
     def leave(self) -> None:
         """Count the request out, once: before the last byte, so that its client then sees it gone."""
         if self._in_flight:
             self._in_flight = False
             self._recorder.in_flight -= 1
+
+    async def fail(self, fault: str, unavailable_retry_after: float | None) -> NoReturn:
+        """Do not answer: drop the connection, hang, or raise the API's error."""
+        if fault == "drop":
+            await self.drop()
+        if fault == "hang":
+            await self.hang()
+        raise fault_error(fault, unavailable_retry_after)
 
     async def drop(self) -> NoReturn:
         """Close the connection under the request."""
@@ -209,7 +208,6 @@ class Delivery:
     latency: float  # seconds over which a stream is spread; a body in one piece has waited already
 
     async def send(self) -> web.StreamResponse:
-        """Send it."""
         match self.exchange.fault:
             case "garbage":
                 return self._whole(HTML, "text/html; charset=utf-8")

@@ -54,9 +54,8 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
-        self.body: dict[str, Any] = {
-            "error": {"message": message, "type": kind, "param": param, "code": code}
-        }
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        self.body: dict[str, Any] = {"error": error}
 
 
 def missing_key() -> ApiError:
@@ -70,7 +69,6 @@ def missing_key() -> ApiError:
 
 
 def wrong_key(key: str) -> ApiError:
-    """Return the 401 for an unknown key."""
     where = "You can find your API key at https://platform.openai.com/account/api-keys."
     return ApiError(401, f"Incorrect API key provided: {masked(key)}. {where}", code="invalid_api_key")
 
@@ -84,18 +82,15 @@ def masked(key: str) -> str:
 
 
 def missing_parameter(name: str) -> ApiError:
-    """Return the 400 for a request that lacks a required parameter."""
     message = f"Missing required parameter: '{name}'."
     return ApiError(400, message, param=name, code="missing_required_parameter")
 
 
 def wrong_type(name: str, expected: str) -> ApiError:
-    """Return the 400 for a parameter of the wrong type."""
     return ApiError(400, f"Invalid type for '{name}': expected {expected}.", param=name, code="invalid_type")
 
 
 def wrong_value(name: str, value: str, allowed: Collection[str]) -> ApiError:
-    """Return the 400 for a parameter whose value is not among those allowed."""
     known = ", ".join(f"'{one}'" for one in allowed)
     message = f"Invalid value: '{value}'. Supported values are: {known}."
     return ApiError(400, message, param=name, code="invalid_value")
@@ -111,7 +106,6 @@ def quota_exhausted() -> ApiError:
 
 
 def server_error(message: str) -> ApiError:
-    """Return a 500."""
     return ApiError(500, message, kind="server_error")
 
 
@@ -161,7 +155,6 @@ class Latency:
         self._random = Random(f"latency {seed}")
 
     def draw(self) -> float:
-        """Return the next latency in seconds."""
         if not (self._mean and self._sigma):
             return self._mean
         return self._random.lognormvariate(math.log(self._mean) - self._sigma**2 / 2, self._sigma)

@@ -59,10 +59,6 @@ class Bucket:
         self._set(limit)
         self._level = share * self.capacity
 
-    def refill(self) -> None:
-        """Fill the bucket."""
-        self._level = self.capacity
-
 
 class Limits:
     """Admits or refuses requests, model by model."""
@@ -87,7 +83,6 @@ class Limits:
             bucket.take(-(requests if name == "requests" else tokens))
 
     def headers(self, model: str) -> dict[str, str]:
-        """Return the x-ratelimit-* headers as of now."""
         shown: dict[str, str] = {}
         if not self._options.headers:
             return shown
@@ -112,10 +107,7 @@ class Limits:
                     buckets[name] = self._bucket(name, limit)
 
     def refill(self) -> None:
-        """Fill every bucket."""
-        for buckets in self._models.values():
-            for bucket in buckets.values():
-                bucket.refill()
+        self._models.clear()  # new buckets are full
 
     def _buckets(self, model: str) -> dict[Dimension, Bucket]:
         if model not in self._models:
@@ -138,13 +130,13 @@ class Limits:
                 f"Request too large {subject}, Requested {cost}. "
                 "The input or output tokens must be reduced in order to run successfully."
             )
-            return ApiError(429, message, kind=name, code="rate_limit_exceeded")
-        message = (
-            f"Rate limit reached {subject}, Used {limit - level}, Requested {cost}. Please try again in "
-            f"{duration(wait)}. Visit https://platform.openai.com/account/rate-limits to learn more."
-        )
+        else:
+            message = (
+                f"Rate limit reached {subject}, Used {limit - level}, Requested {cost}. Please try again in "
+                f"{duration(wait)}. Visit https://platform.openai.com/account/rate-limits to learn more."
+            )
         headers = {}
-        if self._options.retry_after:
+        if self._options.retry_after and wait < math.inf:
             headers = {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
         return ApiError(429, message, kind=name, code="rate_limit_exceeded", headers=headers)
 

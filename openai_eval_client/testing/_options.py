@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,7 +31,6 @@ OUTCOMES = (  # of a line of a batch
 )  # fmt: skip
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 STATUSES = ("validating", "in_progress", "finalizing", "cancelling", *TERMINAL)
-CUT_SHORT = ("expired", "cancelled", "cancelling")
 COUNTS = ("total", "completed", "failed")
 
 ENDPOINTS = (
@@ -127,7 +127,8 @@ class Plan:
         """The share of its lines to run: half of them if it does not say and some must be left."""
         if self.done is not None:
             return self.done
-        return 0.5 if self.status in CUT_SHORT and self.lines is None else 1.0
+        cut_short = self.status in ("expired", "cancelled", "cancelling")
+        return 0.5 if cut_short and self.lines is None else 1.0
 
     @property
     def runs(self) -> bool:
@@ -203,9 +204,7 @@ def _check_probabilities(option: str, given: Mapping[str, float], known: Sequenc
             f"{option}: {', '.join(wrong)}; give a probability from 0 to 1 for any of {', '.join(known)}"
         )
     if math.fsum(given.values()) > 1:
-        raise ValueError(
-            f"{option}: the probabilities of {', '.join(given)} sum to more than 1; lower some of them"
-        )
+        raise ValueError(f"{option}: the probabilities of {', '.join(given)} sum to more than 1")
 
 
 def _check_script(option: str, script: Sequence[str], known: Sequence[str]) -> None:
@@ -242,15 +241,9 @@ def window_seconds(window: str) -> int:
 def as_json(options: Options) -> dict[str, Any]:
     """Return the options that another process can be given: all but the functions."""
     values = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in FUNCTIONS}
-    values["models"] = None if options.models is None else sorted(options.models)
-    plain: dict[str, Any] = _plain(values)
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=_plain))
     return plain
 
 
-def _plain(value: Any) -> Any:
-    """Return the value in dicts and lists."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, Collection) and not isinstance(value, str):
-        return [_plain(inner) for inner in value]
-    return value
+def _plain(value: Collection[Any]) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)

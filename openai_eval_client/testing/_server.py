@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-from ._backends import ProcessBackend, ThreadBackend, check_process_options
-from ._options import Options, check_positive
+from ._backends import ProcessBackend, ThreadBackend
+from ._options import FUNCTIONS, Options, check_positive
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,9 +115,11 @@ class SimulatedServer(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.process:
-            check_process_options(self)
-        elif self.cpu is not None:
+        functions = [name for name in FUNCTIONS if getattr(self, name) is not None]
+        if self.process and functions:
+            names = ", ".join(functions)
+            raise ValueError(f"{names}: not with process=True, as functions cannot be passed to a process")
+        if self.cpu is not None and not self.process:
             raise ValueError(f"cpu={self.cpu}: a processor can be chosen only with process=True")
 
     def start(self) -> Self:

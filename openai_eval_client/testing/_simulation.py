@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
@@ -51,7 +51,6 @@ class Simulation:
         self.server = web.Server(self.handle, handler_cancellation=True, access_log=None)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one request, whatever it is."""
         if request.path.startswith(CONTROL):
             return await self._control(request)
         exchange = Exchange(request, self.recorder, self._started)
@@ -59,19 +58,18 @@ class Simulation:
             return await self._answer(exchange)
         except ApiError as error:
             return _reply(exchange, error.body, error.status, error.headers)
-        except asyncio.CancelledError:
-            exchange.abandon()
+        except asyncio.CancelledError:  # the client has left, or the server stops
+            exchange.fault = None
+            exchange.record(0)
             raise
         finally:
             exchange.leave()
 
     def reset(self) -> None:
-        """Forget the calls and fill the buckets."""
         self.recorder.reset()
         self.limits.refill()
 
     def state(self) -> dict[str, Any]:
-        """Return counters and gauges."""
         return {**self.recorder.state(), "connections": len(self.server.connections)}
 
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
@@ -115,11 +113,12 @@ class Simulation:
             raise self._unfounded(exchange)
         if exchange.fault == "hang":
             await exchange.hang()
-        stream = endpoint.stream if ask.stream and exchange.fault not in WHOLE else None
+        stream = endpoint.stream if ask.body.get("stream") and exchange.fault not in WHOLE else None
         if not stream:
             await asyncio.sleep(latency)
         if exchange.fault in UNANSWERED:
-            await self._break(exchange)
+            self._settle(exchange, 0)
+            await exchange.fail(str(exchange.fault), self._options.unavailable_retry_after)
         answer = spoil_usage(self._write(exchange, endpoint, ask), exchange.fault)
         frames = stream(ask, answer) if stream else [dumps(answer)]
         return await Delivery(exchange, frames, bool(stream), latency if stream else 0.0).send()
@@ -138,13 +137,6 @@ class Simulation:
         if self._options.stamp == "admission":
             stamped = self.limits.headers(ask.model)
             exchange.limit_headers = lambda: stamped
-
-    async def _break(self, exchange: Exchange) -> NoReturn:
-        """Fail without an answer, which costs nothing."""
-        self._settle(exchange, 0)
-        if exchange.fault == "drop":
-            await exchange.drop()
-        raise fault_error(str(exchange.fault), self._options.unavailable_retry_after)
 
     def _unfounded(self, exchange: Exchange) -> ApiError:
         """Return a 429 although there was room: charged nothing, and without headers."""
@@ -172,8 +164,8 @@ class Simulation:
         value: Any = None
         match request.method, request.path.removeprefix(CONTROL):
             case "GET", "state":
-                # the connection that asks is not a client's
-                value = {**self.state(), "connections": len(self.server.connections) - 1}
+                value = self.state()
+                value["connections"] -= 1  # the one that asks is not a client's
             case "GET", "batches":
                 value = self.storage.batches()
             case "GET", "calls":

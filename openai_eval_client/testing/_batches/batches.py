@@ -59,29 +59,23 @@ class Batch:
         self._created = self._clock()
         self._left: list[tuple[Task, str]] = []  # requests not run yet, with their outcomes
         self._total = 0
+        self.model: str | None = None
         self.tokens = 0
         self._task = asyncio.ensure_future(self._live())
 
     @property
-    def model(self) -> str | None:
-        """Its model, once known."""
-        model: str | None = self._shown["model"]
-        return model
-
-    @property
     def ended(self) -> bool:
-        """Whether its status is final."""
         return self._shown["status"] in TERMINAL
 
     def as_json(self) -> Json:
-        """Return the Batch object as of now."""
         counts = {"total": self._total, "completed": self._lines.completed, "failed": self._lines.failed}
         told = self._plan.counts if self._total or self.ended else {}
         return {**self._shown, "request_counts": {**counts, **told}}
 
     def enqueue(self, read: BatchInput) -> None:
         """Count its tokens as enqueued until it ends."""
-        self._shown["model"], self.tokens = read.model, read.tokens
+        self.model = self._shown["model"] = read.model
+        self.tokens = read.tokens
 
     def cancel(self) -> Json:
         """Cancel it and return the Batch object; raise a 409 if it has ended otherwise."""
@@ -209,11 +203,9 @@ class Batches:
         self._batches: dict[str, Batch] = {}
 
     def as_json(self) -> list[Json]:
-        """Return all Batch objects, oldest first."""
         return [batch.as_json() for batch in self._batches.values()]
 
     def list(self, query: Query) -> Json:
-        """Return the page of batches asked for, newest first."""
         return page(self.as_json()[::-1], query, default=20, most=100)
 
     def get(self, ident: str) -> Batch:
@@ -247,7 +239,6 @@ class Batches:
         return batch.as_json()
 
     def _new(self, body: Json) -> Json:
-        """Return the Batch object at its beginning."""
         for name in ("input_file_id", "endpoint", "completion_window"):
             required(body, name)
         _check_value(body, "endpoint", NAMES)
@@ -313,7 +304,6 @@ class Batches:
 
 
 def endpoint_at(url: str) -> Generation:
-    """Return the endpoint that answers the lines of a batch."""
     endpoint = EXACT["POST", url].endpoint
     if isinstance(endpoint, str):
         raise AssertionError(f"{url} generates nothing")  # noqa: TRY004

@@ -30,8 +30,6 @@ PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
 @dataclass(slots=True)
 class Form:
-    """What an upload sent."""
-
     fields: dict[str, str] = field(default_factory=dict)
     filename: str = "upload"
     content: bytes | None = None
@@ -72,20 +70,17 @@ async def _content(form: Form, part: BodyPartReader) -> bytes:
     return kept.getvalue()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file kept."""
-
-    ident: str
     content: bytes
     filename: str
     purpose: str
-    created_at: int  # Unix time
     expires_after: int | None  # seconds; only shown, as nothing expires; None: never
     ready: float  # when it can be found, on the store's clock
+    ident: str = field(default_factory=lambda: f"file-{uuid.uuid4().hex}")
+    created_at: int = field(default_factory=lambda: int(time.time()))
 
     def as_json(self) -> Json:
-        """Return the File object."""
         after = self.expires_after
         return {
             "object": "file",
@@ -122,26 +117,15 @@ class Files:
         after = MONTH if purpose == "batch" else None
         if re.fullmatch(r"\d{1,9}", seconds):
             after = int(seconds)
-        return self._keep(form.content, form.filename, purpose, after, self._lag)
+        ready = self._clock() + self._lag
+        return self._keep(StoredFile(form.content, form.filename, purpose, after, ready))
 
     def write(self, content: bytes, filename: str, expires_after: int | None = None) -> StoredFile:
-        """Keep a file that a batch wrote."""
-        return self._keep(content, filename, "batch_output", expires_after, 0)
+        return self._keep(StoredFile(content, filename, "batch_output", expires_after, self._clock()))
 
-    def _keep(
-        self, content: bytes, filename: str, purpose: str, expires_after: int | None, lag: float
-    ) -> StoredFile:
-        kept = StoredFile(
-            ident=f"file-{uuid.uuid4().hex}",
-            content=content,
-            filename=filename,
-            purpose=purpose,
-            created_at=int(time.time()),
-            expires_after=expires_after,
-            ready=self._clock() + lag,
-        )
-        self._files[kept.ident] = kept
-        return kept
+    def _keep(self, file: StoredFile) -> StoredFile:
+        self._files[file.ident] = file
+        return file
 
     def find(self, ident: Any) -> StoredFile | None:
         """Return a file, or None if it is unknown or too new."""
@@ -155,12 +139,10 @@ class Files:
         raise unknown_file(404, ident, "id")
 
     def delete(self, ident: str) -> Json:
-        """Forget a file and return the API's answer."""
         self.forget(self.get(ident).ident)
         return {"object": "file", "id": ident, "deleted": True}
 
     def forget(self, ident: str) -> None:
-        """Forget a file, if it is there."""
         self._files.pop(ident, None)
 
     def list(self, query: Query) -> Json:

@@ -9,13 +9,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .._endpoints import Ask
 from .._faults import ApiError, server_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .._endpoints import Count, Generation
+    from .._endpoints import Ask, Count, Generation
 
 Json = dict[str, Any]
 MOST_LINES = 50_000
@@ -39,8 +38,6 @@ class Task:
 
 @dataclass(slots=True)
 class BatchInput:
-    """An input file read."""
-
     tasks: list[Task] = field(default_factory=list)
     errors: list[Json] = field(default_factory=list)  # as the Batch object shows them; if any, nothing is run
     model: str | None = None  # of all lines
@@ -62,8 +59,6 @@ class Turns:
 
 @dataclass(slots=True)
 class Reader:
-    """Reads the lines of one file."""
-
     url: str
     endpoint: Generation
     count: Count
@@ -102,17 +97,15 @@ class Reader:
             self._keep(request)
 
     def _keep(self, request: Json) -> None:
-        ask = self._understand(request["body"])
-        self.read.tasks.append(Task(request["custom_id"], ask))
-        self.read.tokens += ask.prompt_tokens if isinstance(ask, Ask) else 0
-
-    def _understand(self, body: Json) -> Ask | ApiError:
+        ask: Ask | ApiError
         try:
-            return self.endpoint.read(body, self.count)
+            ask = self.endpoint.read(request["body"], self.count)
+            self.read.tokens += ask.prompt_tokens
         except ApiError as refusal:
-            return refusal
+            ask = refusal
         except Exception as problem:  # noqa: BLE001 - online, too, it would be a 500
-            return server_error(f"The server had an error while reading the request: {problem!r}")
+            ask = server_error(f"The server had an error while reading the request: {problem!r}")
+        self.read.tasks.append(Task(request["custom_id"], ask))
 
     def _wrong(self, request: Json) -> Iterator[tuple[str, str, str]]:
         """Yield code, message and parameter of everything wrong with a line."""

@@ -49,7 +49,6 @@ class Lines:
             self._complete(task, task.ask, outcome)
 
     def leave(self, task: Task, reason: str) -> None:
-        """Write that a request was never run."""
         code, message = UNANSWERED[reason]
         self.failures.write(_line(task.custom_id, None, {"code": code, "message": message}))
 

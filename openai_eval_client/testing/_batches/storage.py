@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from .._faults import ApiError, Faults, fault_error
+from .._faults import ApiError, Faults
 from .._options import AFTER, BEFORE, ENDPOINTS
 from .batches import Batches
 from .files import Files, Form, Query, StoredFile
@@ -42,7 +42,6 @@ class Storage:
         }
 
     def batches(self) -> list[Json]:
-        """Return all Batch objects, oldest first."""
         return self._batches.as_json()
 
     async def answer(
@@ -50,12 +49,13 @@ class Storage:
     ) -> Json | web.StreamResponse:
         """Return what the endpoint of this name answers; raise ApiError if it refuses, or is told to fail."""
         given = exchange.parse(sent) if name == "create" and isinstance(sent, bytes) else sent
+        wait = self._options.unavailable_retry_after
         fault = exchange.fault = self._faults[name].draw()
         if fault in BEFORE:
-            await self._break(exchange, str(fault))
+            await exchange.fail(str(fault), wait)
         done = await self._act(name, ident, given, exchange.request.query)
         if fault in AFTER:
-            await self._break(exchange, str(fault).removesuffix("_after"))
+            await exchange.fail(str(fault).removesuffix("_after"), wait)
         return await self._download(exchange, done) if isinstance(done, StoredFile) else done
 
     async def _act(  # noqa: PLR0911 - one for each endpoint
@@ -81,13 +81,6 @@ class Storage:
             case "cancel", _:
                 return self._batches.get(ident).cancel()
         raise AssertionError(f"{name} is not an endpoint of files or batches")
-
-    async def _break(self, exchange: Exchange, fault: str) -> NoReturn:
-        if fault == "drop":
-            await exchange.drop()
-        if fault == "hang":
-            await exchange.hang()
-        raise fault_error(fault, self._options.unavailable_retry_after)
 
     async def _download(self, exchange: Exchange, file: StoredFile) -> web.StreamResponse:
         """Send a file, or a range of it; the fault "truncate" sends half of that and closes."""

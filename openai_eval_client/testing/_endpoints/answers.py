@@ -42,21 +42,13 @@ class Ask:
     schema: Json | None = None  # JSON schema the answer must follow
     tool: Tool | None = None  # function the answer must call
 
-    @property
-    def stream(self) -> bool:
-        """Whether the answer is to be streamed."""
-        return bool(self.body.get("stream"))
-
     def reserved(self, default_output: int) -> int:
-        """Return the tokens to charge before the answer is known."""
         cap = default_output if self.cap is None else self.cap
         return self.prompt_tokens + cap * self.n * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer."""
-
     text: str  # or the arguments of the function called
     tokens: int
     cut: bool  # whether it ends early, at the request's maximum
@@ -105,14 +97,12 @@ def _text(ask: Ask, prompt: str, options: Options) -> str:
 
 
 def required(body: Json, name: str) -> Any:
-    """Return a parameter the request must have."""
     if body.get(name) is None:
         raise missing_parameter(name)
     return body[name]
 
 
 def model_of(body: Json) -> str:
-    """Return the model asked for."""
     model = required(body, "model")
     if not isinstance(model, str):
         raise wrong_type("model", "a string")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .answers import (
@@ -141,6 +142,7 @@ def _stream(ask: Ask, body: Json, cut: Callable[[Json], Iterator[Json]]) -> list
     """Return a completion as events, each choice cut into chunks; its usage last, if asked for."""
     with_usage = bool((ask.body.get("stream_options") or {}).get("include_usage"))
     head = {name: value for name, value in body.items() if name not in ("choices", "usage")}
+    head["object"] = head["object"].replace("chat.completion", "chat.completion.chunk")
     empty = {"usage": None} if with_usage else {}
     frames = [
         event({**head, "choices": [chunk], **empty}) for choice in body["choices"] for chunk in cut(choice)
@@ -148,10 +150,6 @@ def _stream(ask: Ask, body: Json, cut: Callable[[Json], Iterator[Json]]) -> list
     if with_usage and "usage" in body:
         frames.append(event({**head, "choices": [], "usage": body["usage"]}))
     return [*frames, b"data: [DONE]\n\n"]
-
-
-def _stream_chat(ask: Ask, body: Json) -> list[bytes]:
-    return _stream(ask, {**body, "object": "chat.completion.chunk"}, _chat_chunks)
 
 
 def _chat_chunks(choice: Json) -> Iterator[Json]:
@@ -176,7 +174,7 @@ def _deltas(choice: Json) -> Iterator[tuple[Json, Json | None]]:
         yield {"content": piece}, logprobs and {"content": [logprobs[place]], "refusal": None}
 
 
-CHAT = Generation(read=_read_chat, write=_write_chat, stream=_stream_chat)
+CHAT = Generation(read=_read_chat, write=_write_chat, stream=partial(_stream, cut=_chat_chunks))
 
 
 def _read_completion(body: Json, count: Count) -> Ask:
@@ -204,14 +202,12 @@ def _completion_choice(index: int, answer: Answer) -> Json:
     return {"text": answer.text, "index": index, "logprobs": None, "finish_reason": reason}
 
 
-def _stream_completion(ask: Ask, body: Json) -> list[bytes]:
-    return _stream(ask, body, _completion_chunks)
-
-
 def _completion_chunks(choice: Json) -> Iterator[Json]:
     for piece in words(choice["text"]):
         yield {**choice, "text": piece, "finish_reason": None}
     yield {**choice, "text": ""}
 
 
-COMPLETIONS = Generation(read=_read_completion, write=_write_completion, stream=_stream_completion)
+COMPLETIONS = Generation(
+    read=_read_completion, write=_write_completion, stream=partial(_stream, cut=_completion_chunks)
+)

@@ -132,8 +132,6 @@ def _number(schema: Schema, *, whole: bool) -> float:
 def _between(schema: Schema, low: float, high: float) -> float:
     if low < 0 < high:
         return 0
-    if math.isinf(low) and math.isinf(high):
-        return 0
     if math.isinf(high):
         return low + 1 if "exclusiveMinimum" in schema else low
     return high - 1 if math.isinf(low) else (low + high) / 2
