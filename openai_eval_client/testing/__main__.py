@@ -115,14 +115,16 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     add("--rpm", type=float, help="requests per minute and model (default: unlimited)")
     add("--tpm", type=float, help="tokens per minute and model (default: unlimited)")
     add("--window", type=float, metavar="S", help="bucket capacity in seconds of quota")
-    add("--charge", choices=("upfront", "actual"), help="keep unused tokens, or give them back at the answer")
+    charge = "upfront keeps the unused tokens of a request, actual gives them back"
+    add("--charge", choices=("upfront", "actual"), help=charge)
     add("--default-output", type=int, metavar="N", help="output tokens charged if no maximum is requested")
     enqueued = "prompt tokens of a model's batches under way at once (default: unlimited)"
     add("--enqueued-tokens", type=int, metavar="N", help=enqueued)
-    limits, waits = (f"send no {names} headers (default: send)" for names in ("x-ratelimit-*", "retry-after"))
+    limits = "send no x-ratelimit-* headers (default: send them)"
     add("--no-headers", dest="headers", action="store_false", help=limits)
-    add("--no-retry-after", dest="retry_after", action="store_false", help=waits)
-    stamp = "read x-ratelimit-remaining-* when answering, or when admitting"
+    wait = "send no retry-after headers (default: send them)"
+    add("--no-retry-after", dest="retry_after", action="store_false", help=wait)
+    stamp = "when the x-ratelimit-remaining-* values are read"
     add("--stamp", choices=("answer", "admission"), help=stamp)
     quota = "answer insufficient_quota after N generations (default: never)"
     add("--quota-exhausted-after", type=int, metavar="N", help=quota)
@@ -134,15 +136,14 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     add("--latency-sigma", type=float, metavar="SIGMA", help="spread of the lognormal latency")
     faults = f"probability of a fault, repeatable; NAME is one of {', '.join(FAULTS)} (default: no faults)"
     add("--fault", dest="faults", type=_fault, action="append", default=[], metavar="NAME=P", help=faults)
-    add(
-        "--script", type=_names, metavar="A,B", help="faults, or ok, of the first generations (default: none)"
-    )
+    script = "faults, or ok, of the first generations in order (default: none)"
+    add("--script", type=_names, metavar="A,B", help=script)
     wait = "seconds in the retry-after header of fault 503 (default: no header)"
     add("--unavailable-retry-after", type=float, metavar="S", help=wait)
     output = "completion tokens to report (default: the words of the answer)"
     add("--output-tokens", type=int, metavar="N", help=output)
     add("--cached-tokens", type=int, metavar="N", help="prompt tokens to report as cached")
-    add("--batch-seconds", type=float, metavar="S", help="from a batch's creation to its end")
+    add("--batch-seconds", type=float, metavar="S", help="seconds from a batch's creation to its end")
     add("--seed", type=int, metavar="N", help="seed of latencies and faults")
     add("--record", type=int, metavar="N", help="how many of the newest calls are kept")
 

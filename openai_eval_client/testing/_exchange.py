@@ -216,8 +216,10 @@ class Delivery:
             case "slow_drip":
                 drops = [bytes((byte,)) for byte in b"".join(self.frames)]
                 return await self._paced(drops, self.latency + DRIP_SECONDS)
-            case "cut_json":
-                self.frames = _cut(self.frames)
+            case "cut_json":  # all up to the middle of the middle frame
+                middle = len(self.frames) // 2
+                frame = self.frames[middle]
+                self.frames = [*self.frames[:middle], frame[: len(frame) // 2]]
         if self.stream:
             return await self._paced(self.frames, self.latency)
         return self._whole(self.frames[0], JSON_TYPE)
@@ -259,10 +261,3 @@ class Delivery:
         self.exchange.leave()
         await response.write(body[: len(body) // 2])
         await self.exchange.drop()
-
-
-def _cut(frames: list[bytes]) -> list[bytes]:
-    """Return the body up to the middle of its middle frame."""
-    middle = len(frames) // 2
-    frame = frames[middle]
-    return [*frames[:middle], frame[: len(frame) // 2]]

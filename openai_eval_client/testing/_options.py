@@ -210,9 +210,8 @@ def _check_probabilities(option: str, given: Mapping[str, float], known: Sequenc
 def _check_script(option: str, script: Sequence[str], known: Sequence[str]) -> None:
     wrong = [script] if isinstance(script, str) else [name for name in script if name not in ("ok", *known)]
     if wrong:
-        raise ValueError(
-            f"{option}: {', '.join(map(repr, wrong))}; give a list of any of ok, {', '.join(known)}"
-        )
+        names = ", ".join(map(repr, wrong))
+        raise ValueError(f"{option}: {names}; give a list of any of ok, {', '.join(known)}")
 
 
 def _check_endpoints(option: str, given: Mapping[str, Any], check: Callable[[str, Any, Any], None]) -> None:
@@ -232,9 +231,7 @@ def window_seconds(window: str) -> int:
     """Return the seconds of a completion window such as "24h" or "7d"; raise ValueError for another text."""
     found = re.fullmatch(r"(\d+)([mhd])", window) if isinstance(window, str) else None
     if not found:
-        raise ValueError(
-            f'completion_windows: {window!r}; give a number of minutes, hours or days, such as "24h" or "7d"'
-        )
+        raise ValueError(f'completion_windows: {window!r}; give minutes, hours or days as "30m", "24h", "7d"')
     return int(found[1]) * UNITS[found[2]]
 
 

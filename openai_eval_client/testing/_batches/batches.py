@@ -9,12 +9,11 @@ from collections import deque
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from .._endpoints import Generation, required
+from .._endpoints import required
 from .._faults import ApiError, Faults, wrong_type, wrong_value
 from .._options import TERMINAL, Plan, plan_of, window_seconds
-from .._routes import EXACT
 from .files import Query, page, unknown_file
-from .input import NAMES, BatchInput, Reader, Task, Turns, batch_error
+from .input import URLS, BatchInput, Reader, Task, Turns, batch_error
 from .lines import Lines
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ class Batch:
         self._read, self._refuse, self._expires_after = read, refuse, expires_after
         faults = options.batch_faults if plan.lines is None else {}
         self._outcomes, self._random = Faults(faults, plan.lines or (), seed), Random(seed)
-        self._lines = Lines(endpoint_at(shown["endpoint"]), options)
+        self._lines = Lines(URLS[shown["endpoint"]][0], options)
         self._seconds = options.batch_seconds if plan.seconds is None else plan.seconds
         self._clock = asyncio.get_running_loop().time
         self._created = self._clock()
@@ -95,7 +94,7 @@ class Batch:
             self._fail([batch_error("server_error", f"The simulation failed: {problem!r}")])
 
     async def _pass_through(self) -> None:
-        """Go from status to status, and stay at the plan's."""
+        """Go through the statuses up to the plan's."""
         last = self._plan.status
         read = await self._read()
         await self._until(VALIDATED)
@@ -241,7 +240,7 @@ class Batches:
     def _new(self, body: Json) -> Json:
         for name in ("input_file_id", "endpoint", "completion_window"):
             required(body, name)
-        _check_value(body, "endpoint", NAMES)
+        _check_value(body, "endpoint", URLS)
         _check_value(body, "completion_window", self._options.completion_windows)
         now = int(time.time())
         return {
@@ -286,7 +285,7 @@ class Batches:
         if file is None:
             message = f"Cannot find file, or organization {ORGANIZATION} does not have access to it."
             return BatchInput(errors=[batch_error("invalid_request", message, "file_id")])
-        return await Reader(url, endpoint_at(url), self._count, self._check_model).all(file.content)
+        return await Reader(url, self._count, self._check_model).all(file.content)
 
     def _refusal(self, read: BatchInput) -> Json | None:
         """Return the error for more enqueued tokens than the limit, if this input would exceed it."""
@@ -301,13 +300,6 @@ class Batches:
             "enqueued tokens. Please try again once some in_progress batches have been completed."
         )
         return batch_error("token_limit_exceeded", message)
-
-
-def endpoint_at(url: str) -> Generation:
-    endpoint = EXACT["POST", url].endpoint
-    if isinstance(endpoint, str):
-        raise AssertionError(f"{url} generates nothing")  # noqa: TRY004
-    return endpoint
 
 
 def _check_value(body: Json, name: str, allowed: Collection[str]) -> None:

@@ -9,22 +9,23 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from .._endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
 from .._faults import ApiError, server_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .._endpoints import Ask, Count, Generation
+    from .._endpoints import Ask, Count
 
 Json = dict[str, Any]
 MOST_LINES = 50_000
-SLICE = 0.005  # seconds of work before others get a turn
+SLICE = 0.005  # seconds of work until other tasks get a turn
 REQUIRED = ("custom_id", "method", "url", "body")
-NAMES = {  # endpoint: its name in messages, and the parameter that holds the prompt
-    "/v1/chat/completions": ("Chat Completions", "messages"),
-    "/v1/completions": ("Completions", "prompt"),
-    "/v1/embeddings": ("Embeddings", "input"),
-    "/v1/responses": ("Responses", "input"),
+URLS = {  # of a batch's lines: what answers there, its name in messages, and the parameter of its prompt
+    "/v1/chat/completions": (CHAT, "Chat Completions", "messages"),
+    "/v1/completions": (COMPLETIONS, "Completions", "prompt"),
+    "/v1/embeddings": (EMBEDDINGS, "Embeddings", "input"),
+    "/v1/responses": (RESPONSES, "Responses", "input"),
 }
 
 
@@ -45,13 +46,13 @@ class BatchInput:
 
 
 class Turns:
-    """Gives others a turn every few milliseconds of work."""
+    """Lets other tasks run after every few milliseconds of work."""
 
     def __init__(self) -> None:
         self._due = time.monotonic() + SLICE
 
     async def give(self) -> None:
-        """Let the event loop go round, if it is time."""
+        """Let other tasks run, if it is time."""
         if time.monotonic() >= self._due:
             await asyncio.sleep(0)
             self._due = time.monotonic() + SLICE
@@ -60,14 +61,12 @@ class Turns:
 @dataclass(slots=True)
 class Reader:
     url: str
-    endpoint: Generation
     count: Count
     check_model: Callable[[str], None]  # raises ApiError for a model that does not exist
     read: BatchInput = field(default_factory=BatchInput)
     seen: set[str] = field(default_factory=set)
 
     async def all(self, content: bytes) -> BatchInput:
-        """Read a file, giving others their turns."""
         turns, many = Turns(), 0
         for number, line in enumerate(io.BytesIO(content), start=1):
             if not line.strip():
@@ -99,7 +98,7 @@ class Reader:
     def _keep(self, request: Json) -> None:
         ask: Ask | ApiError
         try:
-            ask = self.endpoint.read(request["body"], self.count)
+            ask = URLS[self.url][0].read(request["body"], self.count)
             self.read.tokens += ask.prompt_tokens
         except ApiError as refusal:
             ask = refusal
@@ -133,7 +132,7 @@ class Reader:
             self.seen.add(custom_id)
 
     def _wrong_body(self, body: Json) -> Iterator[tuple[str, str, str]]:
-        title, prompt = NAMES[self.url]
+        _, title, prompt = URLS[self.url]
         if body.get(prompt) is None:
             yield "invalid_request", f"{prompt.title()} parameter is required.", f"body.{prompt}"
         if body.get("stream"):
