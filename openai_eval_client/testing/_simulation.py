@@ -160,7 +160,7 @@ class Simulation:
             exchange.charged_tokens = used
 
     async def _control(self, request: web.BaseRequest) -> web.Response:
-        """Answer the parent process, or a person who looks in."""
+        """Answer a question about the simulation itself, from the parent process or a shell."""
         value: Any = None
         match request.method, request.path.removeprefix(CONTROL):
             case "GET", "state":
