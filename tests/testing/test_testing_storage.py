@@ -22,7 +22,7 @@ def server():
 
 
 def test_wrong_methods_are_405(server):
-    """So it is for files and batches."""
+    """An unknown method on a path of files or batches is a 405."""
     assert request(server, "/files", "PUT")[0] == 405
     assert request(server, "/batches/x/cancel", "DELETE")[0] == 405
     assert request(server, "/files/x/content", "POST")[0] == 405

@@ -1,4 +1,7 @@
-"""A small instance of a JSON schema, for structured outputs and tool calls."""
+"""A small instance of a JSON schema, for structured outputs and tool calls.
+
+Only required properties are made, within their bounds; `pattern` is ignored.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,7 @@ FORMATS = {
 
 
 def minimal(schema: Any) -> Any:
-    """Return a small instance of a schema: required properties only, bounds kept, `pattern` ignored.
-
-    Raise a 400 for a schema that refers to nothing or never ends.
-    """
+    """Return a small instance of a schema; raise a 400 if the schema refers to nothing or never ends."""
     return _Maker(schema).make(schema, 0)
 
 
