@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ._faults import FAULTS
+from ._options import Options
 from ._server import SimulatedServer
 
 if TYPE_CHECKING:
@@ -24,12 +25,12 @@ _HINT = "in another shell: export OPENAI_BASE_URL={url} OPENAI_API_KEY=any"
 def main(
     arguments: Sequence[str] | None = None, *, program: str = "python -m openai_eval_client.testing"
 ) -> int:
-    """Serve until Ctrl-C or SIGTERM; returns the exit code."""
-    gc.freeze()  # what was imported stays: collections that skip it stall the server for half as long
+    """Serve until Ctrl-C or SIGTERM; return the exit code."""
+    gc.freeze()  # what is imported stays: collections that skip it stall the server for half as long
     parser = _parser(program)
     options = vars(parser.parse_args(arguments))
     if options.pop("child"):
-        return _child()
+        return _serve_parent()
     options["faults"] = dict(options["faults"])
     try:
         _serve(options)
@@ -39,18 +40,17 @@ def main(
 
 
 def _serve(options: dict[str, Any]) -> None:
-    """Serve a person."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    _pin(options.pop("cpu"))
+    _pin(options.pop("cpu", None))
     with suppress(KeyboardInterrupt), SimulatedServer(**options) as server:
         print(server.base_url, flush=True)  # noqa: T201
         print(_HINT.format(url=server.base_url), file=sys.stderr, flush=True)  # noqa: T201
         threading.Event().wait()
 
 
-def _child() -> int:
+def _serve_parent() -> int:
     """Serve the process that started this one, until it closes our standard input or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     options = json.loads(sys.stdin.readline())
     _pin(options.pop("cpu"))
     try:
@@ -74,11 +74,21 @@ def _fault(text: str) -> tuple[str, float]:
     try:
         return name, float(probability)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PROBABILITY") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PROBABILITY, such as 500=0.1") from None
 
 
 def _names(text: str) -> list[str]:
     return text.split(",")
+
+
+class _Help(argparse.HelpFormatter):
+    """Adds to each help text the default that the server's own options have."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        default = getattr(Options, action.dest, None)
+        if default is None or isinstance(default, bool):
+            return action.help  # which says itself what happens without it
+        return f"{action.help} (default: {default})"
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
@@ -86,14 +96,15 @@ def _parser(program: str) -> argparse.ArgumentParser:
         prog=program,
         description="A simulated OpenAI API on 127.0.0.1. Prints its base URL; ends on Ctrl-C or SIGTERM. "
         "Its counters are at /_sim/state, its calls at /_sim/calls.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Help,
+        argument_default=argparse.SUPPRESS,  # the server knows its defaults
     )
     add = parser.add_argument
-    add("--child", action="store_true", help=argparse.SUPPRESS)
-    add("--port", type=int, default=0, help="TCP port; 0 takes a free one")
-    add("--api-key", help="the only key accepted; any, if not given")
-    add("--models", type=_names, metavar="A,B", help="the models that exist; all, if not given")
-    add("--cpu", type=int, help="pin to this processor")
+    add("--child", action="store_true", default=False, help=argparse.SUPPRESS)
+    add("--port", type=int, help="TCP port; 0 takes a free one")
+    add("--api-key", help="the only key accepted (default: any)")
+    add("--models", type=_names, metavar="A,B", help="the models that exist (default: all)")
+    add("--cpu", type=int, help="number of the processor to run on (default: any)")
     _add_limits(parser.add_argument_group("limits"))
     _add_answers(parser.add_argument_group("answers and failures"))
     return parser
@@ -101,49 +112,40 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--rpm", type=float, help="requests per minute and model")
-    add("--tpm", type=float, help="tokens per minute and model")
-    add("--window", type=float, default=60.0, help="bucket capacity in seconds of quota")
-    add(
-        "--charge",
-        choices=("upfront", "actual"),
-        default="upfront",
-        help="whether unused tokens are given back",
-    )
-    add(
-        "--default-output",
-        type=int,
-        default=16,
-        help="output tokens charged when the request sets no maximum",
-    )
-    add(
-        "--enqueued-tokens",
-        type=int,
-        metavar="N",
-        help="prompt tokens of a model's batches under way at once",
-    )
-    switch: dict[str, Any] = {"action": "store_false", "default": argparse.SUPPRESS}
-    add("--no-headers", dest="headers", **switch, help="send no x-ratelimit-* headers")
-    add("--no-retry-after", dest="retry_after", **switch, help="send no retry-after headers")
-    add("--stamp", choices=("answer", "admission"), default="answer", help="when remaining-* is read")
-    add(
-        "--quota-exhausted-after", type=int, metavar="N", help="answer insufficient_quota after N generations"
-    )
+    add("--rpm", type=float, help="requests per minute and model (default: unlimited)")
+    add("--tpm", type=float, help="tokens per minute and model (default: unlimited)")
+    add("--window", type=float, metavar="S", help="bucket capacity in seconds of quota")
+    charge = "upfront keeps the unused tokens of a request, actual gives them back"
+    add("--charge", choices=("upfront", "actual"), help=charge)
+    add("--default-output", type=int, metavar="N", help="output tokens charged if no maximum is requested")
+    enqueued = "prompt tokens of a model's batches under way at once (default: unlimited)"
+    add("--enqueued-tokens", type=int, metavar="N", help=enqueued)
+    limits = "send no x-ratelimit-* headers (default: send them)"
+    add("--no-headers", dest="headers", action="store_false", help=limits)
+    wait = "send no retry-after headers (default: send them)"
+    add("--no-retry-after", dest="retry_after", action="store_false", help=wait)
+    stamp = "when the x-ratelimit-remaining-* values are read"
+    add("--stamp", choices=("answer", "admission"), help=stamp)
+    quota = "answer insufficient_quota after N generations (default: never)"
+    add("--quota-exhausted-after", type=int, metavar="N", help=quota)
 
 
 def _add_answers(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--latency", type=float, default=0.0, help="mean seconds to an answer")
-    add("--latency-sigma", type=float, default=0.25, help="spread of the lognormal latency")
-    known = f"one of {', '.join(FAULTS)}"
-    add("--fault", dest="faults", type=_fault, action="append", default=[], metavar="NAME=P", help=known)
-    add("--script", type=_names, metavar="A,B", help="faults, or ok, of the first generations")
-    add("--unavailable-retry-after", type=float, metavar="S", help="retry-after seconds of fault 503")
-    add("--output-tokens", type=int, metavar="N", help="completion tokens to report")
-    add("--cached-tokens", type=int, default=0, metavar="N", help="prompt tokens to report as cached")
-    add("--batch-seconds", type=float, default=0.2, metavar="S", help="from a batch's creation to its end")
-    add("--seed", type=int, default=0, help="of latencies and faults")
-    add("--record", type=int, default=100_000, help="newest calls kept")
+    add("--latency", type=float, metavar="S", help="mean seconds to an answer")
+    add("--latency-sigma", type=float, metavar="SIGMA", help="spread of the lognormal latency")
+    faults = f"probability of a fault, repeatable; NAME is one of {', '.join(FAULTS)} (default: no faults)"
+    add("--fault", dest="faults", type=_fault, action="append", default=[], metavar="NAME=P", help=faults)
+    script = "faults, or ok, of the first generations in order (default: none)"
+    add("--script", type=_names, metavar="A,B", help=script)
+    wait = "seconds in the retry-after header of fault 503 (default: no header)"
+    add("--unavailable-retry-after", type=float, metavar="S", help=wait)
+    output = "completion tokens to report (default: the words of the answer)"
+    add("--output-tokens", type=int, metavar="N", help=output)
+    add("--cached-tokens", type=int, metavar="N", help="prompt tokens to report as cached")
+    add("--batch-seconds", type=float, metavar="S", help="seconds from a batch's creation to its end")
+    add("--seed", type=int, metavar="N", help="seed of latencies and faults")
+    add("--record", type=int, metavar="N", help="how many of the newest calls are kept")
 
 
 if __name__ == "__main__":

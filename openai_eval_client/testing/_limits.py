@@ -1,13 +1,12 @@
-"""Token buckets per model, the headers that show them, and the 429s that defend them."""
+"""Token buckets per model, the headers that show them, and the 429s that enforce them."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ._errors import ApiError
+from ._faults import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,15 +14,13 @@ if TYPE_CHECKING:
     from ._options import Options
 
 Dimension = Literal["requests", "tokens"]
-UNITS: dict[Dimension, str] = {
-    "requests": "requests per min (RPM)",
-    "tokens": "tokens per min (TPM)",
-}
+DIMENSIONS: dict[str, Dimension] = {"rpm": "requests", "tpm": "tokens"}
+UNITS: dict[Dimension, str] = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}
 ROUNDING = 1e-6  # forgives what float arithmetic loses between the wait announced and the level reached
 
 
 class Bucket:
-    """A budget refilling continuously at `limit` per minute, up to `window` seconds of it; starts full."""
+    """A budget that refills at `limit` per minute, up to `window` seconds of it or `least`; starts full."""
 
     def __init__(
         self, limit: float, window: float, *, least: float = 0.0, clock: Callable[[], float] = time.monotonic
@@ -46,7 +43,7 @@ class Bucket:
         return self._level
 
     def wait(self, cost: float) -> float:
-        """Seconds until `cost` fits; infinite for more than the bucket holds."""
+        """Return the seconds until `cost` fits; infinite if it is more than the bucket holds."""
         if cost > self.capacity + ROUNDING:
             return math.inf
         missing = cost - self.level
@@ -57,32 +54,10 @@ class Bucket:
         self._level = min(self.capacity, self.level - cost)
 
     def resize(self, limit: float) -> None:
-        """Go on with another limit, as full in proportion as before."""
+        """Set another limit; the bucket stays as full in proportion."""
         share = self.level / self.capacity
         self._set(limit)
         self._level = share * self.capacity
-
-    def refill(self) -> None:
-        """Start again full."""
-        self._level = self.capacity
-
-
-@dataclass
-class Meters:
-    """The two buckets of one model; None where it is unlimited."""
-
-    requests: Bucket | None
-    tokens: Bucket | None
-
-    def each(self) -> list[tuple[Dimension, Bucket]]:
-        """The dimensions that are limited."""
-        pairs: list[tuple[Dimension, Bucket | None]] = [("requests", self.requests), ("tokens", self.tokens)]
-        return [(name, bucket) for name, bucket in pairs if bucket]
-
-    def take(self, requests: float, tokens: float) -> None:
-        """Charge both buckets; negative costs give back."""
-        for name, bucket in self.each():
-            bucket.take(requests if name == "requests" else tokens)
 
 
 class Limits:
@@ -91,32 +66,27 @@ class Limits:
     def __init__(self, options: Options, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._options, self._clock = options, clock
         self._rates: dict[Dimension, float | None] = {"requests": options.rpm, "tokens": options.tpm}
-        self._meters: dict[str, Meters] = {}
+        self._models: dict[str, dict[Dimension, Bucket]] = {}  # only the dimensions that are limited
 
     def admit(self, model: str, tokens: int) -> None:
-        """Charge one request of so many tokens.
-
-        Raises:
-            ApiError: 429, nothing charged, when a bucket has no room for it.
-        """
-        meters = self._of(model)
-        costs = {"requests": 1, "tokens": tokens}
-        waits = [(bucket.wait(costs[name]), name, bucket) for name, bucket in meters.each()]
-        wait, name, bucket = max(waits, key=lambda item: item[0], default=(0.0, None, None))
-        if name and bucket and wait:
-            raise self._refusal(model, name, bucket, costs[name], wait)
-        meters.take(1, tokens)
+        """Charge one request of so many tokens; raise a 429, charging nothing, if a bucket lacks room."""
+        buckets, costs = self._buckets(model), {"requests": 1, "tokens": tokens}
+        waits = {name: bucket.wait(costs[name]) for name, bucket in buckets.items()}
+        longest = max(waits, key=lambda name: waits[name], default=None)
+        if longest and waits[longest]:
+            raise self._refusal(model, longest, costs[longest], waits[longest])
+        self.give_back(model, requests=-1, tokens=-tokens)
 
     def give_back(self, model: str, *, requests: int = 0, tokens: int = 0) -> None:
         """Return a charge; a negative one charges more, into debt if need be."""
-        self._of(model).take(-requests, -tokens)
+        for name, bucket in self._buckets(model).items():
+            bucket.take(-(requests if name == "requests" else tokens))
 
     def headers(self, model: str) -> dict[str, str]:
-        """The x-ratelimit-* headers as of now."""
         shown: dict[str, str] = {}
         if not self._options.headers:
             return shown
-        for name, bucket in self._of(model).each():
+        for name, bucket in self._buckets(model).items():
             level = bucket.level
             shown[f"x-ratelimit-limit-{name}"] = str(int(bucket.limit))
             shown[f"x-ratelimit-remaining-{name}"] = str(max(0, int(level + ROUNDING)))
@@ -124,41 +94,35 @@ class Limits:
         return shown
 
     def change(self, limits: dict[str, float | None]) -> None:
-        """Set `rpm` and/or `tpm` for every model, levels kept in proportion."""
-        renamed: dict[str, Dimension] = {"rpm": "requests", "tpm": "tokens"}
+        """Set `rpm` and/or `tpm` for every model; buckets stay as full in proportion."""
         for key, limit in limits.items():
-            name = renamed[key]
+            name = DIMENSIONS[key]
             self._rates[name] = limit
-            for meters in self._meters.values():
-                setattr(meters, name, self._resized(name, getattr(meters, name), limit))
+            for buckets in self._models.values():
+                if limit is None:
+                    buckets.pop(name, None)
+                elif name in buckets:
+                    buckets[name].resize(limit)
+                else:
+                    buckets[name] = self._bucket(name, limit)
 
     def refill(self) -> None:
-        """Fill every bucket."""
-        for meters in self._meters.values():
-            for _, bucket in meters.each():
-                bucket.refill()
+        self._models.clear()  # new buckets are full
 
-    def _of(self, model: str) -> Meters:
-        meters = self._meters.get(model)
-        if meters is None:
-            meters = self._meters[model] = Meters(self._bucket("requests"), self._bucket("tokens"))
-        return meters
+    def _buckets(self, model: str) -> dict[Dimension, Bucket]:
+        if model not in self._models:
+            limited = {
+                name: self._bucket(name, rate) for name, rate in self._rates.items() if rate is not None
+            }
+            self._models[model] = limited
+        return self._models[model]
 
-    def _bucket(self, name: Dimension) -> Bucket | None:
-        limit = self._rates[name]
-        if limit is None:
-            return None
-        # one request always fits, however short the window
-        least = 1.0 if name == "requests" else 0.0
+    def _bucket(self, name: Dimension, limit: float) -> Bucket:
+        least = 1.0 if name == "requests" else 0.0  # one request always fits, however short the window
         return Bucket(limit, self._options.window, least=least, clock=self._clock)
 
-    def _resized(self, name: Dimension, bucket: Bucket | None, limit: float | None) -> Bucket | None:
-        if bucket is None or limit is None:
-            return self._bucket(name)
-        bucket.resize(limit)
-        return bucket
-
-    def _refusal(self, model: str, name: Dimension, bucket: Bucket, cost: int, wait: float) -> ApiError:
+    def _refusal(self, model: str, name: Dimension, cost: int, wait: float) -> ApiError:
+        bucket = self._buckets(model)[name]
         limit, level = int(bucket.limit), int(bucket.level + ROUNDING)
         subject = f"for {model} in organization org-sim on {UNITS[name]}: Limit {limit}"
         if wait == math.inf:
@@ -166,22 +130,19 @@ class Limits:
                 f"Request too large {subject}, Requested {cost}. "
                 "The input or output tokens must be reduced in order to run successfully."
             )
-            return ApiError(429, message, kind=name, code="rate_limit_exceeded")
-        message = (
-            f"Rate limit reached {subject}, Used {limit - level}, Requested {cost}. Please try again in "
-            f"{duration(wait)}. Visit https://platform.openai.com/account/rate-limits to learn more."
-        )
-        headers = retry_headers(wait) if self._options.retry_after else {}
+        else:
+            message = (
+                f"Rate limit reached {subject}, Used {limit - level}, Requested {cost}. Please try again in "
+                f"{duration(wait)}. Visit https://platform.openai.com/account/rate-limits to learn more."
+            )
+        headers = {}
+        if self._options.retry_after and wait < math.inf:
+            headers = {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
         return ApiError(429, message, kind=name, code="rate_limit_exceeded", headers=headers)
 
 
-def retry_headers(wait: float) -> dict[str, str]:
-    """How long to wait, in whole seconds and whole milliseconds, both rounded up."""
-    return {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(math.ceil(wait * 1000))}
-
-
 def duration(seconds: float) -> str:
-    """A time as the API's headers write it: "17ms", "1s", "1m2.5s", "6m0s"."""
+    """Write a time as the API's headers do: "17ms", "1s", "1m2.5s", "6m0s"."""
     ms = math.ceil(round(seconds * 1000, 3))
     if ms <= 0:
         return "0s"

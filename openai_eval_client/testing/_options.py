@@ -1,40 +1,44 @@
-"""Everything a simulated server can be told, checked once."""
+"""Everything a simulated server can be told, plans of batches included, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from ._faults import check_faults, check_script
-from ._plans import (
-    OUTCOMES,
-    check_endpoint_faults,
-    check_endpoint_script,
-    check_plans,
-    check_probabilities,
-    window_seconds,
-)
+from ._faults import FAULTS
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-CALLABLES = ("answer", "count_tokens")
+FUNCTIONS = ("answer", "count_tokens")
 POSITIVE = ("rpm", "tpm", "window")
 NOT_NEGATIVE = (
     "port", "default_output", "quota_exhausted_after", "latency", "latency_sigma", "unavailable_retry_after",
     "output_tokens", "cached_tokens", "record", "batch_seconds", "enqueued_tokens", "file_lag",
 )  # fmt: skip
-WHEN = ("create", "later")
 CHOICES = {
     "charge": ("upfront", "actual"),
     "stamp": ("answer", "admission"),
-    "enqueued_refusal": WHEN,
-    "unknown_file": WHEN,
+    "enqueued_refusal": ("create", "later"),
+    "unknown_file": ("create", "later"),
 }
+LAST_PORT = 65_535
 
+OUTCOMES = (  # of a line of a batch
+    "ok", "400", "429", "500", "expired", "cancelled", "missing", "duplicate", "duplicate_error",
+    "unknown_id", "timeout", "status_0", "truncated", "null_body", "no_usage", "garbage",
+)  # fmt: skip
+TERMINAL = ("completed", "failed", "expired", "cancelled")
+STATUSES = ("validating", "in_progress", "finalizing", "cancelling", *TERMINAL)
+COUNTS = ("total", "completed", "failed")
 
-_LAST_PORT = 65_535
+ENDPOINTS = (
+    "upload", "list_files", "retrieve_file", "delete", "content", "create", "list", "retrieve", "cancel",
+)  # fmt: skip
+BEFORE = ("500", "503", "429", "drop", "hang")  # faults without the effect of the call
+AFTER = ("500_after", "drop_after", "hang_after")  # faults with its effect, but without its answer
+UNITS = {"m": 60, "h": 3600, "d": 86_400}  # seconds
 
 
 @dataclass(kw_only=True, eq=False)
@@ -77,58 +81,166 @@ class Options:
     ranges: bool = True
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
-            check_positive(name, getattr(self, name))
-        for name in NOT_NEGATIVE:
-            self._check_not_negative(name)
-        for name, allowed in CHOICES.items():
-            self._check_choice(name, allowed)
-        if self.port > _LAST_PORT:
-            raise ValueError(f"port must be {_LAST_PORT} at most, not {self.port!r}")
-        if isinstance(self.models, str):
-            raise ValueError(f"models must be several names, not {self.models!r}")  # noqa: TRY004
-        check_faults(self.faults)
-        check_script(self.script or ())
-        self._check_batches()
-
-    def _check_batches(self) -> None:
-        check_plans(self.batch_plans)
-        check_probabilities("batch_faults", self.batch_faults, OUTCOMES[1:])
-        check_endpoint_script(self.endpoint_script)
-        check_endpoint_faults(self.endpoint_faults)
-        if isinstance(self.completion_windows, str):
-            raise ValueError(f"completion_windows must be several, not {self.completion_windows!r}")  # noqa: TRY004
+        self._check_values()
+        _check_probabilities("faults", self.faults, FAULTS)
+        _check_script("script", self.script or (), FAULTS)
+        _check_plans(self.batch_plans)
+        _check_probabilities("batch_faults", self.batch_faults, OUTCOMES[1:])
+        _check_endpoints("endpoint_script", self.endpoint_script, _check_script)
+        _check_endpoints("endpoint_faults", self.endpoint_faults, _check_probabilities)
         for window in self.completion_windows:
             window_seconds(window)
 
-    def _check_not_negative(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} must not be negative, not {value!r}")
+    def _check_values(self) -> None:
+        for name in POSITIVE:
+            check_positive(name, getattr(self, name))
+        for name in NOT_NEGATIVE:
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, not {value!r}")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if self.port > LAST_PORT:
+            raise ValueError(f"port must be at most {LAST_PORT}, not {self.port!r}")
+        for name in ("models", "completion_windows"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a collection of strings, not {getattr(self, name)!r}")  # noqa: TRY004
 
-    def _check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What one batch is to do."""
+
+    status: str = "completed"  # its last status; it stays for ever at one that is not terminal
+    seconds: float | None = None  # from its creation to its end; None: the server's `batch_seconds`
+    done: float | None = None  # share of its lines that are run
+    lines: Sequence[str] | None = None  # outcomes of its first lines; None: drawn at random
+    output_file: bool | str = True  # "": an empty id, "empty": an empty file, "gone": an id without a file
+    error_file: bool | str = True
+    counts: Mapping[str, int] = field(default_factory=dict)  # shown instead of the true ones
+    errors: Sequence[Mapping[str, Any]] | None = None  # shown instead of the true ones
+    input_gone: bool = False  # whether its input file is deleted at the end
+
+    @property
+    def share(self) -> float:
+        """The share of its lines to run: half of them if it does not say and some must be left."""
+        if self.done is not None:
+            return self.done
+        cut_short = self.status in ("expired", "cancelled", "cancelling")
+        return 0.5 if cut_short and self.lines is None else 1.0
+
+    @property
+    def runs(self) -> bool:
+        """Whether it passes validation: a failed batch does only if the plan speaks of its lines."""
+        return self.status != "failed" or self.done is not None or self.lines is not None
+
+
+def plan_of(given: Mapping[str, Any]) -> Plan:
+    """Return the plan a user gave; errors alone mean that the batch fails."""
+    return Plan(**{"status": "failed" if given.get("errors") else "completed", **given})
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _number(value: Any, most: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _counts(value: Any) -> bool:
+    known = isinstance(value, Mapping) and set(value) <= {*COUNTS}
+    return known and all(isinstance(count, int) for count in value.values())
+
+
+def _file(value: Any) -> bool:
+    return value in (True, False, "", "empty", "gone")
+
+
+PLAN: dict[str, tuple[Callable[[Any], bool], str]] = {  # key: whether a value is allowed, what it must be
+    "status": (lambda value: value in STATUSES, f"one of {', '.join(STATUSES)}"),
+    "seconds": (_number, "a number of seconds, not negative"),
+    "done": (lambda value: _number(value, 1), "a share from 0 to 1"),
+    "lines": (
+        lambda value: _several(value) and all(outcome in OUTCOMES for outcome in value),
+        f"a list of outcomes, each one of {', '.join(OUTCOMES)}",
+    ),
+    "output_file": (_file, 'True, False, "", "empty" or "gone"'),
+    "error_file": (_file, 'True, False, "", "empty" or "gone"'),
+    "counts": (_counts, f"a mapping of {', '.join(COUNTS)} to integers"),
+    "errors": (
+        lambda value: _several(value) and all(isinstance(error, Mapping) for error in value),
+        "a list of mappings with code, message, param and line",
+    ),
+    "input_gone": (lambda value: isinstance(value, bool), "True or False"),
+}
+
+
+def _check_plans(plans: Sequence[Mapping[str, Any]]) -> None:
+    if not _several(plans):
+        raise ValueError(f"batch_plans must be a list of mappings, not {plans!r}")
+    for number, plan in enumerate(plans):
+        if not isinstance(plan, Mapping):
+            raise ValueError(f"batch_plans[{number}] must be a mapping, not {plan!r}")  # noqa: TRY004
+        for name, value in plan.items():
+            if name not in PLAN:
+                raise ValueError(f"batch_plans[{number}]: {name!r} is unknown; use any of {', '.join(PLAN)}")
+            allowed, needs = PLAN[name]
+            if not allowed(value):
+                raise ValueError(f"batch_plans[{number}]: {name} must be {needs}, not {value!r}")
 
 
 def check_positive(name: str, value: float | None) -> None:
     """Raise ValueError for a limit that could never admit anything."""
     if value is not None and not value > 0:
-        raise ValueError(f"{name} must be positive or None, not {value!r}")
+        raise ValueError(f"{name} must be positive, not {value!r}")
+
+
+def _check_probabilities(option: str, given: Mapping[str, float], known: Sequence[str]) -> None:
+    wrong = [f"{name}={p!r}" for name, p in given.items() if name not in known or not 0 <= p <= 1]
+    if wrong:
+        raise ValueError(
+            f"{option}: {', '.join(wrong)}; give a probability from 0 to 1 for any of {', '.join(known)}"
+        )
+    if math.fsum(given.values()) > 1:
+        raise ValueError(f"{option}: the probabilities of {', '.join(given)} sum to more than 1")
+
+
+def _check_script(option: str, script: Sequence[str], known: Sequence[str]) -> None:
+    wrong = [script] if isinstance(script, str) else [name for name in script if name not in ("ok", *known)]
+    if wrong:
+        names = ", ".join(map(repr, wrong))
+        raise ValueError(f"{option}: {names}; give a list of any of ok, {', '.join(known)}")
+
+
+def _check_endpoints(option: str, given: Mapping[str, Any], check: Callable[[str, Any, Any], None]) -> None:
+    """Raise ValueError for an unknown endpoint, or for a wrong script or probability of a known one."""
+    if wrong := [repr(name) for name in given if name not in ENDPOINTS]:
+        raise ValueError(f"{option}: {', '.join(wrong)}; use any of {', '.join(ENDPOINTS)}")
+    for endpoint, events in given.items():
+        check(f"{option}: {endpoint}", events, endpoint_events(endpoint))
+
+
+def endpoint_events(endpoint: str) -> tuple[str, ...]:
+    """Return what can happen to a call of an endpoint; only a download can end in the middle."""
+    return (*BEFORE, *AFTER, *(("truncate",) if endpoint == "content" else ()))
+
+
+def window_seconds(window: str) -> int:
+    """Return the seconds of a completion window such as "24h" or "7d"; raise ValueError for another text."""
+    found = re.fullmatch(r"(\d+)([mhd])", window) if isinstance(window, str) else None
+    if not found:
+        raise ValueError(f'completion_windows: {window!r}; give minutes, hours or days as "30m", "24h", "7d"')
+    return int(found[1]) * UNITS[found[2]]
 
 
 def as_json(options: Options) -> dict[str, Any]:
-    """The options another process can be given, the two functions left out."""
-    values = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in CALLABLES}
-    values["models"] = None if options.models is None else sorted(options.models)
-    plain: dict[str, Any] = _plain(values)
+    """Return the options that another process can be given: all but the functions."""
+    values = {f.name: getattr(options, f.name) for f in fields(Options) if f.name not in FUNCTIONS}
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=_plain))
     return plain
 
 
-def _plain(value: Any) -> Any:
-    """The same in dicts and lists."""
-    if isinstance(value, Mapping):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, Collection) and not isinstance(value, str):
-        return [_plain(inner) for inner in value]
-    return value
+def _plain(value: Collection[Any]) -> Any:
+    return dict(value) if isinstance(value, Mapping) else list(value)

@@ -5,28 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
-from ._options import Options, check_positive
-from ._process import ProcessBackend, check_process_options
-from ._thread import ThreadBackend
+from ._backends import ProcessBackend, ThreadBackend
+from ._options import FUNCTIONS, Options, check_positive
 
 if TYPE_CHECKING:
-    from types import EllipsisType
-
     from typing_extensions import Self
 
-    from ._records import Call
+    from ._exchange import Call
 
 
 @dataclass(kw_only=True, eq=False)
 class SimulatedServer(Options):
-    """An OpenAI API on a real loopback socket: limits, latency and failures as told, answers of no worth.
+    """An OpenAI API on a real loopback socket: limits, latency and failures as set, made-up answers.
 
     Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /v1/models, /v1/files and
     /v1/batches. A batch spends a tenth of `batch_seconds` validating, eight tenths in progress and a tenth
-    finalizing, and more where its lines cannot be answered as fast. Its lines are answered as they are
-    online, but charged to no limit, and written in another order than they came.
+    finalizing; more if its lines cannot be answered as fast. Its lines are answered like requests online,
+    but charged to no limit, and written in another order than they came.
     Start it with `with`, `async with` or `start()`. Once stopped, `calls` and the counters stay readable.
 
     ```python
@@ -43,7 +41,7 @@ class SimulatedServer(Options):
         window: Bucket capacity, in seconds of quota. Buckets start full and refill continuously.
         charge: "upfront" charges prompt and possible output tokens at admission and gives nothing back;
             "actual" settles to the true usage when the answer is ready.
-        default_output: Output tokens charged at admission when the request sets no maximum.
+        default_output: Output tokens charged at admission if the request sets no maximum.
         headers: Send the x-ratelimit-* headers.
         retry_after: Send retry-after (s) and retry-after-ms (ms) with a 429.
         stamp: Read the x-ratelimit-remaining-* values when answering ("answer") or on arrival ("admission").
@@ -59,22 +57,22 @@ class SimulatedServer(Options):
         unavailable_retry_after: Seconds in the retry-after header of the fault "503"; None sends none.
         seed: Seeds latencies and faults, each with its own generator.
         answer: Called with the request body, returns the answer's text; runs in the server's event loop.
-            Default: "echo: " and the last user message; a minimal instance where a JSON schema is asked for.
+            Default: "echo: " and the last user message; a minimal instance if a JSON schema is asked for.
         output_tokens: Completion tokens to report for every answer; None counts the answer's words.
-            The text itself does not change, and the request's own maximum still cuts.
+            The text itself does not change, and the request's own maximum still cuts it.
         cached_tokens: Prompt tokens to report as cached; all of a shorter prompt.
-        count_tokens: Tokens of a text of the prompt; default a quarter of its UTF-8 bytes, at least 1.
-            A chat request counts 3 more for each message and 3 for the reply.
+        count_tokens: Called with a text of the prompt, returns its tokens; default a quarter of its UTF-8
+            bytes, at least 1. A chat request counts 3 more for each message and 3 for the reply.
         record: How many of the newest calls are kept.
         batch_seconds: Seconds from a batch's creation to its end.
-        batch_plans: What becomes of the first batches, in the order of their creation; all others complete.
+        batch_plans: What happens to the first batches, in the order of their creation; all others complete.
             A plan may have:
             "status": where the batch ends ("completed", "failed", "expired", "cancelled"), or stays for ever
             ("validating", "in_progress", "finalizing", "cancelling"). "failed" ends it after validating,
             unless the plan has "done" or "lines"; it is the default of a plan that has "errors".
             "seconds": in place of `batch_seconds`.
-            "done": share of the lines that are run; 1, but 0.5 where the batch expires or is cancelled and
-            the plan has no "lines". The others are in the error file as expired or cancelled, and counted
+            "done": share of the lines that are run; 1, but 0.5 if the batch expires or is cancelled and the
+            plan has no "lines". The others are in the error file as expired or cancelled, and counted
             neither as completed nor as failed.
             "lines": outcomes of the first lines in input order; the others are "ok". In the output file:
             "ok", "duplicate" (twice), "unknown_id" (and one more, under an id never sent), "truncated" (its
@@ -86,7 +84,7 @@ class SimulatedServer(Options):
             shown as its id, "empty" is a file of no bytes, "gone" an id that leads nowhere.
             "counts", "errors": shown in place of the true request_counts and errors.data.
             "input_gone": True deletes the input file at the end.
-        batch_faults: Probability of each of these outcomes for a line, where the plan has no "lines".
+        batch_faults: Probability of each of these outcomes for a line, if the plan has no "lines".
         completion_windows: The windows accepted, such as "24h" or "7d".
         enqueued_tokens: Prompt tokens that a model's batches under way may have; None is unlimited.
         enqueued_refusal: A batch that would have more is refused with 429 ("create"), or fails after
@@ -99,13 +97,13 @@ class SimulatedServer(Options):
             without effect "500", "503", "429", "drop", "hang"; with the effect, but without its answer
             "500_after", "drop_after", "hang_after"; for "content" also "truncate" (closed mid-body).
         endpoint_faults: Probabilities of the same, by endpoint, after the script.
-        ranges: Whether a download heeds "range: bytes=N-".
+        ranges: Whether a download honors "range: bytes=N-".
         process: Run in a process of its own instead of a thread of this one; `answer` and `count_tokens`
-            cannot follow it there.
-        cpu: Pin that process to this processor, where the system can.
+            cannot be used then.
+        cpu: Pin that process to this processor, if the system can.
 
     Raises:
-        ValueError: An option makes no sense; the message names it.
+        ValueError: An option is invalid; the message names it.
     """
 
     process: bool = False
@@ -117,13 +115,15 @@ class SimulatedServer(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.process:
-            check_process_options(self)
-        elif self.cpu is not None:
-            raise ValueError(f"cpu={self.cpu}: only with process=True")
+        functions = [name for name in FUNCTIONS if getattr(self, name) is not None]
+        if self.process and functions:
+            names = ", ".join(functions)
+            raise ValueError(f"{names}: not with process=True, as functions cannot be passed to a process")
+        if self.cpu is not None and not self.process:
+            raise ValueError(f"cpu={self.cpu}: a processor can be chosen only with process=True")
 
     def start(self) -> Self:
-        """Listen; returns when connections are accepted. Does nothing when already started.
+        """Listen; return once connections are accepted. Do nothing if already started.
 
         Raises:
             OSError: The port is taken.
@@ -133,7 +133,7 @@ class SimulatedServer(Options):
         return self
 
     def stop(self) -> None:
-        """Close every connection and end the thread or process. Does nothing when already stopped."""
+        """Close every connection and end the thread or process. Do nothing if already stopped."""
         if self._backend is None:
             return
         backend, self._backend = self._backend, None
@@ -156,7 +156,7 @@ class SimulatedServer(Options):
 
     @property
     def base_url(self) -> str:
-        """What to give a client: "http://127.0.0.1:PORT/v1"."""
+        """What to give a client as its base URL: "http://127.0.0.1:PORT/v1"."""
         return self._running.base_url
 
     @property
@@ -175,10 +175,7 @@ class SimulatedServer(Options):
 
     @property
     def counts(self) -> Counter[str]:
-        """How often each status ("200", "429", ...) and fault ("drop", ...) occurred.
-
-        "disconnect" is a client that left before its answer.
-        """
+        """How often each status ("200") and fault ("drop") occurred; "disconnect": the client left early."""
         return Counter(self._state["counts"])
 
     @property
@@ -205,9 +202,8 @@ class SimulatedServer(Options):
             rpm: Requests per minute and model; None is unlimited.
             tpm: Tokens per minute and model; None is unlimited.
         """
-        limits = {
-            name: limit for name, limit in (("rpm", rpm), ("tpm", tpm)) if not isinstance(limit, type(...))
-        }
+        given = {"rpm": rpm, "tpm": tpm}
+        limits = {name: limit for name, limit in given.items() if not isinstance(limit, EllipsisType)}
         for name, limit in limits.items():
             check_positive(name, limit)
         self._running.set_limits(limits)
@@ -215,10 +211,7 @@ class SimulatedServer(Options):
             setattr(self, name, limit)
 
     def reset(self) -> None:
-        """Forget calls and counts and fill every bucket; faults, latencies and script go on.
-
-        Files and batches stay.
-        """
+        """Forget calls and counts and fill every bucket; faults, latencies, files and batches go on."""
         self._running.reset()
 
     @property

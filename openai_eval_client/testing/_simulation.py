@@ -6,32 +6,37 @@ import asyncio
 import json
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
-from ._answers import Ask, quarter_bytes
-from ._errors import ApiError, missing_key, quota_exhausted, unknown_model, unreadable_body, wrong_key
-from ._exchange import Exchange
-from ._faults import ERROR_STATUSES, Faults, Latency, fault_error, spoil_usage
+from ._batches import Storage, read_form
+from ._endpoints import Ask, Generation, dumps, quarter_bytes
+from ._exchange import JSON_TYPE, Delivery, Exchange, Recorder
+from ._faults import (
+    STATUS_FAULTS,
+    ApiError,
+    Faults,
+    Latency,
+    fault_error,
+    missing_key,
+    quota_exhausted,
+    spoil_usage,
+    wrong_key,
+)
 from ._limits import Limits
-from ._records import Recorder
-from ._routes import UPLOAD, Generation, Stored, find
-from ._sse import dumps
-from ._storage import Storage
-from ._upload import Form, read_form
-from ._wire import JSON_TYPE, Delivery, deliver, drop, hang
+from ._routes import UPLOAD, find
 
 if TYPE_CHECKING:
     from ._options import Options
 
 CONTROL = "/_sim/"
-UNANSWERED = (*ERROR_STATUSES, "drop")
-WHOLE = (*UNANSWERED, "garbage")  # in one piece even where a stream was asked for
+UNANSWERED = (*STATUS_FAULTS, "drop")
+WHOLE = (*UNANSWERED, "garbage")  # in one piece even if a stream was asked for
 
 
 class Simulation:
-    """The API behind one listening socket. All of it runs in the server's event loop."""
+    """The API behind one listening socket; all of it runs in the server's event loop."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
@@ -42,49 +47,47 @@ class Simulation:
         self._started = time.monotonic()
         self.limits = Limits(options)
         self.recorder = Recorder(options.record)
-        self.storage = Storage(options, self._count, self._know)
+        self.storage = Storage(options, self._count, self._check_model)
         self.server = web.Server(self.handle, handler_cancellation=True, access_log=None)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one request, whatever it is."""
         if request.path.startswith(CONTROL):
             return await self._control(request)
         exchange = Exchange(request, self.recorder, self._started)
         try:
             return await self._answer(exchange)
         except ApiError as error:
-            return self._refuse(exchange, error)
-        except asyncio.CancelledError:
-            exchange.abandon()
+            return _reply(exchange, error.body, error.status, error.headers)
+        except asyncio.CancelledError:  # the client has left, or the server stops
+            exchange.fault = None
+            exchange.record(0)
             raise
         finally:
             exchange.leave()
 
     def reset(self) -> None:
-        """Forget the calls and fill the buckets."""
         self.recorder.reset()
         self.limits.refill()
 
     def state(self) -> dict[str, Any]:
-        """Counters and gauges."""
         return {**self.recorder.state(), "connections": len(self.server.connections)}
 
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
-        if (request.method, request.path) == UPLOAD:
-            form = await read_form(request)
-            self._authorize(request)
-            return await self._stored(exchange, "upload", "", form)
-        raw = await request.content.read()
+        form = await read_form(request) if (request.method, request.path) == UPLOAD else None
+        raw = await request.content.read()  # nothing is left of a form
         self._authorize(request)
         route, parameters = find(request.method, request.path)
         if isinstance(route.endpoint, Generation):
             return await self._generate(exchange, route.endpoint, raw)
-        if isinstance(route.endpoint, Stored):
-            return await self._stored(exchange, route.endpoint.name, parameters.get("id", ""), raw)
-        if model := parameters.get("model"):
-            self._know(model)
-        return self._reply(exchange, 200, route.endpoint.answer(sorted(self._models), parameters), {})
+        if route.endpoint == "list_models":
+            models = [_model_object(name) for name in sorted(self._models)]
+            return _reply(exchange, {"object": "list", "data": models})
+        if route.endpoint == "retrieve_model":
+            self._check_model(parameters["model"])
+            return _reply(exchange, _model_object(parameters["model"]))
+        answer = await self.storage.answer(exchange, route.endpoint, parameters.get("id", ""), form or raw)
+        return answer if isinstance(answer, web.StreamResponse) else _reply(exchange, answer)
 
     def _authorize(self, request: web.BaseRequest) -> None:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -93,49 +96,38 @@ class Simulation:
         if self._options.api_key not in (None, key.strip()):
             raise wrong_key(key.strip())
 
-    def _know(self, model: str) -> None:
+    def _check_model(self, model: str) -> None:
+        """Raise a 404 if the model does not exist; without a list of models, list it from now on."""
         if self._options.models is None:
             self._models.add(model)
         elif model not in self._models:
-            raise unknown_model(model)
-
-    async def _stored(
-        self, exchange: Exchange, name: str, ident: str, sent: Form | bytes
-    ) -> web.StreamResponse:
-        told: Form | dict[str, Any] = {}
-        if isinstance(sent, Form):
-            told = sent
-        elif name == "create":
-            told, exchange.raw = _parsed(sent), sent
-        answer = await self.storage.answer(exchange, name, ident, told)
-        return answer if isinstance(answer, web.StreamResponse) else self._reply(exchange, 200, answer, {})
+            message = f"The model `{model}` does not exist or you do not have access to it."
+            raise ApiError(404, message, code="model_not_found")
 
     async def _generate(self, exchange: Exchange, endpoint: Generation, raw: bytes) -> web.StreamResponse:
-        body = _parsed(raw)
-        exchange.raw = raw
-        ask = endpoint.read(body, self._count)
+        ask = endpoint.read(exchange.parse(raw), self._count)
         self._admit(exchange, ask)
         exchange.fault = self._faults.draw()
         latency = self._latency.draw()
         if exchange.fault == "429":
-            raise self._spurious(exchange)
+            raise self._unfounded(exchange)
         if exchange.fault == "hang":
-            await hang(exchange)
-        stream = endpoint.stream if ask.stream and exchange.fault not in WHOLE else None
+            await exchange.hang()
+        stream = endpoint.stream if ask.body.get("stream") and exchange.fault not in WHOLE else None
         if not stream:
             await asyncio.sleep(latency)
         if exchange.fault in UNANSWERED:
-            await self._break(exchange)
-        answer = spoil_usage(self._written(exchange, endpoint, ask), exchange.fault)
+            self._settle(exchange, 0)
+            await exchange.fail(str(exchange.fault), self._options.unavailable_retry_after)
+        answer = spoil_usage(self._write(exchange, endpoint, ask), exchange.fault)
         frames = stream(ask, answer) if stream else [dumps(answer)]
-        head = partial(self._headers, exchange)
-        return await deliver(exchange, Delivery(frames, bool(stream), latency if stream else 0.0, head))
+        return await Delivery(exchange, frames, bool(stream), latency if stream else 0.0).send()
 
     def _admit(self, exchange: Exchange, ask: Ask) -> None:
-        """Let the request in and charge it, or raise the error that keeps it out."""
+        """Admit the request and charge it, or raise the error that refuses it."""
         exchange.model, exchange.prompt_tokens = ask.model, ask.prompt_tokens
-        self._know(ask.model)
-        exchange.limited = True
+        self._check_model(ask.model)
+        exchange.limit_headers = partial(self.limits.headers, ask.model)
         allowed = self._options.quota_exhausted_after
         if allowed is not None and self.recorder.generations >= allowed:
             raise quota_exhausted()
@@ -143,28 +135,22 @@ class Simulation:
         self.limits.admit(ask.model, tokens)
         exchange.charged_tokens = tokens
         if self._options.stamp == "admission":
-            exchange.stamped = self.limits.headers(ask.model)
+            stamped = self.limits.headers(ask.model)
+            exchange.limit_headers = lambda: stamped
 
-    async def _break(self, exchange: Exchange) -> NoReturn:
-        """Fail without an answer, billing nothing."""
-        self._settle(exchange, 0)
-        if exchange.fault == "drop":
-            await drop(exchange)
-        raise fault_error(str(exchange.fault), self._options.unavailable_retry_after)
-
-    def _spurious(self, exchange: Exchange) -> ApiError:
-        """A 429 although there was room: charged nothing, and without headers."""
+    def _unfounded(self, exchange: Exchange) -> ApiError:
+        """Return a 429 although there was room: charged nothing, and without headers."""
         self.limits.give_back(str(exchange.model), requests=1, tokens=exchange.charged_tokens)
         exchange.charged_tokens = 0
-        exchange.limited, exchange.stamped = False, None
-        return fault_error("429", None)
+        exchange.limit_headers = dict
+        return fault_error("429")
 
-    def _written(self, exchange: Exchange, endpoint: Generation, ask: Ask) -> dict[str, Any]:
-        """The answer, counted and charged."""
-        body = endpoint.answer(ask, exchange.ident, self._options)
-        usage = body["usage"]
-        exchange.completion_tokens = usage["total_tokens"] - ask.prompt_tokens
-        self._settle(exchange, usage["total_tokens"])
+    def _write(self, exchange: Exchange, endpoint: Generation, ask: Ask) -> dict[str, Any]:
+        """Return the answer, counted and charged."""
+        body = endpoint.write(ask, self._options, exchange.ident)
+        total = body["usage"]["total_tokens"]
+        exchange.completion_tokens = total - ask.prompt_tokens
+        self._settle(exchange, total)
         self.recorder.generations += 1
         return body
 
@@ -173,49 +159,33 @@ class Simulation:
             self.limits.give_back(str(exchange.model), tokens=exchange.charged_tokens - used)
             exchange.charged_tokens = used
 
-    def _refuse(self, exchange: Exchange, error: ApiError) -> web.Response:
-        return self._reply(exchange, error.status, error.body, error.headers)
-
-    def _reply(self, exchange: Exchange, status: int, body: Any, extra: dict[str, str]) -> web.Response:
-        headers = {"content-type": JSON_TYPE, **self._headers(exchange), **extra}
-        exchange.record(status)
-        return web.Response(status=status, body=dumps(body), headers=headers)
-
-    def _headers(self, exchange: Exchange) -> dict[str, str]:
-        limits = exchange.stamped
-        if limits is None and exchange.limited:
-            limits = self.limits.headers(str(exchange.model))
-        return {**exchange.headers(), **(limits or {})}
-
     async def _control(self, request: web.BaseRequest) -> web.Response:
-        """The routes by which the parent process looks in: state, calls, reset, limits."""
+        """Answer a question about the simulation itself, from the parent process or a shell."""
+        value: Any = None
         match request.method, request.path.removeprefix(CONTROL):
             case "GET", "state":
-                state = self.state()
-                # the connection that asks is none of the client's
-                return _control_reply({**state, "connections": state["connections"] - 1})
+                value = self.state()
+                value["connections"] -= 1  # the one that asks is not a client's
             case "GET", "batches":
-                return _control_reply(self.storage.batches())
+                value = self.storage.batches()
             case "GET", "calls":
-                return _control_reply([call.as_json() for call in self.recorder.calls()])
+                value = [call.as_json() for call in self.recorder.calls()]
             case "POST", "reset":
                 self.reset()
             case "POST", "limits":
                 self.limits.change(json.loads(await request.content.read()))
             case _:
                 return web.Response(status=404)
-        return _control_reply(None)
+        return web.Response(body=dumps(value), content_type=JSON_TYPE)
 
 
-def _control_reply(value: Any) -> web.Response:
-    return web.Response(body=dumps(value), content_type=JSON_TYPE)
+def _reply(
+    exchange: Exchange, body: Any, status: int = 200, extra: dict[str, str] | None = None
+) -> web.Response:
+    headers = {"content-type": JSON_TYPE, **exchange.headers(), **(extra or {})}
+    exchange.record(status)
+    return web.Response(status=status, body=dumps(body), headers=headers)
 
 
-def _parsed(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw)
-    except ValueError:
-        raise unreadable_body() from None
-    if not isinstance(body, dict):
-        raise unreadable_body()
-    return body
+def _model_object(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "openai"}

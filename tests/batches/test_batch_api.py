@@ -343,7 +343,7 @@ async def test_a_file_host_of_odd_ways(manners: list[str], caplog) -> None:
         async with host as url, connect(url, max_retries=6) as client:
             job = await client.submit_batch_job(asked(20))
             assert await answers(client, job.job_id) == [f"echo: p{n}" for n in range(20)]
-    assert [record.getMessage() for record in caplog.intents if record.levelname == "WARNING"] == []
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == []
     assert host.ranges[0] is None
     assert host.ranges[1].startswith("bytes=")
     assert len(host.ranges) >= 2

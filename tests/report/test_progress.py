@@ -89,9 +89,18 @@ def test_a_burst_does_not_promise_too_much():
 @pytest.mark.parametrize(
     ("figures", "said"),
     [
-        (ProgressSnapshot(done=0, total=5, waiting=1, cause="tokens", wait=42.4, in_flight=0),"waiting 0:42 for TPM"),
-        (ProgressSnapshot(done=0, total=5, waiting=1, cause="requests", wait=0.1, in_flight=0), "waiting for RPM"),
-        (ProgressSnapshot(done=0, waiting=3, cause="pause", wait=75, in_flight=0), "paused by the server 1:15"),
+        (
+            ProgressSnapshot(done=0, total=5, waiting=1, cause="tokens", wait=42.4, in_flight=0),
+            "waiting 0:42 for TPM",
+        ),
+        (
+            ProgressSnapshot(done=0, total=5, waiting=1, cause="requests", wait=0.1, in_flight=0),
+            "waiting for RPM",
+        ),
+        (
+            ProgressSnapshot(done=0, waiting=3, cause="pause", wait=75, in_flight=0),
+            "paused by the server 1:15",
+        ),
         (ProgressSnapshot(done=1, total=5), "1 (20%), 0/s, 0:00, waiting for the Batch API"),
         (ProgressSnapshot(done=1500, total=6000, rate=12.5, in_flight=9), "1,500/6,000 (25%), 12.5/s, 0:00"),
         (ProgressSnapshot(done=1500, total=6000, left=4000, in_flight=9), "1:06:40 left"),

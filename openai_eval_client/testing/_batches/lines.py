@@ -3,53 +3,43 @@
 from __future__ import annotations
 
 import io
-import json
 import uuid
 from typing import TYPE_CHECKING, Any
 
-from ._errors import ApiError, server_error
-from ._faults import fault_error
-from ._wire import HTML
+from .._endpoints import dumps
+from .._exchange import HTML
+from .._faults import ApiError, fault_error, server_error, spoil_usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from ._answers import Ask
-    from ._batch_input import Task
+    from .._endpoints import Ask, Generation
+    from .._options import Options
+    from .input import Task
 
 Json = dict[str, Any]
-UNANSWERED = {
+UNANSWERED = {  # outcome: code and message of the line's error
     "expired": ("batch_expired", "This request could not be executed before the completion window expired."),
     "cancelled": ("batch_cancelled", "This request was not executed because the batch was cancelled."),
     "timeout": ("request_timeout", "The request to the model timed out."),
 }
 ERRORS = ("400", "429", "500")
-encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Lines:
-    """What is written for one line after the other.
+    """The files that a batch writes, line after line."""
 
-    Attributes:
-        output: The output file so far.
-        failures: The error file so far.
-        completed: Lines answered.
-        failed: Lines answered by an error.
-    """
-
-    def __init__(self, answer: Callable[[Ask], Json]) -> None:
-        self._answer = answer
+    def __init__(self, endpoint: Generation, options: Options) -> None:
+        self._endpoint, self._options = endpoint, options
         self.output, self.failures = io.BytesIO(), io.BytesIO()
         self.completed = self.failed = 0
         self._input_tokens = self._cached_tokens = self._output_tokens = 0
 
     def run(self, task: Task, outcome: str) -> None:
-        """Answer one line, or do not, as told."""
+        """Answer one request, or fail it, as its outcome says."""
         if outcome in UNANSWERED:
             self.failed += 1
             self.leave(task, outcome)
         elif outcome in ERRORS:
-            self._fail(task, _told(outcome))
+            self._fail(task, _error(outcome))
         elif outcome == "status_0":
             self.failed += 1
             self.failures.write(_line(task.custom_id, _response(0, None)))
@@ -59,12 +49,11 @@ class Lines:
             self._complete(task, task.ask, outcome)
 
     def leave(self, task: Task, reason: str) -> None:
-        """Write that a line was never run."""
         code, message = UNANSWERED[reason]
         self.failures.write(_line(task.custom_id, None, {"code": code, "message": message}))
 
     def usage(self) -> Json:
-        """The tokens, as a Batch object shows them."""
+        """Return the tokens as a Batch object shows them."""
         return {
             "input_tokens": self._input_tokens,
             "input_tokens_details": {"cached_tokens": self._cached_tokens},
@@ -79,11 +68,11 @@ class Lines:
 
     def _complete(self, task: Task, ask: Ask, outcome: str) -> None:
         try:
-            body = self._answer(ask)
+            body = self._endpoint.write(ask, self._options, uuid.uuid4().hex)
         except ApiError as error:
             self._fail(task, error)
             return
-        except Exception as problem:  # noqa: BLE001 - a body that trips the simulation is a 500 online, too
+        except Exception as problem:  # noqa: BLE001 - online, too, it would be a 500
             self._fail(task, server_error(f"The server had an error while answering: {problem!r}"))
             return
         self.completed += 1
@@ -95,7 +84,7 @@ class Lines:
         self._write(task, body, outcome)
 
     def _write(self, task: Task, body: Json, outcome: str) -> None:
-        line = _line(task.custom_id, _response(200, _spoilt(body, outcome)))
+        line = _line(task.custom_id, _response(200, _spoiled(body, outcome)))
         if outcome == "truncated":
             line = line[: len(line) // 2] + b"\n"
         if outcome != "missing":
@@ -103,25 +92,21 @@ class Lines:
         if outcome == "duplicate":
             self.output.write(line)
         if outcome == "duplicate_error":
-            self.failures.write(_line(task.custom_id, _response(500, _told("500").body)))
+            self.failures.write(_line(task.custom_id, _response(500, _error("500").body)))
         if outcome == "unknown_id":
             self.output.write(_line(f"unknown-{uuid.uuid4().hex}", _response(200, body)))
 
 
-def _told(outcome: str) -> ApiError:
+def _error(outcome: str) -> ApiError:
     if outcome == "400":
         return ApiError(400, "This request was refused, as the simulation was told.", code="invalid_value")
-    return fault_error(outcome, None)
+    return fault_error(outcome)
 
 
-def _spoilt(body: Json, outcome: str) -> Any:
+def _spoiled(body: Json, outcome: str) -> Any:
     if outcome == "null_body":
         return None
-    if outcome == "garbage":
-        return HTML.decode()
-    if outcome == "no_usage":
-        return {name: value for name, value in body.items() if name != "usage"}
-    return body
+    return HTML.decode() if outcome == "garbage" else spoil_usage(body, outcome)
 
 
 def _response(status: int, body: Any) -> Json:
@@ -130,5 +115,4 @@ def _response(status: int, body: Any) -> Json:
 
 def _line(custom_id: str, response: Json | None, error: Json | None = None) -> bytes:
     ident = f"batch_req_{uuid.uuid4().hex}"
-    line = encode({"id": ident, "custom_id": custom_id, "response": response, "error": error})
-    return line.encode() + b"\n"
+    return dumps({"id": ident, "custom_id": custom_id, "response": response, "error": error}) + b"\n"

@@ -1,11 +1,14 @@
-"""A small instance of a JSON schema, for structured outputs and tool calls."""
+"""A small instance of a JSON schema, for structured outputs and tool calls.
+
+Only required properties are made, within their bounds; `pattern` is ignored.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from ._errors import ApiError
+from .._faults import ApiError
 
 Schema = dict[str, Any]
 DEEPEST = 60
@@ -24,16 +27,12 @@ FORMATS = {
 
 
 def minimal(schema: Any) -> Any:
-    """A small valid instance of a schema: required properties only, bounds kept; `pattern` is not followed.
-
-    Raises:
-        ApiError: 400, for a schema that points nowhere or never ends.
-    """
+    """Return a small instance of a schema; raise a 400 if the schema refers to nothing or never ends."""
     return _Maker(schema).make(schema, 0)
 
 
 class _Maker:
-    """Makes instances, knowing the root that references point into."""
+    """Makes instances; knows the root that references point into."""
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -54,7 +53,7 @@ class _Maker:
         return self._of_type(schema, depth)
 
     def _resolved(self, schema: Schema, depth: int) -> Schema:
-        """The schema with its reference followed and its allOf merged."""
+        """Return the schema with its reference followed and its allOf merged."""
         parts = list(schema.get("allOf", ()))
         if "$ref" in schema:
             parts.append(self._target(schema["$ref"]))
@@ -99,7 +98,7 @@ def _kind(schema: Schema) -> str | None:
 
 
 def _simplest(options: list[Any]) -> Any:
-    """Null if that is allowed, else the first that is no reference: so a recursive schema ends."""
+    """Return null if allowed, else the first that is not a reference: so a recursive schema ends."""
     plain = [option for option in options if isinstance(option, dict) and "$ref" not in option]
     nulls = [option for option in plain if option.get("type") == "null"]
     return (nulls or plain or options)[0]
@@ -132,8 +131,6 @@ def _number(schema: Schema, *, whole: bool) -> float:
 
 def _between(schema: Schema, low: float, high: float) -> float:
     if low < 0 < high:
-        return 0
-    if math.isinf(low) and math.isinf(high):
         return 0
     if math.isinf(high):
         return low + 1 if "exclusiveMinimum" in schema else low

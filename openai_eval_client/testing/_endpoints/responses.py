@@ -6,14 +6,28 @@ import time
 from itertools import count as counting
 from typing import TYPE_CHECKING, Any
 
-from ._answers import PER_MESSAGE, Answer, Ask, Count, Json, messages_read, model_of, number, required, words
-from ._chat import forced, schema_of, service_tier
-from ._sse import event
+from .answers import (
+    PER_MESSAGE,
+    Answer,
+    Ask,
+    Count,
+    Generation,
+    Json,
+    compose,
+    messages_read,
+    model_of,
+    number,
+    required,
+    words,
+)
+from .chat import event, forced, schema_of, service_tier
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-ECHOED: Json = {
+    from .._options import Options
+
+ECHOED: Json = {  # what the request may set, and its default
     "instructions": None,
     "max_output_tokens": None,
     "max_tool_calls": None,
@@ -33,8 +47,8 @@ ECHOED: Json = {
 }
 
 
-def read(body: Json, count: Count) -> Ask:
-    """Understand a request; a string is one user message, `instructions` one more."""
+def _read(body: Json, count: Count) -> Ask:
+    """Understand a request: a string is one user message, `instructions` one more message."""
     model = model_of(body)
     given = required(body, "input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
@@ -48,15 +62,13 @@ def read(body: Json, count: Count) -> Ask:
         prompts=[last],
         prompt_tokens=tokens,
         cap=number(body, "max_output_tokens"),
-        stream=bool(body.get("stream")),
         schema=schema_of((body.get("text") or {}).get("format")),
         tool=forced(body.get("tool_choice"), tools),
     )
 
 
-def write(ask: Ask, author: Callable[[str], Answer], ident: str) -> Json:
-    """The whole response."""
-    answer = author(ask.prompts[0])
+def _write(ask: Ask, options: Options, ident: str) -> Json:
+    answer = compose(ask, ask.prompts[0], options)
     status = "incomplete" if answer.cut else "completed"
     given = {name: ask.body[name] for name in ECHOED if ask.body.get(name) is not None}
     return {
@@ -72,7 +84,7 @@ def write(ask: Ask, author: Callable[[str], Answer], ident: str) -> Json:
         "service_tier": service_tier(ask.body),
         **ECHOED,
         **given,
-        "usage": _usage(ask.prompt_tokens, answer.tokens),
+        "usage": _usage(ask, answer.tokens, options),
     }
 
 
@@ -80,32 +92,27 @@ def _item(ask: Ask, answer: Answer, ident: str, status: str) -> Json:
     if ask.tool:
         call = {"call_id": f"call_{ident}", "name": ask.tool.name, "arguments": answer.text}
         return {"id": f"fc_{ident}", "type": "function_call", "status": status, **call}
-    content = [_part(answer.text)]
-    return {
-        "id": f"msg_{ident}",
-        "type": "message",
-        "status": status,
-        "role": "assistant",
-        "content": content,
-    }
+    message = {"role": "assistant", "content": [_part(answer.text)]}
+    return {"id": f"msg_{ident}", "type": "message", "status": status, **message}
 
 
 def _part(text: str) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _usage(prompt: int, completion: int) -> Json:
+def _usage(ask: Ask, completion: int, options: Options) -> Json:
+    cached = min(ask.prompt_tokens, options.cached_tokens)
     return {
-        "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens": ask.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": completion,
         "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": prompt + completion,
+        "total_tokens": ask.prompt_tokens + completion,
     }
 
 
-def stream(_ask: Ask, body: Json) -> list[bytes]:
-    """The response as numbered server-sent events."""
+def _stream(_ask: Ask, body: Json) -> list[bytes]:
+    """Return the response as numbered events."""
     numbers = counting()
     return [event({**data, "sequence_number": next(numbers)}, named=True) for data in _events(body)]
 
@@ -116,11 +123,8 @@ def _events(body: Json) -> Iterator[Json]:
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
     empty: Json = {"content": []} if item["type"] == "message" else {"arguments": ""}
-    yield {
-        "type": "response.output_item.added",
-        "output_index": 0,
-        "item": {**item, "status": "in_progress", **empty},
-    }
+    started = {**item, "status": "in_progress", **empty}
+    yield {"type": "response.output_item.added", "output_index": 0, "item": started}
     yield from _text_events(item) if item["type"] == "message" else _call_events(item)
     yield {"type": "response.output_item.done", "output_index": 0, "item": item}
     yield {"type": f"response.{body['status']}", "response": body}
@@ -142,3 +146,6 @@ def _call_events(item: Json) -> Iterator[Json]:
     for piece in words(item["arguments"]):
         yield {"type": f"{kind}.delta", **where, "delta": piece}
     yield {"type": f"{kind}.done", **where, "name": item["name"], "arguments": item["arguments"]}
+
+
+RESPONSES = Generation(read=_read, write=_write, stream=_stream)

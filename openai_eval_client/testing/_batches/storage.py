@@ -1,0 +1,122 @@
+"""The endpoints of files and batches, and the faults of calls to them."""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from .._faults import ApiError, Faults
+from .._options import AFTER, BEFORE, ENDPOINTS
+from .batches import Batches
+from .files import Files, Form, Query, StoredFile
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .._endpoints import Count
+    from .._exchange import Exchange
+    from .._options import Options
+
+Json = dict[str, Any]
+PIECE = 256 * 1024
+UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
+
+
+class Storage:
+    """The files and batches of a server, as its clients reach them."""
+
+    def __init__(self, options: Options, count: Count, check_model: Callable[[str], None]) -> None:
+        self._options = options
+        self._files = Files(options.file_lag)
+        self._batches = Batches(options, self._files, count, check_model)
+        self._faults = {
+            name: Faults(
+                options.endpoint_faults.get(name, {}),
+                options.endpoint_script.get(name, ()),
+                f"{options.seed} {name}",
+            )
+            for name in ENDPOINTS
+        }
+
+    def batches(self) -> list[Json]:
+        return self._batches.as_json()
+
+    async def answer(
+        self, exchange: Exchange, name: str, ident: str, sent: Form | bytes
+    ) -> Json | web.StreamResponse:
+        """Return what the endpoint of this name answers; raise ApiError if it refuses, or is told to fail."""
+        given = exchange.parse(sent) if name == "create" and isinstance(sent, bytes) else sent
+        wait = self._options.unavailable_retry_after
+        fault = exchange.fault = self._faults[name].draw()
+        if fault in BEFORE:
+            await exchange.fail(str(fault), wait)
+        done = await self._act(name, ident, given, exchange.request.query)
+        if fault in AFTER:
+            await exchange.fail(str(fault).removesuffix("_after"), wait)
+        return await self._download(exchange, done) if isinstance(done, StoredFile) else done
+
+    async def _act(  # noqa: PLR0911 - one for each endpoint
+        self, name: str, ident: str, given: Form | Json | bytes, query: Query
+    ) -> Json | StoredFile:
+        match name, given:
+            case "upload", Form() as form:
+                return self._files.upload(form).as_json()
+            case "list_files", _:
+                return self._files.list(query)
+            case "retrieve_file", _:
+                return self._files.get(ident).as_json()
+            case "content", _:
+                return self._files.get(ident)
+            case "delete", _:
+                return self._files.delete(ident)
+            case "create", dict() as body:
+                return await self._batches.create(body)
+            case "list", _:
+                return self._batches.list(query)
+            case "retrieve", _:
+                return self._batches.get(ident).as_json()
+            case "cancel", _:
+                return self._batches.get(ident).cancel()
+        raise AssertionError(f"{name} is not an endpoint of files or batches")
+
+    async def _download(self, exchange: Exchange, file: StoredFile) -> web.StreamResponse:
+        """Send a file, or a range of it; the fault "truncate" sends half of that and closes."""
+        first, end = self._range(exchange.request, len(file.content))
+        response = web.StreamResponse(status=200, headers=exchange.headers())
+        response.content_type = "application/octet-stream"
+        response.headers["content-disposition"] = f'attachment; filename="{UNSAFE.sub("_", file.filename)}"'
+        response.content_length = end - first
+        if self._options.ranges:
+            response.headers["accept-ranges"] = "bytes"
+        if (first, end) != (0, len(file.content)):
+            response.set_status(206)
+            response.headers["content-range"] = f"bytes {first}-{end - 1}/{len(file.content)}"
+        exchange.record(response.status)
+        await response.prepare(exchange.request)
+        stop = first + (end - first) // 2 if exchange.fault == "truncate" else end
+        content = memoryview(file.content)[first:stop]
+        with suppress(ConnectionResetError):  # the client has left
+            for start in range(0, len(content), PIECE):
+                if start + PIECE >= len(content):
+                    exchange.leave()
+                await response.write(content[start : start + PIECE])
+        if stop < end:
+            await exchange.drop()
+        return response
+
+    def _range(self, request: web.BaseRequest, size: int) -> tuple[int, int]:
+        """Return the first byte to send and the one after the last."""
+        if not self._options.ranges or "range" not in request.headers:
+            return 0, size
+        try:
+            wanted = request.http_range
+        except ValueError:
+            return 0, size
+        first, end, _ = wanted.indices(size)
+        if first >= end:
+            beyond = {"content-range": f"bytes */{size}"}
+            raise ApiError(416, "The range is beyond the end of the file.", headers=beyond)
+        return first, end
