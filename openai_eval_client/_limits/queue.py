@@ -110,7 +110,7 @@ class ModelQueue:
     """The queue of one model: first come, first served within both quotas and the concurrency bound.
 
     A waiter whose concurrency limit is reached lets those of other limits pass; one that waits for quota does
-    not, so a large request cannot starve behind small ones. One larger than the bucket goes when that is full.
+    not, so a large request cannot starve behind small ones. One larger than the bucket goes when it is full.
 
     Args:
         model: Whose limits these are; None: no quota, only the concurrency bound.
