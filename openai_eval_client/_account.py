@@ -49,13 +49,7 @@ _WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
 
 
 class Account(Sharing):
-    """The limits of one client, shared by everything that sends through it.
-
-    Args:
-        config: The limits; None: learn them from the server, and slow nothing down until it speaks.
-        clock: Where the time comes from.
-        max_cost: USD that may be spent; None: any amount.
-    """
+    """The limits of one client, shared by everything that sends through it."""
 
     def __init__(
         self,
@@ -120,22 +114,7 @@ class Account(Sharing):
         turn: int | None = None,
         budget: CostBudget | None = None,
     ) -> Permit:
-        """Wait until the request may be sent, and reserve what it needs: its cost first, then its tokens.
-
-        Args:
-            demand: What it asks of the limits.
-            concurrency: A concurrency bound of the caller's own, instead of the model's.
-            turn: Its place in the queue; a new one when None.
-            budget: The caller's own, from which it is paid besides the client's.
-
-        Returns:
-            The permit, which must be settled exactly once.
-
-        Raises:
-            BudgetExceededError: Not enough is left of a budget.
-            RateLimitError: The server asked for a pause longer than `max_wait`.
-            RequestTooLargeError: The limit on tokens can never admit the request.
-        """
+        """Wait until the request may be sent, and reserve what it needs: its cost first, then its tokens."""
         payment = await self.payments.reserve(demand, budget) if demand.most_cost else None
         try:
             with self._lock:

@@ -23,15 +23,7 @@ def inform(text: str, *values: Any, event: str, **fields: Any) -> None:
 
 
 def warn(text: str, *values: Any, event: str, **fields: Any) -> None:
-    """Log what somebody may have to look into.
-
-    Args:
-        text: The sentence.
-        *values: What it names.
-        event: What happened, in a word that stays the same whatever the sentence says.
-        **fields: Attributes of the record; None: not known, and left out. None of them may be called like
-            one that every `logging.LogRecord` has.
-    """
+    """Log what somebody may have to look into."""
     logger.warning(text, *values, extra=_known(event, fields), stacklevel=2)
 
 

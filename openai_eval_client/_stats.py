@@ -35,27 +35,18 @@ def _bins() -> array[float]:
 
 @dataclass(slots=True)
 class ModelTimeline:
-    """What one model did, interval by interval.
+    """What one model did, interval by interval."""
 
-    Attributes:
-        admitted: Attempts that were let go.
-        reserved: Tokens reserved for them.
-        used: Tokens that answers came to, in the interval in which they came.
-        rate_limited: Answers with status 429.
-        failed: Attempts that brought no answer for any other reason.
-        first: Seconds of the first admission.
-        last: Seconds of the latest event.
-        seconds: How long its attempts took, summed.
-    """
-
-    admitted: array[float] = field(default_factory=_bins)
-    reserved: array[float] = field(default_factory=_bins)
+    admitted: array[float] = field(default_factory=_bins)  # attempts that were let go
+    reserved: array[float] = field(default_factory=_bins)  # tokens reserved for them
+    # tokens that answers came to, in the interval in which they came
     used: array[float] = field(default_factory=_bins)
-    rate_limited: array[float] = field(default_factory=_bins)
+    rate_limited: array[float] = field(default_factory=_bins)  # answers with status 429
+    # attempts that brought no answer for any other reason
     failed: array[float] = field(default_factory=_bins)
-    first: float = 0.0
-    last: float = 0.0
-    seconds: float = 0.0
+    first: float = 0.0  # seconds of the first admission
+    last: float = 0.0  # seconds of the latest event
+    seconds: float = 0.0  # how long its attempts took, summed
 
     def copy(self) -> ModelTimeline:
         """Return one that stays as it is."""
@@ -68,22 +59,14 @@ _COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """A timeline as it stood at one moment.
+    """A timeline as it stood at one moment."""
 
-    Attributes:
-        began_at: When it began, in seconds since 1970; None: nothing has happened.
-        seconds: How long it is, without the breaks.
-        width: Seconds of each interval.
-        tracks: What each model did.
-        in_flight: Attempts in flight in each interval, on average.
-        breaks: By the number of an interval, the seconds left out before or within it: nothing happened.
-    """
-
-    began_at: float | None
-    seconds: float
-    width: float
-    tracks: dict[str, ModelTimeline]
-    in_flight: list[float]
+    began_at: float | None  # when it began, in seconds since 1970; None: nothing has happened
+    seconds: float  # how long it is, without the breaks
+    width: float  # seconds of each interval
+    tracks: dict[str, ModelTimeline]  # what each model did
+    in_flight: list[float]  # attempts in flight in each interval, on average
+    # by the number of an interval, the seconds left out before or within it: nothing happened
     breaks: dict[int, float]
 
     @property
@@ -109,14 +92,7 @@ class Timeline:
         self._late: list[tuple[str | None, float, float, int | None, int | None]] = []
 
     def admitted(self, model: str | None, asked_at: float, now: float, tokens: float) -> None:
-        """Note an admission.
-
-        Args:
-            model: Whose.
-            asked_at: Clock time at which it queued.
-            now: Clock time at which it was granted.
-            tokens: What was reserved for it.
-        """
+        """Note an admission."""
         if self._began_at is None:
             self._began_at, self._zero, self._latest = time.time(), asked_at, asked_at
         elif not self._in_flight and asked_at - self._latest > _IDLE:
@@ -135,15 +111,7 @@ class Timeline:
         status: int | None,
         used: int | None,
     ) -> None:
-        """Note the end of an attempt.
-
-        Args:
-            model: Whose.
-            now: Clock time.
-            seconds: How long it took.
-            status: The HTTP status; None: no answer came.
-            used: Tokens that it came to, as far as the server said; None: it was sent and brought no answer.
-        """
+        """Note the end of an attempt."""
         if self._changing:  # a stream that was dropped settles whenever it is collected
             self._late.append((model, now, seconds, status, used))
             return
@@ -242,27 +210,16 @@ _OTHER = "other"
 
 @dataclass(slots=True)
 class Failure:
-    """One kind of failure of one model.
+    """One kind of failure of one model."""
 
-    Attributes:
-        model: The model that was asked.
-        kind: The class of the error.
-        status: The HTTP status; None where no answer came, or nothing was sent.
-        code: The API's word for it; "" where it has none.
-        attempts: How many attempts ended so.
-        prompts: How many prompts failed for good with it.
-        first: When it was first seen, in seconds since 1970.
-        last: When it was last seen.
-    """
-
-    model: str
-    kind: str
-    status: int | None
-    code: str
-    attempts: int = 0
-    prompts: int = 0
-    first: float = 0.0
-    last: float = 0.0
+    model: str  # the model that was asked
+    kind: str  # the class of the error
+    status: int | None  # the HTTP status; None where no answer came, or nothing was sent
+    code: str  # the API's word for it; "" where it has none
+    attempts: int = 0  # how many attempts ended so
+    prompts: int = 0  # how many prompts failed for good with it
+    first: float = 0.0  # when it was first seen, in seconds since 1970
+    last: float = 0.0  # when it was last seen
 
 
 class Failures:
@@ -353,17 +310,12 @@ class _Totals:
 
 @dataclass(frozen=True, slots=True)
 class ReportData:
-    """What a report shows besides the totals.
+    """What a report shows besides the totals."""
 
-    Attributes:
-        history: What happened when.
-        latency: How often a successful attempt took how long: the counts of a `Histogram`, by class.
-        failures: What went wrong, by kind.
-    """
-
-    history: History
+    history: History  # what happened when
+    # how often a successful attempt took how long: the counts of a `Histogram`, by class
     latency: dict[int, int]
-    failures: list[Failure]
+    failures: list[Failure]  # what went wrong, by kind
 
 
 class Recorder:

@@ -32,12 +32,7 @@ _NOT_THERE = frozenset({400, 404})
 
 
 class Calls:
-    """Makes calls, and makes them again where that may help.
-
-    Args:
-        config: How long an attempt may take, and how often to retry.
-        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
-    """
+    """Makes calls, and makes them again where that may help."""
 
     def __init__(self, config: OpenAIConfig, max_wait: float) -> None:
         self._key = config.api_key
@@ -46,18 +41,7 @@ class Calls:
         self._max_wait = max_wait
 
     async def repeated(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None = 0.0) -> Any:
-        """Make the attempts.
-
-        Args:
-            attempt: Calls the SDK.
-            seconds: For each attempt, besides the config's timeout; None: no deadline.
-
-        Returns:
-            What the attempt that succeeded did.
-
-        Raises:
-            openai.APIError: What the last one ended with, in the SDK's own classes or ours, without the key.
-        """
+        """Make the attempts."""
         limit = None if seconds is None else self._timeout + seconds
         once = functools.partial(self._attempted, attempt, limit)
         return await retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)()
@@ -112,29 +96,16 @@ _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a batch is created with, besides its file.
+    """What a batch is created with, besides its file."""
 
-    Attributes:
-        placement: Where its lines stand in the job.
-        endpoint: Such as "/v1/chat/completions".
-        window: The completion window, such as "24h".
-        metadata: The caller's own.
-    """
-
-    placement: JobMetadata
-    endpoint: str
-    window: str
-    metadata: dict[str, str]
+    placement: JobMetadata  # where its lines stand in the job
+    endpoint: str  # such as "/v1/chat/completions"
+    window: str  # the completion window, such as "24h"
+    metadata: dict[str, str]  # the caller's own
 
 
 class BatchApi:
-    """Uploads, creates, looks up, cancels, downloads.
-
-    Args:
-        sdk: An SDK client that does not retry.
-        config: How long an attempt may take, and how often to retry.
-        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
-    """
+    """Uploads, creates, looks up, cancels, downloads."""
 
     def __init__(self, sdk: openai.AsyncOpenAI, config: OpenAIConfig, max_wait: float) -> None:
         self._sdk = sdk
@@ -156,22 +127,7 @@ class BatchApi:
         return str(uploaded.id)
 
     async def create(self, order: Order, file_id: str, *, since: float, unclear: set[str]) -> Batch:
-        """Create a batch, once: after an unclear failure it is looked for before it is created again.
-
-        Args:
-            order: What to create it with.
-            file_id: Its input.
-            since: Time (seconds since the epoch) before which it was certainly not created.
-            unclear: The keys of the parts whose batch may have been created without our knowing: this one's
-                is in it for as long as that is so.
-
-        Returns:
-            The batch.
-
-        Raises:
-            QuotaError: Too many tokens are enqueued already.
-            ValidationError: The server refuses the completion window.
-        """
+        """Create a batch, once: after an unclear failure it is looked for before it is created again."""
         key = order.placement.part_key
 
         async def attempt() -> Any:
@@ -244,17 +200,8 @@ class BatchApi:
         return cancelled or await self.get(batch_id)
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
-        """Download a file to disk; where the connection drops, go on from there, else from the start.
-
-        As long as more of it arrives, drops are not counted as retries.
-
-        Args:
-            file_id: The file.
-            made_at: When it was made, in seconds since the epoch: for a moment after, it may be unknown.
-
-        Returns:
-            An unnamed file at its start, to be closed by the caller.
-        """
+        """Download a file to disk; where the connection drops, go on from there, else from the start."""
+        # As long as more of it arrives, drops are not counted as retries.
         file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
         try:
             await self._fill(file, file_id, patience=max(0.0, _FILE_LAG - abs(time.time() - made_at)))

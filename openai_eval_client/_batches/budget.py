@@ -31,25 +31,14 @@ _UNKNOWN = frozenset({MISSING, NO_ANSWER, UNREADABLE})  # what became of the req
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """What is reserved for the requests of one batch.
+    """What is reserved for the requests of one batch."""
 
-    Attributes:
-        indexes: The position of each in the caller's list.
-        costs: USD that each can cost at most.
-        reservation: For all of them.
-    """
-
-    indexes: Sequence[int]
-    costs: Sequence[Decimal]
-    reservation: Reservation
+    indexes: Sequence[int]  # the position of each in the caller's list
+    costs: Sequence[Decimal]  # USD that each can cost at most
+    reservation: Reservation  # for all of them
 
     def settle(self, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
-        """Replace it by what the answers cost; a request whose answer is lost counts at its most.
-
-        Args:
-            batch: The batch, which has ended.
-            outcomes: What came of each request, by index.
-        """
+        """Replace it by what the answers cost; a request whose answer is lost counts at its most."""
         known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
         certain = request_counts(batch)[1] <= known
         with exact():
@@ -67,15 +56,7 @@ class Bill:
 
 
 class Funds:
-    """Pays for the parts of one job from the budgets of its call.
-
-    Args:
-        payments: The money of the client.
-        counter: Counts tokens.
-        path: The endpoint of the requests.
-        bills: Those of all batches of the client, by batch id.
-        own: The call's own budget.
-    """
+    """Pays for the parts of one job from the budgets of its call."""
 
     def __init__(
         self,
@@ -94,11 +75,7 @@ class Funds:
         self._costs: list[Decimal] = []  # of each line of the job
 
     async def estimate(self, parts: Iterable[InputFile]) -> None:
-        """Find out what every line can cost, where anybody keeps a budget.
-
-        Raises:
-            ValidationError: For one there is no bound, or no price.
-        """
+        """Find out what every line can cost, where anybody keeps a budget."""
         if not self._purses:
             return
         await self._bounds.ready()
@@ -120,11 +97,7 @@ class Funds:
         return True
 
     async def cover_all(self, parts: Sequence[InputFile]) -> None:
-        """Reserve what all parts can cost together, once there is room for it.
-
-        Raises:
-            BudgetExceededError: There cannot be room for it any more; nothing is reserved.
-        """
+        """Reserve what all parts can cost together, once there is room for it."""
         amounts = [_sum(self._lines(part)) for part in parts]
         whole = await reserve(self._purses, _sum(amounts))
         for part, piece in zip(parts, whole.split(amounts), strict=True):

@@ -31,46 +31,28 @@ MIXED = "mixed"  # the temperature of a part whose requests differ in it
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One request of a job.
+    """One request of a job."""
 
-    Attributes:
-        index: Its position in the caller's list.
-        custom_id: Its name on the wire.
-        parameters: What is asked, checked.
-        prompt: The prompt, checked.
-    """
-
-    index: int
-    custom_id: str
-    parameters: Parameters
-    prompt: str | Sequence[Any]
+    index: int  # its position in the caller's list
+    custom_id: str  # its name on the wire
+    parameters: Parameters  # what is asked, checked
+    prompt: str | Sequence[Any]  # the prompt, checked
 
 
 @dataclass(slots=True, eq=False)
 class InputFile:
-    """The requests of one input file, of one model.
+    """The requests of one input file, of one model."""
 
-    Attributes:
-        file: Its lines; an unnamed file that goes when it is closed.
-        model: The model of all of them.
-        first: The position of its first line among all lines of the job.
-        indexes: The position of each line's request in the caller's list.
-        temperature: What all of them ask; None: nothing; "mixed": they differ.
-        size: Bytes.
-        numbered: Whether each custom_id ends with the request's index.
-        digest: A hash of the lines.
-        file_id: The uploaded file, once there is one.
-    """
-
-    file: IO[bytes]
-    model: str
-    temperature: float | str | None = None
-    first: int = 0
+    file: IO[bytes]  # its lines; an unnamed file that goes when it is closed
+    model: str  # the model of all of them
+    temperature: float | str | None = None  # what all of them ask; None: nothing; "mixed": they differ
+    first: int = 0  # the position of its first line among all lines of the job
+    # the position of each line's request in the caller's list
     indexes: array[int] = field(default_factory=lambda: array("L"))
-    size: int = 0
-    numbered: bool = True
-    digest: Any = field(default_factory=hashlib.sha256)
-    file_id: str | None = None
+    size: int = 0  # bytes
+    numbered: bool = True  # whether each custom_id ends with the request's index
+    digest: Any = field(default_factory=hashlib.sha256)  # A hash of the lines
+    file_id: str | None = None  # the uploaded file, once there is one
 
     @property
     def count(self) -> int:
@@ -105,11 +87,7 @@ def number(index: int) -> str:
 
 
 def line_of(item: BatchLine) -> bytes:
-    """Return a request as a line of an input file.
-
-    Raises:
-        ValidationError: It is larger than a file may be.
-    """
+    """Return a request as a line of an input file."""
     parameters = item.parameters
     line = {
         "custom_id": item.custom_id,
@@ -127,19 +105,7 @@ def line_of(item: BatchLine) -> bytes:
 def write_parts(
     items: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES
 ) -> list[InputFile]:
-    """Write all requests to files on disk: one or several of each model, in the order of the requests.
-
-    Args:
-        items: The requests.
-        most_lines: Lines in one file at most.
-        most_bytes: Bytes in one file at most.
-
-    Returns:
-        The parts; each file is to be closed by the caller.
-
-    Raises:
-        ValidationError: A request is too large; no file is left.
-    """
+    """Write all requests to files on disk: one or several of each model, in the order of the requests."""
     by_model: dict[str, list[InputFile]] = {}
     try:
         for item in items:
@@ -230,14 +196,9 @@ def _in_a_row(parts: list[InputFile]) -> list[InputFile]:
 
 
 def naming(custom_ids: Sequence[str | None], *, several_models: bool) -> Iterator[str]:
-    """Yield the custom_id of each request on the wire.
-
-    The caller's own names stay as they are, but for jobs of several models: those are sorted into files by
-    model, and an appended `#index` then keeps the order.
-
-    Raises:
-        ValidationError: Two are the same.
-    """
+    """Yield the custom_id of each request on the wire."""
+    # The caller's own names stay as they are, but for jobs of several models: those are sorted into files by
+    # model, and an appended `#index` then keeps the order.
     seen: dict[str, int] = {}
     named = any(name is not None for name in custom_ids)
     for index, own in enumerate(custom_ids):
@@ -253,21 +214,13 @@ _NAME = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')  # in a line that 
 
 @dataclass(slots=True)
 class RequestIndex:
-    """What a batch was asked, as far as it is known.
-
-    Attributes:
-        indexes: The index of each line's request, in the order of the lines.
-        by_name: The index of each custom_id; None where it ends with the index.
-        temperatures: What each request asked, where they differ.
-        temperature: What all of them asked; None: nothing.
-        empty: The numbers of the empty lines between them, rising.
-    """
+    """What a batch was asked, as far as it is known."""
 
     indexes: Any  # a sequence of int
-    by_name: dict[str, int] | None = None
-    temperatures: dict[int, float | None] | None = None
-    temperature: float | None = None
-    empty: Sequence[int] = ()
+    by_name: dict[str, int] | None = None  # the index of each custom_id; None where it ends with the index
+    temperatures: dict[int, float | None] | None = None  # what each request asked, where they differ
+    temperature: float | None = None  # what all of them asked; None: nothing
+    empty: Sequence[int] = ()  # the numbers of the empty lines between them, rising
 
     def index_at(self, line: int) -> int | None:
         """Return whose request a line of the input file is, counted from 1; None where it is nobody's."""
@@ -287,16 +240,7 @@ class RequestIndex:
 
 
 def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> RequestIndex:
-    """Read what a batch was asked from its input file.
-
-    Args:
-        lines: The file's lines.
-        numbered: Whether each custom_id ends with the request's index.
-        start: The index of the first line where it does not.
-
-    Returns:
-        The manifest.
-    """
+    """Read what a batch was asked from its input file."""
     indexes, by_name, temperatures = array("L"), dict[str, int](), dict[int, float | None]()
     empty = array("L")
     for number, raw in enumerate(lines, start=1):
@@ -314,17 +258,7 @@ def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Requ
 
 
 def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> RequestIndex:
-    """Make up the manifest of a batch whose input file is gone, from its results.
-
-    Args:
-        files: Its result files.
-        numbered: Whether each custom_id ends with the request's index.
-        start: The index of the first request where it does not: the order is then that of the results.
-        count: How many requests it has.
-
-    Returns:
-        The manifest; where the custom_ids are numbered, without the requests that have no result.
-    """
+    """Make up the manifest of a batch whose input file is gone, from its results."""
     names: dict[str, int] = {}
     for file in files:
         for raw in file:
@@ -338,15 +272,7 @@ def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, co
 
 
 def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, Any]:
-    """Return the bodies of some requests of an input file.
-
-    Args:
-        lines: The file's lines.
-        wanted: The index of each, by its position among all requests.
-
-    Returns:
-        The bodies, by index.
-    """
+    """Return the bodies of some requests of an input file."""
     present = (raw for raw in lines if not raw.isspace())
     found = {wanted[position]: parsed(raw) for position, raw in enumerate(present) if position in wanted}
     return {
@@ -377,22 +303,14 @@ _TIERS = frozenset({None, "auto", "default"})  # a batch is a tier of its own
 
 
 def endpoint_of(api: object) -> str:
-    """Return the endpoint of an api, "chat" or "responses".
-
-    Raises:
-        ValidationError: It is neither.
-    """
+    """Return the endpoint of an api, "chat" or "responses"."""
     if not isinstance(api, str) or api not in ENDPOINTS:
         reject_input("api", api, "must be 'chat' or 'responses'")
     return ENDPOINTS[api]
 
 
 def listed(requests: object) -> list[BatchRequest]:
-    """Return the requests as a list.
-
-    Raises:
-        ValidationError: There are none, or something else is among them.
-    """
+    """Return the requests as a list."""
     if isinstance(requests, str | bytes | dict) or not hasattr(requests, "__iter__"):
         reject_input("requests", requests, f"must be a list of BatchRequest, not {type(requests).__name__}")
     found = list(requests)
@@ -406,19 +324,7 @@ def listed(requests: object) -> list[BatchRequest]:
 
 
 def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
-    """Yield each request, checked, by the name it has on the wire.
-
-    Args:
-        requests: At least one.
-        api: "chat" or "responses".
-        default_model: The model of those that name none.
-
-    Yields:
-        The requests in their order.
-
-    Raises:
-        ValidationError: Names the index, the field and the value.
-    """
+    """Yield each request, checked, by the name it has on the wire."""
     for index, request in enumerate(requests):
         if request.custom_id is not None:
             name = f"requests[{index}].custom_id"

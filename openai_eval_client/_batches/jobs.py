@@ -64,17 +64,7 @@ if TYPE_CHECKING:
 
 
 class Submitter:
-    """Submits jobs.
-
-    Args:
-        base_url: Where the API is.
-        api: The endpoints.
-        jobs: StartThrottle batches.
-        store: Where jobs are recorded; None: nowhere.
-        ttl: Seconds for which a job that was recorded is gone on with; None: for ever.
-        payments: The money of the client.
-        counter: Counts tokens.
-    """
+    """Submits jobs."""
 
     def __init__(
         self,
@@ -103,21 +93,7 @@ class Submitter:
         window: str,
         metadata: dict[str, str],
     ) -> list[Batch]:
-        """Create the batch of each part; where a program was killed at it, only those it had not.
-
-        Args:
-            parts: The parts of the job; their files are closed in the end.
-            endpoint: Such as "/v1/chat/completions".
-            window: The completion window.
-            metadata: The caller's own.
-
-        Returns:
-            The batches.
-
-        Raises:
-            BudgetExceededError: There is too little left for all of them together; none was created.
-            openai.OpenAIError: One could not be created; the others were cancelled.
-        """
+        """Create the batch of each part; where a program was killed at it, only those it had not."""
         asked = (self._base_url, endpoint, window, sorted(metadata.items()))
         name = hashlib.sha256(repr((asked, [part.digest.hexdigest() for part in parts])).encode()).hexdigest()
         journal = Journal(self._store, f"submit {name} {self._submitted[name]}")
@@ -180,11 +156,7 @@ class Submitter:
         record: JobRecord,
         funds: Funds,
     ) -> bool:
-        """Cancel the batches of a job that could not be created whole; the last may have been created.
-
-        Returns:
-            False where that did not succeed.
-        """
+        """Cancel the batches of a job that could not be created whole; the last may have been created."""
         try:
             found = await self._api.find(last.placement, since=record.since) if record.unclear else None
             record.unclear.clear()
@@ -237,17 +209,7 @@ def _are_of_use(batches: list[Batch]) -> bool:
 
 
 class Batches:
-    """Batch jobs: submitted, looked at, settled, cancelled, listed; `OpenAIClient` documents the methods.
-
-    Args:
-        config: Where the API is.
-        batch: How to batch.
-        sdk: An SDK client that does not retry.
-        account: Keeps the bill and the statistics.
-        counter: Counts tokens.
-        unsupported: What models are known to refuse.
-        cache: Keeps answers and the journal of jobs.
-    """
+    """Batch jobs: submitted, looked at, settled, cancelled, listed; `OpenAIClient` documents the methods."""
 
     def __init__(
         self,

@@ -72,20 +72,14 @@ _TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 
 @dataclass(slots=True)
 class BatchResults:
-    """The outcomes of one batch, and what was odd about its files.
+    """The outcomes of one batch, and what was odd about its files."""
 
-    Attributes:
-        outcomes: One for each index.
-        oddities: How often each thing happened that should not.
-        lines: How many lines the files have.
-        unplaced: The errors of requests without a result of which even the index is not known.
-        names: The custom_id that the caller gave a request, by its index, where one is known.
-    """
-
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
-    oddities: Counter[str] = field(default_factory=Counter)
-    lines: int = 0
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # one for each index
+    oddities: Counter[str] = field(default_factory=Counter)  # how often each thing happened that should not
+    lines: int = 0  # how many lines the files have
+    # the errors of requests without a result of which even the index is not known
     unplaced: list[BatchError] = field(default_factory=list)
+    # the custom_id that the caller gave a request, by its index, where one is known
     names: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -101,14 +95,7 @@ class BatchResults:
 
 
 class Reader:
-    """Reads result lines into responses and errors.
-
-    Args:
-        api: "chat" or "responses".
-        schema: The pydantic class the answers are to fit, where there is one.
-        price: Prices an answer by its model and usage.
-        model: The model asked for, which counts where an answer names none.
-    """
+    """Reads result lines into responses and errors."""
 
     def __init__(
         self,
@@ -122,11 +109,9 @@ class Reader:
         self._price = price
 
     def read(self, files: Iterable[Iterable[bytes]], manifest: RequestIndex) -> BatchResults:
-        """Read the lines of a batch's output and error files.
-
-        An answer counts more than an error, and the first of two answers more than the second. Every oddity
-        is counted: none loses another request's result.
-        """
+        """Read the lines of a batch's output and error files."""
+        # An answer counts more than an error, and the first of two answers more than the second. Every oddity
+        # is counted: none loses another request's result.
         settlement = BatchResults()
         expected = frozenset(manifest.indexes) if manifest.by_name is None else None
         for file in files:
@@ -245,16 +230,7 @@ def _status_error(status: int, body: Any, request_id: Any) -> openai.APIStatusEr
 
 
 class BatchJobs:
-    """StartThrottle batches, and settles them to one call_sdk outcome for each request.
-
-    Args:
-        api: The endpoints.
-        counter: Counts tokens where a result has no usage.
-        account: Keeps the bill and the statistics.
-
-    Attributes:
-        bills: What is reserved for batches that are not settled, by their id.
-    """
+    """StartThrottle batches, and settles them to one call_sdk outcome for each request."""
 
     def __init__(self, api: BatchApi, counter: TokenCounter, account: Account) -> None:
         self._api = api
@@ -307,20 +283,7 @@ class BatchJobs:
         offset: int = 0,
         schema: Any = None,
     ) -> BatchResults:
-        """Read the results of a batch that has ended.
-
-        Args:
-            batch: The batch.
-            part: What it was made of, where that is still there.
-            offset: The index of its first request, where nothing else tells.
-            schema: The pydantic class the answers are to fit, where there is one.
-
-        Returns:
-            One outcome for each of its requests.
-
-        Raises:
-            BatchError: It is of an endpoint that this client has no responses for.
-        """
+        """Read the results of a batch that has ended."""
         api = next((api for api, path in ENDPOINTS.items() if path == batch.endpoint), None)
         if api is None:
             message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"

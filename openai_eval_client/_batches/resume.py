@@ -37,23 +37,18 @@ class Store(Protocol):
 
 @dataclass(slots=True)
 class JobRecord:
-    """The wish to have requests run: named before the first step on the network, so that none is done twice.
+    """A job written down before the first call on the network, so that nothing is done twice."""
 
-    Attributes:
-        name: Stands in the metadata of every batch made of it.
-        since: When it was first wished for, in seconds since the epoch.
-        made: The id of the batch of each part, by the part's key.
-        spans: The count of each part by its first line, where parts were cut.
-        unclear: The keys of the parts whose batch may have been created without our knowing.
-        recovered: Whether an earlier program may have created batches that are not in `made`.
-    """
-
+    # stands in the metadata of every batch made of it
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    # when it was first wished for, in seconds since the epoch
     since: float = field(default_factory=time.time)
-    made: dict[str, str] = field(default_factory=dict)
+    made: dict[str, str] = field(default_factory=dict)  # the id of the batch of each part, by the part's key
+    # the count of each part by its first line, where parts were cut
     spans: list[tuple[int, int]] = field(default_factory=list)
+    # the keys of the parts whose batch may have been created without our knowing
     unclear: set[str] = field(default_factory=set)
-    recovered: bool = False
+    recovered: bool = False  # whether an earlier program may have created batches that are not in `made`
 
     def note(self, parts: Iterable[InputFile]) -> None:
         """Remember how the parts are cut now."""
@@ -118,12 +113,7 @@ _AT_ONCE = 100  # answers looked up or kept at a time
 
 
 class CachedAnswers:
-    """What is kept of the answers to the prompts of one call; without a cache, nothing.
-
-    Attributes:
-        name: The same for the same call in another run; "" without a cache.
-        found: The answers kept before, by the index of their prompt.
-    """
+    """What is kept of the answers to the prompts of one call; without a cache, nothing."""
 
     def __init__(self, cache: Cache | None, parameters: Parameters) -> None:
         self.name = ""

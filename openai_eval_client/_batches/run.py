@@ -66,27 +66,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What all batches of a round have in common.
+    """What all batches of a round have in common."""
 
-    Attributes:
-        endpoint: Such as "/v1/chat/completions".
-        window: The completion window.
-        polling_interval: Seconds between two looks.
-        schema: The pydantic class the answers are to fit, where there is one.
-        save: Called whenever the record has changed, before and after each step that costs.
-        keep: Called with the outcomes of each batch, before they are handed on.
-        tell: Called with the number of requests that are done.
-        funds: Pays for them.
-    """
-
-    endpoint: str
-    window: str
-    polling_interval: float
-    schema: Any
+    endpoint: str  # such as "/v1/chat/completions"
+    window: str  # the completion window
+    polling_interval: float  # seconds between two looks
+    schema: Any  # the pydantic class the answers are to fit, where there is one
+    # called whenever the record has changed, before and after each step that costs
     save: Callable[[], Awaitable[None]]
+    # called with the outcomes of each batch, before they are handed on
     keep: Callable[[dict[int, Outcome]], Awaitable[None]]
-    tell: Callable[[int], Awaitable[None]]
-    funds: Funds
+    tell: Callable[[int], Awaitable[None]]  # called with the number of requests that are done
+    funds: Funds  # pays for them
 
 
 _FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
@@ -97,33 +88,20 @@ _JITTER = 0.9, 1.1  # times the polling interval
 
 @dataclass(slots=True)
 class Round:
-    """One pass of requests through the Batch API.
+    """One pass of requests through the Batch API."""
 
-    Attributes:
-        api: The endpoints.
-        jobs: StartThrottle and settles batches.
-        counter: Counts the tokens of a part that is too large.
-        plan: What all batches have in common.
-        record: Names them.
-        waiting: The parts not submitted yet.
-        running: Those submitted, by the id of their batch.
-        outcomes: One for each index that is settled.
-        failed: Why requests were never run: their batch was not created, or failed.
-        never_ran: How many requests that are.
-        broke: Why requests were not submitted for which no money is left.
-    """
-
-    api: BatchApi
-    jobs: BatchJobs
-    counter: TokenCounter
-    plan: Plan
-    record: JobRecord
-    waiting: deque[InputFile]
-    running: dict[str, InputFile] = field(default_factory=dict)
-    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    api: BatchApi  # the endpoints
+    jobs: BatchJobs  # startThrottle and settles batches
+    counter: TokenCounter  # counts the tokens of a part that is too large
+    plan: Plan  # what all batches have in common
+    record: JobRecord  # names them
+    waiting: deque[InputFile]  # the parts not submitted yet
+    running: dict[str, InputFile] = field(default_factory=dict)  # those submitted, by the id of their batch
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # one for each index that is settled
+    # why requests were never run: their batch was not created, or failed
     failed: list[Exception] = field(default_factory=list)
-    never_ran: int = 0
-    broke: BudgetExceededError | None = None
+    never_ran: int = 0  # how many requests that are
+    broke: BudgetExceededError | None = None  # why requests were not submitted for which no money is left
     _total: int = 0
     _give_up_at: float = 0.0
     _done: dict[str, int] = field(default_factory=dict)
@@ -351,23 +329,14 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What a run works with.
+    """What a run works with."""
 
-    Attributes:
-        api: The endpoints.
-        jobs: StartThrottle and settles batches.
-        counter: Counts tokens.
-        config: How to batch.
-        unsupported: What models are known to refuse.
-        payments: The money of the client.
-    """
-
-    api: BatchApi
-    jobs: BatchJobs
-    counter: TokenCounter
-    config: BatchConfig
-    unsupported: UnsupportedParameters
-    payments: Payments
+    api: BatchApi  # the endpoints
+    jobs: BatchJobs  # startThrottle and settles batches
+    counter: TokenCounter  # counts tokens
+    config: BatchConfig  # how to batch
+    unsupported: UnsupportedParameters  # what models are known to refuse
+    payments: Payments  # the money of the client
 
 
 @dataclass(slots=True)
@@ -375,24 +344,15 @@ class BatchRun:
     """Answers the prompts of one call by rounds: the second for what expired or failed by chance.
 
     There are more only where the model refuses one parameter after the other.
-
-    Attributes:
-        tools: What it works with.
-        prompts: The prompts, checked.
-        parameters: What is asked, checked.
-        progress: Called with the finished fraction.
-        journal: The record by which a killed run goes on.
-        kept: The answers kept from earlier runs.
-        budget: What it is paid from besides the client's budget.
     """
 
-    tools: Tools
-    prompts: Sequence[Any]
-    parameters: Parameters
-    progress: Progress | None
-    journal: Journal
-    kept: CachedAnswers
-    budget: CostBudget | None = None
+    tools: Tools  # what it works with
+    prompts: Sequence[Any]  # the prompts, checked
+    parameters: Parameters  # what is asked, checked
+    progress: Progress | None  # called with the finished fraction
+    journal: Journal  # the record by which a killed run goes on
+    kept: CachedAnswers  # the answers kept from earlier runs
+    budget: CostBudget | None = None  # what it is paid from besides the client's budget
     _rounds: list[Round] = field(default_factory=list)
     _recorded: list[dict[str, Any]] = field(default_factory=list)
     _known: list[dict[str, Any]] = field(default_factory=list)
@@ -400,22 +360,7 @@ class BatchRun:
     _told: float = 0.0
 
     async def collect(self, *, return_exceptions: bool) -> list[Any]:
-        """Return the responses in input order.
-
-        Args:
-            return_exceptions: Put a failed prompt's exception in its place, instead of raising at the end.
-
-        Returns:
-            One entry per prompt.
-
-        Raises:
-            PartialFailureError: Some failed, and `return_exceptions` is False.
-            BatchError: No batch ran at all.
-            BudgetExceededError: Not enough was left for some of them; what was submitted is settled.
-            openai.APIError: No batch could be created; or none can be read any more: then `.responses` has
-                what was settled, and `.job_id` names the batches that are left.
-            asyncio.CancelledError: The run was cancelled; it has both, too.
-        """
+        """Return the responses in input order."""
         try:
             async with self.journal.exclusive():
                 await self.kept.look_up()

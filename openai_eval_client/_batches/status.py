@@ -29,27 +29,16 @@ _PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-refer
 
 @dataclass(frozen=True, slots=True)
 class JobMetadata:
-    """Where the lines of a batch stand in their job.
+    """Where the lines of a batch stand in their job."""
 
-    Attributes:
-        record: Names the job, before it has an id.
-        total: Requests of the whole job.
-        first: The position of the batch's first line among all lines of the job.
-        count: How many lines it has.
-        start: The index of its first request where the indexes are consecutive, else None.
-        numbered: Whether each custom_id ends with the request's index.
-        temperature: What all requests ask; None: nothing; "mixed": they differ.
-        model: The model they ask.
-    """
-
-    record: str
-    total: int
-    first: int
-    count: int
-    start: int | None
-    numbered: bool
-    temperature: float | str | None
-    model: str = ""
+    record: str  # names the job, before it has an id
+    total: int  # requests of the whole job
+    first: int  # the position of the batch's first line among all lines of the job
+    count: int  # how many lines it has
+    start: int | None  # the index of its first request where the indexes are consecutive, else None
+    numbered: bool  # whether each custom_id ends with the request's index
+    temperature: float | str | None  # what all requests ask; None: nothing; "mixed": they differ
+    model: str = ""  # the model they ask
 
     @classmethod
     def of(cls, part: InputFile, record: str, total: int) -> JobMetadata:
@@ -117,11 +106,7 @@ def _is_sound(placement: JobMetadata) -> bool:
 
 
 def check_metadata(metadata: object) -> dict[str, str]:
-    """Return the caller's metadata, None as an empty dict.
-
-    Raises:
-        ValidationError: It is no dict of texts, or more than the API takes beside our two pairs.
-    """
+    """Return the caller's metadata, None as an empty dict."""
     if metadata is None:
         return {}
     check_mapping(metadata, "metadata")
@@ -167,18 +152,9 @@ _ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
 
 
 def job_status(batches: Sequence[Batch], errors: Sequence[BatchError]) -> BatchJobStatus:
-    """Return the status of the job that consists of these batches.
-
-    That of the least advanced one while any runs; then "completed" if any is, else "expired", "cancelled" or
-    "failed", the first of these that any is.
-
-    Args:
-        batches: At least one, in the order of their requests.
-        errors: What went wrong, by the caller's own request indexes.
-
-    Returns:
-        The sum of their counts; of an ended batch, what is not completed has failed.
-    """
+    """Return the status of the job that consists of these batches."""
+    # That of the least advanced one while any runs; then "completed" if any is, else "expired", "cancelled"
+    # or "failed", the first of these that any is.
     counts = [request_counts(batch) for batch in batches]
     total, completed, failed = (sum(column) for column in zip(*counts, strict=True))
     ends = [end for batch in batches if (end := ended_at(batch)) is not None]
@@ -202,10 +178,8 @@ class Grouping:
         self._whole: set[str] = set()
 
     def add(self, batch: Batch) -> list[Batch]:
-        """Take in the next batch; return its job where that is whole now, else nothing.
-
-        A batch whose requests a newer one has too was replaced by it.
-        """
+        """Take in the next batch; return its job where that is whole now, else nothing."""
+        # A batch whose requests a newer one has too was replaced by it.
         placement = read_job_metadata(batch.metadata)
         if placement is None or placement.record in self._whole:
             return []
@@ -308,12 +282,7 @@ def is_enqueued_limit(code: object, message: str) -> bool:
 
 
 class Reasons:
-    """Why requests of a batch that has ended have no line in any of its files.
-
-    Args:
-        batch: The batch.
-        index_at: Tells the index of the request in a line of its input file, counted from 1.
-    """
+    """Why requests of a batch that has ended have no line in any of its files."""
 
     def __init__(self, batch: Batch, index_at: Callable[[int], int | None]) -> None:
         errors = stated_errors(batch)

@@ -57,16 +57,9 @@ _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_asci
 
 
 def request_digest(base_url: str, parameters: Parameters, body: Mapping[str, Any]) -> bytes:
-    """Return what a request has in common with the same one asked again, and with no other.
-
-    Everything counts that can change the answer: the address, the API, the whole body as asked for (schema of
-    the answer included), and the extra query and headers. The account and the timeout do not.
-
-    Args:
-        base_url: The API's address, as `normalised` returns it.
-        parameters: What is asked.
-        body: The body for one prompt.
-    """
+    """Return what a request has in common with the same one asked again, and with no other."""
+    # Everything counts that can change the answer: the address, the API, the whole body as asked for (schema
+    # of the answer included), and the extra query and headers. The account and the timeout do not.
     headers = {name.lower(): value for name, value in parameters.headers.items()}
     headers = {name: value for name, value in headers.items() if name not in _NO_MATTER}
     plain = {name: _whole(value) for name, value in body.items()}
@@ -75,17 +68,11 @@ def request_digest(base_url: str, parameters: Parameters, body: Mapping[str, Any
 
 
 class Occurrence(NamedTuple):
-    """One answer to one request.
+    """One answer to one request."""
 
-    Attributes:
-        digest: Of the request.
-        number: How often it was asked before.
-        sampled: Whether asking again gives another answer.
-    """
-
-    digest: bytes
-    number: int
-    sampled: bool
+    digest: bytes  # of the request
+    number: int  # how often it was asked before
+    sampled: bool  # whether asking again gives another answer
 
     @property
     def key(self) -> bytes:
@@ -173,17 +160,7 @@ _INCOMPLETE = ("length", "content_filter")
 
 
 class Cache:
-    """The kept answers of one client.
-
-    Args:
-        config: Where they are, and what may be done with them.
-        base_url: The API's address.
-        recorder: Counts what is answered from here, and what is kept.
-        ledger: Is told what that saved.
-
-    Raises:
-        ValidationError: The file is not ours, damaged, of a newer version, or cannot be used.
-    """
+    """The kept answers of one client."""
 
     def __init__(self, config: CacheConfig, base_url: str, recorder: Recorder, ledger: Ledger) -> None:
         self.store = Store(Path(config.path).expanduser(), read_only=not config.write)
@@ -195,22 +172,8 @@ class Cache:
         self._asking: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[bytes | None]] = {}
 
     async def answer(self, body: Mapping[str, Any], parameters: Parameters, send: Send) -> ModelResponse:
-        """Answer one prompt: as it was answered before, else by sending it.
-
-        The same request asked twice at a time, where both are to have one answer, is sent once.
-
-        Args:
-            body: The body for the prompt, as first asked for.
-            parameters: What is asked; one object for all prompts of a call.
-            send: Sends it, and calls what it is given with the answer before anybody else sees it.
-
-        Returns:
-            The response, `cached` where it is not new.
-
-        Raises:
-            ValidationError: The file is damaged; nothing was sent.
-            openai.APIError: What `send` ended with.
-        """
+        """Answer one prompt: as it was answered before, else by sending it."""
+        # The same request asked twice at a time, where both are to have one answer, is sent once.
         sample = self.take(body, parameters)  # no await before it: prompts come in order
         try:
             if self._config.read:
@@ -344,11 +307,7 @@ class Cache:
 
 
 def open_cache(given: object, base_url: str, recorder: Recorder, ledger: Ledger) -> Cache:
-    """Return the cache that the user asks for.
-
-    Raises:
-        ValidationError: It is neither a path nor a CacheConfig, or its file cannot be used.
-    """
+    """Return the cache that the user asks for."""
     if isinstance(given, str | Path):
         try:
             given = CacheConfig(path=given)

@@ -35,12 +35,7 @@ _PASSING = ("database is locked", "database table is locked", "locking protocol"
 
 
 class Database:
-    """A file that holds our tables, and nothing else ever.
-
-    Args:
-        path: Where it is.
-        read_only: Never write to it.
-    """
+    """A file that holds our tables, and nothing else ever."""
 
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
         self.name = os.fspath(path)
@@ -50,11 +45,7 @@ class Database:
         self._status: os.stat_result
 
     def prepare(self) -> None:
-        """Make the file where there is none; else see that it is ours.
-
-        Raises:
-            ValidationError: It is not ours, damaged, of a newer version, or cannot be used. It is left alone.
-        """
+        """Make the file where there is none; else see that it is ours."""
         with self._refusing():
             if not self.path.exists():
                 self._create()
@@ -63,14 +54,7 @@ class Database:
                 self._check_writable(connection)
 
     def look(self, read: Callable[[sqlite3.Connection], T]) -> T:
-        """Read a file that exists, whoever uses it meanwhile; where nobody does, no trace is left beside it.
-
-        Args:
-            read: Reads it; may be called a second time.
-
-        Raises:
-            ValidationError: There is none, it is not ours, damaged, or of a newer version.
-        """
+        """Read a file that exists, also while others use it; leave no file beside it."""
         with self._refusing():
             if not self.path.exists():
                 raise self.unusable("there is no such file")
@@ -114,12 +98,7 @@ class Database:
             raise self.unusable(f"cannot be used: {error.strerror or error}") from None
 
     def connect(self) -> sqlite3.Connection:
-        """Open the file, which exists.
-
-        Raises:
-            sqlite3.Error: It cannot be opened.
-            ValidationError: It is not as we made it.
-        """
+        """Open the file, which exists."""
         try:
             return self._open("mode=rw")
         except sqlite3.OperationalError:
@@ -138,10 +117,8 @@ class Database:
         )
 
     def is_there(self) -> bool:
-        """Return whether the file is still the one that was looked at first.
-
-        SQLite would apply the log of the old file to one that took its place.
-        """
+        """Return whether the file is still the one that was looked at first."""
+        # SQLite would apply the log of the old file to one that took its place.
         try:
             return os.path.samestat(self.path.stat(), self._status)
         except OSError:
@@ -291,11 +268,7 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 
 class Connection:
-    """Opened when needed, lent to one thread at a time, closed before a fork and with its owner.
-
-    Args:
-        database: The file.
-    """
+    """Opened when needed, lent to one thread at a time, closed before a fork and with its owner."""
 
     def __init__(self, database: Database) -> None:
         self._database = database

@@ -32,13 +32,6 @@ class Store:
     """One file of kept values, used by any number of tasks, event loops, threads and processes at once.
 
     Writes that wait at the same time are committed together, by a thread of their own; so are reads done.
-
-    Args:
-        path: The SQLite file; made where there is none.
-        read_only: Keep nothing, only look up.
-
-    Raises:
-        ValidationError: The file is not ours, damaged, of a newer version, or cannot be used.
     """
 
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
@@ -52,19 +45,7 @@ class Store:
         self._closed = False
 
     async def get(self, key: bytes, *, since: float = 0.0) -> bytes | None:
-        """Return what was kept under a key.
-
-        Args:
-            key: The key.
-            since: The oldest it may be, in seconds since 1970.
-
-        Returns:
-            The value; None where there is none, where it is older or damaged, or where the file cannot be
-            read just now. The last two are logged, once.
-
-        Raises:
-            ValidationError: The file is damaged, and not only this value.
-        """
+        """Return what was kept under a key."""
         try:
             row = await self._do(self._reads, (_GET.format("answers"), (key,)))
         except (sqlite3.OperationalError, RuntimeError) as error:
@@ -78,11 +59,7 @@ class Store:
         return row[1] if row is not None and row[0] >= since else None
 
     async def put(self, key: bytes, value: bytes) -> bool:
-        """Keep a value; returns once it is committed.
-
-        Returns:
-            False where it could not be kept, which is logged once; what was kept before is not touched.
-        """
+        """Keep a value; returns once it is committed."""
         try:
             await self._do(self._writes, _put("answers", key, value))
         except Exception as error:  # noqa: BLE001  # the answer is paid for: it is handed on in any case
@@ -91,11 +68,7 @@ class Store:
         return True
 
     async def journal_get(self, key: str) -> dict[str, Any] | None:
-        """Return an entry of the journal, None where there is none.
-
-        Raises:
-            ValidationError: The file or the entry is damaged, or cannot be read.
-        """
+        """Return an entry of the journal, None where there is none."""
         name = key.encode()
         with self._refusing("read"):
             row = await self._do(self._reads, (_GET.format("journal"), (name,)))
@@ -107,32 +80,19 @@ class Store:
         return entry
 
     async def journal_put(self, key: str, value: dict[str, Any]) -> None:
-        """Write an entry of the journal, in place of an older one; returns once it is committed.
-
-        Raises:
-            ValidationError: It could not be written.
-        """
+        """Write an entry of the journal, in place of an older one; returns once it is committed."""
         with self._refusing("written"):
             await self._do(self._writes, _put("journal", key.encode(), json.dumps(value).encode()))
 
     async def journal_delete(self, key: str) -> None:
-        """Remove an entry of the journal, if it is there; returns once that is committed.
-
-        Raises:
-            ValidationError: It could not be removed.
-        """
+        """Remove an entry of the journal, if it is there; returns once that is committed."""
         with self._refusing("written"):
             await self._do(self._writes, (_DELETE.format("journal"), (key.encode(),)))
 
     @contextlib.asynccontextmanager
     async def exclusive(self, name: str) -> AsyncIterator[None]:
-        """Hold a name alone among all users of this file, in this process and others; waits for it.
-
-        It ends with the process, also when that is killed.
-
-        Raises:
-            ValidationError: There can be no lock beside the file.
-        """
+        """Hold a name alone among all users of this file, in this process and others; waits for it."""
+        # It ends with the process, also when that is killed.
         digest = blake2b(name.encode(), digest_size=8).hexdigest()
         path = self._database.path
         async with contextlib.AsyncExitStack() as stack:
@@ -209,11 +169,7 @@ def _checksum(key: bytes, created: float, value: bytes) -> bytes:
 
 
 def unpacked(value: bytes) -> bytes:
-    """Return the JSON of a value, which is compressed where it is large.
-
-    Raises:
-        zlib.error: It is neither.
-    """
+    """Return the JSON of a value, which is compressed where it is large."""
     return value if value[:1] == b"{" else zlib.decompress(value)
 
 

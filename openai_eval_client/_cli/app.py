@@ -44,10 +44,8 @@ def limits(
     key_file: opt.KeyFile = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Show this key's limits, as the server states them: sends a request of one word for each model.
-
-    Exit codes: 0 asked; 2 bad usage; 4 refused by the server.
-    """
+    """Show this key's limits, as the server states them: sends a request of one word for each model."""
+    # Exit codes: 0 asked; 2 bad usage; 4 refused by the server.
     show_log()
     with exit_codes():
         config = account(base_url=base_url, key_file=key_file)

@@ -143,11 +143,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 @batch_app.callback()
 def _batch(ctx: typer.Context, *, base_url: opt.BaseUrl = None, key_file: opt.KeyFile = None) -> None:
-    """Submit requests as jobs of the Batch API, at half the price, and collect their results.
-
-    Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
-    4 refused by the server (key, model, quota, no such job); 130 interrupted.
-    """
+    """Submit requests as jobs of the Batch API, at half the price, and collect their results."""
+    # Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
+    # 4 refused by the server (key, model, quota, no such job); 130 interrupted.
     show_log()
     ctx.obj = {"base_url": base_url, "key_file": key_file}
 
@@ -224,11 +222,9 @@ def status(
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = _DEFAULTS.polling_interval,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far a job is.
-
-    With --wait the exit code says how it ended: 0 all answered, 1 some failed,
-    4 not one was run. Without, it is 0 whatever the status.
-    """
+    """Show how far a job is."""
+    # With --wait the exit code says how it ended: 0 all answered, 1 some failed,
+    # 4 not one was run. Without, it is 0 whatever the status.
     with exit_codes(interrupted="interrupted; the job goes on"):
         found = with_client(
             _config(ctx),
@@ -249,12 +245,10 @@ def results(
         typer.Option("--output", "-o", metavar="FILE", help="Where to; - is standard output."),
     ] = "-",
 ) -> None:
-    """Write a job's results as JSON lines, one for each request, in the order of the input.
-
-    A line has the index, counted from 0, and the response or the error. A file
-    gets its name when it is whole. Of a job that has not ended nothing is
-    written, and the exit code is 1.
-    """
+    """Write a job's results as JSON lines, one for each request, in the order of the input."""
+    # A line has the index, counted from 0, and the response or the error. A file
+    # gets its name when it is whole. Of a job that has not ended nothing is
+    # written, and the exit code is 1.
     with exit_codes(), _opened(output) as file:
         outcomes = with_client(_config(ctx), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):

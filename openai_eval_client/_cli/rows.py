@@ -47,18 +47,7 @@ def read_requests(
     lines: Iterable[bytes],
     defaults: Mapping[str, Any],
 ) -> tuple[list[BatchRequest], list[int]]:
-    """Read one request from each line that is not blank.
-
-    Args:
-        lines: Each a JSON text, or an object with "prompt" or "messages" and any parameter of the API.
-        defaults: "temperature", "max_tokens" and "system" for the lines that say nothing of it.
-
-    Returns:
-        The requests, and the number of each one's line, counted from 1.
-
-    Raises:
-        ValidationError: Names the line, and the key and value in it.
-    """
+    """Read one request from each line that is not blank."""
     requests: list[BatchRequest] = []
     numbers: list[int] = []
     for number, line in enumerate(lines, start=1):
@@ -145,33 +134,16 @@ _LONGEST_FIELD = 2**30  # characters of a CSV field
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of the input.
+    """One row of the input."""
 
-    Attributes:
-        index: Its position, from 0, blank lines not counted.
-        line: Its line, from 1.
-        data: All of it.
-        prompt: What is asked.
-    """
-
-    index: int
-    line: int
-    data: dict[str, Any]
-    prompt: str | list[Any]
+    index: int  # its position, from 0, blank lines not counted
+    line: int  # its line, from 1
+    data: dict[str, Any]  # all of it
+    prompt: str | list[Any]  # what is asked
 
 
 class Source:
-    """Where rows come from.
-
-    Args:
-        name: The file; - is standard input.
-        column: The key or column that holds the prompt; None: "prompt", or "messages" in JSON lines.
-        form: "jsonl", "csv" or "tsv"; None: by the name's ending, else "jsonl".
-        limit: How many rows at most; None: all.
-
-    Raises:
-        OSError: It is not there.
-    """
+    """Where rows come from."""
 
     def __init__(self, name: str, *, column: str | None, form: str | None, limit: int | None) -> None:
         self.name = "standard input" if name == "-" else name
@@ -191,11 +163,7 @@ class Source:
         return not self.is_stream and self.path is not None and other.exists() and other.samefile(self.path)
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows.
-
-        Raises:
-            ValidationError: One is wrong; it names the file and the line.
-        """
+        """Yield the rows."""
         with self._opened() as file:
             read = self._of_lines(file) if self._form == "jsonl" else self._of_table(file)
             for index, (line, data) in enumerate(itertools.islice(read, self._limit)):
@@ -335,20 +303,7 @@ def line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
 
 
 class Output:
-    """A file that rows are appended to, or standard output.
-
-    Args:
-        name: The file; - is standard output. It is made where it is not there.
-
-    Attributes:
-        is_regular: Whether it is a file, and no pipe or device.
-        failed: Rows in it that failed, as far as they were read.
-        models: How many of its responses name which model, likewise.
-
-    Raises:
-        OSError: It cannot be written.
-        ValidationError: Another run writes to it.
-    """
+    """A file that rows are appended to, or standard output."""
 
     def __init__(self, name: str) -> None:
         self.path = None if name == "-" else Path(name).expanduser()
@@ -373,11 +328,7 @@ class Output:
         os.ftruncate(self._file, 0)
 
     def write(self, line: bytes) -> None:
-        """Append a line: all of it or nothing.
-
-        Raises:
-            OSError: The disk is full, or the reader of a pipe has left.
-        """
+        """Append a line: all of it or nothing."""
         written = 0
         try:
             while written < len(line):
@@ -395,15 +346,7 @@ class Output:
             os.close(self._file)
 
     def done(self, *, without_errors: bool, only_look: bool = False) -> dict[int, bytes]:
-        """Return the fingerprint of each row that is there, by its index; a line torn by a crash is removed.
-
-        Args:
-            without_errors: Remove the rows that failed, too.
-            only_look: Leave the file as it is: what would be removed is only left out.
-
-        Raises:
-            ValidationError: It holds what no run wrote.
-        """
+        """Return the fingerprint of each row there is, by its index; remove a line that a crash tore."""
         if not only_look:
             self._mend()
         rows = {}

@@ -79,11 +79,7 @@ def exit_code(result: Result, failed_before: int) -> int:
 
 
 def sum_up(order: Order, result: Result, output: str, code: int, *, quiet: bool, as_json: bool) -> None:
-    """Say what came of it, and how to go on.
-
-    Raises:
-        OSError: That of the output.
-    """
+    """Say what came of it, and how to go on."""
     reader_left = isinstance(result.error, BrokenPipeError)
     quiet = quiet or reader_left or (code == BAD_INPUT and not result.answered + result.failed)
     if as_json:
@@ -157,12 +153,7 @@ def _reasons(result: Result) -> list[str]:
 
 
 def say_models(models: Mapping[str, int], asked: str) -> None:
-    """Warn where no response that is there names the model asked, or a dated version of it.
-
-    Args:
-        models: How many responses name which model.
-        asked: The model that this run asks.
-    """
+    """Warn where no response that is there names the model asked, or a dated version of it."""
     version = re.compile(rf"{re.escape(asked)}(-\d.*)?")
     if models and not any(version.fullmatch(model) for model in models):
         there, named = sum(models.values()), ", ".join(sorted(models))
@@ -267,17 +258,14 @@ def run(  # one name for each option
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Tell of waits and retries.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Answer a file of prompts, one output row for each.
-
-    An output row is the input row with its index (from 0), and the response or
-    the error. Rows are written as they come, each whole, so the output is JSON
-    lines at any time. With --json a summary goes to standard output, or to
-    standard error where the rows go to standard output.
-
-    Exit codes: 0 all answered; 1 some failed; 2 bad input or usage; 3 budget
-    reached; 4 refused by the server for all (key, model, quota, no server there);
-    130 interrupted. After Ctrl-C what is in flight may finish for 5 seconds.
-    """
+    """Answer a file of prompts, one output row for each."""
+    # An output row is the input row with its index (from 0), and the response or
+    # the error. Rows are written as they come, each whole, so the output is JSON
+    # lines at any time. With --json a summary goes to standard output, or to
+    # standard error where the rows go to standard output.
+    # Exit codes: 0 all answered; 1 some failed; 2 bad input or usage; 3 budget
+    # reached; 4 refused by the server for all (key, model, quota, no server there);
+    # 130 interrupted. After Ctrl-C what is in flight may finish for 5 seconds.
     show_log(verbose=verbose)
     quiet = quiet or (as_json and output == "-")  # the summary is then alone on standard error
     with exit_codes():

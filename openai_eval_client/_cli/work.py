@@ -43,15 +43,7 @@ _NOT_OURS = (signal.SIG_IGN, None)  # as a shell has it for what runs in the bac
 
 
 class Interrupts:
-    """Takes the signals while it is entered, inside a running event loop.
-
-    Args:
-        at_once: Whether there is nothing to wait for: the second signal is then as without this.
-        farewell: What is said when the second signal ends it all.
-
-    Attributes:
-        event: Set by the first signal.
-    """
+    """Takes the signals while it is entered, inside a running event loop."""
 
     def __init__(self, *, at_once: bool = False, farewell: str = "") -> None:
         self.event = asyncio.Event()
@@ -109,13 +101,8 @@ class Interrupts:
 
 
 def complete(work: Coroutine[Any, Any, T]) -> T:
-    """Run to the end; a signal cancels it at once, whatever task of it is at work.
-
-    Before Python 3.11, `asyncio.run` leaves it to chance which one meets the `KeyboardInterrupt`.
-
-    Raises:
-        KeyboardInterrupt: A signal came.
-    """
+    """Run to the end; a signal cancels it at once, whatever task of it is at work."""
+    # Before Python 3.11, `asyncio.run` leaves it to chance which one meets the `KeyboardInterrupt`.
 
     async def working() -> T:
         with Interrupts(at_once=True) as signals:
@@ -164,38 +151,22 @@ _LIKE_PARAMETERS = frozenset(
 
 @dataclass(slots=True)
 class Order:
-    """What is to be done.
+    """What is to be done."""
 
-    Attributes:
-        config: Where the API is.
-        limits: The rate limits.
-        source: The rows.
-        done: The fingerprint of each row that has its output already, by index.
-        total: How many rows are to be answered; None: nobody knows.
-        params: What is asked of the client with every row.
-        cache: Where answers are kept; None: nowhere.
-        batch: How the Batch API is used, if it is.
-        progress: Whether to show how far it is.
-        farewell: How to go on, where it is ended at once.
-    """
-
-    config: OpenAIConfig
-    limits: RateLimitConfig
-    source: Source
+    config: OpenAIConfig  # where the API is
+    limits: RateLimitConfig  # the rate limits
+    source: Source  # the rows
+    # the fingerprint of each row that has its output already, by index
     done: dict[int, bytes] = field(default_factory=dict)
-    total: int | None = None
-    params: dict[str, Any] = field(default_factory=dict)
-    cache: Path | None = None
-    batch: BatchConfig | None = None
-    progress: bool = False
-    farewell: str = ""
+    total: int | None = None  # how many rows are to be answered; None: nobody knows
+    params: dict[str, Any] = field(default_factory=dict)  # what is asked of the client with every row
+    cache: Path | None = None  # where answers are kept; None: nowhere
+    batch: BatchConfig | None = None  # how the Batch API is used, if it is
+    progress: bool = False  # whether to show how far it is
+    farewell: str = ""  # how to go on, where it is ended at once
 
     def rows(self) -> Iterator[Row]:
-        """Yield the rows that are to be answered.
-
-        Raises:
-            ValidationError: A row is wrong, or another one than it was when it was answered.
-        """
+        """Yield the rows that are to be answered."""
         for row in self.source.rows():
             known = self.done.get(row.index)
             if known is None:
@@ -213,23 +184,14 @@ class Order:
 
 @dataclass(slots=True)
 class Survey:
-    """What a look at all rows says.
+    """What a look at all rows says."""
 
-    Attributes:
-        rows: How many are to be answered.
-        unsent: Keys that look like parameters, and are not sent.
-    """
-
-    rows: int = 0
-    unsent: set[str] = field(default_factory=set)
+    rows: int = 0  # how many are to be answered
+    unsent: set[str] = field(default_factory=set)  # keys that look like parameters, and are not sent
 
 
 def survey(order: Order) -> Survey:
-    """Look at all rows before the first is sent.
-
-    Raises:
-        ValidationError: A row is wrong.
-    """
+    """Look at all rows before the first is sent."""
     found = Survey()
     for row in order.rows():
         found.rows += 1
@@ -239,29 +201,18 @@ def survey(order: Order) -> Survey:
 
 @dataclass(slots=True)
 class Result:
-    """What came of it.
+    """What came of it."""
 
-    Attributes:
-        answered: Rows with a response.
-        failed: Rows with an error.
-        kinds: How many of those had which class of error, HTTP status and code.
-        cached: Answers from the cache.
-        seconds: Wall time.
-        stats: The client's counts.
-        error: What ended it before the end.
-        interrupted: Whether a signal did.
-        jobs: Batches that go on, where there are any.
-    """
-
-    answered: int = 0
-    failed: int = 0
+    answered: int = 0  # rows with a response
+    failed: int = 0  # rows with an error
+    # how many of those had which class of error, HTTP status and code
     kinds: Counter[tuple[str, int | None, str]] = field(default_factory=Counter)
-    cached: int = 0
-    seconds: float = 0.0
-    stats: ClientStats | None = None
-    error: Exception | None = None
-    interrupted: bool = False
-    jobs: str | None = None
+    cached: int = 0  # answers from the cache
+    seconds: float = 0.0  # wall time
+    stats: ClientStats | None = None  # the client's counts
+    error: Exception | None = None  # what ended it before the end
+    interrupted: bool = False  # whether a signal did
+    jobs: str | None = None  # batches that go on, where there are any
 
     def count(self, outcome: ModelResponse | Exception) -> None:
         """Count the outcome of a row."""
@@ -274,10 +225,8 @@ class Result:
 
 
 async def answer_rows(order: Order, output: Output) -> Result:
-    """Answer the rows as they come, and write each outcome as it comes.
-
-    What the rows that are not written would all have met is the result's `error`.
-    """
+    """Answer the rows as they come, and write each outcome as it comes."""
+    # What the rows that are not written would all have met is the result's `error`.
     result, began = Result(), time.monotonic()
     async with order.client() as client:
         with Interrupts(farewell=order.farewell) as signals:
@@ -408,10 +357,6 @@ async def _each(order: Order) -> AsyncIterator[Row]:
 
 
 def check_some(order: Order, result: Result) -> None:
-    """Refuse an input without a row.
-
-    Raises:
-        ValidationError: It has none.
-    """
+    """Refuse an input without a row."""
     if not (result.answered or result.failed or order.done or result.error or result.interrupted):
         raise ValidationError(f"{order.source.name}: no rows", field="input")

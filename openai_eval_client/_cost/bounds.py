@@ -47,11 +47,7 @@ class _Size(NamedTuple):
 
 
 class CostBounds:
-    """Says what requests can cost, and what they did.
-
-    Args:
-        ledger: Knows the prices.
-    """
+    """Says what requests can cost, and what they did."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -59,19 +55,9 @@ class CostBounds:
         self._surprised: set[str] = set()
 
     async def most(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
-        """Return the most that one attempt can cost, in USD.
-
-        That is all its input at the dearest price that input of this model can have, and all the output that
-        it allows: at the ordinary price or that of the service tier asked for, whichever is higher.
-
-        Args:
-            body: The request's body.
-            path: The path of its endpoint.
-            counter: Counts tokens.
-
-        Raises:
-            ValidationError: That has no bound, or the price is not known.
-        """
+        """Return the most that one attempt can cost, in USD."""
+        # That is all its input at the dearest price that input of this model can have, and all the output
+        # that it allows: at the ordinary price or that of the service tier asked for, whichever is higher.
         if is_free(path):
             return _NOTHING
         output = most_output(body, path)
@@ -88,10 +74,8 @@ class CostBounds:
         return self._priced(body, counter.most_input_now(body), output, batch=True)
 
     def actual(self, demand: Demand, outcome: Outcome) -> Decimal:
-        """Return what an attempt came to, in USD; the most it can cost where nothing says so.
-
-        Nothing, where no connection came about or it was refused with an error status.
-        """
+        """Return what an attempt came to, in USD; the most it can cost where nothing says so."""
+        # Nothing, where no connection came about or it was refused with an error status.
         most, usage = demand.most_cost or _NOTHING, outcome.counted
         refused = outcome.status is not None and not outcome.ok
         if usage is None:
@@ -145,15 +129,7 @@ class CostBounds:
 
 
 def most_output(body: Mapping[str, Any], path: str) -> int:
-    """Return the tokens that all answers to a request can have together.
-
-    Args:
-        body: Its body; the input need not be there.
-        path: The path of its endpoint.
-
-    Raises:
-        ValidationError: They have no bound, or the input has none.
-    """
+    """Return the tokens that all answers to a request can have together."""
     names = next((names for end, names in _CAPS.items() if path.endswith(end)), None)
     if names is None:
         _reject(f"what a request to {path} costs is not known beforehand")

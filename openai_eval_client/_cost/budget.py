@@ -40,19 +40,12 @@ class _State(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """What one budget reserves for one request.
+    """What one budget reserves for one request."""
 
-    Attributes:
-        amount: USD.
-        state: Where it is.
-        owner: The event loop that waits for it.
-        future: The future to resolve.
-    """
-
-    amount: Decimal
-    state: _State = _State.WAITING
-    owner: asyncio.AbstractEventLoop | None = None
-    future: asyncio.Future[None] | None = None
+    amount: Decimal  # USD
+    state: _State = _State.WAITING  # where it is
+    owner: asyncio.AbstractEventLoop | None = None  # the event loop that waits for it
+    future: asyncio.Future[None] | None = None  # the future to resolve
 
 
 class CostBudget:
@@ -61,10 +54,6 @@ class CostBudget:
     First come, first served: a request for which there is no room now, but may be once others are settled,
     waits for that, and those after it wait too. One for which there cannot be room any more is refused. What
     is spent and reserved stays within the limit, as long as nothing costs more than was reserved for it.
-
-    Args:
-        limit: USD.
-        lock: The lock of those who settle; None: one of its own.
     """
 
     def __init__(self, limit: Decimal, *, lock: DeferringLock | None = None) -> None:
@@ -74,11 +63,7 @@ class CostBudget:
         self._queue: deque[Hold] = deque()
 
     async def reserve(self, amount: Decimal) -> Hold:
-        """Reserve an amount in USD, once there is room for it.
-
-        Raises:
-            BudgetExceededError: There cannot be room for it any more.
-        """
+        """Reserve an amount in USD, once there is room for it."""
         with self._lock:
             hold, asked_at = self._asked(amount), time.monotonic()
             if hold.state is _State.WAITING:
@@ -101,11 +86,7 @@ class CostBudget:
         return hold
 
     def reserve_now(self, amount: Decimal) -> Hold | None:
-        """Reserve an amount in USD at once; None where there is no room now, but may be later.
-
-        Raises:
-            BudgetExceededError: There cannot be room for it any more.
-        """
+        """Reserve an amount in USD at once; None where there is no room now, but may be later."""
         with self._lock:
             hold = self._asked(amount)
             return hold if hold.state is _State.HELD else None
@@ -233,15 +214,10 @@ class CostBudget:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one request reserves, from each budget that it is to be paid from.
+    """What one request reserves, from each budget that it is to be paid from."""
 
-    Attributes:
-        amount: USD.
-        holds: Each budget and what it reserves.
-    """
-
-    amount: Decimal
-    holds: tuple[tuple[CostBudget, Hold], ...]
+    amount: Decimal  # USD
+    holds: tuple[tuple[CostBudget, Hold], ...]  # each budget and what it reserves
 
     def settle(self, actual: Decimal) -> None:
         """Replace it by what was spent, in USD; a second call does nothing."""
@@ -261,18 +237,7 @@ class Reservation:
 
 
 async def reserve(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation:
-    """Reserve an amount from several budgets, once all of them have room for it.
-
-    Args:
-        budgets: In the same order for every request, so that none waits for another in a circle.
-        amount: USD.
-
-    Returns:
-        The reservation, to be settled.
-
-    Raises:
-        BudgetExceededError: There cannot be room for it any more.
-    """
+    """Reserve an amount from several budgets, once all of them have room for it."""
     holds: list[tuple[CostBudget, Hold]] = []
     try:
         for budget in budgets:
@@ -284,11 +249,7 @@ async def reserve(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation
 
 
 def reserve_now(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation | None:
-    """Reserve an amount from several budgets at once; None where there is no room now, but may be later.
-
-    Raises:
-        BudgetExceededError: There cannot be room for it any more.
-    """
+    """Reserve an amount from several budgets at once; None where there is no room now, but may be later."""
     holds: list[tuple[CostBudget, Hold]] = []
     try:
         for budget in budgets:
@@ -311,13 +272,7 @@ def commit(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation:
 
 
 class Payments:
-    """The money of one client.
-
-    Args:
-        ledger: Knows the prices.
-        lock: The lock of who settles.
-        max_cost: USD that may be spent in all; None: any amount.
-    """
+    """The money of one client."""
 
     def __init__(self, ledger: Ledger, lock: DeferringLock, max_cost: float | None) -> None:
         self.bounds = CostBounds(ledger)
@@ -327,16 +282,7 @@ class Payments:
     def budget_for(
         self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str
     ) -> CostBudget | None:
-        """Return a call's own budget, None for None; where anybody keeps a budget, check that it can be kept.
-
-        Args:
-            max_cost: USD that the call may cost.
-            body: What its requests have in common.
-            path: The path of their endpoint.
-
-        Raises:
-            ValidationError: It is no amount, or the requests' cost has no bound.
-        """
+        """Return a call's own budget, None for None; where there is any budget, check that it can be kept."""
         if max_cost is not None:
             check_cost(max_cost, "max_cost")
         own = self._new(max_cost)
@@ -349,18 +295,7 @@ class Payments:
         return [budget for budget in (own, self._budget) if budget is not None]
 
     async def reserve(self, demand: Demand, own: CostBudget | None) -> Payment:
-        """Reserve what an attempt can cost at most, once there is room for it.
-
-        Args:
-            demand: What it asks for.
-            own: The call's own budget.
-
-        Returns:
-            What is to be settled.
-
-        Raises:
-            BudgetExceededError: There cannot be room for it any more.
-        """
+        """Reserve what an attempt can cost at most, once there is room for it."""
         return Payment(self.bounds, await reserve(self.budgets(own), demand.most_cost or Decimal(0)))
 
     def shared(self, ledger: Ledger) -> Payments:
@@ -379,11 +314,7 @@ class Payments:
         counter: TokenCounter,
         own: CostBudget | None = None,
     ) -> Decimal | None:
-        """Return the most that one attempt can cost, in USD; None where nobody keeps a budget.
-
-        Raises:
-            ValidationError: That has no bound, or the price is not known.
-        """
+        """Return the most that one attempt can cost, in USD; None where nobody keeps a budget."""
         return await self.bounds.most(body, path, counter) if self.budgets(own) else None
 
     @property

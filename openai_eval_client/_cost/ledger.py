@@ -92,13 +92,7 @@ class Ledger:
         return self._pricer
 
     def add(self, model: str, usage: Usage, *, batch: bool = False) -> None:
-        """Enter one answer.
-
-        Args:
-            model: The model that was asked; the usage may name the one that answered.
-            usage: What the answer used.
-            batch: Whether it came through the Batch API.
-        """
+        """Enter one answer."""
         self._note("answered", model, usage, batch=batch)
 
     def book_batch(self, entries: Iterable[tuple[str, Usage, Decimal | None]]) -> None:
@@ -112,16 +106,9 @@ class Ledger:
         self._note("saved", model, usage, batch=batch)
 
     def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> None:
-        """Enter what an attempt came to.
-
-        Where the server did not say, it may have been billed if it was answered, or if nothing came back; an
-        error that came back was not.
-
-        Args:
-            demand: What was asked.
-            outcome: What came of it.
-            reserved: The tokens that were reserved for it.
-        """
+        """Enter what an attempt came to."""
+        # Where the server did not say, it may have been billed if it was answered, or if nothing came back;
+        # an error that came back was not.
         if demand.model is None or not outcome.sent:
             return
         if outcome.usage is not None:
@@ -183,10 +170,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def _alone(self, *, wait: bool = True) -> Iterator[bool]:
-        """Take the lock; yields False where it could not be had, or this thread interrupts itself holding it.
-
-        A collected stream or a signal handler may do that; it may then read, but not change anything.
-        """
+        """Take the lock; yield False where it could not be had, or this thread already holds it."""
+        # A collected stream or a signal handler may do that; it may then read, but not change anything.
         if not self._lock.acquire(blocking=wait):
             yield False
             return

@@ -101,38 +101,17 @@ class Pricer:
         batch: bool = False,
         service_tier: str | None = None,
     ) -> Decimal | None:
-        """Prices one answer.
-
-        All tokens have the price of the tier that the input falls in, as with OpenAI's long prompts. In a
-        batch the service tier plays no part; an OpenAI model without a batch price of its own has OpenAI's
-        flat discount of 50% (https://platform.openai.com/docs/guides/batch). Cached input without a price of
-        its own is ordinary input.
-
-        Args:
-            model: The model that answered.
-            usage: Its tokens. Parts that exceed their whole are cut to it.
-            batch: Whether it came through the Batch API.
-            service_tier: The answer's service_tier; None, "auto" and "default" are the ordinary price.
-
-        Returns:
-            US dollars; None where the price is unknown, also that of one tier, of batches, or of sound.
-        """
+        """Prices one answer."""
+        # All tokens have the price of the tier that the input falls in, as with OpenAI's long prompts. In a
+        # batch the service tier plays no part; an OpenAI model without a batch price of its own has OpenAI's
+        # flat discount of 50% (https://platform.openai.com/docs/guides/batch). Cached input without a price
+        # of its own is ordinary input.
         rates = self.rates(model, batch=batch, service_tier=service_tier, at=time.time())
         self.say_unpriced()
         return None if rates is None else rates.price(usage)
 
     def rates(self, model: str, *, batch: bool, service_tier: str | None, at: float) -> Rates | None:
-        """Finds what the tokens of a model cost, and says nothing where that is not known.
-
-        Args:
-            model: The model that answered.
-            batch: Whether through the Batch API.
-            service_tier: The answer's service_tier.
-            at: When it answered, in seconds since the epoch.
-
-        Returns:
-            The rates; None where the price is unknown.
-        """
+        """Finds what the tokens of a model cost, and says nothing where that is not known."""
         tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
         return self._rates(model, batch, tier, int(at) // _VALID_SECONDS)
 
@@ -243,17 +222,7 @@ class Rates:
         heard: bool = False,
         spoken: bool = False,
     ) -> Decimal | None:
-        """Adds up what tokens can cost at most, in dollars, of whatever kind they turn out to be.
-
-        Args:
-            prompt: Input tokens at most.
-            completion: Output tokens at most.
-            heard: Whether there may be sound in the input.
-            spoken: Whether there may be sound in the output.
-
-        Returns:
-            Dollars; None where one of the kinds has no price.
-        """
+        """Adds up what tokens can cost at most, in dollars, of whatever kind they turn out to be."""
         inputs = [self.input, self.cached, self.written, *([self.audio_input] if heard else [])]
         outputs = [self.output, *([self.audio_output] if spoken else [])]
         dearest = _dearest(inputs, prompt), _dearest(outputs, prompt) if completion else _FREE

@@ -31,11 +31,6 @@ class Bucket(AsyncLimiter):
 
     Its `_loop` only serves as its clock; its level may go above the capacity (a debt, after a request larger
     than the bucket) or be given back.
-
-    Args:
-        rate: Units per second.
-        capacity: Units it holds, one at least; it starts full.
-        clock: Where the time comes from.
     """
 
     _loop: Any = None  # a property in the class above, which asks asyncio
@@ -98,17 +93,12 @@ _SHORTEST = 1.0  # seconds of stated in a server's bucket at least
 
 
 class Sent(NamedTuple):
-    """The state when a waiter was granted.
+    """The state when a waiter was granted."""
 
-    Attributes:
-        arrived: This one, and all that was granted so long before it that it had surely reached the server.
-        at: Clock time of the grant.
-        amount: What it took.
-    """
-
+    # this one, and all that was granted so long before it that it had surely reached the server
     arrived: float
-    at: float
-    amount: float
+    at: float  # clock time of the grant
+    amount: float  # what it took
 
 
 class ServerBucket:
@@ -118,11 +108,6 @@ class ServerBucket:
     harm), and grows with each success: doubling every round trip, as TCP's slow start. Its headers, once
     there are any, decide. Where there are none and it refuses, the rate is cut and then creeps up again
     (AIMD); as soon as two refusals are a second apart, what passed between them is the rate.
-
-    Args:
-        rate: The configured rate, in units per second; None: unlimited until the server says otherwise.
-        capacity: The size of the configured bucket, in units.
-        clock: Where the time comes from.
     """
 
     def __init__(self, rate: float | None, capacity: float, clock: Clock) -> None:
@@ -191,15 +176,9 @@ class ServerBucket:
         return not self._spoken or self._clock.time() - self._heard_at >= MOMENT
 
     def update_from_headers(self, stated: StatedLimit, mark: Sent) -> None:
-        """Take over what an answer's headers say.
-
-        Servers stamp them when they admit a request or when they answer it; the lower of the two readings is
-        believed. Only the answer to the freshest request counts.
-
-        Args:
-            stated: What the headers say.
-            mark: Of the waiter that was answered.
-        """
+        """Take over what an answer's headers say."""
+        # Servers stamp them when they admit a request or when they answer it; the lower of the two readings
+        # is believed. Only the answer to the freshest request counts.
         if mark.at < self._freshest:
             return
         self.limit = max(stated.limit, self.limit or 0)
@@ -224,10 +203,8 @@ class ServerBucket:
         return rate, self._capacity(stated, rate, mark)
 
     def _capacity(self, stated: StatedLimit, rate: float, mark: Sent) -> float:
-        """Return the size of the server's bucket: what is left and the refill until it is full again.
-
-        Where the server does not say when that is, the most it has said was left.
-        """
+        """Return the size of the server's bucket: what is left and the refill until it is full again."""
+        # Where the server does not say when that is, the most it has said was left.
         self._most_left = max(self._most_left, stated.remaining + mark.amount)
         known = self._most_left if stated.reset is None else stated.remaining + stated.reset * rate
         return min(max(known, rate * _SHORTEST), stated.limit)
@@ -245,14 +222,7 @@ class ServerBucket:
             self._creep(self.bucket)
 
     def refused(self, amount: float, mark: Sent, wait: float, *, spoke: bool) -> None:
-        """Learn that the server refused `amount` for now.
-
-        Args:
-            amount: What was asked of it.
-            mark: Of the waiter that was refused.
-            wait: Seconds it says to wait, 0 where it does not say.
-            spoke: Whether it says what is left; one that has stopped doing so is silent from then on.
-        """
+        """Learn that the server refused `amount` for now."""
         now = self._clock.time()
         if amount <= 0:
             return
@@ -335,17 +305,11 @@ UNLIMITED_SHARE = UNLIMITED / 10_000  # so much is a part of it, however many sh
 
 
 class Limit(NamedTuple):
-    """What holds in one dimension.
+    """What holds in one dimension."""
 
-    Attributes:
-        configured: Units per minute that the user set; None: none.
-        server: Units per minute that the server stated or its refusals taught; None: not known.
-        burst: Units that a full bucket admits at once.
-    """
-
-    configured: float | None
-    server: float | None
-    burst: float
+    configured: float | None  # units per minute that the user set; None: none
+    server: float | None  # units per minute that the server stated or its refusals taught; None: not known
+    burst: float  # units that a full bucket admits at once
 
     @property
     def per_minute(self) -> float | None:
@@ -358,12 +322,6 @@ class Quota:
 
     An estimate that was too high is given back to the configured bucket only: servers that charge
     `max_tokens` up front do not give it back.
-
-    Args:
-        per_minute: The configured limit; None: only what the server is believed to keep.
-        config: How long its bucket is, and whether to heed the server at all.
-        clock: Where the time comes from.
-        metered: Whether there is any limit at all.
     """
 
     def __init__(
@@ -403,13 +361,7 @@ class Quota:
         return self._whole.max_rate if self._whole is not None else UNLIMITED
 
     def hold_to(self, rate: float, left: float, *, least: float) -> None:
-        """Keep to a part of the limit for now.
-
-        Args:
-            rate: Units per second.
-            left: Units to begin with.
-            least: Units that its bucket has to hold, so that one request waits for all that it takes.
-        """
+        """Keep to a part of the limit for now."""
         if rate < UNLIMITED_SHARE:
             size = max(rate * self.limit_size / self.limit_rate, least)
             self._configured = Bucket(rate, size, self._clock)
@@ -431,11 +383,9 @@ class Quota:
         return max(configured, self._server.ready_in(amount)) if self._server is not None else configured
 
     def too_small_for(self, amount: float, max_wait: float) -> int | None:
-        """Return the limit per minute that can never admit `amount`; None where one can, or there is none.
-
-        The server admits no more than its own limit at once. The configured one may be exceeded, at the
-        cost of a debt that those behind wait for: up to `max_wait` seconds' worth.
-        """
+        """Return the limit per minute that can never admit `amount`; None where one can, or there is none."""
+        # The server admits no more than its own limit at once. The configured one may be exceeded, at the
+        # cost of a debt that those behind wait for: up to `max_wait` seconds' worth.
         server = self._server.limit if self._server is not None else None
         if server is not None and amount > server:
             return server
@@ -465,10 +415,8 @@ class Quota:
             self._server.refund(amount)
 
     def used_share(self) -> float | None:
-        """Return what was spent, as a share of a full bucket and its refill since the first request.
-
-        None where no limit is known. It is what was reserved: servers charge that.
-        """
+        """Return what was spent, as a share of a full bucket and its refill since the first request."""
+        # None where no limit is known. It is what was reserved: servers charge that.
         bucket = self._whole or (self._server.bucket if self._server is not None else None)
         if bucket is None or self._began is None:
             return None

@@ -30,16 +30,11 @@ class State(enum.Enum):
 
 @dataclass(slots=True, eq=False)
 class ConcurrencyLimit:
-    """A bound on concurrency: the model's own, or that of one call which brought its own.
+    """A bound on concurrency: the model's own, or that of one call which brought its own."""
 
-    Attributes:
-        limit: Requests in flight at once.
-        in_flight: How many there are.
-        queue: Heap of waiting waiters; those no longer waiting are dropped when they come up.
-    """
-
-    limit: float
-    in_flight: int = 0
+    limit: float  # requests in flight at once
+    in_flight: int = 0  # how many there are
+    # heap of waiting waiters; those no longer waiting are dropped when they come up
     queue: list[Waiter] = field(default_factory=list)
 
     def first(self) -> Waiter | None:
@@ -51,30 +46,18 @@ class ConcurrencyLimit:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One HTTP attempt's place in the queue, and what is reserved for it.
+    """One HTTP attempt's place in the queue, and what is reserved for it."""
 
-    Attributes:
-        turn: Its number; a retry comes back with its old one.
-        tokens: What it reserves.
-        concurrency: The concurrency bound it runs under.
-        asked_at: Clock time at which it queued.
-        owner: The event loop that waits for it, None where nobody had to wait.
-        future: The future to resolve.
-        state: Where it is.
-        granted_at: Clock time at which it was admitted; once it has begun, at which it began.
-        ended_at: Clock time at which it was settled.
-        marks: Where the quotas of requests and of tokens stood then.
-    """
-
-    turn: int
-    tokens: float
-    concurrency: ConcurrencyLimit
-    asked_at: float
-    owner: Any = None
-    future: Any = None
-    state: State = State.WAITING
-    granted_at: float = 0.0
-    ended_at: float = 0.0
+    turn: int  # its number; a retry comes back with its old one
+    tokens: float  # what it reserves
+    concurrency: ConcurrencyLimit  # the concurrency bound it runs under
+    asked_at: float  # clock time at which it queued
+    owner: Any = None  # the event loop that waits for it, None where nobody had to wait
+    future: Any = None  # the future to resolve
+    state: State = State.WAITING  # where it is
+    granted_at: float = 0.0  # clock time at which it was admitted; once it has begun, at which it began
+    ended_at: float = 0.0  # clock time at which it was settled
+    # where the quotas of requests and of tokens stood then
     marks: tuple[Sent | None, Sent | None] = (None, None)
 
     def __lt__(self, other: Waiter) -> bool:
@@ -87,22 +70,14 @@ _OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What holds for one model, and what it waited for.
+    """What holds for one model, and what it waited for."""
 
-    Attributes:
-        model: Which.
-        requests: Its limit on requests.
-        tokens: Its limit on tokens.
-        max_concurrent: Its bound on requests in flight; infinite where there is none.
-        waited: Seconds summed over those who waited, by what for.
-        output_length: Mean and spread of its latest answers, in tokens; empty before the first.
-    """
-
-    model: str
-    requests: Limit
-    tokens: Limit
-    max_concurrent: float
-    waited: dict[str, float]
+    model: str  # which
+    requests: Limit  # its limit on requests
+    tokens: Limit  # its limit on tokens
+    max_concurrent: float  # its bound on requests in flight; infinite where there is none
+    waited: dict[str, float]  # seconds summed over those who waited, by what for
+    # mean and spread of its latest answers, in tokens; empty before the first
     output_length: dict[str, float]
 
 
@@ -111,11 +86,6 @@ class ModelQueue:
 
     A waiter whose concurrency limit is reached lets those of other limits pass; one that waits for quota does
     not, so a large request cannot starve behind small ones. One larger than the bucket goes when it is full.
-
-    Args:
-        model: Whose limits these are; None: no quota, only the concurrency bound.
-        config: The limits.
-        clock: Where the time comes from.
     """
 
     def __init__(self, model: str | None, config: RateLimitConfig, clock: Clock) -> None:
@@ -196,10 +166,8 @@ class ModelQueue:
         self.tokens.refund(waiter.tokens)
 
     def refused(self, waiter: Waiter, dimension: str | None, wait: float, spoken: Container[str]) -> None:
-        """Learn that the server had no room for this waiter: in "requests", "tokens", or it did not say.
-
-        `spoken` holds the dimensions of which its headers said what is left.
-        """
+        """Learn that the server had no room for this waiter: in "requests", "tokens", or it did not say."""
+        # `spoken` holds the dimensions of which its headers said what is left.
         if dimension != "tokens":
             self.requests.refused(1, waiter.marks[0], wait, spoke="requests" in spoken)
         if dimension != "requests":
@@ -329,18 +297,10 @@ def describe(queues: Collection[ModelQueue]) -> dict[str, dict[str, Any]]:
 
 
 class LimitStatus(NamedTuple):
-    """Where a model's limits stand.
+    """Where a model's limits stand."""
 
-    Attributes:
-        spent: Requests and tokens admitted since the client began.
-        limits: What may be per minute of each, None where no limit is known.
-        waiting: How many requests wait.
-        cause: What the next one waits for: "requests", "tokens", "pause" or "concurrency".
-        seconds: How long it will.
-    """
-
-    spent: dict[str, float]
-    limits: dict[str, float | None]
-    waiting: int
-    cause: str
-    seconds: float
+    spent: dict[str, float]  # requests and tokens admitted since the client began
+    limits: dict[str, float | None]  # what may be per minute of each, None where no limit is known
+    waiting: int  # how many requests wait
+    cause: str  # what the next one waits for: "requests", "tokens", "pause" or "concurrency"
+    seconds: float  # how long it will

@@ -50,12 +50,7 @@ def script() -> str:
 
 
 class RedisBackend:
-    """Asks and tells the shared stated of one account.
-
-    Args:
-        config: Where they are kept, and under what namespace.
-        account: Whose they are: key, server, organisation, project. Only a hash of it leaves the process.
-    """
+    """Asks and tells the shared stated of one account."""
 
     def __init__(self, config: RateLimitConfig, account: Iterable[str | None]) -> None:
         self._url = str(config.redis_url)

@@ -23,15 +23,10 @@ ALIVE_SECONDS = 10.0  # a worker that waits and was not heard of for so long is 
 
 
 class SharedBackend(Protocol):
-    """One worker's way there.
+    """One worker's way there."""
 
-    Attributes:
-        generation: Another number in a forked child, which has to ask for itself.
-        workers: How many were alive when one of the queues heard last; 0: none has heard yet.
-    """
-
-    generation: int
-    workers: int
+    generation: int  # another number in a forked child, which has to ask for itself
+    workers: int  # how many were alive when one of the queues heard last; 0: none has heard yet
 
     def ask(self, model: str, told: dict[str, Any], done: Callable[[Any], None]) -> None:
         """Ask and tell; `done` is called later with the reply or the exception, on any thread."""
@@ -69,17 +64,11 @@ def position_of(marks: tuple[Any, ...]) -> Position | None:
 
 
 class Released(NamedTuple):
-    """What one bucket has let go.
+    """What one bucket has let go."""
 
-    Attributes:
-        free: In all, when the reply was made.
-        rate: Units a second that it lets go.
-        size: Units that it holds.
-    """
-
-    free: float
-    rate: float
-    size: float
+    free: float  # in all, when the reply was made
+    rate: float  # units a second that it lets go
+    size: float  # units that it holds
 
     def left(self, taken: float, seconds: float) -> float:
         """Return what it held that many seconds after the reply, if nobody has taken any since."""
@@ -100,25 +89,15 @@ class Line(NamedTuple):
 
 
 class SharedSnapshot(NamedTuple):
-    """The shared stated as of one reply.
+    """The shared stated as of one reply."""
 
-    Attributes:
-        at: Clock time at which it came.
-        epoch: The birth of the shared state: another one knows nothing of the places in this one.
-        age: Seconds since then.
-        workers: How many are alive.
-        reserved: For how many of the waiters asked for.
-        pause: Seconds from `at` for which the server asked that nobody go.
-        lines: The dimensions.
-    """
-
-    at: float
-    epoch: float
-    age: float
-    workers: int
-    reserved: int
-    pause: float
-    lines: tuple[Line, ...]
+    at: float  # clock time at which it came
+    epoch: float  # the birth of the shared state: another one knows nothing of the places in this one
+    age: float  # seconds since then
+    workers: int  # how many are alive
+    reserved: int  # for how many of the waiters asked for
+    pause: float  # seconds from `at` for which the server asked that nobody go
+    lines: tuple[Line, ...]  # the dimensions
 
     @classmethod
     def read(cls, reply: Sequence[float], at: float) -> SharedSnapshot:
@@ -152,11 +131,7 @@ def _line(numbers: Sequence[float]) -> Line:
 
 
 class PendingUpdates:
-    """Collects what happened since the worker spoke last; in the words of `shared.lua`.
-
-    Attributes:
-        urgent: Whether the others should know at once.
-    """
+    """Collects what happened since the worker spoke last; in the words of `shared.lua`."""
 
     def __init__(self) -> None:
         self.urgent = False
@@ -194,16 +169,7 @@ class PendingUpdates:
         place: float,
         sent_at: float,
     ) -> None:
-        """Pass on what the headers say, where no fresher request has been answered.
-
-        Args:
-            line: The dimension, from 0.
-            stated: What they say.
-            rate: The refill, in units a second.
-            size: The size of the server's bucket, in units.
-            place: What had been reserved up to the request that was answered, itself included.
-            sent_at: Clock time at which that was sent.
-        """
+        """Pass on what the headers say, where no fresher request has been answered."""
         known = self._heard.get(line)
         if known is None or known["age"] <= sent_at:
             word = {"line": line + 1, "rate": rate, "size": size, "left": stated.remaining, "place": place}
@@ -249,13 +215,6 @@ class SharedModelQueue(ModelQueue):
     """Permit to one model, within what all workers may send.
 
     Besides the shared state the quotas of this worker alone are kept up, for the time when they are needed.
-
-    Args:
-        model: Whose limits these are.
-        config: The limits as this worker knows them; of those of all workers the lowest hold.
-        clock: Where the time comes from.
-        backend: The way to the shared state.
-        replied: Called with this queue and what came back, on any thread; it must call `take`.
     """
 
     def __init__(

@@ -51,44 +51,24 @@ _NOT_SENT, _UNKNOWN = Outcome(sent=False), Outcome()
 
 @dataclass(slots=True)
 class _Job:
-    """One prompt on its way.
+    """One prompt on its way."""
 
-    Attributes:
-        parameters: What is asked.
-        body: The request's body, as first asked for.
-        sent: The body of the latest attempt: without what the model is known to refuse.
-        concurrency: The concurrency bound it runs under; None: the model's.
-        budget: What it is paid from besides the client's budget; None: nothing.
-        sending: Entered for as long as a request is in flight.
-        keep: Keeps the answer, before the request ceases to be in flight.
-        input_tokens: What its input counts.
-        most_cost: USD that one attempt can cost; None: nobody keeps a budget.
-        turn: Its place in the queue, kept through all attempts.
-    """
-
-    parameters: Parameters
-    body: dict[str, Any]
-    sent: dict[str, Any]
-    concurrency: ConcurrencyLimit | None
-    budget: CostBudget | None
+    parameters: Parameters  # what is asked
+    body: dict[str, Any]  # the request's body, as first asked for
+    sent: dict[str, Any]  # the body of the latest attempt: without what the model is known to refuse
+    concurrency: ConcurrencyLimit | None  # the concurrency bound it runs under; None: the model's
+    budget: CostBudget | None  # what it is paid from besides the client's budget; None: nothing
+    # entered for as long as a request is in flight
     sending: Callable[[], contextlib.AbstractContextManager[None]]
+    # keeps the answer, before the request ceases to be in flight
     keep: Callable[[ModelResponse], Awaitable[None]] | None = None
-    input_tokens: int = 0
-    most_cost: Decimal | None = None
-    turn: int = 0
+    input_tokens: int = 0  # what its input counts
+    most_cost: Decimal | None = None  # USD that one attempt can cost; None: nobody keeps a budget
+    turn: int = 0  # its place in the queue, kept through all attempts
 
 
 class Caller:
-    """Sends prompts one at a time, any number of them concurrently.
-
-    Args:
-        config: Where the API is, and how often to retry.
-        sdk: An SDK client whose HTTP client is not governed and that does not retry.
-        account: Admits every attempt.
-        counter: Counts the tokens of the input.
-        pricer: Knows the prices.
-        cache: Answers what was answered before; None: everything is sent.
-    """
+    """Sends prompts one at a time, any number of them concurrently."""
 
     def __init__(
         self,
@@ -127,23 +107,7 @@ class Caller:
         budget: CostBudget | None = None,
         sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Awaitable[ModelResponse]:
-        """Answer one prompt.
-
-        Args:
-            prompt: The prompt, checked.
-            parameters: What is asked, checked.
-            concurrency: A concurrency bound of the caller's own, instead of the model's.
-            budget: The caller's own, from which it is paid besides the client's.
-            sending: Entered for as long as a request is in flight.
-
-        Returns:
-            The response, priced.
-
-        Raises:
-            BudgetExceededError: Not enough is left of a budget.
-            openai.APIError: What the last attempt ended with, in the SDK's own classes or ours.
-            RuntimeError: The client was closed.
-        """
+        """Answer one prompt."""
         if self._sdk.is_closed():
             raise RuntimeError("this client was closed")
         body = parameters.with_prompt(prompt)
@@ -180,15 +144,7 @@ class Caller:
         return response
 
     async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:
-        """Go on where the first attempt failed: backoff, which repeats this, costs only those who need it.
-
-        Args:
-            job: What to send.
-            failures: That of the first attempt, until it is raised here: nothing keeps an error alive.
-
-        Returns:
-            The response. For each parameter that the model turns out to refuse it is sent once more.
-        """
+        """Go on where the first attempt failed: backoff, which repeats this, costs only those who need it."""
         try:
             if failures:
                 raise failures.pop()
@@ -281,12 +237,7 @@ def _model_of(job: _Job, _: Any) -> str:
 
 
 def _decode(reply: Any, api: str) -> dict[str, Any]:
-    """Return the JSON body of a 200.
-
-    Raises:
-        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
-        openai.APIStatusError: It is an error that names a status.
-    """
+    """Return the JSON body of a 200."""
     try:
         body = read_json(reply.content)
     except (ValueError, RecursionError):

@@ -41,21 +41,7 @@ async def estimate(
     account: Account,
     progress: Progress | None,
 ) -> CostEstimate:
-    """Estimate what prompts would need.
-
-    Args:
-        prompts: The prompts, taken on the event loop and counted in a thread, a few hundred at a time.
-        parameters: What all of them share.
-        counter: Counts their tokens.
-        account: Knows the limits, the prices, and how long answers were so far.
-        progress: Called with the counted fraction where the number of prompts is known, and with 1.0.
-
-    Returns:
-        The estimate.
-
-    Raises:
-        ValidationError: A prompt is wrong; it names the index.
-    """
+    """Estimate what prompts would need."""
     total = len(prompts) if isinstance(prompts, Sized) else 0
     sizes: Counter[int] = Counter()  # how many prompts have so many tokens: their prices are alike
     async with contextlib.aclosing(_chunks(prompts)) as chunks:
@@ -177,13 +163,7 @@ class _Still:
 
 
 def minutes(limits: RateLimitConfig, requests: int, tokens: float) -> float | None:
-    """Return the minutes that the limiter takes to admit so much, from full buckets; None without limits.
-
-    Args:
-        limits: The configured limits; what the server says plays no part.
-        requests: How many requests.
-        tokens: What is reserved for all of them.
-    """
+    """Return the minutes that the limiter takes to admit so much, from full buckets; None without limits."""
     if limits.requests_per_minute is None and limits.tokens_per_minute is None:
         return None
     queue = ModelQueue("", limits.model_copy(update={"adaptive_throttling": False}), _Still())

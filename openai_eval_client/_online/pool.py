@@ -36,15 +36,6 @@ class WorkerPool:
     A worker whose item is answered goes on with the next one in the same turn of the event loop: what the one
     needed is free before the other needs as much. Where one turn ends many requests, and a later one begins
     as many, the garbage collector runs twice as often.
-
-    Args:
-        work: Called with an item's position, the item, and `sending`, to be entered for as long as a request
-            is in flight. An exception it raises becomes the item's outcome.
-        slots: Requests that are to be in flight at once, so many items are at work; more where some of them
-            wait for something else, such as another attempt. The limits bound what is sent, not these.
-        width: Items taken and not yet consumed, at most.
-        is_fatal: Whether an error would meet every other item, too; called with it, and with whether any item
-            was answered so far.
     """
 
     def __init__(
@@ -70,19 +61,10 @@ class WorkerPool:
         self._stopped = False
 
     async def run(self, items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
-        """Work on the items, and yield each outcome as it comes.
-
-        No more items are taken than there is room for, and an item takes up room until the consumer comes
-        back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
-        work, before this generator does.
-
-        Args:
-            items: What to work on, taken one by one. The iterable's own exception ends the run like its end
-                does, and is raised once all that was taken has been yielded.
-
-        Yields:
-            The item's position and its outcome, a result or an exception.
-        """
+        """Work on the items, and yield each outcome as it comes."""
+        # No more items are taken than there is room for, and an item takes up room until the consumer comes
+        # back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
+        # work, before this generator does.
         self._start(self._take(items))
         try:
             while (outcome := await self._outcomes.get()) is not None:
@@ -245,21 +227,7 @@ def pool_for(
     max_concurrent: int | None,
     budget: CostBudget | None,
 ) -> WorkerPool:
-    """Return the pool that answers prompts.
-
-    Args:
-        call: Answers one.
-        parameters: What all of them share.
-        limits: The client's limits.
-        max_concurrent: Requests in flight at once; None: what the limits say.
-        budget: What they are paid from besides the client's budget.
-
-    Returns:
-        The pool, for one run.
-
-    Raises:
-        ValidationError: `max_concurrent` is no count.
-    """
+    """Return the pool that answers prompts."""
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
     concurrency = ConcurrencyLimit(max_concurrent) if max_concurrent else None
@@ -284,23 +252,7 @@ async def collect(
     return_exceptions: bool,
     display: Display | None = None,
 ) -> list[Any]:
-    """Answer all prompts and return the responses in input order.
-
-    Args:
-        pool: Answers them.
-        prompts: The prompts.
-        progress: Called with the finished fraction after each.
-        display: Shows how far it is; None: nothing does.
-        return_exceptions: Put a failed prompt's exception in its place, instead of raising at the end.
-
-    Returns:
-        One entry per prompt.
-
-    Raises:
-        PartialFailureError: Some failed, and `return_exceptions` is False.
-        openai.APIError: An error that fatal all prompts alike; `.responses` holds what was answered.
-        asyncio.CancelledError: The run was cancelled; it too has `.responses`.
-    """
+    """Answer all prompts and return the responses in input order."""
     outcomes: list[Any] = [None] * len(prompts)
     if not prompts:
         await report(progress, 1.0)
@@ -323,11 +275,7 @@ async def collect(
 
 
 def handed_out(outcomes: list[Any], *, return_exceptions: bool) -> list[Any]:
-    """Return the outcomes of all requests, in input order.
-
-    Raises:
-        PartialFailureError: Some are exceptions, which `return_exceptions` does not allow.
-    """
+    """Return the outcomes of all requests, in input order."""
     failures = {index: error for index, error in enumerate(outcomes) if isinstance(error, Exception)}
     if failures and not return_exceptions:
         raise PartialFailureError(answered(outcomes), failures)

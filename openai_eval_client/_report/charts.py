@@ -29,19 +29,12 @@ _GAP, _THINNEST = 0.6, 0.4
 
 
 class Column(NamedTuple):
-    """A column between two heights.
+    """A column between two heights."""
 
-    Attributes:
-        x: Its left side.
-        width: How wide it is.
-        low: Where it begins, as a share of the axis.
-        high: Where it ends.
-    """
-
-    x: float
-    width: float
-    low: float
-    high: float
+    x: float  # its left side
+    width: float  # how wide it is
+    low: float  # where it begins, as a share of the axis
+    high: float  # where it ends
 
     def drawn(self, style: str, said: str) -> str:
         """Return it in a class of the style sheet, with what is said of it."""
@@ -122,42 +115,25 @@ _LABEL = 66.0  # how long one is
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Columns of one colour, which stand on those before.
+    """Columns of one colour, which stand on those before."""
 
-    Attributes:
-        label: What they count.
-        style: Their class in the style sheet.
-        values: One for each column.
-    """
-
-    label: str
-    style: str
-    values: Sequence[float]
+    label: str  # what they count
+    style: str  # their class in the style sheet
+    values: Sequence[float]  # one for each column
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What a picture over time shows.
+    """What a picture over time shows."""
 
-    Attributes:
-        title: What it is.
-        unit: Of the values.
-        seconds: How long the axis of time is.
-        step: Seconds of each column.
-        layers: The columns.
-        line: A line over them.
-        limits: Values to be marked, by what is written there.
-        breaks: Seconds left out, by where on the axis.
-    """
-
-    title: str
-    unit: str
-    seconds: float
-    step: float
-    layers: Sequence[Layer]
-    line: Layer | None = None
-    limits: Mapping[str, float] = field(default_factory=dict)
-    breaks: Mapping[float, float] = field(default_factory=dict)
+    title: str  # what it is
+    unit: str  # of the values
+    seconds: float  # how long the axis of time is
+    step: float  # seconds of each column
+    layers: Sequence[Layer]  # the columns
+    line: Layer | None = None  # A line over them
+    limits: Mapping[str, float] = field(default_factory=dict)  # values to be marked, by what is written there
+    breaks: Mapping[float, float] = field(default_factory=dict)  # seconds left out, by where on the axis
 
     @property
     def sums(self) -> list[float]:
@@ -194,14 +170,7 @@ def histogram(
     value_of: Callable[[float], float],
     marks: Mapping[str, float],
 ) -> Markup:
-    """Return how often something took how long, on a logarithmic axis of time.
-
-    Args:
-        title: What it is.
-        classes: How often each class was seen, by number.
-        value_of: The seconds at a place between two classes, or at one.
-        marks: Seconds to be marked, by name.
-    """
+    """Return how often something took how long, on a logarithmic axis of time."""
     first, last = min(classes), max(classes)
     wide = -(-(last - first + 1) // _BARS)
     bars: dict[int, int] = {}
@@ -356,19 +325,12 @@ _CAUSES = {
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """The columns that all pictures over time have.
+    """The columns that all pictures over time have."""
 
-    Attributes:
-        history: What they show.
-        seconds: How long it is; at least a second.
-        group: Intervals of the history to a column.
-        columns: How many columns.
-    """
-
-    history: History
-    seconds: float
-    group: int
-    columns: int
+    history: History  # what they show
+    seconds: float  # how long it is; at least a second
+    group: int  # intervals of the history to a column
+    columns: int  # how many columns
 
     @classmethod
     def of(cls, history: History) -> _Axis:

@@ -24,14 +24,7 @@ def _style() -> str:
 
 
 def html_page(title: str, about: str, summary: object, sections: Iterable[str]) -> Markup:
-    """Return a page.
-
-    Args:
-        title: Its heading.
-        about: Where the figures come from.
-        summary: All of it in a line.
-        sections: The rest, as HTML.
-    """
+    """Return a page."""
     made = clock(time.time())
     return Markup(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -84,14 +77,7 @@ def part(share: float, said: object) -> Markup:
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a page, in place of what was there, as `replacing` does.
-
-    Returns:
-        The path, as it was given.
-
-    Raises:
-        OSError: It cannot be written there.
-    """
+    """Write a page, in place of what was there, as `replacing` does."""
     try:
         with replacing(os.fspath(path)) as file:
             file.write(text.encode())
@@ -245,14 +231,7 @@ def table(
     caption: object = "",
     texts: int = 1,
 ) -> Markup:
-    """Return a table.
-
-    Args:
-        head: The names of the columns; none: no head.
-        rows: Its cells.
-        caption: What it shows.
-        texts: How many columns from the left are text; the others are numbers, and stand to the right.
-    """
+    """Return a table."""
     parts = ["<table>"]
     if caption:
         parts.append(f"<caption>{escape(caption)}</caption>")

@@ -102,25 +102,17 @@ _FIELDS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
 
 @dataclass(frozen=True, slots=True)
 class Bottleneck:
-    """What bound a run.
+    """What bound a run."""
 
-    Attributes:
-        cause: "requests", "tokens", "concurrency", "pause", "retries", "server", or "nothing" was sent.
-        headline: The same in a few words.
-        advice: What to do about it, sentence by sentence.
-    """
-
-    cause: str
-    headline: str
-    advice: tuple[str, ...] = ()
+    cause: str  # "requests", "tokens", "concurrency", "pause", "retries", "server", or "nothing" was sent
+    headline: str  # the same in a few words
+    advice: tuple[str, ...] = ()  # what to do about it, sentence by sentence
 
 
 def shares(facts: ModelLimits, track: ModelTimeline, breaks: Mapping[int, float]) -> dict[str, float]:
-    """Return the share of each limit that was used, from a model's first request to its last.
-
-    What a full bucket admitted at once is part of the limit, as in `ClientStats.utilisation`, and so is what
-    was refilled while nothing was sent.
-    """
+    """Return the share of each limit that was used, from a model's first request to its last."""
+    # What a full bucket admitted at once is part of the limit, as in `ClientStats.utilisation`, and so is
+    # what was refilled while nothing was sent.
     spent = {"requests": sum(track.admitted), "tokens": sum(track.reserved)}
     used: dict[str, float] = {}
     for dimension, limit in (("requests", facts.requests), ("tokens", facts.tokens)):
@@ -306,15 +298,7 @@ def client_page(
     base_url: str,
     title: str | None,
 ) -> Markup:
-    """Return the report of a client.
-
-    Args:
-        stats: Its totals.
-        story: What happened when, how long it took, what went wrong.
-        facts: The limits of each model.
-        base_url: The API's address, of which the host is shown.
-        title: The heading; None: "Run report".
-    """
+    """Return the report of a client."""
     history, said = story.history, bottleneck(stats, facts, story.history)
     began = "" if history.began_at is None else f", first request {clock(history.began_at)}"
     return html_page(

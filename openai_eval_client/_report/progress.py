@@ -29,11 +29,7 @@ logger = logging.getLogger("openai_eval_client")
 
 
 class Guarded:
-    """A callback whose first exception is logged, and whose later ones are passed over.
-
-    Args:
-        callback: Takes the finished fraction; sync or async.
-    """
+    """A callback whose first exception is logged, and whose later ones are passed over."""
 
     def __init__(self, callback: Progress) -> None:
         self._callback = callback
@@ -77,62 +73,38 @@ _NAMES = {"requests": "RPM", "tokens": "TPM"}
 
 
 class Reading(NamedTuple):
-    """What a client says of itself at one moment.
+    """What a client says of itself at one moment."""
 
-    Attributes:
-        gauge: Where the limits stand; None where they play no part.
-        in_flight: Requests sent and not answered; None where nobody knows.
-        rate_limited: 429s since the client began.
-        retries: Likewise.
-    """
-
-    gauge: LimitStatus | None = None
-    in_flight: int | None = None
-    rate_limited: int = 0
-    retries: int = 0
+    gauge: LimitStatus | None = None  # where the limits stand; None where they play no part
+    in_flight: int | None = None  # requests sent and not answered; None where nobody knows
+    rate_limited: int = 0  # 429s since the client began
+    retries: int = 0  # likewise
 
 
 @dataclass(slots=True)
 class ProgressSnapshot:
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        done: Prompts that have an outcome.
-        total: Of how many; None: nobody knows.
-        failed: Those that failed.
-        seconds: Since it began.
-        rate: Outcomes per second, lately.
-        left: Seconds until it is done at that rate and within the limits; None where nobody knows.
-        used: Requests and tokens of the last minute, but no more than its limit.
-        limits: What may be per minute of each, None where no limit is known.
-        in_flight: Requests sent and not answered; None where nobody knows.
-        rate_limited: 429s since it began.
-        retries: Likewise.
-        cost: USD so far.
-        projected: USD for all of it; None where nobody knows.
-        unpriced: Outcomes whose price is not known.
-        waiting: How many requests wait.
-        cause: What the next one waits for.
-        wait: How many seconds it will.
-    """
-
-    done: int = 0
-    total: int | None = None
-    failed: int = 0
-    seconds: float = 0.0
-    rate: float = 0.0
+    done: int = 0  # prompts that have an outcome
+    total: int | None = None  # of how many; None: nobody knows
+    failed: int = 0  # those that failed
+    seconds: float = 0.0  # since it began
+    rate: float = 0.0  # outcomes per second, lately
+    # seconds until it is done at that rate and within the limits; None where nobody knows
     left: float | None = None
+    # requests and tokens of the last minute, but no more than its limit
     used: dict[str, float] = field(default_factory=dict)
+    # what may be per minute of each, None where no limit is known
     limits: dict[str, float | None] = field(default_factory=dict)
-    in_flight: int | None = None
-    rate_limited: int = 0
-    retries: int = 0
-    cost: float = 0.0
-    projected: float | None = None
-    unpriced: int = 0
-    waiting: int = 0
-    cause: str = "concurrency"
-    wait: float = 0.0
+    in_flight: int | None = None  # requests sent and not answered; None where nobody knows
+    rate_limited: int = 0  # 429s since it began
+    retries: int = 0  # likewise
+    cost: float = 0.0  # USD so far
+    projected: float | None = None  # USD for all of it; None where nobody knows
+    unpriced: int = 0  # outcomes whose price is not known
+    waiting: int = 0  # how many requests wait
+    cause: str = "concurrency"  # what the next one waits for
+    wait: float = 0.0  # how many seconds it will
 
 
 class _Sample(NamedTuple):
@@ -144,13 +116,7 @@ class _Sample(NamedTuple):
 
 
 class Meter:
-    """Counts the outcomes of one run, and makes figures of them.
-
-    Args:
-        total: How many prompts there are; None: nobody knows.
-        start: What the client said when the run began.
-        now: When that was, in seconds of any clock.
-    """
+    """Counts the outcomes of one run, and makes figures of them."""
 
     def __init__(self, total: int | None, start: Reading, now: float) -> None:
         self.total = total
@@ -174,12 +140,7 @@ class Meter:
         self.done = max(self.done, round(fraction * (self.total or 0)))
 
     def read(self, said: Reading, now: float) -> ProgressSnapshot:
-        """Return the figures.
-
-        Args:
-            said: What the client says of itself now.
-            now: The time.
-        """
+        """Return the figures."""
         spent = _spent(said)
         self._samples.append(_Sample(now, self.done, spent))
         while len(self._samples) > 2 and self._samples[1].at <= now - _MINUTE:  # noqa: PLR2004  # first and last
@@ -306,14 +267,7 @@ _FULL, _OPEN, _BARE = "{percentage:3.0f}%|{bar}| {desc}", "{desc}", "{desc}"
 
 
 class Bar:
-    """Two lines of a terminal: how far it is, and what it takes. In a notebook, one.
-
-    Args:
-        total: How many prompts there are; None: nobody knows.
-
-    Raises:
-        ModuleNotFoundError: tqdm is not installed.
-    """
+    """Two lines of a terminal: how far it is, and what it takes. In a notebook, one."""
 
     def __init__(self, total: int | None) -> None:
         self._lines = [_line(total, _FULL if total else _OPEN)]
@@ -411,12 +365,7 @@ class Lines:
 
 
 class Display:
-    """Shows how far a run is, from entering to leaving it; whatever goes wrong with that harms no run.
-
-    Args:
-        total: How many prompts there are; None: nobody knows.
-        probe: Asks the client what it says of itself.
-    """
+    """Shows how far a run is, from entering to leaving it; whatever goes wrong with that harms no run."""
 
     def __init__(self, total: int | None, probe: Callable[[], Reading]) -> None:
         self._probe = probe

@@ -21,14 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def replacing(name: str) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name when all is written: until then, what had the name keeps it.
-
-    Args:
-        name: The file; what is there and no regular file (a pipe, /dev/null) is written to as it is.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Open a file that takes its name when all is written: until then, what had the name keeps it."""
     path = Path(name).resolve()
     is_special = path.exists() and not path.is_file()
     target = path if is_special else path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.part")
@@ -56,9 +49,6 @@ class FileLock:
     """The operating system's lock on a file made for it: `async with` waits for it without blocking the loop.
 
     Processes, threads and tasks exclude one another alike. The file goes when the lock is handed back.
-
-    Args:
-        path: The file.
     """
 
     def __init__(self, path: Path) -> None:

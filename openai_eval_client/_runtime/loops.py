@@ -218,13 +218,7 @@ _LINGER = (
 
 
 class Background:
-    """Does jobs in groups on one thread, which is there only as long as there are any.
-
-    Args:
-        name: The thread's.
-        work: Called with a group of jobs in the order asked for; returns one outcome for each, an exception
-            where it is to be raised.
-    """
+    """Does jobs in groups on one thread, which is there only as long as there are any."""
 
     def __init__(self, name: str, work: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
         self._name = name

@@ -35,21 +35,7 @@ _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
 
 async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
-    """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours.
-
-    Args:
-        call: The call, which must have no timeout of its own.
-        seconds: The deadline; None: the call has its own.
-        url: Of the request that an error names.
-
-    Returns:
-        What the call returns.
-
-    Raises:
-        TimeoutError: It took longer than `seconds`.
-        QuotaError: The account's credit is used up.
-        openai.APIError: Anything else, in the SDK's own classes.
-    """
+    """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours."""
     try:
         async with deadline(seconds):
             return await call
@@ -127,19 +113,7 @@ def retrying(
     model_of: Callable[..., str] | None = None,
     governed: bool = True,
 ) -> Callable[..., Awaitable[Any]]:
-    """Return `attempt`, tried again where that may help.
-
-    Args:
-        attempt: Sends one request; raises the SDK's errors.
-        max_retries: Attempts after the first.
-        max_wait: Seconds beyond which a wait asked for by the server is not waited for.
-        on_retry: Called before each further attempt with the model, the error, and the seconds until then.
-        model_of: Which model an attempt asks, from its arguments; None: none.
-        governed: Whether an attempt itself waits for as long as the server asked after a 429.
-
-    Returns:
-        The same callable, raising the last attempt's error.
-    """
+    """Return `attempt`, tried again where that may help."""
 
     def give_up(error: Exception) -> bool:
         return not is_transient(error) or (asked_wait(error) or 0.0) > max_wait
@@ -187,12 +161,10 @@ def retry_for(
 
 
 def delays(*, governed: bool = True) -> Generator[float, Any, None]:
-    """Yield the seconds to wait after each error sent in: the server's, else exponential with full jitter.
-
-    After a 429 whose wait is known there is none here for a governed attempt: the whole model pauses, and the
-    request queues for it in its old place.
-    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    """
+    """Yield the seconds to wait after each error: the server's, else exponential with full jitter."""
+    # After a 429 whose wait is known there is none here for a governed attempt: the whole model pauses, and
+    # the request queues for it in its old place.
+    # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
     ceilings = backoff.expo(base=2, factor=_FIRST_DELAY, max_value=_LONGEST_DELAY)
     next(ceilings)
     delay = 0.0

@@ -49,10 +49,8 @@ class NotSent(BaseException):
 
 
 def govern(client: Any, account: Account, counter: TokenCounter) -> Any:
-    """Return a view of an HTTP client of either httpx family whose every `send` is paced.
-
-    The view shares the client's whole state, so closing either closes both.
-    """
+    """Return a view of an HTTP client of either httpx family whose every `send` is paced."""
+    # The view shares the client's whole state, so closing either closes both.
     kind: Any = _governed_class(client.__class__)
     view: Any = object.__new__(kind)
     object.__setattr__(view, "__dict__", client.__dict__)

@@ -29,11 +29,7 @@ _LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bou
 
 
 class Transport:
-    """The connections of one event loop, as many as are in flight; made on the loop that uses them.
-
-    Args:
-        secure: Whether TLS is spoken, with the certificates that httpx trusts.
-    """
+    """The connections of one event loop, as many as are in flight; made on the loop that uses them."""
 
     def __init__(self, *, secure: bool) -> None:
         import aiohttp
@@ -49,11 +45,7 @@ class Transport:
         )
 
     async def fetch(self, request: Any) -> Any:
-        """Send a request and return the whole response; its body is decoded.
-
-        Raises:
-            TransportError: httpx's, of the kind that fits.
-        """
+        """Send a request and return the whole response; its body is decoded."""
         began = time.perf_counter()
         try:
             async with await self._sent(request) as answer:
@@ -191,11 +183,9 @@ class _Stream:
 
 
 def _in_httpx_terms(error: Exception, request: Any) -> Exception:
-    """Return httpx's error, which the SDK knows, for aiohttp's; raise any other.
-
-    Of aiohttp's errors, those of a response show the request's headers, and so the key: they are not even
-    the cause, and what is returned is to be raised where they are no longer handled.
-    """
+    """Return httpx's error, which the SDK knows, for aiohttp's; raise any other."""
+    # Of aiohttp's errors, those of a response show the request's headers, and so the key: they are not even
+    # the cause, and what is returned is to be raised where they are no longer handled.
     import aiohttp
 
     terms = sdk_httpx()
@@ -243,9 +233,6 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
 
     Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
     shuts down, when this one is closed, or when it is garbage collected.
-
-    Args:
-        factory: Makes a real client, on the loop that is to use it.
     """
 
     def __init__(self, factory: Callable[[], Any]) -> None:
@@ -336,9 +323,6 @@ class FastClient(LoopLocalClient):
     A plain request is one with a body in memory and a whole answer, as nearly all are. It is built from what
     the SDK gives alone, and sent without httpx's authentication, redirects, cookies and hooks: a third less
     time. Streams, uploads and redirects take httpx's road, on the same connections.
-
-    Args:
-        secure: Whether TLS is spoken.
     """
 
     def __init__(self, *, secure: bool) -> None:

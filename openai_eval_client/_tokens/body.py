@@ -53,30 +53,12 @@ _FAMILIES: dict[
 
 
 def image_tokens(model: str, source: object, detail: object = None) -> int:
-    """Counts one image of a request.
-
-    Args:
-        model: The model's name; "provider/model" and fine-tuned "ft:model:..." names are understood.
-        source: Where the image is: a data URL, whose header tells the size; anything else has DEFAULT_SIZE.
-        detail: "low", or "high", which "auto" and None also mean. The patch formula knows no detail.
-
-    Returns:
-        Input tokens.
-    """
+    """Counts one image of a request."""
     return sized_image_tokens(model, _size_of(source), detail)
 
 
 def sized_image_tokens(model: str, size: tuple[int, int], detail: object = None) -> int:
-    """Counts one image of a known size.
-
-    Args:
-        model: As for image_tokens.
-        size: Width and height in pixels, both positive.
-        detail: As for image_tokens.
-
-    Returns:
-        Input tokens.
-    """
+    """Counts one image of a known size."""
     family = _family(model)
     if isinstance(family, float):
         return math.ceil(round(_patches(*size) * family, 6))
@@ -160,12 +142,7 @@ _FLAT_KEYS = frozenset({"type", "description", "enum"})
 
 
 class Input:
-    """The input of one request.
-
-    Attributes:
-        texts: What is to be encoded.
-        fixed: Tokens besides those of the texts.
-    """
+    """The input of one request."""
 
     __slots__ = ("_model", "_old", "fixed", "texts")
 
@@ -177,16 +154,7 @@ class Input:
 
     @classmethod
     def of(cls, body: Mapping[str, Any], model: str, *, old: bool) -> Input:
-        """Reads a request's body.
-
-        Args:
-            body: The JSON body of a request to any endpoint; what is malformed in it, the server may judge.
-            model: The model's name, for its images.
-            old: Whether the model is of the gpt-4 and gpt-3.5 generation, whose functions cost 3 tokens more.
-
-        Returns:
-            All that counts as input.
-        """
+        """Reads a request's body."""
         content = cls(model, old=old)
         for key in _INPUT_KEYS:
             content._add_input(body.get(key))

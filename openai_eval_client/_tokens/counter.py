@@ -85,20 +85,12 @@ class TokenCounter:
         self._corrections = Corrections()
 
     async def count_input(self, body: Mapping[str, Any]) -> int:
-        """Counts the input of a request to any endpoint, without holding up the event loop.
-
-        Messages cost 3 tokens each, their names 1, the priming of the reply 3, and functions what OpenAI's
-        cookbook says: https://cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken. Images: see
-        image_tokens. Audio: 10 tokens a second, whose length is judged from the bytes (48,000 a second as
-        wav, else 16,000). Files: 2,000 tokens, for want of anything better. The first call for a vocabulary
-        waits for it, at most load_timeout seconds.
-
-        Args:
-            body: The JSON body; its "model" chooses the vocabulary.
-
-        Returns:
-            Input tokens.
-        """
+        """Counts the input of a request to any endpoint, without holding up the event loop."""
+        # Messages cost 3 tokens each, their names 1, the priming of the reply 3, and functions what OpenAI's
+        # cookbook says: https://cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken. Images: see
+        # image_tokens. Audio: 10 tokens a second, whose length is judged from the bytes (48,000 a second as
+        # wav, else 16,000). Files: 2,000 tokens, for want of anything better. The first call for a vocabulary
+        # waits for it, at most load_timeout seconds.
         counted = self.count_input_now(body)
         if counted is not None:
             return counted
@@ -107,15 +99,7 @@ class TokenCounter:
         return await self._count(fit.read(body, model), model, fit)
 
     def count_input_now(self, body: Mapping[str, Any], *, longest: float = _ON_LOOP) -> int | None:
-        """Counts like count_input, where that is possible at once.
-
-        Args:
-            body: The JSON body.
-            longest: Characters of text that the calling thread has time to count.
-
-        Returns:
-            Input tokens; None where the vocabulary is yet to be waited for, or the text is longer than that.
-        """
+        """Counts like count_input, where that is possible at once."""
         model = _model_of(body)
         fit = _VOCABULARIES.known(model)
         if fit is None or not fit.vocabulary.settled:
@@ -126,18 +110,10 @@ class TokenCounter:
         return self._total(content, model, fit)
 
     async def most_input(self, body: Mapping[str, Any]) -> int:
-        """Counts the tokens that a request's input cannot exceed, without holding up the event loop.
-
-        Texts count exactly where the model's own vocabulary is at hand, else as a token a byte, which no
-        byte-level vocabulary exceeds; tools and schemas as a token a byte of their JSON. What no text shows,
-        images, files and sound among it, counts twice, and 128 tokens come on top.
-
-        Args:
-            body: The JSON body.
-
-        Returns:
-            Input tokens.
-        """
+        """Counts the tokens that a request's input cannot exceed, without holding up the event loop."""
+        # Texts count exactly where the model's own vocabulary is at hand, else as a token a byte, which no
+        # byte-level vocabulary exceeds; tools and schemas as a token a byte of their JSON. What no text
+        # shows, images, files and sound among it, counts twice, and 128 tokens come on top.
         model = _model_of(body)
         content, fit = _without_schemas(body), await self._fit(model)
         if sum(map(len, fit.read(content, model).texts)) > _ON_LOOP:
@@ -155,27 +131,13 @@ class TokenCounter:
         return tokens + schemas + 2 * content.fixed + _MARGIN
 
     async def count_text(self, text: str, model: str) -> int:
-        """Counts one text, without holding up the event loop.
-
-        Args:
-            text: Any text; what looks like special tokens is ordinary text here.
-            model: The model whose vocabulary counts.
-
-        Returns:
-            Tokens.
-        """
+        """Counts one text, without holding up the event loop."""
         content = Input(model, old=False)
         content.texts.append(text)
         return await self._count(content, model, await self._fit(model))
 
     def observe(self, model: str, counted: int, actual: int) -> None:
-        """Learns from what a server reported, for models without a vocabulary of their own.
-
-        Args:
-            model: The model that was asked.
-            counted: What count_input said.
-            actual: The usage.prompt_tokens of the answer.
-        """
+        """Learns from what a server reported, for models without a vocabulary of their own."""
         self._corrections.observe(model, counted, actual)
 
     async def _fit(self, model: str) -> _Fit:
@@ -326,10 +288,8 @@ def _size(text: str) -> int:
 
 
 def _slices(text: str) -> Iterator[str]:
-    """Cuts a long text, before a space where it can: between words, that changes no token.
-
-    Elsewhere a cut was seen to add 4 tokens at most, to endless repetitions of "-=" that is 0.6%.
-    """
+    """Cuts a long text, before a space where it can: between words, that changes no token."""
+    # Elsewhere a cut was seen to add 4 tokens at most, to endless repetitions of "-=" that is 0.6%.
     start = 0
     while len(text) - start > _SLICE:
         cut = text.rfind(" ", start + _SLICE // 2, start + _SLICE)

@@ -40,21 +40,7 @@ def read_answer(
     request_id: str | None,
     latency: float,
 ) -> ModelResponse:
-    """Build the response to one prompt; a field that a server gets wrong reads as missing.
-
-    Args:
-        body: What the server sent, checked by `is_answer`.
-        parameters: What was asked.
-        usage: What `usage_of` reads from the body.
-        cost: In USD, where it is known already.
-        kept: What to keep for `ModelResponse.raw`; None: the body.
-        temperature: What was sent; None: the API's default applied.
-        request_id: The x-request-id header.
-        latency: Seconds of the attempt.
-
-    Returns:
-        The response, not priced yet; its usage is zero where the server sent none.
-    """
+    """Build the response to one prompt; a field that a server gets wrong reads as missing."""
     values = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
     values |= {
         "usage": _token_usage(body, usage, cost),
@@ -71,13 +57,7 @@ def read_answer(
 
 
 async def estimate_usage(response: ModelResponse, input_tokens: int, counter: TokenCounter) -> None:
-    """Fill in the usage that the server left out.
-
-    Args:
-        response: Its `usage` is filled in, but for the cost.
-        input_tokens: What the input counts.
-        counter: Counts the answer's texts.
-    """
+    """Fill in the usage that the server left out."""
     usage, texts = response.usage, "\n".join(response.choices)
     usage.prompt_tokens = input_tokens
     usage.completion_tokens = await counter.count_text(texts, response.model) if texts else 0

@@ -93,13 +93,7 @@ def forget_key(error: openai.APIError, key: str) -> None:
 
 
 def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
-    """Return the error that the SDK raises for a status.
-
-    Args:
-        status: 400 or more.
-        body: Decoded.
-        answer: The SDK's response that the error is to carry, of that status.
-    """
+    """Return the error that the SDK raises for a status."""
     details = body.get("error", body) if isinstance(body, dict) else body
     given = details if isinstance(details, dict) else {}
     kind: Any = class_of(status)
@@ -112,16 +106,9 @@ def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
 
 
 def not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
-    """Return the error for a 200 that holds no answer.
-
-    Proxies answer 200 before they know what comes of a request, and put an error into the body; its code is
-    often the status of the server behind them. Where it tells none, the error is one that is tried again.
-
-    Args:
-        reply: The SDK's response.
-        body: Decoded; None where it is no JSON.
-        path: What was asked.
-    """
+    """Return the error for a 200 that holds no answer."""
+    # Proxies answer 200 before they know what comes of a request, and put an error into the body; its code is
+    # often the status of the server behind them. Where it tells none, the error is one that is tried again.
     reported = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
     status = _stated_status(body) if reported else None
     if status is None:
@@ -161,11 +148,9 @@ _FATAL = (
 
 
 def is_transient(error: Exception) -> bool:
-    """Return whether the same request may succeed later.
-
-    So it is for connection errors, timeouts, answers that cannot be read, and statuses 408, 409, 429 and 5xx,
-    unless `x-should-retry` says otherwise; not when the credit is used up or the request is too large.
-    """
+    """Return whether the same request may succeed later."""
+    # So it is for connection errors, timeouts, answers that cannot be read, and statuses 408, 409, 429 and
+    # 5xx, unless `x-should-retry` says otherwise; not when the credit is used up or the request is too large.
     if isinstance(error, QuotaError):
         return False
     if isinstance(error, openai.APIResponseValidationError | openai.APIConnectionError):
@@ -181,11 +166,9 @@ def is_transient(error: Exception) -> bool:
 
 
 def is_fatal(error: Exception, max_wait: float, *, answered: bool = True) -> bool:
-    """Return whether an error would meet every other prompt too.
-
-    So it is for key, model, credit, a budget, a very long pause, a closed client; and for no connection, as
-    long as no prompt was `answered`.
-    """
+    """Return whether an error would meet every other prompt too."""
+    # So it is for key, model, credit, a budget, a very long pause, a closed client; and for no connection, as
+    # long as no prompt was `answered`.
     if isinstance(error, ValidationError):
         return error.field in {"max_cost", "redis_url"}
     if not answered and was_never_sent(error):
@@ -196,10 +179,8 @@ def is_fatal(error: Exception, max_wait: float, *, answered: bool = True) -> boo
 
 
 def was_never_sent(error: BaseException | None) -> bool:
-    """Return whether no connection came about: nobody listens, no such host, no TLS.
-
-    httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
-    """
+    """Return whether no connection came about: nobody listens, no such host, no TLS."""
+    # httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
     while error is not None:
         if type(error).__name__ in _NO_CONNECTION:
             return True

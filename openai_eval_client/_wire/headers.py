@@ -28,24 +28,16 @@ DIMENSIONS = ("requests", "tokens")
 
 @dataclass(frozen=True, slots=True)
 class StatedLimit:
-    """One dimension of a limit, as the `x-ratelimit-*` headers state it.
+    """One dimension of a limit, as the `x-ratelimit-*` headers state it."""
 
-    Attributes:
-        limit: Per minute.
-        remaining: What is left now.
-        reset: Seconds until it is full again; None where the server does not say.
-    """
-
-    limit: int
-    remaining: int
-    reset: float | None
+    limit: int  # per minute
+    remaining: int  # what is left now
+    reset: float | None  # seconds until it is full again; None where the server does not say
 
 
 def read_stated_limits(headers: Mapping[str, str]) -> dict[str, StatedLimit]:
-    """Return what the headers say of requests and of tokens, each only where they do.
-
-    Where a project has a limit of its own beside the organisation's, the one with less left counts.
-    """
+    """Return what the headers say of requests and of tokens, each only where they do."""
+    # Where a project has a limit of its own beside the organisation's, the one with less left counts.
     found: dict[str, StatedLimit] = {}
     stated = _ratelimits(headers)
     for dimension in DIMENSIONS if stated else ():
@@ -73,11 +65,9 @@ def _tighter(one: StatedLimit | None, other: StatedLimit | None) -> StatedLimit 
 
 
 def refused_dimension(message: str) -> str | None:
-    """Return which limit the message of a 429 names, "requests" or "tokens"; None where it names neither.
-
-    The API's wording is "Rate limit reached for MODEL ... on tokens per min (TPM): Limit ...", Azure's
-    "... have exceeded token rate limit of your current OpenAI S0 pricing tier".
-    """
+    """Return which limit the message of a 429 names, "requests" or "tokens"; None where it names neither."""
+    # The API's wording is "Rate limit reached for MODEL ... on tokens per min (TPM): Limit ...", Azure's
+    # "... have exceeded token rate limit of your current OpenAI S0 pricing tier".
     wordings = {
         "requests": ("on requests per", "call rate limit", "request rate limit"),
         "tokens": ("on tokens per", "token rate limit"),
@@ -87,10 +77,8 @@ def refused_dimension(message: str) -> str | None:
 
 
 def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
-    """Return the seconds that a refusal asks to wait: by its headers, else by its message; None: by neither.
-
-    The API's wording is "Please try again in 6m0s", Azure's "Please retry after 6 seconds".
-    """
+    """Return the seconds that a refusal asks to wait: its headers, else its message; None: neither says."""
+    # The API's wording is "Please try again in 6m0s", Azure's "Please retry after 6 seconds".
     seconds = retry_after(headers)
     if seconds is not None:
         return seconds
@@ -99,17 +87,7 @@ def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
 
 
 def read_stated_limit(headers: Mapping[str, str], dimension: str) -> StatedLimit | None:
-    """Read the limit of one dimension.
-
-    Args:
-        headers: Response headers, looked up without regard to case.
-        dimension: "requests" or "tokens".
-
-    Returns:
-        The quota, or None where limit or remaining are absent or make no sense. Names and formats:
-        https://platform.openai.com/docs/guides/rate-limits#rate-limits-in-headers; Azure sends the reset as
-        plain seconds.
-    """
+    """Read the limit of one dimension."""
     limit = _whole(headers.get(f"x-ratelimit-limit-{dimension}"))
     remaining = _whole(headers.get(f"x-ratelimit-remaining-{dimension}"))
     if not limit or remaining is None:
@@ -133,11 +111,9 @@ def duration(text: str | None) -> float | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds the server asks to wait, from retry-after-ms, else retry-after.
-
-    The latter is a number of seconds or an HTTP date (RFC 9110, section 10.2.3). None where there is
-    neither, or only nonsense.
-    """
+    """Return the seconds the server asks to wait, from retry-after-ms, else retry-after."""
+    # The latter is a number of seconds or an HTTP date (RFC 9110, section 10.2.3). None where there is
+    # neither, or only nonsense.
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000

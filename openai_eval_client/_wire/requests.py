@@ -35,27 +35,16 @@ _OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "bac
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What all prompts of one call share, checked.
+    """What all prompts of one call share, checked."""
 
-    Attributes:
-        api: "chat" or "responses".
-        model: The model asked.
-        timeout: Seconds for one attempt.
-        body: The body, all but the prompt.
-        system: The system prompt, where there is one.
-        schema: The pydantic class the answer is to fit.
-        headers: Extra HTTP headers.
-        query: Extra query parameters.
-    """
-
-    api: str
-    model: str
-    timeout: float
-    body: dict[str, Any]
-    system: str | None = None
-    schema: type[BaseModel] | None = None
-    headers: Mapping[str, str] = field(default_factory=dict)
-    query: Mapping[str, object] = field(default_factory=dict)
+    api: str  # "chat" or "responses"
+    model: str  # the model asked
+    timeout: float  # seconds for one attempt
+    body: dict[str, Any]  # the body, all but the prompt
+    system: str | None = None  # the system prompt, where there is one
+    schema: type[BaseModel] | None = None  # the pydantic class the answer is to fit
+    headers: Mapping[str, str] = field(default_factory=dict)  # extra HTTP headers
+    query: Mapping[str, object] = field(default_factory=dict)  # extra query parameters
 
     def with_prompt(self, prompt: str | Sequence[Any]) -> dict[str, Any]:
         """Return the whole body for one prompt, which must have passed `check_prompt`."""
@@ -77,23 +66,7 @@ def check_parameters(
     api: str,
     params: Mapping[str, Any],
 ) -> Parameters:
-    """Check the parameters of a call.
-
-    Args:
-        model: The model asked.
-        timeout: Seconds for one attempt.
-        temperature: Sampling temperature; None: not sent.
-        max_tokens: Output tokens at most; None: not sent.
-        system: The system prompt.
-        api: "chat" or "responses".
-        params: Everything else, for the API as it is; None values are not sent.
-
-    Returns:
-        What all prompts of the call share.
-
-    Raises:
-        ValidationError: Names the parameter and its value.
-    """
+    """Check the parameters of a call."""
     if not isinstance(api, str) or api not in PATHS:
         reject_input("api", api, "must be 'chat' or 'responses'")
     check_text(model, "model")
@@ -125,15 +98,7 @@ def check_parameters(
 
 
 def check_prompt(prompt: object, index: int | None = None) -> None:
-    """Refuse a prompt that no API would take.
-
-    Args:
-        prompt: A text, or a list of chat messages.
-        index: Its position in the list of prompts, where there is one.
-
-    Raises:
-        ValidationError: It is empty, blank, of another type, or holds half a surrogate pair.
-    """
+    """Refuse a prompt that no API would take."""
     name = "prompt" if index is None else f"prompts[{index}]"
     if isinstance(prompt, str):
         check_text(prompt, name, field="prompt", index=index)
@@ -145,11 +110,7 @@ def check_prompt(prompt: object, index: int | None = None) -> None:
 
 
 def list_prompts(prompts: Iterable[Any]) -> list[Any]:
-    """Return prompts as a list, every one of them checked.
-
-    Raises:
-        ValidationError: Names the index of the first that no API would take.
-    """
+    """Return prompts as a list, every one of them checked."""
     check_iterable(prompts, "__iter__")
     listed = list(prompts)
     for index, prompt in enumerate(listed):

@@ -34,69 +34,41 @@ _SAID = (
 
 
 class Demand(NamedTuple):
-    """What one request asks of the limits.
+    """What one request asks of the limits."""
 
-    Attributes:
-        model: Whose budgets it spends; None: only the concurrency bound applies.
-        input_tokens: Of its input.
-        max_output: Output tokens it may use at most; None: what this model's answers usually take.
-        retry: Whether it repeats a failed attempt; None: whoever asks counts its calls itself.
-        free: Whether its endpoint costs nothing.
-        most_cost: USD that it can cost at most; None: nobody keeps a budget.
-    """
-
-    model: str | None
-    input_tokens: int = 0
+    model: str | None  # whose budgets it spends; None: only the concurrency bound applies
+    input_tokens: int = 0  # of its input
+    # output tokens it may use at most; None: what this model's answers usually take
     max_output: int | None = None
+    # whether it repeats a failed attempt; None: whoever asks counts its calls itself
     retry: bool | None = None
-    free: bool = False
-    most_cost: Decimal | None = None
+    free: bool = False  # whether its endpoint costs nothing
+    most_cost: Decimal | None = None  # USD that it can cost at most; None: nobody keeps a budget
 
 
 class Usage(NamedTuple):
-    """What one answer used, and who gave it: all that its price depends on.
+    """What one answer used, and who gave it: all that its price depends on."""
 
-    Attributes:
-        prompt_tokens: All input tokens, those of the next three fields included.
-        completion_tokens: All output tokens, reasoning and audio included.
-        cached_tokens: Input read from the prompt cache.
-        cache_write_tokens: Input written to the prompt cache, where that has a price of its own.
-        audio_input_tokens: Input that was sound.
-        audio_output_tokens: Output that is sound.
-        reasoning_tokens: Output spent on reasoning.
-        model: The model that answered, as the server names it; None where it does not say.
-        service_tier: The tier that served, likewise.
-        estimated: True where the server sent no usage and the counts are ours.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int = 0
-    cache_write_tokens: int = 0
-    audio_input_tokens: int = 0
-    audio_output_tokens: int = 0
-    reasoning_tokens: int = 0
-    model: str | None = None
-    service_tier: str | None = None
-    estimated: bool = False
+    prompt_tokens: int  # all input tokens, those of the next three fields included
+    completion_tokens: int  # all output tokens, reasoning and audio included
+    cached_tokens: int = 0  # input read from the prompt cache
+    cache_write_tokens: int = 0  # input written to the prompt cache, where that has a price of its own
+    audio_input_tokens: int = 0  # input that was sound
+    audio_output_tokens: int = 0  # output that is sound
+    reasoning_tokens: int = 0  # output spent on reasoning
+    model: str | None = None  # the model that answered, as the server names it; None where it does not say
+    service_tier: str | None = None  # the tier that served, likewise
+    estimated: bool = False  # true where the server sent no usage and the counts are ours
 
 
 class Outcome(NamedTuple):
-    """What came of one attempt.
+    """What came of one attempt."""
 
-    Attributes:
-        status: The HTTP status; None where no answer came.
-        headers: Of the answer.
-        usage: What it used; None where the server did not say, and nobody estimated it.
-        message: Of the error, where it is one.
-        sent: False where no connection came about, so that nothing was spent.
-    """
-
-    status: int | None = None
-    headers: Mapping[str, str] | None = None
-    usage: Usage | None = None
-    message: str = ""
-    sent: bool = True
+    status: int | None = None  # the HTTP status; None where no answer came
+    headers: Mapping[str, str] | None = None  # of the answer
+    usage: Usage | None = None  # what it used; None where the server did not say, and nobody estimated it
+    message: str = ""  # of the error, where it is one
+    sent: bool = True  # false where no connection came about, so that nothing was spent
 
     @property
     def ok(self) -> bool:
@@ -110,11 +82,9 @@ class Outcome(NamedTuple):
 
     @property
     def tokens(self) -> float | None:
-        """The tokens it came to; None: unknown, the estimate stays.
-
-        A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
-        with a server error, the server may have counted them.
-        """
+        """The tokens it came to; None: unknown, the estimate stays."""
+        # A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
+        # with a server error, the server may have counted them.
         if self.is_refusal:
             return 0.0
         used = self.counted
@@ -189,11 +159,9 @@ def token_count(value: object) -> int | None:
 
 
 def read_usage(tail: bytes) -> Usage | None:
-    """Return what an answer used, from its body or the end of it, or the end of a stream.
-
-    It is the last `usage` object that counts. Where the object round it is not there as a whole, its model is
-    known only if it stands right before, as with embeddings.
-    """
+    """Return what an answer used, from its body or the end of it, or the end of a stream."""
+    # It is the last `usage` object that counts. Where the object round it is not there as a whole, its model
+    # is known only if it stands right before, as with embeddings.
     whole = _decoded(tail) if len(tail) <= _TAIL and tail.lstrip().startswith(b"{") else {}
     usage = usage_of(whole)
     if usage is not None:
@@ -238,12 +206,7 @@ def _decoded(data: bytes) -> dict[str, Any]:
 
 
 def read_json(data: bytes) -> Any:
-    """Return what JSON says, in half the time of the standard library, which is asked where this fails.
-
-    Raises:
-        ValueError: It is no JSON.
-        RecursionError: It is nested too deeply.
-    """
+    """Return what JSON says, in half the time of the standard library, which is asked where this fails."""
     try:
         return from_json(data, cache_strings="keys")
     except ValueError:  # also for half a surrogate pair, which json takes
