@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import threading
 import time
 from array import array
@@ -203,8 +202,6 @@ def _joined(bins: array[float]) -> array[float]:
 
 
 _MOST = 60  # kinds that are told apart
-_CODE = re.compile(r'"code"\s*:\s*"([a-z_]{1,48})"')
-_LONGEST_BODY = 16_384
 _OTHER = "other"
 
 
@@ -234,11 +231,10 @@ class Failures:
         row.attempts += isinstance(error, openai.APIError)  # of the others, nothing was sent
         row.prompts += for_good
 
-    def refused(self, model: str, status: int | None, body: str, *, for_good: bool) -> None:
+    def refused(self, model: str, status: int | None, code: str, *, for_good: bool) -> None:
         """Count an attempt whose error the SDK will make: of what came back, or where nothing did."""
         kind = "APIConnectionError" if status is None else class_of(status).__name__
-        found = _CODE.search(body[:_LONGEST_BODY])
-        row = self._row(model, kind, status, found[1] if found else "")
+        row = self._row(model, kind, status, code)
         row.attempts += 1
         row.prompts += for_good
 
@@ -367,7 +363,8 @@ class Recorder:
             for_good = _is_refused_for_good(outcome)
             self._totals.failures += for_good
             if not outcome.ok:
-                self._failures.refused(str(demand.model), outcome.status, outcome.message, for_good=for_good)
+                code = outcome.failure.code if outcome.failure is not None else ""
+                self._failures.refused(str(demand.model), outcome.status, code, for_good=for_good)
 
     def retry(self, model: str, error: Exception, wait: float) -> None:
         """Count one more attempt for the same prompt, after an error and so many seconds."""

@@ -13,7 +13,7 @@ from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import Caller, collect, estimate, pool_for
 from openai_eval_client._report import Guarded, Reading, both
-from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, govern
+from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
 from openai_eval_client._wire import PATHS, check_iterable, check_parameters, check_prompt, list_prompts
@@ -87,7 +87,7 @@ class OpenAIClient:
         self._http = http_client or fast_client(self._config.base_url)
         sdk = SdkClient(http_client=self._http, **self._sdk_options(), max_retries=0)
         sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
-        self._account.share(*account_of(sdk))
+        self._account.limiter.share(*account_of(sdk))
         pricer = self._account.ledger.pricer_for(self._config.base_url)
         self._cache = self._opened(cache)
         self._call = Caller(self._config, sdk, self._account, self._counter, pricer, cache=self._cache)
@@ -431,7 +431,7 @@ class OpenAIClient:
     @functools.cached_property
     def openai(self) -> AsyncOpenAI:
         """The SDK's client, paced by the same budget and on the same connections."""
-        view = govern(self._http, self._account, self._counter)
+        view = paced(self._http, self._account, self._counter)
         config = self._config
         client = AsyncOpenAI(
             http_client=view,
@@ -469,7 +469,7 @@ class OpenAIClient:
 
     async def close(self) -> None:
         """Close the connections and the cache; the client cannot be used after this."""
-        self._account.leave()
+        self._account.limiter.leave()
         try:
             await self._http.aclose()
         finally:
@@ -521,7 +521,7 @@ class OpenAIClient:
             troubles = self._account.recorder.troubles
             if pool is None:
                 return Reading(None, None, *troubles)
-            return Reading(self._account.gauge(model), pool.in_flight, *troubles)
+            return Reading(self._account.limiter.status(model), pool.in_flight, *troubles)
 
         return Display(total, probe)
 

@@ -345,7 +345,7 @@ async def test_streams_are_passed_and_settled(road, stream, usage):
         assert (
             sum(
                 concurrency.in_flight
-                for queue in owner._account._queues.values()
+                for queue in owner._account.limiter._queues.values()
                 for concurrency in queue._concurrency_limits
             )
             == 0

@@ -11,10 +11,12 @@ import pytest
 from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
-from openai_eval_client._account import Account, Permit
+from openai_eval_client._account import Account, Attempt
 from openai_eval_client._limits.queue import ConcurrencyLimit
 from openai_eval_client._runtime.loops import StartThrottle
-from openai_eval_client._wire.usage import Demand, Outcome, Usage
+from openai_eval_client._wire.endpoints import Demand
+from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._wire.usage import Usage
 
 
 def in_virtual_time(scenario, config: RateLimitConfig | None) -> Account:
@@ -40,7 +42,7 @@ OK = Outcome(200, {}, Usage(100, 0))
 
 
 async def send(account: Account, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
-    (await account.admit(demand)).settle(outcome)
+    (await account.attempt(demand).begin()).settle(outcome)
 
 
 def test_requests_leave_at_the_rate_of_the_limit() -> None:
@@ -63,9 +65,9 @@ def test_a_cancelled_waiter_gives_its_place_and_reservation_back() -> None:
     """The next in line goes when the cancelled one would have."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await account.admit(Demand("m", 597, 0))
-        first = asyncio.create_task(account.admit(Demand("m", 500, 0)))
-        second = asyncio.create_task(account.admit(Demand("m", 10, 0)))
+        await account.attempt(Demand("m", 597, 0)).begin()
+        first = asyncio.create_task(account.attempt(Demand("m", 500, 0)).begin())
+        second = asyncio.create_task(account.attempt(Demand("m", 10, 0)).begin())
         await asyncio.sleep(0)
         first.cancel()
         await second
@@ -80,14 +82,14 @@ def test_a_waiter_cancelled_after_its_grant_gives_everything_back() -> None:
     """Granted and cancelled in the same turn of the loop: no slot and no budget is lost."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        holder = await account.admit(DEMAND)
-        waiter = asyncio.create_task(account.admit(DEMAND))
+        holder = await account.attempt(DEMAND).begin()
+        waiter = asyncio.create_task(account.attempt(DEMAND).begin())
         await asyncio.sleep(0)
         holder.settle(OK)
         waiter.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiter
-        await asyncio.wait_for(account.admit(DEMAND), 1)
+        await asyncio.wait_for(account.attempt(DEMAND).begin(), 1)
 
     in_virtual_time(scenario, limits(max_concurrent=1))
 
@@ -96,13 +98,13 @@ def test_settling_twice_frees_one_slot() -> None:
     """An permit counts once, whatever happens to it."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        permit = await account.admit(DEMAND)
-        await account.admit(DEMAND)
+        permit = await account.attempt(DEMAND).begin()
+        await account.attempt(DEMAND).begin()
         permit.settle(OK)
         permit.settle(OK)
-        await account.admit(DEMAND)
+        await account.attempt(DEMAND).begin()
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(account.admit(DEMAND), 5)
+            await asyncio.wait_for(account.attempt(DEMAND).begin(), 5)
 
     assert in_virtual_time(scenario, limits(max_concurrent=2)).stats.attempts == 1
 
@@ -112,7 +114,7 @@ def test_a_429_pauses_the_whole_model_and_no_other(headers: dict[str, str]) -> N
     """Nobody of that model goes before the server's time; another model does not notice."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await send(account, outcome=Outcome(429, headers))
+        await send(account, outcome=refused(429, headers))
         await send(account, Demand("other", 1, 0))
         assert loop.time() == 0
         await send(account)
@@ -125,8 +127,8 @@ def test_a_refused_request_did_not_spend_its_tokens() -> None:
     """After a 429 the tokens are there for the next; after a server error they are not."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await send(account, Demand("m", 597, 0), Outcome(429, {}))
-        await send(account, Demand("m", 597, 0), Outcome(500, {}))
+        await send(account, Demand("m", 597, 0), refused(429, {}))
+        await send(account, Demand("m", 597, 0), refused(500, {}))
         assert loop.time() == 0
         await send(account, Demand("m", 597, 0))
         assert loop.time() == pytest.approx(59.7, abs=0.1)
@@ -138,14 +140,14 @@ def test_a_pause_longer_than_max_wait_fails_everyone_of_that_model_at_once() -> 
     """Those who wait and those who come later are told when to come back; nobody waits for it."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        running = await account.admit(DEMAND)
-        waiting = asyncio.create_task(account.admit(DEMAND))
+        running = await account.attempt(DEMAND).begin()
+        waiting = asyncio.create_task(account.attempt(DEMAND).begin())
         await asyncio.sleep(0)
-        running.settle(Outcome(429, {"retry-after": "3600"}))
-        for attempt in (waiting, account.admit(DEMAND)):
+        running.settle(refused(429, {"retry-after": "3600"}))
+        for attempt in (waiting, account.attempt(DEMAND).begin()):
             with pytest.raises(RateLimitError, match="3600 s, more than max_wait=600 s; come back at 2"):
                 await attempt
-        await account.admit(Demand("other"))
+        await account.attempt(Demand("other")).begin()
         assert loop.time() == 0
 
     in_virtual_time(scenario, limits(max_concurrent=1))
@@ -156,7 +158,7 @@ def test_without_limits_nothing_waits_until_the_server_states_some() -> None:
     headers = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0"}
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await asyncio.gather(*[account.admit(DEMAND) for _ in range(5000)])
+        await asyncio.gather(*[account.attempt(DEMAND).begin() for _ in range(5000)])
         assert loop.time() == 0
         await send(account, outcome=Outcome(200, headers))
         await send(account)
@@ -169,7 +171,7 @@ def test_requests_that_run_no_model_are_bounded_by_concurrency_alone() -> None:
     """Files and batches spend no requests per minute, and no model's slots."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await account.admit(DEMAND)
+        await account.attempt(DEMAND).begin()
         for _ in range(50):
             await send(account, Demand(None))
         assert loop.time() == 0
@@ -183,9 +185,9 @@ def test_a_lane_of_the_callers_own_replaces_the_models_bound() -> None:
     async def scenario(account: Account, loop: VirtualLoop) -> None:
         concurrency = ConcurrencyLimit(3)
         for _ in range(3):
-            await account.admit(DEMAND, concurrency=concurrency)
+            await account.attempt(DEMAND, concurrency=concurrency).begin()
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(account.admit(DEMAND, concurrency=concurrency), 5)
+            await asyncio.wait_for(account.attempt(DEMAND, concurrency=concurrency).begin(), 5)
 
     in_virtual_time(scenario, limits(max_concurrent=1))
 
@@ -196,7 +198,7 @@ def test_waits_are_logged_with_reason_and_seconds(caplog: pytest.LogCaptureFixtu
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
         await send(account)
-        await send(account, outcome=Outcome(429, {"retry-after": "2"}))
+        await send(account, outcome=refused(429, {"retry-after": "2"}))
 
     in_virtual_time(scenario, limits(1))
     assert "waited 60.00 s for the rate limit of m" in caplog.text
@@ -222,7 +224,7 @@ def test_eight_threads_with_their_own_loops_share_one_budget() -> None:
 
     async def one() -> None:
         nonlocal running, most
-        permit = await account.admit(DEMAND)
+        permit = await account.attempt(DEMAND).begin()
         with lock:
             running += 1
             most = max(most, running)
@@ -245,11 +247,11 @@ def test_eight_threads_with_their_own_loops_share_one_budget() -> None:
 def test_a_loop_that_ends_with_waiters_leaves_the_others_their_turn() -> None:
     """`asyncio.run` cancelled halfway gives back what its waiters had; the next run goes on."""
     account = Account(limits(max_concurrent=1))
-    held: list[Permit] = []
+    held: list[Attempt] = []
 
     async def abandoned() -> None:
-        held.append(await account.admit(DEMAND))
-        waiting = [asyncio.ensure_future(account.admit(DEMAND)) for _ in range(10)]
+        held.append(await account.attempt(DEMAND).begin())
+        waiting = [asyncio.ensure_future(account.attempt(DEMAND).begin()) for _ in range(10)]
         await asyncio.sleep(0)
         assert not any(waiter.done() for waiter in waiting)
 
@@ -266,12 +268,12 @@ def test_a_loop_that_is_closed_without_ceremony_does_not_block_the_others() -> N
     """Waiters of a loop that was just dropped are passed over, with their slots."""
     account = Account(limits(max_concurrent=1))
     loop = asyncio.new_event_loop()
-    held = loop.run_until_complete(account.admit(DEMAND))
-    waiter = loop.create_task(account.admit(DEMAND))
+    held = loop.run_until_complete(account.attempt(DEMAND).begin())
+    waiter = loop.create_task(account.attempt(DEMAND).begin())
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
 
-    async def later(held: Permit) -> None:
+    async def later(held: Attempt) -> None:
         held.settle(OK)
         await asyncio.wait_for(send(account), 10)
 
@@ -319,7 +321,7 @@ def test_one_governor_outlives_many_event_loops() -> None:
     for _ in range(20):
         asyncio.run(some())
     assert account.stats.attempts == 400
-    assert len(account._timers) <= 1
+    assert len(account.limiter._timers) <= 1
 
 
 def test_waits_are_told_apart_by_their_cause() -> None:
@@ -329,12 +331,12 @@ def test_waits_are_told_apart_by_their_cause() -> None:
         await asyncio.gather(*[send(account, Demand("by requests", 1, 0)) for _ in range(61)])
         large = Outcome(200, {}, Usage(5000, 0))
         await asyncio.gather(*[send(account, Demand("by tokens", 5000, 0), large) for _ in range(2)])
-        held = await account.admit(Demand("by slot"), concurrency=(concurrency := ConcurrencyLimit(1)))
+        held = await account.attempt(
+            Demand("by slot"), concurrency=(concurrency := ConcurrencyLimit(1))
+        ).begin()
         loop.call_later(3, held.settle, OK)
-        (await account.admit(Demand("by slot"), concurrency=concurrency)).settle(OK)
-        await send(
-            account, Demand("by pause"), Outcome(429, {"retry-after": "4"}, message="on tokens per min")
-        )
+        (await account.attempt(Demand("by slot"), concurrency=concurrency).begin()).settle(OK)
+        await send(account, Demand("by pause"), refused(429, {"retry-after": "4"}, (b"on tokens per min")))
         await send(account, Demand("by pause"))
 
     account = in_virtual_time(scenario, limits(60, 6000))
@@ -376,7 +378,7 @@ def test_a_wait_that_only_the_message_names_is_heeded(message: str, seconds: flo
     """OpenAI's daily limits and Azure's refusals."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await send(account, outcome=Outcome(429, {}, message=message))
+        await send(account, outcome=refused(429, {}, (message).encode()))
         await send(account)
         assert loop.time() == pytest.approx(seconds, abs=0.1)
 
@@ -387,8 +389,8 @@ def test_what_the_collector_hands_back_inside_a_locked_region_waits_until_it_is_
     """A stream that is collected while its own thread admits another neither deadlocks nor overtakes."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        dropped = [await account.admit(DEMAND) for _ in range(2)]
-        waiting = [asyncio.create_task(account.admit(DEMAND)) for _ in range(3)]
+        dropped = [await account.attempt(DEMAND).begin() for _ in range(2)]
+        waiting = [asyncio.create_task(account.attempt(DEMAND).begin()) for _ in range(3)]
         await asyncio.sleep(0)
         with account._lock:
             for permit in dropped:
@@ -407,7 +409,7 @@ def test_a_refused_request_without_a_model_harms_nobody() -> None:
     """A 429 for a file or a list of models has no budget to lower."""
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
-        await send(account, Demand(None), Outcome(429, {"retry-after": "2"}))
+        await send(account, Demand(None), refused(429, {"retry-after": "2"}))
         await send(account, Demand(None))
         assert loop.time() == pytest.approx(2, abs=0.05)
 
@@ -419,7 +421,7 @@ def test_a_request_that_was_never_sent_spends_nothing() -> None:
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
         for _ in range(50):
-            await send(account, Demand("m", 500, 0), Outcome(sent=False))
+            await send(account, Demand("m", 500, 0), NOT_SENT)
         assert loop.time() == 0
 
     assert in_virtual_time(scenario, limits(60, 600)).stats.attempts == 0
@@ -431,7 +433,7 @@ def test_a_refusal_for_good_is_no_congestion(message: str) -> None:
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
         for _ in range(20):
-            await send(account, outcome=Outcome(429, {}, message=message))
+            await send(account, outcome=refused(429, {}, (message).encode()))
         assert loop.time() == 0
 
     in_virtual_time(scenario, limits(None, 60_000, adaptive_throttling=True))
@@ -445,7 +447,7 @@ def test_a_guess_does_not_make_a_request_too_large() -> None:
         await send(account, outcome=Outcome(200, headers, Usage(100, 9000)))
         await send(account, Demand("m", 8000))
         with pytest.raises(RequestTooLargeError, match="11,000 tokens is too large for the limit of 10,000"):
-            await account.admit(Demand("m", 8000, 3000))
+            await account.attempt(Demand("m", 8000, 3000)).begin()
 
     in_virtual_time(scenario, None)
 
@@ -456,7 +458,7 @@ def test_a_request_whose_debt_would_outlast_max_wait_is_too_large() -> None:
     async def scenario(account: Account, loop: VirtualLoop) -> None:
         await send(account, Demand("m", 6000, 0))
         with pytest.raises(RequestTooLargeError):
-            await account.admit(Demand("m", 7000, 0))
+            await account.attempt(Demand("m", 7000, 0)).begin()
 
     in_virtual_time(scenario, limits(None, 600))
 
@@ -506,7 +508,7 @@ async def test_those_for_whom_there_is_room_begin_a_few_at_a_time_too() -> None:
     account, order, begun = Account(limits()), [], []
 
     async def one(number: int) -> None:
-        await account.admit(DEMAND)
+        await account.attempt(DEMAND).begin()
         order.append(number)
 
     tasks = [asyncio.create_task(one(number)) for number in range(100)]
@@ -518,7 +520,7 @@ async def test_those_for_whom_there_is_room_begin_a_few_at_a_time_too() -> None:
     assert [count for count in begun if count] == [32, 8, 8, 8, 8, 8, 8, 8, 8, 4]
     await asyncio.gather(*tasks)
     await asyncio.sleep(0)
-    lonely = account.admit(DEMAND)
+    lonely = account.attempt(DEMAND).begin()
     with pytest.raises(StopIteration):
         lonely.send(None)
 
@@ -526,15 +528,15 @@ async def test_those_for_whom_there_is_room_begin_a_few_at_a_time_too() -> None:
 async def test_who_is_cancelled_before_their_turn_gives_slot_and_reservation_back() -> None:
     """They were admitted, and have not begun."""
     account = Account(limits(60, max_concurrent=50))
-    tasks = [asyncio.create_task(account.admit(DEMAND)) for _ in range(50)]
+    tasks = [asyncio.create_task(account.attempt(DEMAND).begin()) for _ in range(50)]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
     begun = [
-        task for task in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(task, Permit)
+        task for task in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(task, Attempt)
     ]
     assert len(begun) == 32
-    queue = account._queues["m"]
+    queue = account.limiter._queues["m"]
     assert queue.concurrency.in_flight == len(begun)
     assert queue.requests.spent == len(begun)
 
@@ -566,17 +568,17 @@ def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: st
     account = Account(limits(max_concurrent=100))
 
     async def one() -> None:
-        (await account.admit(DEMAND)).settle(OK)
+        (await account.attempt(DEMAND).begin()).settle(OK)
 
     async def hold() -> None:
-        permit = await account.admit(DEMAND)
+        permit = await account.attempt(DEMAND).begin()
         try:
             await asyncio.sleep(3600)
         finally:
             permit.settle(OK)
 
     async def leave_in_the_middle() -> None:
-        held = [await account.admit(DEMAND) for _ in range(100)] if meanwhile == "waiting" else []
+        held = [await account.attempt(DEMAND).begin() for _ in range(100)] if meanwhile == "waiting" else []
         tasks = [asyncio.ensure_future(hold()) for _ in range(100)]
         await asyncio.sleep(0)
         for permit in held:
@@ -590,7 +592,7 @@ def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: st
     closed.close()
     del closed
     gc.collect()
-    assert account._queues["m"].concurrency.in_flight == 0
+    assert account.limiter._queues["m"].concurrency.in_flight == 0
 
     async def go_on() -> None:
         await asyncio.wait_for(asyncio.gather(*[one() for _ in range(100)]), 5)
@@ -604,7 +606,7 @@ def test_the_time_until_one_begins_is_waiting_and_not_the_servers() -> None:
 
     async def scenario(account: Account, loop: VirtualLoop) -> None:
         async def one() -> None:
-            permit = await account.admit(DEMAND)
+            permit = await account.attempt(DEMAND).begin()
             loop.jump.slept += 0.5  # what it takes to begin
             permit.settle(OK)
 
@@ -621,10 +623,10 @@ async def test_a_crowd_that_was_cancelled_holds_nobody_up() -> None:
     account, order = Account(limits(max_concurrent=2000)), []
 
     async def one(name: str) -> None:
-        await account.admit(DEMAND)
+        await account.attempt(DEMAND).begin()
         order.append(name)
 
-    crowd = [asyncio.ensure_future(account.admit(DEMAND)) for _ in range(1000)]
+    crowd = [asyncio.ensure_future(account.attempt(DEMAND).begin()) for _ in range(1000)]
     early = [asyncio.ensure_future(one("early")) for _ in range(8)]
     await asyncio.sleep(0)
     for task in crowd:

@@ -77,7 +77,7 @@ async def test_a_lost_redis_is_said_once_and_so_is_its_return(
         async with OpenAIClient(config, rate_limit=limits) as client:
 
             async def until(alone: bool) -> None:
-                while client._account._queues["m"]._alone != alone:
+                while client._account.limiter._queues["m"]._alone != alone:
                     assert len(await client.batch_generate(["hello"] * 8)) == 8
                     await asyncio.sleep(0.02)
 

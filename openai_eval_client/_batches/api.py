@@ -15,7 +15,7 @@ import openai
 from openai_eval_client._batches.status import JobMetadata, is_enqueued_limit, read_job_metadata, was_refused
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
 from openai_eval_client._validation import shown
-from openai_eval_client._wire import forget_key, is_transient
+from openai_eval_client._wire import forget_key, read_failure
 from openai_eval_client.errors import QuotaError, ValidationError, sdk_httpx
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class BatchApi:
             try:
                 batch = await self._create(order, file_id)
             except (openai.APIStatusError, ValidationError) as error:
-                if not is_transient(error) or isinstance(error, openai.RateLimitError):
+                if not read_failure(error).retry or isinstance(error, openai.RateLimitError):
                     unclear.discard(key)
                 raise
             return batch

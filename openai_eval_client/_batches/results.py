@@ -38,8 +38,8 @@ from openai_eval_client._wire import (
     Usage,
     estimate_usage,
     is_answer,
-    is_transient,
     read_answer,
+    read_failure,
     status_error,
     usage_of,
 )
@@ -203,7 +203,7 @@ def is_curable(error: Exception) -> bool:
     """Return whether the same request may succeed in another batch."""
     if isinstance(error, BatchError):
         return error.code in _TRANSIENT
-    return is_transient(error)
+    return read_failure(error).retry
 
 
 def _line_error(error: Any, index: int) -> BatchError:

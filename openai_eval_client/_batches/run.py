@@ -43,7 +43,7 @@ from openai_eval_client._online import answered, attach, handed_out
 from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
-from openai_eval_client._wire import is_transient, of_error
+from openai_eval_client._wire import of_error, read_failure
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ class Round:
 
     def _pause_for(self, error: openai.APIError) -> None:
         """Let what waits wait for the next poll; raise what no waiting cures."""
-        if not is_transient(error) or not self._patient:
+        if not read_failure(error).retry or not self._patient:
             raise error
         text, about = "%d requests could not be submitted (%s): later again", of_error(error)
         warn(text, self.waiting[0].count, about["error_type"], event="batch_not_submitted", **about)
@@ -202,7 +202,7 @@ class Round:
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first part back, whose batch was not created, or give it up."""
         code, message = getattr(error, "code", None), getattr(error, "message", str(error))
-        if is_enqueued_limit(code, message) or not is_transient(error):
+        if is_enqueued_limit(code, message) or not read_failure(error).retry:
             self.plan.funds.refused(self.waiting[0])
         if is_enqueued_limit(code, message):
             await self._hold(message, error)
@@ -218,7 +218,7 @@ class Round:
     def _is_worth_a_pause(self, error: openai.APIError) -> bool:
         """Return whether a part whose batch was not created may be submitted later, or may be running."""
         begun = self.running or self.outcomes or self.waiting[0].key in self.record.unclear
-        return bool(begun) and is_transient(error) and self._patient
+        return bool(begun) and read_failure(error).retry and self._patient
 
     def _give_up(self, error: Exception) -> None:
         """Give the first part up."""
@@ -280,7 +280,7 @@ class Round:
         try:
             await self._take(await self.api.get(batch_id), part)
         except openai.APIError as error:
-            if not is_transient(error):
+            if not read_failure(error).retry:
                 raise
             text, about = "batch %s could not be read (%s): later again", of_error(error)
             warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)

@@ -32,7 +32,7 @@ from openai_eval_client._cli.work import with_client
 from openai_eval_client._format import usd
 from openai_eval_client._runtime import replacing
 from openai_eval_client._validation import check_number
-from openai_eval_client._wire import is_transient
+from openai_eval_client._wire import read_failure
 from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import PartialFailureError, ValidationError
 
@@ -310,7 +310,7 @@ async def _waited(client: OpenAIClient, job: str, interval: float) -> BatchJobSt
         try:
             found = await client.get_batch_status(job)
         except openai.APIError as error:
-            if not is_transient(error):
+            if not read_failure(error).retry:
                 raise
             say(f"no answer ({error}): again in {interval:g} s", style="yellow")
     return found

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from openai_eval_client._report import bar_is_open, write_above
-from openai_eval_client._wire import asked_wait, was_never_sent
+from openai_eval_client._wire import Kind, read_failure
 from openai_eval_client.config import OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import BatchError, BudgetExceededError, QuotaError, ValidationError
 
@@ -120,8 +120,12 @@ def code_of(error: openai.OpenAIError) -> int:
         return BUDGET
     if isinstance(error, ValidationError):
         return BAD_INPUT
-    refused = is_refusal(error) or isinstance(error, openai.BadRequestError) or was_never_sent(error)
-    return REFUSED if refused or asked_wait(error) else SOME_FAILED
+    refused = (
+        is_refusal(error)
+        or isinstance(error, openai.BadRequestError)
+        or read_failure(error).kind is Kind.UNREACHABLE
+    )
+    return REFUSED if refused or read_failure(error).wait else SOME_FAILED
 
 
 def sentence(error: openai.OpenAIError) -> str:

@@ -40,7 +40,7 @@ from openai_eval_client._cli.work import (
 from openai_eval_client._format import usd
 from openai_eval_client._report import meaning
 from openai_eval_client._stats import Failure
-from openai_eval_client._wire import was_never_sent
+from openai_eval_client._wire import Kind, read_failure
 from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import QuotaError, ValidationError
 
@@ -167,7 +167,7 @@ def _to_check(result: Result, code: int) -> str:
         return "nothing fits: raise --max-cost, or lower --max-tokens"
     if isinstance(error, openai.NotFoundError) and "model" not in str(error).lower():
         return _CHECK_URL
-    if isinstance(error, openai.OpenAIError) and was_never_sent(error):
+    if isinstance(error, openai.OpenAIError) and read_failure(error).kind is Kind.UNREACHABLE:
         return f"{_CHECK_URL}, and whether its server runs"
     return next((said for kind, said in _TO_CHECK.items() if isinstance(error, kind)), "")
 

@@ -20,7 +20,7 @@ import openai
 from openai_eval_client._cli.options import INTERRUPTED, say
 from openai_eval_client._cli.rows import carried, fingerprint, line_of, read_in_thread
 from openai_eval_client._report import bar_is_open
-from openai_eval_client._wire import code_of, is_fatal, status_of
+from openai_eval_client._wire import code_of, read_failure, status_of
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.errors import ValidationError
 
@@ -271,7 +271,7 @@ async def _stream(
 
 
 def _dooms(error: Exception, order: Order, result: Result) -> bool:
-    return is_fatal(error, order.limits.max_wait, answered=bool(result.answered))
+    return read_failure(error).ends_run(order.limits.max_wait, answered=bool(result.answered))
 
 
 async def answer_by_batch(order: Order, output: Output) -> Result:

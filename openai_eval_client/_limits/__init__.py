@@ -1,16 +1,14 @@
 """When a request may go: queues, token buckets, what the server says, limits shared over machines."""
 
 from openai_eval_client._limits.buckets import MINUTE, Clock, Limit
-from openai_eval_client._limits.limiter import Sharing, check_pause, check_size, too_long
+from openai_eval_client._limits.limiter import Limiter, Permit
 from openai_eval_client._limits.queue import (
     FIRST_OUTPUT_GUESS,
     ConcurrencyLimit,
     LimitStatus,
     ModelLimits,
     ModelQueue,
-    State,
     Waiter,
-    describe,
 )
 
 __all__ = [
@@ -20,13 +18,9 @@ __all__ = [
     "ConcurrencyLimit",
     "Limit",
     "LimitStatus",
+    "Limiter",
     "ModelLimits",
     "ModelQueue",
-    "Sharing",
-    "State",
+    "Permit",
     "Waiter",
-    "check_pause",
-    "check_size",
-    "describe",
-    "too_long",
 ]

@@ -1,38 +1,89 @@
-"""What shares limits, and which requests are turned away without waiting."""
+"""The waiting: one queue for each model, served from any event loop and any thread.
+
+One lock stands round all queues. Nothing is awaited under it: a waiter that cannot go gets a future of its
+own loop, which is resolved when quota or a slot is free. When only time can help, each loop with waiters
+holds one timer, so that no loop depends on another that may be busy or closed.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import copy
+import functools
+import itertools
 import time
-from typing import TYPE_CHECKING, Any
+from collections import Counter, deque
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._limits.queue import ModelQueue
+from openai_eval_client._limits.queue import ModelQueue, State, Waiter, describe
+from openai_eval_client._log import inform, request_id
+from openai_eval_client._runtime import (
+    DeferringLock,
+    Monotonic,
+    StartThrottle,
+    call_on,
+    fail_waiter,
+    running_loop,
+)
+from openai_eval_client._wire import Kind, read_stated_limits
+from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from openai_eval_client._limits.buckets import Clock
+    from openai_eval_client._limits.queue import ConcurrencyLimit, LimitStatus, ModelLimits
     from openai_eval_client._limits.shared import SharedBackend, SharedModelQueue
-    from openai_eval_client._runtime import DeferringLock
-    from openai_eval_client._wire import Demand
-    from openai_eval_client.config import RateLimitConfig
+    from openai_eval_client._wire import Demand, Failure, Outcome
     from openai_eval_client.errors import RateLimitError
 
+_SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
+_WORTH_LOGGING = 1.0  # seconds of waiting
 
-class Sharing:
-    """The part of a account that knows of others; without a `redis_url` there are none."""
 
-    if TYPE_CHECKING:
-        config: RateLimitConfig
-        _clock: Clock
-        _lock: DeferringLock
-        _queues: dict[str | None, ModelQueue]
+class Permit(NamedTuple):
+    """The right to send one attempt, to be given back by `Limiter.release`."""
 
-        def _pump(self, queue: ModelQueue) -> None: ...
-        def _fail_all(self, queue: ModelQueue, reason: Exception | None = None) -> None: ...
+    queue: ModelQueue
+    waiter: Waiter
 
-    _backend: SharedBackend | None = None
+
+class Limiter:
+    """The limits of one account, shared by everything that sends through it.
+
+    Args:
+        config: The limits; None: learn them from the server, and slow nothing down until it states any.
+        clock: Where the time comes from.
+        lock: The lock round all queues; None: one of its own.
+    """
+
+    def __init__(
+        self,
+        config: RateLimitConfig | None = None,
+        *,
+        clock: Clock | None = None,
+        lock: DeferringLock | None = None,
+    ) -> None:
+        self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
+        self._bounded = config is not None
+        self._clock: Clock = clock or Monotonic()
+        self._lock = lock or DeferringLock()
+        self._pauses: deque[tuple[str | None, Failure, str | None]] = deque()  # to log once the lock is left
+        self._turns = itertools.count()
+        self._starts = StartThrottle()
+        self._refused: Counter[str] = Counter()
+        self._queues: dict[str | None, ModelQueue] = {}
+        self._timers: dict[tuple[ModelQueue, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
+        self._backend: SharedBackend | None = None
+
+    def fresh(self) -> Limiter:
+        """Return another one with the same configured limits, for another account."""
+        return Limiter(self.config if self._bounded else None, clock=self._clock, lock=self._lock)
 
     def share(self, *account: str | None) -> None:
-        """Share the limits with all who spend the same account's, where the config says through what."""
+        """Share the limits with all processes that use the same account, through `config.redis_url`."""
         if self.config.redis_url is not None and self._backend is None:
             from openai_eval_client._limits.redis import RedisBackend  # an extra
 
@@ -43,44 +94,227 @@ class Sharing:
         if self._backend is not None:
             with self._lock:
                 queues = self._queues.values()
-                self._backend.leave({str(queue.model): told for queue in queues if (told := queue.leave())})
+                self._backend.leave({str(queue.model): last for queue in queues if (last := queue.leave())})
+
+    @property
+    def stats(self) -> dict[str, dict[str, Any]]:
+        """What `ClientStats` says of the limits."""
+        with self._lock:
+            return {"rate_limited_by": dict(self._refused), **describe(self._queues.values())}
+
+    @property
+    def limits(self) -> list[ModelLimits]:
+        """The limits of each model, and what was waited for."""
+        with self._lock:
+            return [queue.facts() for queue in self._queues.values() if queue.model is not None]
+
+    def output_length(self, model: str) -> dict[str, float]:
+        """Return how long a model's answers are, as `ClientStats.output_length` has it."""
+        with self._lock:
+            return self._queues[model].output_length() if model in self._queues else {}
+
+    def status(self, model: str) -> LimitStatus | None:
+        """Return how much of a model's limits is used; None before its first request."""
+        with self._lock:
+            return self._queues[model].gauge() if model in self._queues else None
+
+    def next_turn(self) -> int:
+        """Return a place in the queue; a request keeps its own through all its attempts."""
+        return next(self._turns)
+
+    async def acquire(
+        self, demand: Demand, *, concurrency: ConcurrencyLimit | None = None, turn: int | None = None
+    ) -> Permit:
+        """Wait until a request may be sent, and reserve its tokens and a slot.
+
+        Raises:
+            RateLimitError: The server asked for a pause longer than `max_wait`.
+            RequestTooLargeError: The limit on tokens can never admit it.
+        """
+        with self._lock:
+            queue = self._queue_of(demand.model)
+            waiter = self._new_waiter(queue, demand, concurrency, turn)
+            self._check(queue, demand)
+            granted = queue.try_grant(waiter)
+            future = self._starts.now_or_later() if granted else self._enqueue(queue, waiter)
+        if future is not None:
+            try:
+                await future
+            except BaseException:
+                self._lock.when_free(functools.partial(self._cancel, queue, waiter))
+                raise
+            waiter.granted_at = self._clock.time()  # it begins now: what was before is waiting
+            _log_wait(queue, waiter)
+        return Permit(queue, waiter)
+
+    def release(self, permit: Permit, outcome: Outcome) -> None:
+        """Free a slot, replace the reserved tokens by those used, and learn from the answer."""
+        permit.waiter.ended_at = self._clock.time()
+        self._lock.when_free(lambda: self._release(*permit, outcome))
+        self._log_pauses()
+
+    def update_from_headers(self, permit: Permit, headers: Mapping[str, str]) -> None:
+        """Learn from the headers of an answer whose body is still to come."""
+        with self._lock:
+            permit.queue.update_from_headers(permit.waiter, read_stated_limits(headers))
+            self._pump(permit.queue)
+
+    def _release(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
+        if waiter.state is not State.GRANTED:
+            return
+        try:
+            if not outcome.sent:
+                queue.cancel(waiter)
+                return
+            queue.settle(waiter, outcome.tokens)
+            if outcome.ok:
+                queue.on_success(waiter)
+            elif outcome.is_refusal and not outcome.is_rate_limit:
+                queue.rejected(waiter)
+            if outcome.counted is not None:
+                queue.observe_output(outcome.counted.completion_tokens)
+            if outcome.headers is not None and (outcome.is_rate_limit or queue.is_news(waiter)):
+                self._learn(queue, waiter, outcome.headers, outcome.failure)
+        finally:
+            self._pump(queue)
+
+    def _learn(
+        self, queue: ModelQueue, waiter: Waiter, headers: Mapping[str, str], failure: Failure | None
+    ) -> None:
+        """Take over what the server says of its limits; after a 429, pause as long as it says."""
+        stated = read_stated_limits(headers)
+        queue.update_from_headers(waiter, stated)
+        if failure is None or failure.kind is not Kind.RATE_LIMITED:
+            return
+        wait = failure.wait or 0.0
+        self._refused[failure.dimension or "unknown"] += 1
+        queue.refused(waiter, failure.dimension, wait, stated)
+        if wait:
+            queue.pause(wait)
+            self._pauses.append((queue.model, failure, request_id(headers)))
+        if wait > self.config.max_wait:
+            self._fail_all(queue)
+
+    def _log_pauses(self) -> None:
+        with contextlib.suppress(IndexError):  # another thread logs too
+            while self._pauses:
+                model, failure, request = self._pauses.popleft()
+                inform(
+                    "%s rate limited by the server: pausing %.2f s",
+                    model,
+                    failure.wait,
+                    event="rate_limited",
+                    wait_seconds=failure.wait,
+                    model=model,
+                    status=failure.status,
+                    limit=failure.dimension,
+                    request_id=request,
+                )
+
+    def _queue_of(self, model: str | None) -> ModelQueue:
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = self._new_queue(model)
+            queue.concurrency.limit = queue.concurrency.limit if self._bounded else float("inf")
+        return queue
 
     def _new_queue(self, model: str | None) -> ModelQueue:
         if self._backend is None or model is None:
             return ModelQueue(model, self.config, self._clock)
-        from openai_eval_client._limits.shared import (
-            SharedModelQueue,  # most clients have their limits to themselves
-        )
+        from openai_eval_client._limits.shared import SharedModelQueue  # few clients share their limits
 
         return SharedModelQueue(model, self.config, self._clock, self._backend, self._replied)
 
-    def _replied(self, queue: SharedModelQueue, outcome: Any) -> None:
-        """Go by what comes back from the shared stated."""
+    def _replied(self, queue: SharedModelQueue, reply: Any) -> None:
+        """Go by a reply of the shared limits."""
         with self._lock:
-            error = queue.take(outcome)
+            error = queue.take(reply)
             if error is not None or queue.pause_left() > self.config.max_wait:
                 self._fail_all(queue, error)
             self._pump(queue)
 
+    def _new_waiter(
+        self, queue: ModelQueue, demand: Demand, concurrency: ConcurrencyLimit | None, turn: int | None
+    ) -> Waiter:
+        output = queue.expected_output if demand.max_output is None else demand.max_output
+        return Waiter(
+            turn=self.next_turn() if turn is None else turn,
+            tokens=demand.input_tokens + output if demand.model is not None else 0,
+            concurrency=concurrency or queue.concurrency,
+            asked_at=self._clock.time(),
+        )
 
-def check_size(queue: ModelQueue, demand: Demand, max_wait: float) -> None:
-    """Refuse a request that is too large for the limit on tokens."""
-    tokens = demand.input_tokens + (demand.max_output or 0)  # what is known of it, without guesses
-    limit = queue.tokens.too_small_for(tokens, max_wait)
-    if limit is not None:
-        raise RequestTooLargeError(str(queue.model), tokens=tokens, limit=limit)
+    def _check(self, queue: ModelQueue, demand: Demand) -> None:
+        """Turn a request away that would wait too long, or that the limit on tokens can never admit."""
+        max_wait = self.config.max_wait
+        if queue.pause_left() > max_wait:
+            raise _too_long(queue, max_wait)
+        tokens = demand.input_tokens + (demand.max_output or 0)  # what is known of it, without guesses
+        limit = queue.tokens.too_small_for(tokens, max_wait)
+        if limit is not None:
+            raise RequestTooLargeError(str(queue.model), tokens=tokens, limit=limit)
+
+    def _enqueue(self, queue: ModelQueue, waiter: Waiter) -> asyncio.Future[None]:
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        waiter.owner, waiter.future = loop, future
+        queue.enqueue(waiter)
+        self._pump(queue)
+        return future
+
+    def _cancel(self, queue: ModelQueue, waiter: Waiter) -> None:
+        queue.cancel(waiter)
+        self._pump(queue)
+
+    def _pump(self, queue: ModelQueue) -> None:
+        """Admit all who can go; where only time can help the next, set the timers."""
+        while (waiter := queue.grant_next()) is not None:
+            if not call_on(waiter.owner, self._starts.wake, waiter.future):
+                queue.cancel(waiter)
+        delay = queue.next_in()
+        if delay is not None:
+            for owner in list(queue.waiting):
+                self._set_timer(queue, owner, max(delay, _SHORTEST_TIMER))
+
+    def _set_timer(self, queue: ModelQueue, loop: asyncio.AbstractEventLoop, delay: float) -> None:
+        """Have `loop` look at the queue again in `delay` seconds at the latest."""
+        handle = self._timers.get((queue, loop))
+        if handle is not None and handle.when() <= loop.time() + delay + _SHORTEST_TIMER:
+            return
+        if running_loop() is not loop:
+            if not call_on(loop, self._tick, queue, loop):
+                for waiter in queue.waiters(loop):
+                    queue.cancel(waiter)
+            return
+        if handle is not None:
+            handle.cancel()
+        self._timers = {key: kept for key, kept in self._timers.items() if not key[1].is_closed()}
+        self._timers[queue, loop] = loop.call_later(delay, self._tick, queue, loop)
+
+    def _tick(self, queue: ModelQueue, loop: asyncio.AbstractEventLoop) -> None:
+        with self._lock:
+            handle = self._timers.pop((queue, loop), None)
+            if handle is not None:
+                handle.cancel()
+            self._pump(queue)
+
+    def _fail_all(self, queue: ModelQueue, reason: Exception | None = None) -> None:
+        for waiter in queue.waiters():
+            queue.cancel(waiter)
+            error = _too_long(queue, self.config.max_wait) if reason is None else copy.copy(reason)
+            call_on(waiter.owner, fail_waiter, waiter.future, error)
 
 
-def check_pause(queue: ModelQueue, max_wait: float) -> None:
-    """Refuse whoever comes during a pause longer than `max_wait` seconds."""
-    if queue.pause_left() > max_wait:
-        raise too_long(queue, max_wait)
+def _log_wait(queue: ModelQueue, waiter: Waiter) -> None:
+    waited = waiter.granted_at - waiter.asked_at
+    if waited >= _WORTH_LOGGING:
+        about = {"model": queue.model, "wait_seconds": waited}
+        inform("waited %.2f s for the rate limit of %s", waited, queue.model, event="waited", **about)
 
 
-def too_long(queue: ModelQueue, max_wait: float) -> RateLimitError:
-    """Return the error for who would wait longer than `max_wait` seconds."""
+def _too_long(queue: ModelQueue, max_wait: float) -> RateLimitError:
+    """Return the error for a wait longer than `max_wait` seconds, with the time when it is over."""
     left = queue.pause_left()
     back = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time.time() + left))
     waits = f"rate limited for {left:.0f} s, more than max_wait={max_wait:g} s"
-    message = f"{queue.model}: {waits}; come back at {back}"
-    return rate_limited(message, left)
+    return rate_limited(f"{queue.model}: {waits}; come back at {back}", left)

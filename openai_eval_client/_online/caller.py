@@ -17,18 +17,13 @@ from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._wire import (
     PATHS,
     Demand,
-    Outcome,
     Usage,
     estimate_usage,
     forget_key,
-    is_answer,
     max_output,
-    not_an_answer,
     read_answer,
-    read_json,
-    read_usage,
+    read_body,
     usage_of,
-    was_never_sent,
 )
 from openai_eval_client.errors import sdk_httpx
 
@@ -46,7 +41,7 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
 
-_NOT_SENT, _UNKNOWN = Outcome(sent=False), Outcome()
+_ALWAYS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 @dataclass(slots=True)
@@ -59,7 +54,7 @@ class _Job:
     concurrency: ConcurrencyLimit | None  # the concurrency bound it runs under; None: the model's
     budget: CostBudget | None  # what it is paid from besides the client's budget; None: nothing
     # entered for as long as a request is in flight
-    sending: Callable[[], contextlib.AbstractContextManager[None]]
+    sending: contextlib.AbstractContextManager[None]
     # keeps the answer, before the request ceases to be in flight
     keep: Callable[[ModelResponse], Awaitable[None]] | None = None
     input_tokens: int = 0  # what its input counts
@@ -105,7 +100,7 @@ class Caller:
         *,
         concurrency: ConcurrencyLimit | None = None,
         budget: CostBudget | None = None,
-        sending: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+        sending: contextlib.AbstractContextManager[None] = _ALWAYS,
     ) -> Awaitable[ModelResponse]:
         """Answer one prompt."""
         if self._sdk.is_closed():
@@ -127,7 +122,7 @@ class Caller:
             job.input_tokens = await counter.count_input(body)
             path = PATHS[job.parameters.api]
             job.most_cost = await account.payments.most(body, path, counter, job.budget)
-            job.turn, job.keep = account.next_turn(), keep
+            job.turn, job.keep = account.limiter.next_turn(), keep
             failures = None
             try:
                 response: ModelResponse = await self._send(job)
@@ -158,16 +153,13 @@ class Caller:
         """Send once."""
         body = job.sent = self.unsupported.adapted(job.body)
         demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
-        permit = await self._account.admit(
-            demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget
-        )
-        started, outcome = time.perf_counter(), _NOT_SENT
-        try:
-            with job.sending():
-                outcome = _UNKNOWN
-                reply = await self._post(job.parameters, body)
-                latency = time.perf_counter() - started
-                answer = _decode(reply, job.parameters.api)
+        async with self._account.attempt(
+            demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget, sending=job.sending
+        ) as attempt:
+            started = time.perf_counter()
+            reply = await self._post(job.parameters, body)
+            latency = time.perf_counter() - started
+            answer = read_body(reply, job.parameters.api)
             counted = usage_of(answer)
             response = read_answer(
                 answer,
@@ -179,27 +171,12 @@ class Caller:
                 latency=latency,
             )
             usage = counted or await self._estimate(answer, response, job.input_tokens)
-            outcome = Outcome(reply.status_code, reply.headers, usage)
+            attempt.answered(reply.status_code, reply.headers, usage)
             if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()
             self._price(response, usage)
             if job.keep is not None:
                 await job.keep(response)
-        except openai.APIResponseValidationError as error:
-            outcome = Outcome(usage=read_usage(error.response.content))
-            raise
-        except openai.APIStatusError as error:
-            outcome = Outcome(
-                error.status_code,
-                error.response.headers,
-                message=f"{error.code} {error.message}",
-            )
-            raise
-        except openai.APIConnectionError as error:
-            outcome = Outcome(sent=not was_never_sent(error))
-            raise
-        finally:
-            permit.settle(outcome)
         if not usage.estimated:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
         return response
@@ -234,15 +211,3 @@ class Caller:
 def _model_of(job: _Job, _: Any) -> str:
     name: str = job.body["model"]
     return name
-
-
-def _decode(reply: Any, api: str) -> dict[str, Any]:
-    """Return the JSON body of a 200."""
-    try:
-        body = read_json(reply.content)
-    except (ValueError, RecursionError):
-        body = None
-    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
-        raise not_an_answer(reply, body, PATHS[api])
-    decoded: dict[str, Any] = body
-    return decoded

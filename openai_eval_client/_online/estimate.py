@@ -106,7 +106,7 @@ def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> Co
     """Return the estimate for so many prompts of each size."""
     requests, most = sizes.total(), max_output(parameters.body)
     prompt_tokens = sum(size * count for size, count in sizes.items())
-    mean = account.output_length(parameters.model).get("mean")
+    mean = account.limiter.output_length(parameters.model).get("mean")
     mean = mean if mean is None or most is None else min(mean, most)
     reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
     online = _costs(sizes, (0, mean, most), parameters, account, batch=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._report import report
 from openai_eval_client._validation import check_count
-from openai_eval_client._wire import check_prompt, is_fatal
+from openai_eval_client._wire import check_prompt, read_failure
 from openai_eval_client.errors import PartialFailureError
 
 if TYPE_CHECKING:
@@ -234,10 +234,10 @@ def pool_for(
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         check_prompt(prompt, index)
-        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending)
+        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending())
 
     def fatal(error: Exception, answered: bool) -> bool:
-        return is_fatal(error, limits.max_wait, answered=answered)
+        return read_failure(error).ends_run(limits.max_wait, answered=answered)
 
     in_flight = max_concurrent or limits.max_concurrent
     width = in_flight + min(in_flight, _READ_AHEAD)

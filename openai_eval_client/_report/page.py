@@ -286,7 +286,7 @@ _ROWS = 40  # of a table
 
 def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
     """Write the report of a client, and return its path."""
-    stats, story, facts = account.stats, account.recorder.story(), account.facts
+    stats, story, facts = account.stats, account.recorder.story(), account.limiter.limits
     return write_page(path, client_page(stats, story, facts, base_url=base_url, title=title))
 
 

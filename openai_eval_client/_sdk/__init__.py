@@ -8,7 +8,7 @@ from openai_eval_client._sdk.calls import (
     retrying,
     without,
 )
-from openai_eval_client._sdk.paced import AsyncOpenAI, account_of, govern
+from openai_eval_client._sdk.paced import AsyncOpenAI, account_of, paced
 from openai_eval_client._sdk.transport import SdkClient, fast_client
 
 __all__ = [
@@ -19,7 +19,7 @@ __all__ = [
     "call_sdk",
     "deadline",
     "fast_client",
-    "govern",
+    "paced",
     "retry_for",
     "retrying",
     "without",

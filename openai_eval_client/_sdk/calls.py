@@ -11,7 +11,7 @@ import backoff
 import openai
 
 from openai_eval_client._log import inform
-from openai_eval_client._wire import asked_wait, is_transient, of_error
+from openai_eval_client._wire import Kind, of_error, read_failure
 from openai_eval_client.errors import (
     QuotaError,
     TimeoutError,
@@ -29,7 +29,7 @@ else:
 
     deadline = async_timeout.timeout
 
-# What a model may reject_input, and what takes its place: learnt from its 400, never guessed from its name.
+# What a model may refuse, and what takes its place: learned from its 400, never guessed from its name.
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
 _REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
@@ -51,7 +51,7 @@ async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> 
         message = f"answer cut short: {error}"
         raise openai.APIConnectionError(message=message, request=_request(url)) from error
     except openai.RateLimitError as error:
-        if "insufficient_quota" in (error.code, error.type):  # which may be anything, lists too
+        if read_failure(error).kind is Kind.OUT_OF_QUOTA:
             raise QuotaError(error.message, response=error.response, body=error.body) from None
         raise
 
@@ -116,7 +116,8 @@ def retrying(
     """Return `attempt`, tried again where that may help."""
 
     def give_up(error: Exception) -> bool:
-        return not is_transient(error) or (asked_wait(error) or 0.0) > max_wait
+        failure = read_failure(error)
+        return not failure.retry or (failure.wait or 0.0) > max_wait
 
     def before_retry(details: Any) -> None:
         tries, wait, error = details["tries"], details["wait"], details["exception"]
@@ -170,7 +171,7 @@ def delays(*, governed: bool = True) -> Generator[float, Any, None]:
     delay = 0.0
     while True:
         error: Exception = yield delay
-        ceiling, asked = next(ceilings), asked_wait(error)
+        ceiling, asked = next(ceilings), read_failure(error).wait
         if not asked:
             delay = backoff.full_jitter(ceiling)
         else:

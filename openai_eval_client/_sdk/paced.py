@@ -22,7 +22,7 @@ from openai_eval_client._wire import (
     max_output,
     read_json,
     read_usage,
-    was_never_sent,
+    refused,
 )
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import ValidationError
@@ -30,11 +30,11 @@ from openai_eval_client.errors import ValidationError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from openai_eval_client._account import Permit
+    from openai_eval_client._account import Attempt
     from openai_eval_client.models import ClientStats
 
 
-UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: whoever sends it knows NotSent
+_UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: its sender knows NotSent
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
@@ -48,24 +48,25 @@ class NotSent(BaseException):
         self.error = error
 
 
-def govern(client: Any, account: Account, counter: TokenCounter) -> Any:
+def paced(client: Any, account: Account, counter: TokenCounter) -> Any:
     """Return a view of an HTTP client of either httpx family whose every `send` is paced."""
+    # The SDK calls `http_client.send()` once for every attempt, its own retries included, on any resource.
+    # Mounts, proxies, event hooks and mock transports of the client go on working: nothing below is touched.
     # The view shares the client's whole state, so closing either closes both.
-    kind: Any = _governed_class(client.__class__)
-    view: Any = object.__new__(kind)
+    view: Any = object.__new__(_paced_class(client.__class__))
     object.__setattr__(view, "__dict__", client.__dict__)
     view.original, view.account, view.counter = client, account, counter
     return view
 
 
 @functools.lru_cache(maxsize=64)
-def _governed_class(base: Any) -> type:
+def _paced_class(base: Any) -> Any:
     slots = ("counter", "account", "original")
-    return type(f"Governed{base.__name__}", (_Governed, base), {"__slots__": slots})
+    return type(f"Paced{base.__name__}", (_PacedClient, base), {"__slots__": slots})
 
 
-class _Governed:
-    """What a governed view adds to the class of the client it looks at."""
+class _PacedClient:
+    """What a paced view adds to the class of the client that it views."""
 
     __slots__ = ()
     original: Any
@@ -73,40 +74,37 @@ class _Governed:
     counter: TokenCounter
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-        """Wait for permit, send, and settle: at once, or when a streamed answer is closed."""
-        permit = await _admitted(request, self.account, self.counter)
-        demand = permit.demand
-        try:
-            send = super().send  # type: ignore[misc]  # of the client looked at
+        """Wait for a permit, send, and settle: at once, or when a streamed answer is closed."""
+        attempt = await self._admitted(request)
+        async with attempt:
+            send = super().send  # type: ignore[misc]  # of the client viewed
             response = await send(request, stream=stream, **options)
             if stream and not response.is_closed:
-                response.stream = _metered_class(response.__class__)(response, permit)
+                response.stream = _metered_class(response.__class__)(response, attempt)
+                attempt.detach()
                 return response
-        except BaseException as error:  # raised where the rows are taken
-            permit.settle(Outcome(sent=not was_never_sent(error)))
-            raise
-        outcome = _outcome(demand, response.status_code, response.headers, response.content)
-        if outcome.usage is not None and demand.model is not None:
-            self.counter.observe(demand.model, demand.input_tokens, outcome.usage.prompt_tokens)
-        permit.settle(outcome)
+            outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content)
+            attempt.failed(outcome)
+        used, demand = outcome.usage, attempt.demand
+        if used is not None and demand.model is not None:
+            self.counter.observe(demand.model, demand.input_tokens, used.prompt_tokens)
         return response
+
+    async def _admitted(self, request: Any) -> Attempt:
+        """Return an attempt that may be sent."""
+        try:
+            demand, body = await _read_demand(request, self.counter)
+            if is_charged(request.method, request.url.path):
+                most = await self.account.payments.most(body, request.url.path, self.counter)
+                demand = demand if most is None else demand._replace(most_cost=most)
+            return await self.account.attempt(demand).begin()
+        except openai.OpenAIError as error:
+            if request.extensions.get(_UNWRAPS):
+                raise NotSent(error) from None
+            raise
 
     def __del__(self) -> None:
         """Leave closing to the client itself."""
-
-
-async def _admitted(request: Any, account: Account, counter: TokenCounter) -> Permit:
-    """Wait until a request may be sent."""
-    try:
-        demand, body = await _read_demand(request, counter)
-        if is_charged(request.method, request.url.path):
-            most = await account.payments.most(body, request.url.path, counter)
-            demand = demand if most is None else demand._replace(most_cost=most)
-        return await account.admit(demand)
-    except openai.OpenAIError as error:
-        if request.extensions.get(UNWRAPS):
-            raise NotSent(error) from None
-        raise
 
 
 async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dict[str, Any]]:
@@ -115,12 +113,8 @@ async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dic
     if not is_metered(request.method, path):
         return Demand(None), {}
     retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
-    if not request.headers.get("content-type", "").startswith(_JSON):
-        return Demand(
-            path.rpartition("/")[2],
-            max_output=0,
-            retry=retry,
-        ), {}  # a form: its model is not at hand
+    if not request.headers.get("content-type", "").startswith(_JSON):  # a form: its model is not at hand
+        return Demand(path.rpartition("/")[2], max_output=0, retry=retry), {}
     try:
         body = read_json(request.content)
     except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
@@ -133,9 +127,10 @@ async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dic
 
 
 def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
-    message = "" if status < _BAD_REQUEST else tail.decode(errors="replace")
+    if status >= _BAD_REQUEST:
+        return refused(status, headers, tail)
     usage = None if demand.model is None else read_usage(tail)  # a file may well hold that of others
-    return Outcome(status, headers, usage, message)
+    return Outcome(status, headers, usage)
 
 
 @functools.lru_cache(maxsize=8)
@@ -148,14 +143,14 @@ def _metered_class(response_class: Any) -> type:
 class _MeteredStream:
     """The body of a streamed answer: holds its slot until closed, then settles from the usage at its end."""
 
-    def __init__(self, response: Any, permit: Permit) -> None:
+    def __init__(self, response: Any, attempt: Attempt) -> None:
         self._stream = response.stream
         self._status = response.status_code
         self._headers = response.headers
-        self._permit = permit
+        self._attempt = attempt
         self._tail = Tail()
         if self._status < _BAD_REQUEST:  # what they say holds now, not when the stream ends
-            permit.update_from_headers(self._headers)
+            attempt.update_from_headers(self._headers)
             self._headers = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
@@ -164,18 +159,18 @@ class _MeteredStream:
             yield chunk
 
     async def aclose(self) -> None:
-        """Close the connection's end of it and hand the slot back."""
+        """Close the connection's end of it and give the slot back."""
         try:
             await self._stream.aclose()
         finally:
             self._settle()
 
     def _settle(self) -> None:
-        permit = self._permit
-        permit.settle(_outcome(permit.demand, self._status, self._headers, self._tail.read()))
+        demand = self._attempt.demand
+        self._attempt.settle(_outcome(demand, self._status, self._headers, self._tail.read()))
 
     def __del__(self) -> None:
-        """Hand the slot back where the caller dropped the stream without closing it."""
+        """Give the slot back where the stream was dropped without being closed."""
         self._settle()
 
 
@@ -239,10 +234,10 @@ class AsyncOpenAI(SdkClient):
             self._counter = view.counter if view is not None else TokenCounter()
             plain = view.original if view is not None else http_client or default_client()
             if hasattr(plain, "send"):  # anything else is for the SDK to refuse
-                plain = govern(plain, self._account, self._counter)
+                plain = paced(plain, self._account, self._counter)
             super().__init__(http_client=plain, **options)
             self._account.ledger.pricer_for(str(self.base_url))
-            self._account.share(*account_of(self))
+            self._account.limiter.share(*account_of(self))
 
         __init__.__signature__ = _signature()
 
@@ -274,11 +269,11 @@ class AsyncOpenAI(SdkClient):
             """
             try:
                 return await super().request(*args, **options)
-            except NotSent as refused:
-                raise refused.error from None
+            except NotSent as caught:
+                raise caught.error from None
 
         async def _prepare_request(self, request: Any) -> Any:
-            request.extensions[UNWRAPS] = True
+            request.extensions[_UNWRAPS] = True
             return await super()._prepare_request(request)
 
     @property

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._log import warn
-from openai_eval_client._wire.usage import token_count
+from openai_eval_client._wire.endpoints import PATHS
+from openai_eval_client._wire.failures import not_an_answer
+from openai_eval_client._wire.usage import read_json, token_count
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
@@ -27,6 +29,23 @@ def is_answer(body: object, api: str) -> bool:
     """Return whether a body is an answer at all, and not the garbage of something in between."""
     wanted = "choices" if api == "chat" else "output"
     return isinstance(body, dict) and isinstance(body.get(wanted), list)
+
+
+def read_body(reply: Any, api: str) -> dict[str, Any]:
+    """Return the JSON body of a 200.
+
+    Raises:
+        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
+        openai.APIStatusError: It is an error that names a status.
+    """
+    try:
+        body = read_json(reply.content)
+    except (ValueError, RecursionError):
+        body = None
+    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
+        raise not_an_answer(reply, body, PATHS[api])
+    decoded: dict[str, Any] = body
+    return decoded
 
 
 def read_answer(

@@ -1,34 +1,99 @@
-"""What the path of a request says: whether it runs a model, and whether that costs anything."""
+"""The endpoints of the API, one row each, and what a request asks of the limits."""
 
 from __future__ import annotations
 
-# The last part of the path of a POST that runs no model, and so counts against no RPM or TPM.
-_UNMETERED = frozenset(
-    {
-        "admin_api_keys", "assistants", "batches", "cancel", "complete", "containers", "content",
-        "conversations", "evals", "files", "input_tokens", "items", "jobs", "messages", "parts", "runs",
-        "search", "sessions", "submit_tool_outputs", "threads", "uploads", "vector_stores",
-    },
-)  # fmt: skip
-# Those of them that make the provider work for money all the same.
-_CHARGED = frozenset(
-    {
-        "batches", "containers", "jobs", "runs", "search", "sessions", "submit_tool_outputs", "vector_stores",
-    },
-)  # fmt: skip
-_FREE = "/moderations"  # https://platform.openai.com/docs/guides/moderation
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from openai_eval_client._wire.usage import MOST_TOKENS, token_count
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from decimal import Decimal
+
+
+class Endpoint(NamedTuple):
+    """What is known of a POST to one endpoint."""
+
+    end: str  # of its path
+    inputs: tuple[str, ...] = ()  # what in the body is input
+    output_caps: tuple[str, ...] | None = None  # what bounds the output; (): there is none; None: not known
+    metered: bool = True  # runs a model, and so counts against RPM and TPM
+    billed: bool = True  # may cost money
+    api: str | None = None  # its name for our own methods
+    batchable: bool = False  # our Batch API jobs take it
+
+
+def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
+    """Return endpoints that run no model themselves; the billed ones make the provider work all the same."""
+    return [Endpoint(f"/{end}", metered=False, billed=billed) for end in ends]
+
+
+# https://platform.openai.com/docs/api-reference; a path that is not here runs a model, and may cost money.
+ENDPOINTS = (
+    Endpoint(
+        "/chat/completions",
+        ("messages",),
+        ("max_completion_tokens", "max_tokens"),
+        api="chat",
+        batchable=True,
+    ),
+    Endpoint(
+        "/responses", ("input", "instructions"), ("max_output_tokens",), api="responses", batchable=True
+    ),
+    Endpoint("/completions", ("prompt",), ("max_tokens",)),
+    Endpoint("/embeddings", ("input",), ()),
+    Endpoint("/moderations", ("input",), (), billed=False),
+    *_other("batches", "containers", "jobs", "runs", "search", "sessions", billed=True),
+    *_other("submit_tool_outputs", "vector_stores", billed=True),
+    *_other("admin_api_keys", "assistants", "cancel", "complete", "content", "conversations", "evals"),
+    *_other("files", "input_tokens", "items", "messages", "parts", "threads", "uploads"),
+)
+_UNKNOWN = Endpoint("")
+_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # where the endpoint is not known
+PATHS = {row.api: row.end for row in ENDPOINTS if row.api is not None}
+INPUT_KEYS = tuple(dict.fromkeys(key for row in ENDPOINTS for key in row.inputs))
+
+
+@functools.lru_cache(maxsize=256)
+def endpoint_of(path: str) -> Endpoint:
+    """Return the row of a path, whatever stands before its end."""
+    return next((row for row in ENDPOINTS if path.endswith(row.end)), _UNKNOWN)
 
 
 def is_metered(method: str, path: str) -> bool:
     """Return whether a request runs a model, and so spends requests and tokens per minute."""
-    return method == "POST" and path.rpartition("/")[2] not in _UNMETERED
+    return method == "POST" and endpoint_of(path).metered
 
 
 def is_charged(method: str, path: str) -> bool:
     """Return whether a request may cost money."""
-    return is_metered(method, path) or (method == "POST" and path.rpartition("/")[2] in _CHARGED)
+    row = endpoint_of(path)
+    return method == "POST" and (row.metered or row.billed)
 
 
 def is_free(path: str) -> bool:
-    """Return whether requests to this endpoint cost nothing."""
-    return path.endswith(_FREE)
+    """Return whether requests to an endpoint that runs a model cost nothing."""
+    row = endpoint_of(path)
+    return row.metered and not row.billed
+
+
+class Demand(NamedTuple):
+    """What one request asks of the limits."""
+
+    model: str | None  # None: it runs no model, and only the concurrency limit applies
+    input_tokens: int = 0
+    max_output: int | None = None  # output tokens at most; None: what this model's answers usually take
+    retry: bool | None = None  # whether it repeats a failed attempt; None: our own call, counted elsewhere
+    free: bool = False  # whether its endpoint costs nothing
+    most_cost: Decimal | None = None  # USD that it can cost at most; None: there is no budget
+
+
+def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
+    """Return the output tokens a request may use at most, all choices together; None: no bound."""
+    names = endpoint_of(path).output_caps
+    if names == ():
+        return 0
+    caps = [cap for name in names or _CAPS if (cap := token_count(body.get(name))) is not None]
+    choices = token_count(body.get("n")) or 1
+    return min(caps[0] * choices, MOST_TOKENS) if caps else None

@@ -1,53 +1,293 @@
-"""What a failure means: whether the same request, or any other, is worth another attempt."""
+"""What a failure means: one table for limiter, retry, worker pool, batches, command line and report."""
 
 from __future__ import annotations
 
+import enum
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import openai
 
 from openai_eval_client._log import request_id
-from openai_eval_client._wire.headers import stated_wait
-from openai_eval_client._wire.usage import FOR_GOOD
+from openai_eval_client._wire.headers import refused_dimension, stated_wait
+from openai_eval_client._wire.usage import Usage, read_json, read_usage
 from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
+    RequestTooLargeError,
+    TimeoutError,
     ValidationError,
     sdk_httpx,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
-def of_error(error: BaseException) -> dict[str, Any]:
-    """Return the fields of an error: its class, and of the API's its status, code and request id."""
-    return {
-        "error_type": type(error).__name__,
-        "status": status_of(error),
-        "code": code_of(error) or None,
-        "request_id": request_id(error.response.headers)
-        if isinstance(error, openai.APIStatusError)
-        else None,
-    }
+_BAD_REQUEST, _SERVER_ERROR = 400, 500
 
 
-_WORD = re.compile(r"[a-z]+(?:_[a-z]+)*")
-_LONGEST = 48
-_SERVER_ERROR = 500
-_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
-    400: openai.BadRequestError,
-    401: openai.AuthenticationError,
-    403: openai.PermissionDeniedError,
-    404: openai.NotFoundError,
-    409: openai.ConflictError,
-    422: openai.UnprocessableEntityError,
-    429: openai.RateLimitError,
+class Kind(enum.Enum):
+    """What went wrong."""
+
+    RATE_LIMITED = "rate_limited"
+    OUT_OF_QUOTA = "out_of_quota"
+    TOO_LARGE = "too_large"
+    REFUSED_KEY = "refused_key"
+    REFUSED_MODEL = "refused_model"
+    REFUSED_INPUT = "refused_input"
+    CONTENT_REFUSED = "content_refused"
+    NOT_FOUND = "not_found"
+    SERVER_ERROR = "server_error"
+    UNREADABLE = "unreadable"  # a 200 that holds no answer
+    TIMED_OUT = "timed_out"
+    DROPPED = "dropped"  # the connection failed after the request may have been sent
+    UNREACHABLE = "unreachable"  # no connection came about: nothing was sent
+    LOCAL = "local"  # an error of our own, before anything was sent
+
+
+class Scope(enum.Enum):
+    """What else would meet the same failure."""
+
+    REQUEST = "request"
+    MODEL = "model"
+    ACCOUNT = "account"
+
+
+class Row(NamedTuple):
+    """One row of the table of refusals: the first that fits decides."""
+
+    statuses: tuple[int, int]  # the lowest and the highest
+    word: str | None  # the error's code or type, or a text in its message; None: any
+    kind: Kind
+    retry: bool
+    scope: Scope
+    meaning: str  # for the user, in a report
+
+
+_AGAIN, _NEVER = True, False  # whether the same request is worth another attempt
+_REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
+_4XX, _5XX = (400, 499), (500, 599)
+# The API's codes: https://platform.openai.com/docs/guides/error-codes
+REFUSALS = (
+    Row((429, 429), "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
+        "the account's credit is used up: waiting does not help"),
+    Row((429, 429), "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
+        "more tokens than the limit can ever admit"),
+    Row((429, 429), None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
+        "the server's limit was reached; sent again when it said"),
+    Row((401, 401), None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
+    Row((403, 403), "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT,
+        "the key is wrong or was withdrawn"),
+    Row((403, 403), None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
+    Row((404, 404), "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL,
+        "no such model, or not for this key"),
+    Row((404, 404), None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
+    Row((408, 408), None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
+    Row((409, 409), None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "in the way of another request; sent again"),
+    Row((413, 413), None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
+    Row(_4XX, "context_length_exceeded", Kind.TOO_LARGE, _NEVER, _REQUEST,
+        "the prompt and max_tokens do not fit the model"),
+    Row(_4XX, "content_policy_violation", Kind.CONTENT_REFUSED, _NEVER, _REQUEST,
+        "the provider refuses the content"),
+    Row(_4XX, None, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
+    Row(_5XX, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed; sent again"),
+)  # fmt: skip
+_UNKNOWN = Row((0, 999), None, Kind.SERVER_ERROR, _NEVER, _REQUEST, "see the exception")
+_MEANINGS = {  # of errors that have no status, by class
+    "TimeoutError": "no answer within timeout; sent again",
+    "APIConnectionError": "the connection failed, or the answer was cut short; sent again",
+    "APIResponseValidationError": "what came was no answer; sent again",
+    "BudgetExceededError": "max_cost left too little; not sent",
+    "RequestTooLargeError": "more tokens than the limit can ever admit; not sent",
+    "ValidationError": "the input is wrong; not sent",
 }
 
 
-def class_of(status: int) -> type[openai.APIStatusError]:
-    """Return the class of the error that the SDK makes of a status."""
-    other = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
-    return _BY_STATUS.get(status, other)
+class Failure(NamedTuple):
+    """What a failed attempt means."""
+
+    kind: Kind
+    retry: bool = False  # whether the same request is worth another attempt
+    scope: Scope = Scope.REQUEST
+    wait: float | None = None  # seconds that the server asks to wait
+    dimension: str | None = None  # the limit that it names: "requests" or "tokens"
+    status: int | None = None
+    code: str = ""  # the API's word for it; "" where it has none
+    billed: bool | None = False  # None: nobody can know
+
+    def ends_run(self, max_wait: float, *, answered: bool) -> bool:
+        """Return whether every other prompt would meet it; `answered`: whether any was answered so far."""
+        if self.kind is Kind.UNREACHABLE:
+            return not answered
+        if self.kind is Kind.RATE_LIMITED:
+            return (self.wait or 0.0) > max_wait
+        return self.scope is not Scope.REQUEST
+
+
+class Outcome(NamedTuple):
+    """What came of one attempt."""
+
+    status: int | None = None  # the HTTP status; None where no answer came
+    headers: Mapping[str, str] | None = None
+    usage: Usage | None = None  # None where the server did not say, and it was not estimated
+    failure: Failure | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was answered."""
+        return self.status is not None and self.status < _BAD_REQUEST
+
+    @property
+    def sent(self) -> bool:
+        """Whether anything was sent, as far as is known."""
+        return self.failure is None or self.failure.kind not in {Kind.UNREACHABLE, Kind.LOCAL}
+
+    @property
+    def counted(self) -> Usage | None:
+        """What it used by the server's own count."""
+        return None if self.usage is None or self.usage.estimated else self.usage
+
+    @property
+    def tokens(self) -> float | None:
+        """The tokens it came to; None: unknown, the estimate stays."""
+        # A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
+        # with a server error, the server may have counted them.
+        if self.is_refusal:
+            return 0.0
+        used = self.counted
+        return None if used is None else float(used.prompt_tokens + used.completion_tokens)
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the request was refused (4xx) without being worked on."""
+        return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
+
+    @property
+    def is_rate_limit(self) -> bool:
+        """Whether it was refused because a limit was reached, which time cures."""
+        return self.failure is not None and self.failure.kind is Kind.RATE_LIMITED
+
+
+NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
+UNKNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=None))
+
+
+def read_failure(error: BaseException) -> Failure:
+    """Return what an exception means."""
+    if isinstance(error, openai.APIStatusError):
+        return _of_status_error(error)
+    if isinstance(error, openai.APIResponseValidationError):
+        return Failure(Kind.UNREADABLE, retry=True, billed=None)
+    if was_never_sent(error):
+        return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT)
+    if isinstance(error, TimeoutError):
+        return Failure(Kind.TIMED_OUT, retry=True, billed=None)
+    if isinstance(error, openai.APIError) or not isinstance(error, openai.OpenAIError | RuntimeError):
+        return Failure(Kind.DROPPED, retry=isinstance(error, openai.APIConnectionError), billed=None)
+    kind = Kind.TOO_LARGE if isinstance(error, RequestTooLargeError) else Kind.LOCAL
+    return Failure(kind, scope=_own_scope(error))
+
+
+def outcome_of(error: BaseException) -> Outcome:
+    """Return what came of an attempt that ended in an exception."""
+    failure = read_failure(error)
+    if isinstance(error, openai.APIStatusError):
+        return Outcome(error.status_code, error.response.headers, failure=failure)
+    if isinstance(error, openai.APIResponseValidationError):
+        return Outcome(usage=read_usage(error.response.content), failure=failure)
+    return UNKNOWN if failure.kind is Kind.LOCAL else Outcome(failure=failure)
+
+
+def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
+    """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
+    text = body.decode(errors="replace")
+    words = [str(word) for word in _words(body)]
+    return Outcome(status, headers, failure=_refusal(status, headers, words, text))
+
+
+def _words(body: bytes) -> Iterator[Any]:
+    """Yield code and type of an error in a body."""
+    try:
+        error = read_json(body).get("error")
+        yield from (error.get("code"), error.get("type"))
+    except (ValueError, RecursionError, AttributeError):
+        return
+
+
+def _of_status_error(error: openai.APIStatusError) -> Failure:
+    words = [str(error.code), str(error.type)]  # servers send lists here too
+    if isinstance(error, QuotaError):
+        words.append("insufficient_quota")
+    return _refusal(error.status_code, error.response.headers, words, f"{error.code} {error.message}")
+
+
+def _refusal(status: int, headers: Mapping[str, str], words: list[str], message: str) -> Failure:
+    row = _fitting(status, words, message)
+    told = headers.get("x-should-retry")  # the server's own word, which the SDK obeys as well
+    retry = told == "true" if told in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
+    return Failure(
+        row.kind,
+        retry=retry,
+        scope=row.scope,
+        wait=stated_wait(headers, message),
+        dimension=refused_dimension(message) if row.kind is Kind.RATE_LIMITED else None,
+        status=status,
+        code=words[0] if words and _is_code(words[0]) else "",
+    )
+
+
+def _fitting(status: int, words: list[str], message: str = "") -> Row:
+    for row in REFUSALS:
+        low, high = row.statuses
+        if low <= status <= high and (row.word is None or row.word in words or row.word in message):
+            return row
+    return _UNKNOWN
+
+
+def _own_scope(error: BaseException) -> Scope:
+    """Return what else would meet an error of our own: a budget, a shared limit, a closed client meet all."""
+    if isinstance(error, ValidationError):
+        meets_all = error.field in {"max_cost", "redis_url"}
+    else:
+        meets_all = isinstance(error, BudgetExceededError) or type(error) is RuntimeError
+    return Scope.ACCOUNT if meets_all else Scope.REQUEST
+
+
+def meaning_of(name: str, status: int | None, code: str) -> str:
+    """Return what an error means, for a reader, from the name of its class, its status and its code."""
+    return _MEANINGS.get(name, _UNKNOWN.meaning) if status is None else _fitting(status, [code]).meaning
+
+
+_NO_CONNECTION = frozenset(
+    {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ClientConnectorCertificateError"}
+)
+
+
+def was_never_sent(error: BaseException | None) -> bool:
+    """Return whether no connection came about: nobody listens, no such host, no TLS."""
+    # httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
+    while error is not None:
+        if type(error).__name__ in _NO_CONNECTION:
+            return True
+        error = error.__cause__
+    return False
+
+
+# --- the fields of errors ----------------------------------------------------------------------------------
+
+_CODE = re.compile(r"[a-z]+(?:_[a-z]+)*")
+_LONGEST_CODE = 48
+
+
+def _is_code(word: object) -> bool:
+    """Return whether it is a word of the API, and not a key or a sentence."""
+    return isinstance(word, str) and len(word) <= _LONGEST_CODE and bool(_CODE.fullmatch(word))
+
+
+def code_of(error: object) -> str:
+    """Return the API's word for an error; "" for anything that is no such word, as a key would be."""
+    code = getattr(error, "code", None)
+    return code if isinstance(code, str) and _is_code(code) else ""
 
 
 def status_of(error: object) -> int | None:
@@ -56,27 +296,18 @@ def status_of(error: object) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def code_of(error: object) -> str:
-    """Return the API's word for an error; "" for anything that is no such word, as a key would be."""
-    code = getattr(error, "code", None)
-    return code if isinstance(code, str) and len(code) <= _LONGEST and _WORD.fullmatch(code) else ""
+def of_error(error: BaseException) -> dict[str, Any]:
+    """Return the fields of an error for the log: its class, and of the API's its status, code, request id."""
+    headers = error.response.headers if isinstance(error, openai.APIStatusError) else None
+    return {
+        "error_type": type(error).__name__,
+        "status": status_of(error),
+        "code": code_of(error) or None,
+        "request_id": request_id(headers),
+    }
 
 
 _SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ordinary words
-_TOO_MANY_REQUESTS = 429
-_NUMBER = re.compile("[45][0-9][0-9]")
-_BY_WORD = {
-    "authentication_error": 401,
-    "insufficient_quota": 429,
-    "invalid_api_key": 401,
-    "invalid_request_error": 400,
-    "model_not_found": 404,
-    "not_found_error": 404,
-    "permission_error": 403,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-}
-_OF_THE_BODY = {"content-encoding", "content-length", "transfer-encoding"}  # which is decoded by now
 
 
 def forget_key(error: openai.APIError, key: str) -> None:
@@ -92,13 +323,44 @@ def forget_key(error: openai.APIError, key: str) -> None:
             error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)
 
 
+# --- errors made from what came ----------------------------------------------------------------------------
+
+_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
+    400: openai.BadRequestError,
+    401: openai.AuthenticationError,
+    403: openai.PermissionDeniedError,
+    404: openai.NotFoundError,
+    409: openai.ConflictError,
+    422: openai.UnprocessableEntityError,
+    429: openai.RateLimitError,
+}
+_NUMBER = re.compile("[45][0-9][0-9]")
+_STATUS_BY_WORD = {
+    "authentication_error": 401,
+    "insufficient_quota": 429,
+    "invalid_api_key": 401,
+    "invalid_request_error": 400,
+    "model_not_found": 404,
+    "not_found_error": 404,
+    "permission_error": 403,
+    "rate_limit_error": 429,
+    "rate_limit_exceeded": 429,
+}
+_OF_THE_BODY = {"content-encoding", "content-length", "transfer-encoding"}  # which is decoded by now
+
+
+def class_of(status: int) -> type[openai.APIStatusError]:
+    """Return the class of the error that the SDK makes of a status."""
+    other = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
+    return _BY_STATUS.get(status, other)
+
+
 def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
-    """Return the error that the SDK raises for a status."""
+    """Return the error that the SDK raises for a status, or ours where the account's credit is used up."""
     details = body.get("error", body) if isinstance(body, dict) else body
     given = details if isinstance(details, dict) else {}
-    kind: Any = class_of(status)
-    if status == _TOO_MANY_REQUESTS and "insufficient_quota" in (given.get("code"), given.get("type")):
-        kind = QuotaError
+    row = _fitting(status, [str(given.get("code")), str(given.get("type"))])
+    kind: Any = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
     text = given.get("message")
     message = text if isinstance(text, str) and text else f"status {status}"
     error: openai.APIStatusError = kind(message, response=answer, body=details)
@@ -112,12 +374,9 @@ def not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
     reported = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
     status = _stated_status(body) if reported else None
     if status is None:
-        said = (
-            f"an error: {body.get('error') or body}"
-            if reported
-            else f"not what {path} returns: {reply.content[:80]!r}"
-        )
-        message = f"the answer is {said}"
+        what = f"an error: {body.get('error') or body}" if reported else f"not what {path} returns"
+        shown = "" if reported else f": {reply.content[:80]!r}"
+        message = f"the answer is {what}{shown}"
         return openai.APIResponseValidationError(response=reply, body=body, message=message)
     headers = [(name, text) for name, text in reply.headers.multi_items() if name not in _OF_THE_BODY]
     answer = sdk_httpx().Response(status, headers=headers, content=reply.content, request=reply.request)
@@ -130,68 +389,5 @@ def _stated_status(body: dict[str, Any]) -> int | None:
     error = body.get("error")
     given = error if isinstance(error, dict) else body
     words = [str(given.get(name)) for name in ("code", "status", "status_code", "type")]
-    named = [int(word) if _NUMBER.fullmatch(word) else _BY_WORD.get(word) for word in words]
+    named = [int(word) if _NUMBER.fullmatch(word) else _STATUS_BY_WORD.get(word) for word in words]
     return next((status for status in named if status is not None), None)
-
-
-_TRANSIENT = frozenset({408, 409, 429})
-_NO_CONNECTION = frozenset(
-    {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ClientConnectorCertificateError"},
-)
-_FATAL = (
-    openai.AuthenticationError,
-    openai.PermissionDeniedError,
-    openai.NotFoundError,
-    BudgetExceededError,
-    QuotaError,
-)
-
-
-def is_transient(error: Exception) -> bool:
-    """Return whether the same request may succeed later."""
-    # So it is for connection errors, timeouts, answers that cannot be read, and statuses 408, 409, 429 and
-    # 5xx, unless `x-should-retry` says otherwise; not when the credit is used up or the request is too large.
-    if isinstance(error, QuotaError):
-        return False
-    if isinstance(error, openai.APIResponseValidationError | openai.APIConnectionError):
-        return True
-    if not isinstance(error, openai.APIStatusError):
-        return False
-    told = error.response.headers.get("x-should-retry")
-    if told in {"true", "false"}:
-        return bool(told == "true")
-    if any(reason in error.message for reason in FOR_GOOD):
-        return False
-    return error.status_code in _TRANSIENT or error.status_code >= _SERVER_ERROR
-
-
-def is_fatal(error: Exception, max_wait: float, *, answered: bool = True) -> bool:
-    """Return whether an error would meet every other prompt too."""
-    # So it is for key, model, credit, a budget, a very long pause, a closed client; and for no connection, as
-    # long as no prompt was `answered`.
-    if isinstance(error, ValidationError):
-        return error.field in {"max_cost", "redis_url"}
-    if not answered and was_never_sent(error):
-        return True
-    if isinstance(error, openai.RateLimitError) and (asked_wait(error) or 0.0) > max_wait:
-        return True
-    return isinstance(error, _FATAL) or type(error) is RuntimeError
-
-
-def was_never_sent(error: BaseException | None) -> bool:
-    """Return whether no connection came about: nobody listens, no such host, no TLS."""
-    # httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
-    while error is not None:
-        if type(error).__name__ in _NO_CONNECTION:
-            return True
-        error = error.__cause__
-    return False
-
-
-def asked_wait(error: Exception) -> float | None:
-    """Return the seconds that the server asks to wait before the next attempt; None where it does not say."""
-    return (
-        stated_wait(error.response.headers, error.message)
-        if isinstance(error, openai.APIStatusError)
-        else None
-    )

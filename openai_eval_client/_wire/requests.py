@@ -20,12 +20,12 @@ from openai_eval_client._validation import (
     check_text,
     reject_input,
 )
+from openai_eval_client._wire.endpoints import PATHS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 
-PATHS = {"chat": "/chat/completions", "responses": "/responses"}
 _KEYWORDS = {  # of our own methods
     "api", "max_concurrent", "max_cost", "max_tokens", "model", "progress", "progress_callback",
     "return_exceptions", "stop_event", "system", "temperature", "timeout", "use_batch_api",

@@ -1,4 +1,4 @@
-"""What a request asks for and what an answer used, read from the JSON on the wire."""
+"""What an answer used, read from the JSON on the wire."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from pydantic_core import from_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from decimal import Decimal
 
 
-_BAD_REQUEST, _TOO_MANY_REQUESTS, _SERVER_ERROR = 400, 429, 500
-FOR_GOOD = ("insufficient_quota", "Request too large")  # 429s that waiting does not cure
-_NO_OUTPUT = ("/embeddings", "/moderations")
-_OUTPUT_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
-_MOST = 10**12  # tokens: more than any limit; larger numbers would not fit a float
+MOST_TOKENS = 10**12  # more than any limit; larger numbers would not fit a float
 _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
 _MODEL_BEFORE = re.compile(rb'(?<!\\)"model"\s*:\s*"([^"\\]*)"\s*,\s*$')
@@ -33,19 +28,6 @@ _SAID = (
 )
 
 
-class Demand(NamedTuple):
-    """What one request asks of the limits."""
-
-    model: str | None  # whose budgets it spends; None: only the concurrency bound applies
-    input_tokens: int = 0  # of its input
-    # output tokens it may use at most; None: what this model's answers usually take
-    max_output: int | None = None
-    # whether it repeats a failed attempt; None: whoever asks counts its calls itself
-    retry: bool | None = None
-    free: bool = False  # whether its endpoint costs nothing
-    most_cost: Decimal | None = None  # USD that it can cost at most; None: nobody keeps a budget
-
-
 class Usage(NamedTuple):
     """What one answer used, and who gave it: all that its price depends on."""
 
@@ -59,55 +41,6 @@ class Usage(NamedTuple):
     model: str | None = None  # the model that answered, as the server names it; None where it does not say
     service_tier: str | None = None  # the tier that served, likewise
     estimated: bool = False  # true where the server sent no usage and the counts are ours
-
-
-class Outcome(NamedTuple):
-    """What came of one attempt."""
-
-    status: int | None = None  # the HTTP status; None where no answer came
-    headers: Mapping[str, str] | None = None  # of the answer
-    usage: Usage | None = None  # what it used; None where the server did not say, and nobody estimated it
-    message: str = ""  # of the error, where it is one
-    sent: bool = True  # false where no connection came about, so that nothing was spent
-
-    @property
-    def ok(self) -> bool:
-        """Whether it was answered."""
-        return self.status is not None and self.status < _BAD_REQUEST
-
-    @property
-    def counted(self) -> Usage | None:
-        """What it used by the server's own count."""
-        return None if self.usage is None or self.usage.estimated else self.usage
-
-    @property
-    def tokens(self) -> float | None:
-        """The tokens it came to; None: unknown, the estimate stays."""
-        # A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
-        # with a server error, the server may have counted them.
-        if self.is_refusal:
-            return 0.0
-        used = self.counted
-        return None if used is None else float(used.prompt_tokens + used.completion_tokens)
-
-    @property
-    def is_refusal(self) -> bool:
-        """Whether the request was refused (4xx) without being worked on."""
-        return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
-
-    @property
-    def is_congestion(self) -> bool:
-        """Whether it was refused because there is no room now: not for good, as an empty account is."""
-        return self.status == _TOO_MANY_REQUESTS and not any(reason in self.message for reason in FOR_GOOD)
-
-
-def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
-    """Return the output tokens a request may use at most, all choices together; None: no bound."""
-    if path.endswith(_NO_OUTPUT):
-        return 0
-    caps = [cap for name in _OUTPUT_CAPS if (cap := token_count(body.get(name))) is not None]
-    choices = token_count(body.get("n")) or 1
-    return min(caps[0] * choices, _MOST) if caps else None
 
 
 def usage_of(body: Mapping[str, Any]) -> Usage | None:
@@ -155,7 +88,7 @@ def token_count(value: object) -> int | None:
     """Return a plausible number of tokens, None for anything else."""
     if type(value) is not int or value < 0:  # a bool is none
         return None
-    return min(value, _MOST)
+    return min(value, MOST_TOKENS)
 
 
 def read_usage(tail: bytes) -> Usage | None:

@@ -134,7 +134,7 @@ async def test_hits_never_touch_the_limiter(path: Path) -> None:
     assert all(response.cached for response in responses)
     assert fractions == [(n + 1) / 200 for n in range(200)]
     assert (stats.cache_hits, stats.attempts, stats.reserved_tokens, stats.wait_seconds) == (200, 0, 0, 0.0)
-    assert client._account._queues == {}
+    assert client._account.limiter._queues == {}
 
 
 async def test_what_the_cache_saved_is_on_the_bill(path: Path) -> None:

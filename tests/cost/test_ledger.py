@@ -40,8 +40,9 @@ from openai_eval_client import (
 from openai_eval_client._cost import ledger as ledger_module
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._cost.pricing import Pricer
-from openai_eval_client._wire.endpoints import is_free
-from openai_eval_client._wire.usage import Demand, Outcome, Usage
+from openai_eval_client._wire.endpoints import Demand, is_free
+from openai_eval_client._wire.failures import Outcome
+from openai_eval_client._wire.usage import Usage
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 

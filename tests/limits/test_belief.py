@@ -16,8 +16,8 @@ from virtual import VirtualLoop, VirtualServer, rehearse
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._account import Account
 from openai_eval_client._limits.buckets import ServerBucket
+from openai_eval_client._wire.endpoints import Demand
 from openai_eval_client._wire.headers import StatedLimit
-from openai_eval_client._wire.usage import Demand
 
 RPM, TPM = 1800, 480_000  # 20 requests of 400 tokens a second: tokens bind
 
@@ -156,7 +156,7 @@ def serially(rpm: int, tpm: int, sizes: list[int], *, idle: float = 0.0, before:
 
     async def one(account: Account, tokens: int) -> None:
         asked = loop.time()
-        permit = await account.admit(Demand("m", tokens, 0))
+        permit = await account.attempt(Demand("m", tokens, 0)).begin()
         waits.append(loop.time() - asked)
         permit.settle(await server.answer(tokens))
 

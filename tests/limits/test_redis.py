@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI, OpenAIClient, OpenAIConfig, RateLimitConfig, ValidationError
 from openai_eval_client._account import Account
-from openai_eval_client._wire.usage import Demand, Outcome, Usage
+from openai_eval_client._wire.endpoints import Demand
+from openai_eval_client._wire.failures import Outcome, refused
+from openai_eval_client._wire.usage import Usage
 from openai_eval_client.config import without_password
 from openai_eval_client.testing import SimulatedServer
 
@@ -289,7 +291,7 @@ def test_a_killed_worker_holds_nothing(virtual) -> None:
 
     async def kill(fleet) -> None:
         await asyncio.sleep(8)
-        fleet.accounts[0]._backend.ask = lambda *_: None  # what it would still say is never heard
+        fleet.accounts[0].limiter._backend.ask = lambda *_: None  # what it would still say is never heard
         fleet.tasks[0].cancel()
 
     fleet = virtual([stated()] * 4).run(150, kill)
@@ -321,7 +323,7 @@ def test_redis_may_be_lost_and_come_back_empty(virtual, factor: int, window: int
     during = [at for at, _ in fleet.sent if 8.5 <= at < 13]
     assert len(during) >= 0.8 * 4.5 * 20
     assert sum(at >= 14 for at, _ in fleet.sent) > 100
-    assert not any(account._queues["m"]._alone for account in fleet.accounts)
+    assert not any(account.limiter._queues["m"]._alone for account in fleet.accounts)
 
 
 def test_an_emptied_redis_is_no_full_bucket(virtual) -> None:
@@ -361,7 +363,7 @@ def in_virtual_time(virtual, scenario, *configs: RateLimitConfig) -> None:
     accounts = []
     for given_limits in configs:
         account = Account(given_limits, clock=loop)
-        account._backend = VirtualLink(fleet.redis)
+        account.limiter._backend = VirtualLink(fleet.redis)
         accounts.append(account)
     loop.run_until_complete(scenario(loop, accounts))
 
@@ -379,11 +381,11 @@ def test_a_pause_holds_for_all(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         first, second = accounts
-        await second.admit(DEMAND)
-        (await first.admit(DEMAND)).settle(Outcome(429, {"retry-after": "7"}))
+        await second.attempt(DEMAND).begin()
+        (await first.attempt(DEMAND).begin()).settle(refused(429, {"retry-after": "7"}))
         await asyncio.sleep(0.1)
         began = loop.time()
-        await second.admit(DEMAND)
+        await second.attempt(DEMAND).begin()
         assert 6.5 <= loop.time() - began <= 7.5
 
     in_virtual_time(virtual, scenario, limits(None, 600), limits(None, 600))
@@ -395,11 +397,11 @@ def test_a_pause_longer_than_max_wait_ends_the_waiting_of_all(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         first, second = accounts
-        await second.admit(DEMAND)
-        (await first.admit(DEMAND)).settle(Outcome(429, {"retry-after": "3600"}))
+        await second.attempt(DEMAND).begin()
+        (await first.attempt(DEMAND).begin()).settle(refused(429, {"retry-after": "3600"}))
         await asyncio.sleep(0.1)
         with pytest.raises(RateLimitError, match="max_wait"):
-            await second.admit(DEMAND)
+            await second.attempt(DEMAND).begin()
 
     in_virtual_time(virtual, scenario, limits(None, 600), limits(None, 600))
 
@@ -409,11 +411,11 @@ def test_a_debt_of_one_is_a_debt_of_all(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         first, second = accounts
-        permit = await first.admit(Demand("m", 500, 0))
+        permit = await first.attempt(Demand("m", 500, 0)).begin()
         permit.settle(Outcome(200, {}, Usage(1000, 0)))
         await asyncio.sleep(2)
-        await first.admit(Demand("m", 10, 0))  # tells the pending
-        await second.admit(Demand("m", 100, 0))
+        await first.attempt(Demand("m", 10, 0)).begin()  # tells the pending
+        await second.attempt(Demand("m", 100, 0)).begin()
         assert loop.time() == pytest.approx(51, abs=1)
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED), limits(None, None, 600, **FIXED))
@@ -424,11 +426,11 @@ def test_an_overestimate_is_given_back_to_all(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         first, second = accounts
-        (await first.admit(Demand("m", 550, 0))).settle(Outcome(200, {}, Usage(0, 0)))
+        (await first.attempt(Demand("m", 550, 0)).begin()).settle(Outcome(200, {}, Usage(0, 0)))
         await asyncio.sleep(2)
-        await first.admit(Demand("m", 10, 0))
+        await first.attempt(Demand("m", 10, 0)).begin()
         began = loop.time()
-        await second.admit(Demand("m", 500, 0))
+        await second.attempt(Demand("m", 500, 0)).begin()
         assert loop.time() - began < 0.1
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED), limits(None, None, 600, **FIXED))
@@ -439,15 +441,15 @@ def test_a_cancelled_waiter_gives_its_place_back(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         first, second = accounts
-        await first.admit(Demand("m", 590, 0))
-        waiting = asyncio.create_task(first.admit(Demand("m", 500, 0)))
+        await first.attempt(Demand("m", 590, 0)).begin()
+        waiting = asyncio.create_task(first.attempt(Demand("m", 500, 0)).begin())
         await asyncio.sleep(1)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         began = loop.time()
-        await first.admit(Demand("m", 1, 0))
-        await second.admit(Demand("m", 50, 0))
+        await first.attempt(Demand("m", 1, 0)).begin()
+        await second.attempt(Demand("m", 50, 0)).begin()
         assert loop.time() - began < 8
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED), limits(None, None, 600, **FIXED))
@@ -458,13 +460,13 @@ def test_who_is_cancelled_while_redis_is_asked_gives_back_too(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         (account,) = accounts
-        task = asyncio.create_task(account.admit(Demand("m", 500, 0)))
+        task = asyncio.create_task(account.attempt(Demand("m", 500, 0)).begin())
         await asyncio.sleep(0)
         task.cancel()
         await asyncio.sleep(1)
-        await account.admit(Demand("m", 1, 0))
+        await account.attempt(Demand("m", 1, 0)).begin()
         began = loop.time()
-        await account.admit(Demand("m", 500, 0))
+        await account.attempt(Demand("m", 500, 0)).begin()
         assert loop.time() - began < 0.1
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED))
@@ -476,7 +478,7 @@ def test_first_come_first_served_within_a_worker(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         async def one(number: int, tokens: int) -> None:
-            await accounts[0].admit(Demand("m", tokens, 0))
+            await accounts[0].attempt(Demand("m", tokens, 0)).begin()
             order.append(number)
 
         sizes = [500, 90, 500, 1, 1]
@@ -491,12 +493,12 @@ def test_a_clock_that_is_set_back_stops_nobody(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         (account,) = accounts
-        (await account.admit(DEMAND)).settle(Outcome(429, {"retry-after": "7"}))
+        (await account.attempt(DEMAND).begin()).settle(refused(429, {"retry-after": "7"}))
         await asyncio.sleep(2)
-        account._backend.redis.epoch -= 3600
-        await account.admit(DEMAND)
+        account.limiter._backend.redis.epoch -= 3600
+        await account.attempt(DEMAND).begin()
         assert loop.time() == pytest.approx(8, abs=2)
-        await account.admit(Demand("m", 600, 0))
+        await account.attempt(Demand("m", 600, 0)).begin()
         assert loop.time() == pytest.approx(67, abs=8)
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED))
@@ -507,9 +509,9 @@ def test_one_larger_than_the_bucket_goes_when_it_is_full(virtual) -> None:
 
     async def scenario(loop, accounts) -> None:
         first, second = accounts
-        await first.admit(Demand("m", 1200, 0))
+        await first.attempt(Demand("m", 1200, 0)).begin()
         assert loop.time() < 1
-        await second.admit(Demand("m", 100, 0))
+        await second.attempt(Demand("m", 100, 0)).begin()
         assert loop.time() == pytest.approx(70, abs=3)
 
     in_virtual_time(virtual, scenario, limits(None, None, 600, **FIXED), limits(None, None, 600, **FIXED))
@@ -539,7 +541,7 @@ def test_no_window_holds_more_than_the_limit(redis_server, data) -> None:
     loop = VirtualLoop()
 
     async def one(account, tokens, end, patience) -> None:
-        task = asyncio.ensure_future(account.admit(Demand("m", tokens, 0)))
+        task = asyncio.ensure_future(account.attempt(Demand("m", tokens, 0)).begin())
         if end == "cancel":
             await asyncio.wait({task}, timeout=patience)
             if not task.done():
@@ -554,7 +556,7 @@ def test_no_window_holds_more_than_the_limit(redis_server, data) -> None:
     async def scenario(redis) -> None:
         accounts = [Account(limits(None, None, 600, **FIXED), clock=loop) for _ in range(3)]
         for account in accounts:
-            account._backend = VirtualLink(redis)
+            account.limiter._backend = VirtualLink(redis)
         tasks = []
         for number, pause, tokens, end, patience in steps:
             await asyncio.sleep(pause)
@@ -633,7 +635,7 @@ def test_threads_and_loops_share_one_way(redis_server) -> None:
 
 def _generate(client: OpenAIClient, base_url: str, outcomes) -> None:
     response = asyncio.run(client.generate_response("hello"))
-    outcomes.put((response.content, client._account._backend.generation))
+    outcomes.put((response.content, client._account.limiter._backend.generation))
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
@@ -666,7 +668,7 @@ def test_a_fork_waits_for_a_reply_that_is_being_heard(redis_server) -> None:
                 inside.set()
                 time.sleep(0.2)
 
-        client._account._backend.ask("another", {}, hear)
+        client._account.limiter._backend.ask("another", {}, hear)
         assert inside.wait(5)
         outcomes = context.Queue()
         child = context.Process(target=_generate, args=(client, server.base_url, outcomes), daemon=True)
@@ -690,13 +692,13 @@ def test_workers_are_counted_and_leave(redis_server) -> None:
                 ]
                 for client in clients:
                     await client.generate_response("hello")
-                counts.append(clients[-1]._account._backend.workers)
+                counts.append(clients[-1]._account.limiter._backend.workers)
                 first, second, _ = clients
                 await asyncio.gather(first.close(), second.close())
-                first._account._backend._thread.shutdown()  # until all is told
-                second._account._backend._thread.shutdown()
+                first._account.limiter._backend._thread.shutdown()  # until all is told
+                second._account.limiter._backend._thread.shutdown()
                 await clients[2].generate_response("hello")
-                counts.append(clients[-1]._account._backend.workers)
+                counts.append(clients[-1]._account.limiter._backend.workers)
                 await clients[2].close()
             return counts
 
@@ -719,7 +721,7 @@ async def test_a_script_that_was_flushed_is_loaded_again(redis_server) -> None:
             await client.generate_response("hello")
             redis.script_flush()
             await client.generate_response("hello")
-            assert client._account._backend.workers
+            assert client._account.limiter._backend.workers
 
 
 def test_what_a_worker_says_is_plain_json(redis_server) -> None:

@@ -49,7 +49,7 @@ def eventually(holds, seconds: float = 10) -> bool:
 def in_flight(client: AsyncOpenAI) -> int:
     return sum(
         concurrency.in_flight
-        for queue in client._account._queues.values()
+        for queue in client._account.limiter._queues.values()
         for concurrency in queue._concurrency_limits
     )
 

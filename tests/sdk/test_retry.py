@@ -16,7 +16,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client._sdk.calls import delays, retrying
-from openai_eval_client._wire.failures import asked_wait, is_fatal, is_transient
+from openai_eval_client._wire.failures import read_failure
 from openai_eval_client.errors import PartialFailureError, QuotaError, rate_limited, sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -76,26 +76,26 @@ FINAL = {400, 401, 402, 403, 404, 405, 406, 410, 411, 413, 415, 418, 422, 424, 4
 @pytest.mark.parametrize("status", sorted(TRANSIENT | FINAL))
 def test_the_status_says_whether_to_try_again(status):
     """Timeouts, conflicts, rate limits and server errors are worth it, refusals are not."""
-    assert is_transient(from_the_sdk(status)) is (status in TRANSIENT)
+    assert read_failure(from_the_sdk(status)).retry is (status in TRANSIENT)
 
 
 @given(st.integers(400, 599))
 def test_every_other_status_is_decided_by_its_class(status):
     """5xx is the server's trouble, 4xx the request's, but for three."""
-    assert is_transient(made(status)) is (status >= 500 or status in {408, 409, 429})
+    assert read_failure(made(status)).retry is (status >= 500 or status in {408, 409, 429})
 
 
 @given(st.integers(400, 599), st.booleans())
 def test_the_servers_own_word_is_taken(status, told):
     """`x-should-retry` overrides the status, as in the SDK."""
-    assert is_transient(made(status, x_should_retry=str(told).lower())) is told
+    assert read_failure(made(status, x_should_retry=str(told).lower())).retry is told
 
 
 @pytest.mark.parametrize("told", ["", "TRUE", "yes", "1", "maybe"])
 def test_another_word_is_no_word(told):
     """Only "true" and "false" mean anything."""
-    assert is_transient(made(500, x_should_retry=told))
-    assert not is_transient(made(400, x_should_retry=told))
+    assert read_failure(made(500, x_should_retry=told)).retry
+    assert not read_failure(made(400, x_should_retry=told)).retry
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_another_word_is_no_word(told):
 )
 def test_other_errors(error, again):
     """What never reached the server, or came back unreadable, may work next time."""
-    assert is_transient(error) is again
+    assert read_failure(error).retry is again
 
 
 def test_a_request_that_is_too_large_is_not_sent_again():
     """The API answers 429 to a request that its limit can never admit."""
-    assert not is_transient(from_the_sdk(429, TOO_LARGE, "rate_limit_exceeded"))
-    assert is_transient(from_the_sdk(429, "Rate limit reached for gpt-4o", "rate_limit_exceeded"))
+    assert not read_failure(from_the_sdk(429, TOO_LARGE, "rate_limit_exceeded")).retry
+    assert read_failure(from_the_sdk(429, "Rate limit reached for gpt-4o", "rate_limit_exceeded")).retry
 
 
 @pytest.mark.parametrize(
@@ -148,16 +148,16 @@ def test_a_request_that_is_too_large_is_not_sent_again():
 )
 def test_what_dooms_a_whole_run(error, doomed):
     """Key, permission, model, credit and a pause beyond max_wait meet every prompt alike."""
-    assert is_fatal(error, max_wait=600) is doomed
+    assert read_failure(error).ends_run(600, answered=True) is doomed
 
 
 def test_the_wait_is_read_from_the_errors_headers():
     """None where there is no answer, or no word in it."""
-    assert asked_wait(from_the_sdk(503, retry_after="7")) == 7.0
-    assert asked_wait(from_the_sdk(429, retry_after_ms="70")) == 0.07
-    assert asked_wait(from_the_sdk(500)) is None
-    assert asked_wait(connection_error()) is None
-    assert asked_wait(ValueError("other")) is None
+    assert read_failure(from_the_sdk(503, retry_after="7")).wait == 7.0
+    assert read_failure(from_the_sdk(429, retry_after_ms="70")).wait == 0.07
+    assert read_failure(from_the_sdk(500)).wait is None
+    assert read_failure(connection_error()).wait is None
+    assert read_failure(ValueError("other")).wait is None
 
 
 # --- delays -----------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_delay_is_the_servers_or_within_the_cap(sequence):
     waits = delays()
     next(waits)
     for attempt, error in enumerate(sequence):
-        delay, asked = waits.send(error), asked_wait(error)
+        delay, asked = waits.send(error), read_failure(error).wait
         if not asked:  # none, or one of nought, which is no advice
             assert 0 <= delay <= min(CAP, 0.5 * 2**attempt)
         else:

@@ -37,6 +37,6 @@ def nobody_listens():
 def no_slot_is_taken(client: OpenAIClient) -> bool:
     return all(
         concurrency.in_flight == 0
-        for queue in client._account._queues.values()
+        for queue in client._account.limiter._queues.values()
         for concurrency in queue._concurrency_limits
     )

@@ -12,7 +12,7 @@ from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
 from openai_eval_client._limits.redis import script
-from openai_eval_client._wire.usage import Demand
+from openai_eval_client._wire.endpoints import Demand
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -93,9 +93,11 @@ class Fleet:
 
     async def one(self, number: int, concurrency: ConcurrencyLimit) -> None:
         loop, account = self.redis.loop, self.accounts[number]
-        turn = account.next_turn()
+        turn = account.limiter.next_turn()
         for _ in range(self.retries + 1):
-            permit = await account.admit(Demand("m", self.tokens, 0), concurrency=concurrency, turn=turn)
+            permit = await account.attempt(
+                Demand("m", self.tokens, 0), concurrency=concurrency, turn=turn
+            ).begin()
             self.sent.append((loop.time(), number))
             outcome = await self.server.answer(self.tokens)
             permit.settle(outcome)
@@ -121,7 +123,7 @@ class Fleet:
         loop = self.redis.loop
         for config in self.configs:
             account = Account(config, clock=loop)
-            account._backend = VirtualLink(self.redis)
+            account.limiter._backend = VirtualLink(self.redis)
             self.accounts.append(account)
 
         async def all_of_them() -> None:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
-from openai_eval_client._wire.usage import Demand, Outcome, Usage
+from openai_eval_client._wire.endpoints import Demand
+from openai_eval_client._wire.failures import Outcome, refused
+from openai_eval_client._wire.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -104,7 +106,7 @@ class VirtualServer:
             name, wait = max(short.items(), key=lambda item: item[1])
             await asyncio.sleep(self.network)
             told = {"retry-after-ms": str(ceil(wait * 1000))} if self.retry_after else {}
-            return Outcome(429, {**told, **self.stamped(loop.time())}, message=f"limit on {name} per min")
+            return refused(429, {**told, **self.stamped(loop.time())}, (f"limit on {name} per min").encode())
         for name, bucket in self.buckets.items():
             bucket.left -= costs[name]
         early = self.stamped(loop.time())
@@ -160,9 +162,9 @@ def rehearse(
 
     async def one(account: Account, concurrency: ConcurrencyLimit) -> None:
         nonlocal unanswered
-        turn = account.next_turn()
+        turn = account.limiter.next_turn()
         for _ in range(retries + 1):
-            permit = await account.admit(Demand("m", tokens, 0), concurrency=concurrency, turn=turn)
+            permit = await account.attempt(Demand("m", tokens, 0), concurrency=concurrency, turn=turn).begin()
             outcome = await server.answer(tokens)
             permit.settle(outcome)
             if outcome.status == 200:
@@ -173,7 +175,7 @@ def rehearse(
 
     async def client(share: int) -> None:
         account, concurrency = Account(config, clock=loop), ConcurrencyLimit(in_flight)
-        permit = await account.admit(Demand("m", tokens, 0))  # one call to warm up
+        permit = await account.attempt(Demand("m", tokens, 0)).begin()  # one call to warm up
         permit.settle(await server.answer(tokens))
         await asyncio.gather(*[one(account, concurrency) for _ in range(share)])
 
