@@ -396,7 +396,7 @@ def test_what_the_collector_hands_back_inside_a_locked_region_waits_until_it_is_
             for permit in dropped:
                 permit.settle(OK)  # as __del__ would
             assert not any(task.done() for task in waiting)
-            assert account.recorder.snapshot().attempts == 0
+            assert account.recorder.snapshot().attempts == 2
         for _ in range(3):
             (done,), _ = await asyncio.wait(waiting[:1])
             done.result().settle(OK)

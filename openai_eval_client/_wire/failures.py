@@ -216,9 +216,10 @@ def _words(body: bytes) -> Iterator[Any]:
 
 def _of_status_error(error: openai.APIStatusError) -> Failure:
     words = [str(error.code), str(error.type)]  # servers send lists here too
+    status = error.status_code if isinstance(error.status_code, int) else 0
     if isinstance(error, QuotaError):
         words.append("insufficient_quota")
-    return _refusal(error.status_code, error.response.headers, words, f"{error.code} {error.message}")
+    return _refusal(status, error.response.headers, words, f"{error.code} {error.message}")
 
 
 def _refusal(status: int, headers: Mapping[str, str], words: list[str], message: str) -> Failure:

@@ -99,7 +99,11 @@ async def soak(server: SimulatedServer, seconds: float, *, batch: int = 200, see
                     flush=True,
                 )
         late = memory()
-        slots = sum(lane.in_flight for gate in client._account._gates.values() for lane in gate._lanes)
+        slots = sum(
+            limit.in_flight
+            for queue in client._account.limiter._queues.values()
+            for limit in queue._concurrency_limits
+        )
         stats = client.stats
     for _ in range(200):
         if not server.connections:

@@ -307,7 +307,7 @@ async def test_the_sdk_raises_our_error_and_does_not_try_again(retries: int) -> 
                 with pytest.raises(ValidationError, match="max_cost: needs max_tokens"):
                     await sdk.chat.completions.create(model="gpt-4o-mini", messages=HELLO)
             assert client.stats.retries == 0
-            assert client._account.next_turn() == 0  # never queued
+            assert client._account.limiter.next_turn() == 0  # never queued
             assert asyncio.get_running_loop().time() - waited < 60
         assert server.calls == []
 
