@@ -225,6 +225,6 @@ async def test_certificates_are_checked(trusted: bool, monkeypatch, tmp_path) ->
 
 def test_the_transport_speaks_the_sdks_httpx() -> None:
     """What it returns is of the family that the installed SDK is built on."""
-    from openai_eval_client._sdk.transport import _stream_class
+    from openai_eval_client._sdk.transport import _StreamedBody
 
-    assert issubclass(_stream_class(), sdk_httpx().AsyncByteStream)
+    assert issubclass(_StreamedBody, sdk_httpx().AsyncByteStream)
