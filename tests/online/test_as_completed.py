@@ -34,7 +34,7 @@ async def put_into(outcomes: dict[int, object], stream) -> None:
 
 @pytest.mark.parametrize("source", [lambda: (f"{n}" for n in range(100)), lambda: numbered(100)])
 async def test_each_prompt_of_either_kind_of_iterable_has_its_outcome(source) -> None:
-    """The position says which; they come as they are done, not in order."""
+    """The index says which; outcomes come as they are done, not in order."""
     with SimulatedServer(latency=0.01, latency_sigma=1.0) as server:
         async with connect(server) as client:
             outcomes = [pair async for pair in client.as_completed(source(), max_tokens=9, max_concurrent=20)]
@@ -64,15 +64,38 @@ async def test_a_prompt_that_is_wrong_is_an_outcome_of_its_own() -> None:
     ],
 )
 async def test_wrong_parameters_are_refused_by_the_call_itself(prompts, options, says) -> None:
-    """Before anything is iterated."""
+    """They are refused before anything is iterated."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             with pytest.raises(ValidationError, match=says):
                 client.as_completed(prompts, **options)
 
 
+class CountedPrompt(str):
+    """A prompt that counts how often it is checked."""
+
+    __slots__ = ("checks",)
+
+    def isspace(self) -> bool:
+        self.checks = getattr(self, "checks", 0) + 1
+        return super().isspace()
+
+
+@pytest.mark.parametrize("many", ["batch_generate", "as_completed"])
+async def test_a_prompt_is_checked_once(many: str) -> None:
+    """In a list before anything is sent, in an iterable as it is taken."""
+    prompts = [CountedPrompt(f"{n}") for n in range(20)]
+    with SimulatedServer() as server:
+        async with connect(server) as client:
+            if many == "batch_generate":
+                await client.batch_generate(prompts)
+            else:
+                await put_into({}, client.as_completed(iter(prompts)))
+    assert [prompt.checks for prompt in prompts] == [1] * 20
+
+
 async def test_failed_prompts_are_outcomes() -> None:
-    """With the SDK's own errors, and the run goes on."""
+    """They carry the SDK's own errors, and the run goes on."""
     with SimulatedServer(script=["ok", "500", "ok", "500"]) as server:
         async with connect(server, max_retries=0) as client:
             outcomes = dict([pair async for pair in client.as_completed(["x"] * 4, max_concurrent=1)])
@@ -114,7 +137,7 @@ WAYS_TO_LEAVE = [leave_by_break, leave_by_aclose, leave_by_error, leave_by_cance
 
 @pytest.mark.parametrize("leave", WAYS_TO_LEAVE)
 async def test_leaving_early_ends_the_rest(leave) -> None:
-    """No task, no slot, no request in flight; and the client goes on."""
+    """No task, slot or request in flight is left, and the client goes on."""
     with SimulatedServer(latency=0.05) as server:
         async with connect(server) as client:
             before = asyncio.all_tasks()
@@ -129,7 +152,7 @@ async def test_leaving_early_ends_the_rest(leave) -> None:
 
 @pytest.mark.parametrize("leave", WAYS_TO_LEAVE)
 def test_leaving_just_before_the_loop_ends_is_quiet(leave, recwarn, caplog) -> None:
-    """Nothing is destroyed pending, nothing is never awaited."""
+    """No task is destroyed pending, and no coroutine is never awaited."""
 
     async def main() -> None:
         await leave(client)
@@ -153,7 +176,7 @@ def test_leaving_just_before_the_loop_ends_is_quiet(leave, recwarn, caplog) -> N
     ],
 )
 async def test_an_error_that_meets_every_prompt_is_raised_after_what_was_in_flight(options, error) -> None:
-    """Every prompt that was sent has its outcome; no more are sent."""
+    """Every prompt that was sent has its outcome, and no more are sent."""
     outcomes: dict[int, object] = {}
     with SimulatedServer(latency=0.01, **options) as server:
         async with connect(server) as client:
@@ -166,7 +189,7 @@ async def test_an_error_that_meets_every_prompt_is_raised_after_what_was_in_flig
 
 
 async def test_a_server_that_is_not_there_ends_a_stream() -> None:
-    """One connection error, not one for each prompt."""
+    """There is one connection error, not one for each prompt."""
     with nobody_listens() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
             with pytest.raises(openai.APIConnectionError, match="connection failed"):
@@ -194,7 +217,7 @@ async def test_the_error_of_the_prompts_is_raised_after_their_outcomes() -> None
 
 
 async def test_a_client_that_is_closed_ends_its_streams() -> None:
-    """Those begun and those not begun, with one error that says so."""
+    """Streams begun and not begun end with one error that says so."""
     with SimulatedServer(latency=0.02) as server:
         client = connect(server)
         early, late = client.as_completed(numbered(10_000)), client.as_completed(numbered(10_000))
@@ -206,8 +229,8 @@ async def test_a_client_that_is_closed_ends_its_streams() -> None:
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_a_batch_whose_client_is_closed_hands_out_what_was_answered() -> None:
-    """One error with the responses so far, not a failure for each prompt."""
+async def test_a_run_whose_client_is_closed_keeps_what_was_answered() -> None:
+    """There is one error with the responses so far, not a failure for each prompt."""
     with SimulatedServer(latency=0.02) as server:
         client = connect(server)
         run = asyncio.create_task(client.batch_generate(["x"] * 5000))
@@ -220,7 +243,7 @@ async def test_a_batch_whose_client_is_closed_hands_out_what_was_answered() -> N
 
 
 async def test_a_cancelled_run_keeps_the_answers_that_a_slow_callback_kept_waiting() -> None:
-    """All that the server answered, and the client read, is in `.responses`."""
+    """All that the server answered and the client read is in `.responses`."""
     taken = WIDE.max_concurrent + 32  # in flight, and a few ahead
 
     async def slowly(_: float) -> None:
@@ -242,7 +265,7 @@ async def test_a_cancelled_run_keeps_the_answers_that_a_slow_callback_kept_waiti
     assert len(answered) == taken
 
 
-async def test_two_streams_share_one_budget() -> None:
+async def test_two_streams_share_one_limit() -> None:
     """The bound on concurrency is the client's."""
     limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=4)
 
