@@ -7,8 +7,6 @@ import functools
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import openai
-
 from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
@@ -53,7 +51,7 @@ if TYPE_CHECKING:
 
     Prompt = str | Sequence[Any]
 
-SDK = TypeVar("SDK", bound=openai.AsyncOpenAI)
+SDK = TypeVar("SDK", AsyncOpenAI, SdkClient)
 
 
 class OpenAIClient:
@@ -206,8 +204,7 @@ class OpenAIClient:
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        limits = self._account.config
-        pool = pool_for(self._call, parameters, limits, max_concurrent, budget, check_each=False)
+        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=False)
         callback = _guarded(progress_callback)
         check_switch(progress, "progress")
         listed = list_prompts(prompts)
@@ -279,8 +276,7 @@ class OpenAIClient:
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        limits = self._account.config
-        pool = pool_for(self._call, parameters, limits, max_concurrent, budget, check_each=True)
+        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=True)
         check_iterable(prompts, "__iter__", "__aiter__")
         check_switch(progress, "progress")
         check_event(stop_event, "stop_event")
@@ -306,7 +302,7 @@ class OpenAIClient:
             prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
                 the event loop, a few at a time, and counted in a thread.
             model: The model; None: the config's.
-            temperature: Sampling temperature; needs nothing.
+            temperature: Checked; it changes nothing here.
             max_tokens: Output tokens at most; without it, no upper bound is known.
             system: A system prompt.
             api: "chat" (chat completions) or "responses" (the Responses API).

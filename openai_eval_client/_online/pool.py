@@ -233,15 +233,15 @@ def pool_for(
     max_concurrent: int | None,
     budget: CostBudget | None,
     *,
-    check_each: bool,
+    check: bool,
 ) -> WorkerPool:
-    """Return the pool that answers prompts; `check_each`: they have not been checked before."""
+    """Return the pool that answers prompts; with `check`, each is checked as it is taken."""
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
     concurrency = ConcurrencyLimit(max_concurrent) if max_concurrent else None
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
-        if check_each:
+        if check:
             check_prompt(prompt, index)
         return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending)
 

@@ -8,7 +8,7 @@ import gc
 
 import openai
 import pytest
-from clients import KEY, WIDE, connect, no_slot_is_taken, nobody_listens
+from clients import KEY, WIDE, connect, dead_address, no_slot_is_taken
 
 from openai_eval_client import (
     ModelResponse,
@@ -190,7 +190,7 @@ async def test_an_error_that_meets_every_prompt_is_raised_after_what_was_in_flig
 
 async def test_a_server_that_is_not_there_ends_a_stream() -> None:
     """There is one connection error, not one for each prompt."""
-    with nobody_listens() as url:
+    with dead_address() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
             with pytest.raises(openai.APIConnectionError, match="connection failed"):
                 await put_into({}, client.as_completed(numbered(1000)))
