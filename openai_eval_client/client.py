@@ -11,7 +11,7 @@ from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import Caller, collect, estimate, pool_for
-from openai_eval_client._report import Guarded, Reading, both
+from openai_eval_client._report import Display, Guarded, Reading, both, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, govern
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from openai_eval_client._cache import Cache
     from openai_eval_client._cost import CostBudget
     from openai_eval_client._online import WorkerPool
-    from openai_eval_client._report import Display
     from openai_eval_client._wire import Parameters
     from openai_eval_client.models import (
         BatchJob,
@@ -437,8 +436,6 @@ class OpenAIClient:
         Raises:
             OSError: It cannot be written there.
         """
-        from openai_eval_client._report import write_report  # slow to load, seldom used
-
         return write_report(path, self._account, self._config.base_url, title)
 
     async def close(self) -> None:
@@ -492,7 +489,6 @@ class OpenAIClient:
 
     def _display(self, model: str, total: int | None, pool: WorkerPool | None = None) -> Display:
         """Return what shows the progress of a call; without a pool the Batch API is at work."""
-        from openai_eval_client._report import Display  # seldom used
 
         def probe() -> Reading:
             troubles = self._account.recorder.troubles
