@@ -7,7 +7,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._report import report
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
-
-T = TypeVar("T")
 
 _TAKING = 0.002  # seconds of taking items after which other tasks run first
 _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
@@ -107,7 +105,7 @@ class WorkerPool:
         if self._stopped:
             return
         self._stopped = True
-        self.error = error  # it explains missing outcomes, an error of the source does not
+        self.error = error  # rather than one of the source: it is why items have no outcome
         self._ready.clear()
         for task in self._tasks - self._sending - {asyncio.current_task()}:
             task.cancel()
@@ -171,7 +169,7 @@ class WorkerPool:
             self._ready.append((index, item))
             if self._start_worker() or loop.time() - began > _TAKING:
                 if not self._room.locked():  # else there is a wait anyway
-                    await asyncio.sleep(0)  # items may be slow to make, and others can go
+                    await asyncio.sleep(0)  # items may be slow to make, and other tasks can go on
                 began = loop.time()
 
     def _start_worker(self) -> bool:
@@ -211,7 +209,7 @@ class WorkerPool:
             self._waiting.discard(task)
 
 
-async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
+async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
     """Yield from an iterable of either kind; an async generator is closed in the end."""
     if not isinstance(items, AsyncIterable):
         for item in items:
