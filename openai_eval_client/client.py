@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 from collections.abc import Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import Caller, collect, estimate, pool_for
-from openai_eval_client._report import Guarded, Reading, both
+from openai_eval_client._report import Display, Guarded, Reading, both, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
@@ -20,6 +19,7 @@ from openai_eval_client._wire import PATHS, check_iterable, check_parameters, ch
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
 if TYPE_CHECKING:
+    import asyncio
     import os
     from collections.abc import (
         AsyncGenerator,
@@ -31,15 +31,13 @@ if TYPE_CHECKING:
         Sequence,
     )
     from decimal import Decimal
-    from pathlib import Path  # typer reads the annotations
-    from types import TracebackType
+    from pathlib import Path
 
     from typing_extensions import Self
 
     from openai_eval_client._cache import Cache
     from openai_eval_client._cost import CostBudget
     from openai_eval_client._online import WorkerPool
-    from openai_eval_client._report import Display
     from openai_eval_client._wire import Parameters
     from openai_eval_client.models import (
         BatchJob,
@@ -52,22 +50,24 @@ if TYPE_CHECKING:
 
     Prompt = str | Sequence[Any]
 
+SDK = TypeVar("SDK", AsyncOpenAI, SdkClient)
+
 
 class OpenAIClient:
     """Answers prompts within the rate limits, retried, priced, in order.
 
     One client may be shared by any number of tasks, threads and event loops, and used by several
-    `asyncio.run` one after the other: it has one budget.
+    `asyncio.run` one after the other: its limits and budget hold for all of them together.
 
     Args:
         config: Where the API is; None: from the environment.
         rate_limit: The key's limits; None: the defaults of `RateLimitConfig`.
         batch: How the Batch API is used; None: the defaults of `BatchConfig`.
-        cache: A file, or its `CacheConfig`: answers are kept there before the call returns, and what was
-            asked before, by an earlier run for instance, is answered from there. None: no cache. Streams and
-            calls on `client.openai` are not kept.
-        http_client: An HTTP client of your own, of either httpx family; None: one on aiohttp, which is
-            faster, or the SDK's default client where a proxy is set in the environment.
+        cache: A file, or a `CacheConfig`: answers are kept there before the call returns, and what was asked
+            before, by an earlier run too, is answered from there. None: no cache. Streams and calls on
+            `client.openai` are not kept.
+        http_client: Your own HTTP client, of either httpx family; None: one on aiohttp, which is faster, or
+            the SDK's default where a proxy is set in the environment.
     """
 
     def __init__(
@@ -85,11 +85,10 @@ class OpenAIClient:
         self._account = Account(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
-        sdk = SdkClient(http_client=self._http, **self._sdk_options(), max_retries=0)
-        sdk.organization = self._config.organization_id  # None: the SDK would read the environment again
+        sdk = self._sdk_client(SdkClient, self._http, max_retries=0)
         self._account.limiter.share(*account_of(sdk))
         pricer = self._account.ledger.pricer_for(self._config.base_url)
-        self._cache = self._opened(cache)
+        self._cache = self._open_cache(cache)
         self._call = Caller(self._config, sdk, self._account, self._counter, pricer, cache=self._cache)
         self._jobs = Batches(
             self._config,
@@ -104,14 +103,14 @@ class OpenAIClient:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._config!r}, rate_limit={self._account.config!r})"
 
-    async def generate_response(  # the parameters of the specification
+    async def generate_response(
         self,
         prompt: Prompt,
         *,
         model: str | None = None,
         temperature: float | None = None,
         max_tokens: int | None = None,
-        timeout: float | None = None,  # of one attempt: the specified name
+        timeout: float | None = None,
         system: str | None = None,
         api: str = "chat",
         max_cost: float | Decimal | None = None,
@@ -121,15 +120,15 @@ class OpenAIClient:
 
         Args:
             prompt: A text, or a list of chat messages.
-            model: The model; None: the config's default.
-            temperature: Sampling temperature; not sent when None.
-            max_tokens: Output tokens at most; not sent when None.
-            timeout: Seconds for one attempt, waiting for the rate limit not counted; None: the config's.
+            model: The model; None: the config's.
+            temperature: Sampling temperature; None: not sent.
+            max_tokens: Output tokens at most; None: not sent.
+            timeout: Seconds for one attempt, from when it is sent; None: the config's.
             system: A system prompt.
-            api: "chat" for chat completions, "responses" for the Responses API.
-            max_cost: USD that the call may cost, its retries included; see `batch_generate`.
-            **chat_params: Any other parameter of that API; a pydantic class as `response_format` makes
-                `ModelResponse.parsed` an instance of it. None values are not sent.
+            api: "chat" (chat completions) or "responses" (the Responses API).
+            max_cost: USD that the call may cost, as for `batch_generate`.
+            **chat_params: Any other parameter of the API; None values are not sent. A pydantic class as
+                `response_format` makes `ModelResponse.parsed` an instance of it.
 
         Returns:
             The response.
@@ -148,14 +147,14 @@ class OpenAIClient:
         check_prompt(prompt)
         return await self._call(prompt, parameters, budget=budget)
 
-    async def batch_generate(  # the parameters of the specification
+    async def batch_generate(
         self,
         prompts: Iterable[Prompt],
         *,
         model: str | None = None,
         temperature: float | None = None,
         max_tokens: int | None = None,
-        timeout: float | None = None,  # of one attempt: the specified name
+        timeout: float | None = None,
         system: str | None = None,
         api: str = "chat",
         max_concurrent: int | None = None,
@@ -170,20 +169,20 @@ class OpenAIClient:
 
         Args:
             prompts: Texts, or lists of chat messages.
-            model: The model; None: the config's default.
-            temperature: Sampling temperature; not sent when None.
-            max_tokens: Output tokens at most; not sent when None.
-            timeout: Seconds for one attempt, waiting for the rate limit not counted; None: the config's.
-            system: A system prompt for all of them.
-            api: "chat" for chat completions, "responses" for the Responses API.
-            max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
-            max_cost: USD that this call may cost; None: any amount. Every attempt reserves the most it can
+            model: The model; None: the config's.
+            temperature: Sampling temperature; None: not sent.
+            max_tokens: Output tokens at most; None: not sent.
+            timeout: Seconds for one attempt, from when it is sent; None: the config's.
+            system: A system prompt.
+            api: "chat" (chat completions) or "responses" (the Responses API).
+            max_concurrent: Requests of this call in flight at once; None: the rate limit's.
+            max_cost: USD that the call may cost; None: any amount. Every attempt reserves the most it can
                 cost, and none is sent for which too little is left. Needs `max_tokens`.
             use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
-            progress_callback: Called, or awaited, with the finished fraction after each prompt; what it
-                raises is logged, once.
-            progress: Show how far it is on standard error: a bar in a terminal or a notebook (extra
+            progress_callback: Called, or awaited, with the finished fraction after each prompt; the first
+                exception that it raises is logged.
+            progress: Show the progress on standard error: a bar in a terminal or a notebook (extra
                 `progress`), elsewhere a line every ten seconds.
             return_exceptions: Put a failed prompt's exception in its place instead of raising.
             **chat_params: Any other parameter of the API, as for `generate_response`.
@@ -193,43 +192,36 @@ class OpenAIClient:
 
         Raises:
             ValidationError: The input is wrong; nothing was sent.
-            PartialFailureError: Some prompts failed; it carries the responses of the others.
+            PartialFailureError: Some prompts failed; its `responses` are those of the others.
             APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`, no
-                server there at all); its `responses` are what was answered before.
-            BudgetExceededError: The next request could cost more than what is left of `max_cost`; `responses`
-                are what was answered before, all of it paid within the budget.
+                server there); its `responses` are the answers so far.
+            BudgetExceededError: The next request could cost more than is left of a budget; `responses`
+                likewise, all of them paid within the budget.
             BatchError: The Batch API ran none of the prompts.
-            asyncio.CancelledError: The call was cancelled; its `responses` likewise. Batches go on: `job_id`
-                names those not settled.
+            asyncio.CancelledError: The call was cancelled; `responses` likewise. Its batches go on: `job_id`
+                names those whose results have not been read.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget)
-        if progress_callback is not None:
-            check_callback(progress_callback, "progress_callback")
-            progress_callback = Guarded(progress_callback)
+        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=False)
+        callback = _guarded(progress_callback)
         check_switch(progress, "progress")
         listed = list_prompts(prompts)
-        online = not use_batch_api or len(listed) < self._batch.auto_batch_threshold
-        if use_batch_api and online:
-            least = self._batch.auto_batch_threshold
-            text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
-            inform(text, len(listed), least, event="batch_too_small", requests=len(listed))
-        display = self._display(len(listed), parameters.model, pool if online else None) if progress else None
+        if not use_batch_api or self._are_too_few(listed):
+            return await collect(
+                pool,
+                listed,
+                progress=callback,
+                display=self._display(parameters.model, len(listed), pool) if progress else None,
+                return_exceptions=return_exceptions,
+            )
+        display = self._display(parameters.model, len(listed)) if progress else None
         with display or contextlib.nullcontext():
-            if online:
-                return await collect(
-                    pool,
-                    listed,
-                    progress=progress_callback,
-                    return_exceptions=return_exceptions,
-                    display=display,
-                )
             return await self._jobs.collect(
                 listed,
                 parameters,
                 budget=budget,
-                progress=both(progress_callback, None if display is None else display.reach),
+                progress=both(callback, None if display is None else display.reach),
                 return_exceptions=return_exceptions,
             )
 
@@ -256,43 +248,40 @@ class OpenAIClient:
 
         Args:
             prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
-                the event loop, so one that blocks holds it up. An async generator is closed in the end. The
-                context variables that requests see are those of the first `anext`.
-            model: The model; None: the config's default.
-            temperature: Sampling temperature; not sent when None.
-            max_tokens: Output tokens at most; not sent when None.
-            timeout: Seconds for one attempt; None: the config's.
-            system: A system prompt for all of them.
-            api: "chat" for chat completions, "responses" for the Responses API.
-            max_concurrent: Requests in flight at once, for this call; None: the rate limit's.
-            max_cost: USD that this call may cost; None: any amount. Every attempt reserves the most it can
-                cost, and none is sent for which too little is left. Needs `max_tokens`.
-            progress: Show how far it is, as for `batch_generate`.
+                the event loop, so one that blocks holds it up. An async generator is closed in the end.
+                Requests see the context variables of the first `anext`.
+            model: The model; None: the config's.
+            temperature: Sampling temperature; None: not sent.
+            max_tokens: Output tokens at most; None: not sent.
+            timeout: Seconds for one attempt, from when it is sent; None: the config's.
+            system: A system prompt.
+            api: "chat" (chat completions) or "responses" (the Responses API).
+            max_concurrent: Requests of this call in flight at once; None: the rate limit's.
+            max_cost: USD that the call may cost, as for `batch_generate`.
+            progress: Show the progress, as for `batch_generate`.
             stop_event: Once it is set, nothing more is sent: what is in flight is yielded, and the iterator
                 ends. Prompts that were taken and not sent have no outcome.
             **chat_params: Any other parameter of the API, as for `generate_response`.
 
         Yields:
-            The prompt's position, from 0, and its response or the exception it failed with: a ValidationError
+            The prompt's index, from 0, and its response or the exception it failed with: a ValidationError
             for a prompt that is wrong.
 
         Raises:
             ValidationError: A parameter is wrong; raised by the call itself.
             APIError: An error that all prompts would meet, as for `batch_generate`; raised after what was in
                 flight has been yielded. An exception of `prompts` itself is raised after all it gave.
-            BudgetExceededError: The next request could cost more than what is left of `max_cost`; likewise.
+            BudgetExceededError: The next request could cost more than is left of a budget; likewise.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget)
+        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=True)
         check_iterable(prompts, "__iter__", "__aiter__")
         check_switch(progress, "progress")
         check_event(stop_event, "stop_event")
-        if not progress and stop_event is None:
-            return pool.run(prompts)
         total = len(prompts) if isinstance(prompts, Sized) else None
-        display = self._display(total, parameters.model, pool) if progress else None
-        return _watched(pool, prompts, display, stop_event)
+        display = self._display(parameters.model, total, pool) if progress else None
+        return pool.run(prompts, display=display, stop_event=stop_event)
 
     async def estimate(
         self,
@@ -311,13 +300,13 @@ class OpenAIClient:
         Args:
             prompts: Texts, or lists of chat messages, from an iterable or async iterable. They are taken on
                 the event loop, a few at a time, and counted in a thread.
-            model: The model; None: the config's default.
-            temperature: Sampling temperature; needs nothing.
+            model: The model; None: the config's.
+            temperature: Checked; it changes nothing here.
             max_tokens: Output tokens at most; without it, no upper bound is known.
-            system: A system prompt for all of them.
-            api: "chat" for chat completions, "responses" for the Responses API.
-            progress_callback: Called, or awaited, with the counted fraction now and then where the number of
-                prompts is known, and with 1.0 at the end; what it raises is logged.
+            system: A system prompt.
+            api: "chat" (chat completions) or "responses" (the Responses API).
+            progress_callback: Called, or awaited, with the counted fraction now and then where `len(prompts)`
+                is known, and with 1.0 at the end; the first exception that it raises is logged.
             **chat_params: Any other parameter of the API, as for `generate_response`.
 
         Returns:
@@ -328,15 +317,9 @@ class OpenAIClient:
         """
         parameters = self._parameters(model, temperature, max_tokens, None, system, api, chat_params)
         check_iterable(prompts, "__iter__", "__aiter__")
-        if progress_callback is not None:
-            check_callback(progress_callback, "progress_callback")
-            progress_callback = Guarded(progress_callback)
+        callback = _guarded(progress_callback)
         return await estimate(
-            prompts,
-            parameters,
-            counter=self._counter,
-            account=self._account,
-            progress=progress_callback,
+            prompts, parameters, counter=self._counter, account=self._account, progress=callback
         )
 
     async def submit_batch_job(
@@ -351,10 +334,10 @@ class OpenAIClient:
 
         Args:
             requests: The requests; any number of models.
-            completion_window: What the provider may take, "24h" or "7d"; None: the config's.
-            metadata: Up to 14 pairs of texts, the keys of up to 64 characters and the values of up to 512,
-                that the provider keeps with each batch.
-            api: "chat" for chat completions, "responses" for the Responses API.
+            completion_window: How long the provider may take, "24h" or "7d"; None: the config's.
+            metadata: What the provider keeps with each batch: up to 14 pairs of texts, keys of up to 64
+                characters, values of up to 512.
+            api: "chat" (chat completions) or "responses" (the Responses API).
 
         Returns:
             The job; its `job_id` names all its batches, and works in any process.
@@ -362,12 +345,12 @@ class OpenAIClient:
         Raises:
             ValidationError: A request is wrong, with its `index` and `field`; nothing was sent. Or the server
                 refuses the completion window.
-            BudgetExceededError: All requests together can cost more than what is left of the client's
-                `max_cost`; nothing was sent. Else what they can cost stays reserved until their results are
-                retrieved with this client.
+            BudgetExceededError: All requests together can cost more than is left of the client's `max_cost`;
+                nothing was sent. Else what they can cost stays reserved until their results are retrieved
+                with this client.
             QuotaError: The server takes no more tokens now, or the credit is used up.
-            APIError: Any other failure, in the SDK's own classes. Of this and QuotaError: what was created
-                of the job has been cancelled, and `job_id` names it.
+            APIError: Any other failure, in the SDK's own classes. As with QuotaError, the batches of the job
+                that were created have been cancelled, and `job_id` names them.
         """
         return await self._jobs.submit(requests, api=api, window=completion_window, metadata=metadata)
 
@@ -375,11 +358,11 @@ class OpenAIClient:
         """Look at a batch job.
 
         Args:
-            job_id: That of a `BatchJob`, or the id of any batch.
+            job_id: The `job_id` of a `BatchJob`, or the id of any batch.
 
         Returns:
             Its status. Counts are sums over its batches; an error's `line` is the request's position in the
-            list that was submitted, counted from 1.
+            list that was submitted, from 1.
 
         Raises:
             APIError: There is no such job, or the server cannot be asked.
@@ -387,15 +370,12 @@ class OpenAIClient:
         return await self._jobs.status(job_id)
 
     async def retrieve_batch_results(
-        self,
-        job_id: str,
-        *,
-        return_exceptions: bool = False,
+        self, job_id: str, *, return_exceptions: bool = False
     ) -> list[ModelResponse]:
         """Collect the results of a batch job that has ended, completed or not.
 
         Args:
-            job_id: That of a `BatchJob`, or the id of any batch.
+            job_id: The `job_id` of a `BatchJob`, or the id of any batch.
             return_exceptions: Put a failed request's exception in its place instead of raising.
 
         Returns:
@@ -403,17 +383,17 @@ class OpenAIClient:
 
         Raises:
             BatchError: It has not ended, and `code` is its status; or it failed, and no request was run.
-            PartialFailureError: Some requests failed, expired, were cancelled, or have no result; it carries
-                the responses of the others.
+            PartialFailureError: Some requests failed, expired, were cancelled, or have no result; its
+                `responses` are those of the others.
             APIError: There is no such job, or the server cannot be asked.
         """
         return await self._jobs.results(job_id, return_exceptions=return_exceptions)
 
     async def cancel_batch_job(self, job_id: str) -> BatchJobStatus:
-        """Cancel a batch job; what is answered already stays, and is paid.
+        """Cancel a batch job; what is answered already stays, and is billed.
 
         Args:
-            job_id: That of a `BatchJob`, or the id of any batch.
+            job_id: The `job_id` of a `BatchJob`, or the id of any batch.
 
         Returns:
             Its status, "cancelling" at first. A job that has ended stays as it is.
@@ -424,23 +404,16 @@ class OpenAIClient:
         """List the batch jobs that this package submitted with this account.
 
         Yields:
-            The status of each, the newest first; those of which batches are missing come last.
+            The status of each, the newest first; jobs of which batches are missing come last.
         """
         return self._jobs.jobs()
 
     @functools.cached_property
     def openai(self) -> AsyncOpenAI:
-        """The SDK's client, paced by the same budget and on the same connections."""
+        """The SDK's client, paced by the same limits and on the same connections."""
         view = paced(self._http, self._account, self._counter)
         config = self._config
-        client = AsyncOpenAI(
-            http_client=view,
-            **self._sdk_options(),
-            max_retries=config.max_retries,
-            timeout=config.timeout,
-        )
-        client.organization = config.organization_id
-        return client
+        return self._sdk_client(AsyncOpenAI, view, max_retries=config.max_retries, timeout=config.timeout)
 
     @property
     def stats(self) -> ClientStats:
@@ -454,7 +427,7 @@ class OpenAIClient:
         written at any time, also in the middle of a run and after `close`.
 
         Args:
-            path: The file; an older one is replaced, whole or not at all.
+            path: The file; an older one is replaced as a whole.
             title: Its heading; None: "Run report".
 
         Returns:
@@ -463,8 +436,6 @@ class OpenAIClient:
         Raises:
             OSError: It cannot be written there.
         """
-        from openai_eval_client._report import write_report  # nobody waits for pictures at the start
-
         return write_report(path, self._account, self._config.base_url, title)
 
     async def close(self) -> None:
@@ -479,12 +450,7 @@ class OpenAIClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     def _parameters(  # noqa: PLR0917  # in the order of the methods that call it
@@ -510,12 +476,19 @@ class OpenAIClient:
         )
 
     def _budget_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> CostBudget | None:
-        """Return what a call is paid from besides the client's budget, if its cost has a bound."""
+        """Return the budget of one call, besides the client's; None without `max_cost`."""
         return self._account.payments.budget_for(max_cost, parameters.body, PATHS[parameters.api])
 
-    def _display(self, total: int | None, model: str, pool: WorkerPool | None) -> Display:
-        """Return what shows how far a call is; where no pool is at work, limits play no part."""
-        from openai_eval_client._report import Display  # seldom wanted
+    def _are_too_few(self, prompts: Sequence[Prompt]) -> bool:
+        """Return whether prompts are too few for the Batch API; log it if so."""
+        count, least = len(prompts), self._batch.auto_batch_threshold
+        if count < least:
+            text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
+            inform(text, count, least, event="batch_too_small", requests=count)
+        return count < least
+
+    def _display(self, model: str, total: int | None, pool: WorkerPool | None = None) -> Display:
+        """Return what shows the progress of a call; without a pool the Batch API is at work."""
 
         def probe() -> Reading:
             troubles = self._account.recorder.troubles
@@ -525,7 +498,7 @@ class OpenAIClient:
 
         return Display(total, probe)
 
-    def _opened(self, cache: object) -> Cache | None:
+    def _open_cache(self, cache: object) -> Cache | None:
         if cache is None:
             return None
         from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
@@ -533,31 +506,22 @@ class OpenAIClient:
         account = self._account
         return open_cache(cache, self._config.base_url, account.recorder, account.ledger)
 
-    def _sdk_options(self) -> dict[str, Any]:
+    def _sdk_client(self, kind: type[SDK], http_client: Any, **options: Any) -> SDK:
         config = self._config
-        return {
-            "api_key": config.api_key,
-            "organization": config.organization_id,
-            "base_url": config.base_url,
-        }
+        client = kind(
+            api_key=config.api_key,
+            organization=config.organization_id,
+            base_url=config.base_url,
+            http_client=http_client,
+            **options,
+        )
+        client.organization = config.organization_id  # None: the SDK would read the environment again
+        return client
 
 
-async def _watched(
-    pool: WorkerPool,
-    prompts: Any,
-    display: Display | None,
-    stop_event: asyncio.Event | None,
-) -> AsyncGenerator[tuple[int, Any], None]:
-    """Yield a pool's outcomes, shown as they come, until somebody wants no more of them."""
-    with contextlib.ExitStack() as around:
-        if display is not None:
-            around.enter_context(display)
-        if stop_event is not None:
-            waiter = asyncio.ensure_future(stop_event.wait())
-            waiter.add_done_callback(lambda waited: None if waited.cancelled() else pool.stop())
-            around.callback(waiter.cancel)
-        async with contextlib.aclosing(pool.run(prompts)) as outcomes:
-            async for index, outcome in outcomes:
-                if display is not None:
-                    display.count(outcome)
-                yield index, outcome
+def _guarded(callback: Callable[[float], Any] | None) -> Guarded | None:
+    """Return a callback whose exceptions harm no run."""
+    if callback is None:
+        return None
+    check_callback(callback, "progress_callback")
+    return Guarded(callback)

@@ -12,7 +12,7 @@ import threading
 
 import openai
 import pytest
-from clients import KEY, WIDE, connect, no_slot_is_taken, nobody_listens
+from clients import KEY, WIDE, connect, dead_address, no_slot_is_taken
 from pydantic import BaseModel
 
 from openai_eval_client import (
@@ -218,7 +218,7 @@ async def test_a_slow_drip_is_a_timeout_too() -> None:
 
 async def test_a_refused_connection_is_no_timeout() -> None:
     """Nobody listens: APIConnectionError, retried like one, never called a timeout."""
-    with nobody_listens() as url:
+    with dead_address() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
             with pytest.raises(openai.APIConnectionError, match="connection failed") as raised:
                 await client.generate_response("hello")
@@ -568,7 +568,7 @@ async def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPat
 
 async def test_a_server_that_is_not_there_ends_the_run() -> None:
     """The first prompt that never got through ends it: one connection error, not a failure for each."""
-    with nobody_listens() as url:
+    with dead_address() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=1)) as client:
             with pytest.raises(openai.APIConnectionError, match="connection failed") as raised:
                 await client.batch_generate(["x"] * 1000)

@@ -40,7 +40,7 @@ from openai_eval_client._batches.status import (
     with_index,
 )
 from openai_eval_client._log import warn
-from openai_eval_client._online import handed_out
+from openai_eval_client._online import outcomes_or_raise
 from openai_eval_client._validation import check_window, reject_input
 from openai_eval_client._wire import of_error
 from openai_eval_client.errors import BatchError
@@ -295,7 +295,7 @@ class Batches:
             message = f"job {job_id} is {state}: {len(running)} of {len(batches)} batches have not ended"
             raise BatchError(message, code=state)
         outcomes = await self._settle_all(batches)
-        return handed_out(outcomes, return_exceptions=return_exceptions)
+        return outcomes_or_raise(outcomes, return_exceptions=return_exceptions)
 
     async def cancel(self, job_id: str) -> BatchJobStatus:
         """Cancel what still runs of a job."""

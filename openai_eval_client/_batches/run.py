@@ -39,7 +39,7 @@ from openai_eval_client._batches.status import (
     was_refused,
 )
 from openai_eval_client._log import inform, warn
-from openai_eval_client._online import answered, attach, handed_out
+from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
 from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
@@ -370,13 +370,13 @@ class BatchRun:
         except BaseException as error:  # raised where the rows are taken
             left = [batch_id for each in self._rounds for batch_id in each.left]
             error.__dict__["job_id"] = SEPARATOR.join(left) or None
-            attach(error, answered(self._in_order()))
+            attach_responses(error, responses_of(self._in_order()))
             raise
         finally:
-            responses = answered(self._in_order())
+            responses = responses_of(self._in_order())
             self.kept.give_back({n for n, response in enumerate(responses) if response is not None})
         await report(self.progress, 1.0)
-        return handed_out(self._in_order(), return_exceptions=return_exceptions)
+        return outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
 
     async def _run(self) -> None:
         missing = [index for index in range(len(self.prompts)) if index not in self.kept.found]

@@ -2,6 +2,22 @@
 
 from openai_eval_client._online.caller import Caller
 from openai_eval_client._online.estimate import estimate
-from openai_eval_client._online.pool import WorkerPool, answered, attach, collect, handed_out, pool_for
+from openai_eval_client._online.pool import (
+    WorkerPool,
+    attach_responses,
+    collect,
+    outcomes_or_raise,
+    pool_for,
+    responses_of,
+)
 
-__all__ = ["Caller", "WorkerPool", "answered", "attach", "collect", "estimate", "handed_out", "pool_for"]
+__all__ = [
+    "Caller",
+    "WorkerPool",
+    "attach_responses",
+    "collect",
+    "estimate",
+    "outcomes_or_raise",
+    "pool_for",
+    "responses_of",
+]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 
 _CHUNK = 256  # prompts taken at a time
-_TAKING = 0.001  # seconds on the event loop for that
-_COUNTING = 0.002  # seconds in the thread for one hop to it, which takes 0.2 ms: both threads want the GIL
+_TAKING = 0.001  # seconds for that, on the event loop
+_COUNTING = 0.002  # seconds for one hop to the thread, which takes 0.2 ms: longer would keep the loop waiting
 
 
 async def estimate(
@@ -69,10 +69,7 @@ async def _chunks(prompts: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator
 
 
 async def _count_all(
-    prompts: Sequence[Any],
-    first: int,
-    parameters: Parameters,
-    counter: TokenCounter,
+    prompts: Sequence[Any], first: int, parameters: Parameters, counter: TokenCounter
 ) -> list[int]:
     """Return the input tokens of each prompt; `first` is the index of the first."""
     counts: list[int] = []
@@ -83,10 +80,7 @@ async def _count_all(
 
 
 def _count_some(
-    prompts: Iterable[Any],
-    first: int,
-    parameters: Parameters,
-    counter: TokenCounter,
+    prompts: Iterable[Any], first: int, parameters: Parameters, counter: TokenCounter
 ) -> list[int]:
     """Return the input tokens of the first prompts, up to one that cannot be counted at once."""
     counts: list[int] = []
@@ -109,56 +103,50 @@ def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> Co
     mean = account.limiter.output_length(parameters.model).get("mean")
     mean = mean if mean is None or most is None else min(mean, most)
     reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
-    online = _costs(sizes, (0, mean, most), parameters, account, batch=False)
-    batch = _costs(sizes, (0, mean, most), parameters, account, batch=True)
+    rates = {"": _rates(parameters, account, batch=False), "batch_": _rates(parameters, account, batch=True)}
+    costs: dict[str, Any] = {
+        f"{channel}cost_{bound}": _cost(sizes, output, prices)
+        for channel, prices in rates.items()
+        for bound, output in (("low", 0), ("expected", mean), ("high", most))
+    }
     return CostEstimate(
         model=parameters.model,
         requests=requests,
         prompt_tokens=prompt_tokens,
-        completion_tokens_low=0,
         completion_tokens_expected=None if mean is None else round(requests * mean),
         completion_tokens_high=None if most is None else requests * most,
-        **dict(zip(("cost_low", "cost_expected", "cost_high"), online, strict=True)),
-        **dict(zip(("batch_cost_low", "batch_cost_expected", "batch_cost_high"), batch, strict=True)),
-        unpriced=requests if online[0] is None else 0,
+        **costs,
+        unpriced=requests if costs["cost_low"] is None else 0,
         minutes=minutes(account.config, requests, prompt_tokens + requests * reserved),
     )
 
 
-def _costs(
-    sizes: Counter[int],
-    outputs: Iterable[float | None],
-    parameters: Parameters,
-    account: Account,
-    *,
-    batch: bool,
-) -> list[float | None]:
-    """Return USD if each answer takes that many tokens; None where those or their price are not known."""
+def _rates(parameters: Parameters, account: Account, *, batch: bool) -> Rates | None:
+    """Return what the model's tokens cost; None where that is not known."""
     pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
-    pricer.load()
     tier = tier if isinstance(tier, str) else None
     rates = pricer.rates(parameters.model, batch=batch, service_tier=tier, at=time.time())
     pricer.say_unpriced()
-    with exact():
-        return [
-            None if rates is None or output is None else _cost(sizes, Decimal(output), rates)
-            for output in outputs
-        ]
+    return rates
 
 
-def _cost(sizes: Counter[int], output: Any, rates: Rates) -> float | None:
-    prices = {size: rates.price(Usage(size, output)) for size in sizes}
-    if any(price is None for price in prices.values()):
+def _cost(sizes: Counter[int], output: float | None, rates: Rates | None) -> float | None:
+    """Return USD if each answer has `output` tokens; None where that or a price is not known."""
+    if output is None or rates is None:
         return None
-    return float(sum((price * sizes[size] for size, price in prices.items() if price is not None), Decimal()))
+    total = Decimal()
+    with exact():
+        for size, count in sizes.items():
+            price = rates.price(Usage(size, Decimal(output)))  # type: ignore[arg-type]  # a mean is no int
+            if price is None:
+                return None
+            total += price * count
+    return float(total)
 
 
-class _Still:
-    """A clock that stands."""
-
+class _StoppedClock:
     @staticmethod
     def time() -> float:
-        """Return the time."""
         return 0.0
 
 
@@ -166,7 +154,7 @@ def minutes(limits: RateLimitConfig, requests: int, tokens: float) -> float | No
     """Return the minutes that the limiter takes to admit so much, from full buckets; None without limits."""
     if limits.requests_per_minute is None and limits.tokens_per_minute is None:
         return None
-    queue = ModelQueue("", limits.model_copy(update={"adaptive_throttling": False}), _Still())
+    queue = ModelQueue("", limits.model_copy(update={"adaptive_throttling": False}), _StoppedClock())
     queue.requests.charge(requests)
     queue.tokens.charge(tokens)
     return max(queue.requests.ready_in(0), queue.tokens.ready_in(0)) / MINUTE  # until the debt is paid

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._report import report
@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
 
-T = TypeVar("T")
-
-_LONG = 0.002  # seconds; whoever takes items for longer lets others go in between
+_TAKING = 0.002  # seconds of taking items after which other tasks run first
+_READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
 
 
 class WorkerPool:
-    """The items of one run that are at work, some of them with a request in flight.
+    """The workers of one run, each with one item at a time, and the outcomes of the items.
 
     A worker whose item is answered goes on with the next one in the same turn of the event loop: what the one
     needed is free before the other needs as much. Where one turn ends many requests, and a later one begins
@@ -46,43 +45,54 @@ class WorkerPool:
         width: int,
         is_fatal: Callable[[Exception, bool], bool],
     ) -> None:
-        self.error: BaseException | None = None
+        self.error: BaseException | None = None  # raised once all that was in flight is done
         self._work = work
-        self._is_fatal = is_fatal
-        self._slots = slots
+        self._is_fatal = is_fatal  # of an error, and of whether any item was answered
+        self._slots = slots  # requests in flight at once
         self._workers = 0
-        self._ready: deque[tuple[int, Any]] = deque()
-        self._room = asyncio.Semaphore(width)
-        self._outcomes: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()
+        self._ready: deque[tuple[int, Any]] = deque()  # items that no worker has begun
+        self._room = asyncio.Semaphore(width)  # for items taken and not yet consumed
+        self._outcomes: asyncio.Queue[tuple[int, Any] | None] = asyncio.Queue()  # None: no more
         self._tasks: set[asyncio.Task[None]] = set()
-        self._sending: set[asyncio.Task[Any] | None] = set()
-        self._waiting: set[asyncio.Task[Any] | None] = set()
+        self._sending: set[asyncio.Task[Any] | None] = set()  # those with a request in flight
+        self._waiting: set[asyncio.Task[Any] | None] = set()  # those between two attempts
         self._answered = False
         self._stopped = False
 
-    async def run(self, items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[tuple[int, Any], None]:
-        """Work on the items, and yield each outcome as it comes."""
+    async def run(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        *,
+        display: Display | None = None,
+        stop_event: asyncio.Event | None = None,
+    ) -> AsyncGenerator[tuple[int, Any], None]:
+        """Work on the items, and yield each outcome as it comes, until the event is set."""
         # No more items are taken than there is room for, and an item takes up room until the consumer comes
         # back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
         # work, before this generator does.
-        self._start(self._take(items))
-        try:
-            while (outcome := await self._outcomes.get()) is not None:
-                yield outcome
-                self._room.release()
-        finally:
-            self._stopped = True
-            self._ready.clear()
-            left = [task for task in self._tasks if task.cancel()]
-            await asyncio.gather(*left, return_exceptions=True)
+        with display or contextlib.nullcontext():
+            stopper = None if stop_event is None else asyncio.create_task(self._stop_when(stop_event))
+            self._start_task(self._take(items))
+            try:
+                while (outcome := await self._outcomes.get()) is not None:
+                    if display is not None:
+                        display.count(outcome[1])
+                    yield outcome
+                    self._room.release()
+            finally:
+                if stopper is not None:
+                    stopper.cancel()
+                self._stopped = True
+                self._ready.clear()
+                left = [task for task in self._tasks if task.cancel()]
+                await asyncio.gather(*left, return_exceptions=True)
         if self.error is not None:
             raise self.error
 
     def unclaimed(self) -> Iterator[tuple[int, Any]]:
         """Yield the outcomes that the consumer left behind."""
         while not self._outcomes.empty():
-            outcome = self._outcomes.get_nowait()
-            if outcome is not None:
+            if (outcome := self._outcomes.get_nowait()) is not None:
                 yield outcome
 
     @property
@@ -90,13 +100,18 @@ class WorkerPool:
         """Requests sent and not answered yet."""
         return len(self._sending)
 
-    def stop(self) -> None:
-        """Send nothing more: what is in flight is waited for and yielded, what waits is dropped."""
-        if not self._stopped:
-            self._stop(None)
+    def stop(self, error: BaseException | None = None) -> None:
+        """Send nothing more: what is in flight, and perhaps billed, is yielded; then the error is raised."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self.error = error  # rather than one of the source: it is why items have no outcome
+        self._ready.clear()
+        for task in self._tasks - self._sending - {asyncio.current_task()}:
+            task.cancel()
 
     def sending(self) -> WorkerPool:
-        """Return what says that the running item has a request in flight: until its outcome is out."""
+        """Return what an item enters to send: in flight until its outcome, or until the attempt fails."""
         return self
 
     def __enter__(self) -> None:
@@ -117,26 +132,21 @@ class WorkerPool:
         if self._stopped and task is not None:
             task.cancel()  # no further attempt
 
-    def _stop(self, error: BaseException | None) -> None:
-        """Let only what is in flight, and perhaps paid for, finish; then the error is raised."""
-        if not self._stopped:
-            self._stopped, self.error = True, error  # rather than its source's own
-            self._ready.clear()
-        for task in self._tasks - self._sending - {asyncio.current_task()}:
-            task.cancel()
+    async def _stop_when(self, event: asyncio.Event) -> None:
+        await event.wait()
+        self.stop()
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Forget a task; after the last one nothing more comes."""
+        """Forget a task; after the last one no outcome comes any more."""
         self._tasks.discard(task)
-        self._forget(task)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if error is not None and not self._stopped:  # by somebody else: no item is dropped in silence
-            self._stop(error)
+        if error is not None:  # cancelled from outside, or a bug: no item may be dropped in silence
+            self.stop(error)
         if not self._tasks:
             self._outcomes.put_nowait(None)
 
@@ -157,26 +167,26 @@ class WorkerPool:
             except StopAsyncIteration:
                 return
             self._ready.append((index, item))
-            if self._start_worker() or loop.time() - began > _LONG:
+            if self._start_worker() or loop.time() - began > _TAKING:
                 if not self._room.locked():  # else there is a wait anyway
-                    await asyncio.sleep(0)  # items may be slow to make, and others can go
+                    await asyncio.sleep(0)  # items may be slow to make, and other tasks can go on
                 began = loop.time()
 
     def _start_worker(self) -> bool:
-        """Start a worker for what is ready, if there may be a slot for it; return whether one was."""
+        """Start a worker if an item is ready and may have a slot; return whether one was started."""
         if not self._ready or (self._surplus >= 0 and len(self._sending) >= self._slots):
             return False
         self._workers += 1
-        self._start(self._do_what_is_ready())
+        self._start_task(self._work_off())
         return True
 
     @property
     def _surplus(self) -> int:
-        """Workers beyond those that the slots are for; who waits for another attempt has none."""
+        """Workers beyond one for each slot; one between two attempts needs no slot."""
         return self._workers - len(self._waiting) - self._slots
 
-    async def _do_what_is_ready(self) -> None:
-        """Work on one item after the other, unless somebody else may wait for the slot."""
+    async def _work_off(self) -> None:
+        """Work on one item after the other, until another worker may need the slot."""
         while self._ready:
             await self._one(*self._ready.popleft())
             if self._surplus > 0 and len(self._sending) >= self._slots - 1:
@@ -184,24 +194,23 @@ class WorkerPool:
         self._workers -= 1
 
     async def _one(self, index: int, item: object) -> None:
+        task = asyncio.current_task()
         try:
             outcome = await self._work(index, item, sending=self.sending)
         except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
             self._outcomes.put_nowait((index, error))
             if self._is_fatal(error, self._answered):
-                self._stop(error)
+                self.stop(error)
         else:
             self._answered = True
             self._outcomes.put_nowait((index, outcome))
-        self._forget(asyncio.current_task())
-
-    def _forget(self, task: asyncio.Task[Any] | None) -> None:
-        self._sending.discard(task)
-        self._waiting.discard(task)
+        finally:
+            self._sending.discard(task)
+            self._waiting.discard(task)
 
 
-async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, None]:
-    """Yield from an iterable of either kind; an async generator is closed in the end, as nobody else may."""
+async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
+    """Yield from an iterable of either kind; an async generator is closed in the end."""
     if not isinstance(items, AsyncIterable):
         for item in items:
             yield item
@@ -215,33 +224,32 @@ async def iterate(items: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T, No
             await source.aclose()
 
 
-E = TypeVar("E", bound=BaseException)
-
-_READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
-
-
 def pool_for(
     call: Callable[..., Awaitable[ModelResponse]],
     parameters: Parameters,
     limits: RateLimitConfig,
     max_concurrent: int | None,
     budget: CostBudget | None,
+    *,
+    check: bool,
 ) -> WorkerPool:
-    """Return the pool that answers prompts."""
+    """Return the pool that answers prompts; with `check`, each is checked as it is taken."""
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
     concurrency = ConcurrencyLimit(max_concurrent) if max_concurrent else None
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
-        check_prompt(prompt, index)
+        if check:
+            check_prompt(prompt, index)
         return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending())
 
-    def fatal(error: Exception, answered: bool) -> bool:
-        return read_failure(error).ends_run(limits.max_wait, answered=answered)
-
-    in_flight = max_concurrent or limits.max_concurrent
-    width = in_flight + min(in_flight, _READ_AHEAD)
-    return WorkerPool(answer, slots=in_flight, width=width, is_fatal=fatal)
+    slots = max_concurrent or limits.max_concurrent
+    return WorkerPool(
+        answer,
+        slots=slots,
+        width=slots + min(slots, _READ_AHEAD),
+        is_fatal=lambda error, answered: read_failure(error).ends_run(limits.max_wait, answered=answered),
+    )
 
 
 async def collect(
@@ -249,45 +257,42 @@ async def collect(
     prompts: Sequence[Any],
     *,
     progress: Progress | None,
+    display: Display | None,
     return_exceptions: bool,
-    display: Display | None = None,
 ) -> list[Any]:
     """Answer all prompts and return the responses in input order."""
     outcomes: list[Any] = [None] * len(prompts)
     if not prompts:
         await report(progress, 1.0)
     try:
-        async with contextlib.aclosing(pool.run(prompts)) as stream:
+        async with contextlib.aclosing(pool.run(prompts, display=display)) as stream:
             done = 0
             async for index, outcome in stream:
                 outcomes[index] = outcome
                 done += 1
-                if display is not None:
-                    display.count(outcome)
                 if pool.error is None:
                     await report(progress, done / len(prompts))
     except (Exception, asyncio.CancelledError) as error:
         for index, outcome in pool.unclaimed():
             outcomes[index] = outcome
-        attach(error, answered(outcomes))
+        attach_responses(error, responses_of(outcomes))
         raise
-    return handed_out(outcomes, return_exceptions=return_exceptions)
+    return outcomes_or_raise(outcomes, return_exceptions=return_exceptions)
 
 
-def handed_out(outcomes: list[Any], *, return_exceptions: bool) -> list[Any]:
-    """Return the outcomes of all requests, in input order."""
+def outcomes_or_raise(outcomes: list[Any], *, return_exceptions: bool) -> list[Any]:
+    """Return the outcomes of all requests, in input order; raise PartialFailureError if one failed."""
     failures = {index: error for index, error in enumerate(outcomes) if isinstance(error, Exception)}
     if failures and not return_exceptions:
-        raise PartialFailureError(answered(outcomes), failures)
+        raise PartialFailureError(responses_of(outcomes), failures)
     return outcomes
 
 
-def answered(outcomes: Sequence[ModelResponse | Exception | None]) -> list[ModelResponse | None]:
+def responses_of(outcomes: Sequence[ModelResponse | Exception | None]) -> list[ModelResponse | None]:
     """Return the responses among outcomes, None in the place of all others."""
     return [None if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
 
-def attach(error: E, responses: Sequence[ModelResponse | None]) -> E:
-    """Give an error the answers there were before it, as `.responses`."""
+def attach_responses(error: BaseException, responses: Sequence[ModelResponse | None]) -> None:
+    """Give an error the answers that there were before it, as `.responses`."""
     error.__dict__["responses"] = list(responses)
-    return error

@@ -8,7 +8,7 @@ import functools
 import time
 import weakref
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -17,29 +17,30 @@ import openai
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
     import aiohttp
-    from typing_extensions import Self
 
+
+T = TypeVar("T")
+
+_httpx: Any = sdk_httpx()  # httpx or httpx2: the one that the SDK is built on
 
 _KEEP_ALIVE = 5.0  # seconds that an idle connection is kept, as httpx does: servers close theirs soon after
 _CHUNK = 16_384  # bytes of a stream
 _LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bound is 8190
 
 
-class Transport:
+class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either httpx
     """The connections of one event loop, as many as are in flight; made on the loop that uses them."""
 
     def __init__(self, *, secure: bool) -> None:
         import aiohttp
 
-        tls = sdk_httpx().create_ssl_context() if secure else True
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=tls)
-        jar = aiohttp.DummyCookieJar()
+        tls = _httpx.create_ssl_context() if secure else True
         self._session = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=jar,
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=tls),
+            cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             max_field_size=_LONGEST_HEADER,
         )
@@ -47,45 +48,33 @@ class Transport:
     async def fetch(self, request: Any) -> Any:
         """Send a request and return the whole response; its body is decoded."""
         began = time.perf_counter()
-        try:
-            async with await self._sent(request) as answer:
-                body = await answer.read()
-        except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
-            failure = _in_httpx_terms(error, request)
-        else:
-            response = _response(_whole_class(), answer, request, sdk_httpx().ByteStream(body))
-            response.read()
-            response.elapsed = timedelta(seconds=time.perf_counter() - began)
-            return response
-        raise failure
+        answer, body = await _in_httpx_terms(self._read(request), request)
+        response = _response(_WholeResponse, answer, request, _httpx.ByteStream(body))
+        response.read()
+        response.elapsed = timedelta(seconds=time.perf_counter() - began)
+        return response
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request of which httpx's client reads the answer piece by piece."""
-        try:
-            answer = await self._sent(request)
-        except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
-            failure = _in_httpx_terms(error, request)
-        else:
-            return _response(sdk_httpx().Response, answer, request, _stream_class()(answer, request))
-        raise failure
+        answer = await _in_httpx_terms(self._send(request), request)
+        return _response(_httpx.Response, answer, request, _StreamedBody(answer, request))
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._session.close()
 
-    async def __aenter__(self) -> Self:
-        return self
+    async def _read(self, request: Any) -> tuple[aiohttp.ClientResponse, bytes]:
+        async with await self._send(request) as answer:
+            return answer, await answer.read()
 
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def _sent(self, request: Any) -> Any:
+    def _send(self, request: Any) -> Any:
         from yarl import URL
 
+        encoding = request.headers.encoding
         return self._session.request(
             request.method,
             URL(str(request.url), encoded=True),  # which yarl remembers
-            headers=_headers(request.headers),
+            headers=[(name.decode(encoding), value.decode(encoding)) for name, value in request.headers.raw],
             data=_body(request),
             allow_redirects=False,
             timeout=_timeout(**request.extensions.get("timeout", {})),
@@ -93,74 +82,48 @@ class Transport:
         )
 
 
-def _headers(headers: Any) -> list[tuple[str, str]]:
-    encoding = headers.encoding
-    return [(name.decode(encoding), value.decode(encoding)) for name, value in headers.raw]
-
-
 def _body(request: Any) -> Any:
     try:
         return request.content or None
-    except sdk_httpx().RequestNotRead:  # a file that is streamed: its length is known, or it goes in chunks
+    except _httpx.RequestNotRead:  # a file that is streamed: its length is known, or it goes in chunks
         request.headers.pop("transfer-encoding", None)  # aiohttp's business
         return request.stream
 
 
-def _response(kind: Any, answer: aiohttp.ClientResponse, request: Any, body: Any) -> Any:
-    reason = (answer.reason or "").encode("ascii", "ignore")
-    said = {"http_version": b"HTTP/1.1", "reason_phrase": reason}
-    return kind(answer.status, headers=answer.raw_headers, request=request, extensions=said, stream=body)
-
-
 @functools.lru_cache(maxsize=64)
-def _timeout(
-    connect: float | None = None,
-    read: float | None = None,
-    write: float | None = None,  # noqa: ARG001  # aiohttp has none
-    pool: float | None = None,  # noqa: ARG001  # nobody waits for a connection here
-) -> aiohttp.ClientTimeout:
+def _timeout(connect: float | None = None, read: float | None = None, **_: object) -> aiohttp.ClientTimeout:
+    """Return aiohttp's form of httpx's timeouts: `connect` counts the look-up of the name too."""
     import aiohttp
 
-    return aiohttp.ClientTimeout(
-        total=None,
-        connect=connect,
-        sock_read=read,
-    )  # connect: with the name's look-up
+    return aiohttp.ClientTimeout(total=None, connect=connect, sock_read=read)
 
 
-@functools.cache
-def _whole_class() -> type:
-    return type("Response", (_Whole, sdk_httpx().Response), {})
+def _response(kind: Any, answer: aiohttp.ClientResponse, request: Any, body: Any) -> Any:
+    reason = (answer.reason or "").encode("ascii", "ignore")
+    extensions = {"http_version": b"HTTP/1.1", "reason_phrase": reason}
+    return kind(
+        answer.status, headers=answer.raw_headers, request=request, extensions=extensions, stream=body
+    )
 
 
-class _Whole:
+class _WholeResponse(_httpx.Response):  # type: ignore[misc]  # of either httpx
     """A response that has its body at hand; what is not encoded it reads without httpx's decoders."""
 
-    status_code: int
-    stream: Any
-    headers: Any
     is_closed: bool
-    is_stream_consumed: bool
 
-    def iter_bytes(self, chunk_size: int | None = None) -> Iterator[bytes]:
+    def iter_bytes(self, chunk_size: int | None = None) -> Any:
         """Return the body, in pieces of that size."""
         if chunk_size is not None or self.is_closed or "content-encoding" in self.headers:
-            pieces: Iterator[bytes] = super().iter_bytes(chunk_size)  # type: ignore[misc]  # of httpx's class
-            return pieces
+            return super().iter_bytes(chunk_size)
         self.is_closed = self.is_stream_consumed = True
         return iter(self.stream)
 
     def __reduce__(self) -> Any:
         """Pickle as one of httpx's own class."""
-        return sdk_httpx().Response, (self.status_code,), self.__getstate__()
+        return _httpx.Response, (self.status_code,), self.__getstate__()
 
 
-@functools.cache
-def _stream_class() -> type:
-    return type("Stream", (_Stream, sdk_httpx().AsyncByteStream), {})
-
-
-class _Stream:
+class _StreamedBody(_httpx.AsyncByteStream):  # type: ignore[misc]  # of either httpx
     """The body of an answer, as it comes."""
 
     def __init__(self, answer: aiohttp.ClientResponse, request: Any) -> None:
@@ -168,50 +131,53 @@ class _Stream:
         self._request = request
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        try:
-            async for chunk in self._answer.content.iter_chunked(_CHUNK):
-                yield chunk
-        except Exception as error:  # noqa: BLE001  # what is not aiohttp's is raised again
-            failure = _in_httpx_terms(error, self._request)
-        else:
-            return
-        raise failure
+        while chunk := await _in_httpx_terms(self._answer.content.read(_CHUNK), self._request):
+            yield chunk
 
     async def aclose(self) -> None:
         """Hand the connection back, or close it where the answer was not read to its end."""
         self._answer.release()
 
 
-def _in_httpx_terms(error: Exception, request: Any) -> Exception:
-    """Return httpx's error, which the SDK knows, for aiohttp's; raise any other."""
-    # Of aiohttp's errors, those of a response show the request's headers, and so the key: they are not even
-    # the cause, and what is returned is to be raised where they are no longer handled.
+async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
+    """Await a call of aiohttp's, whose errors become httpx's: those the SDK knows."""
+    try:
+        return await call
+    except Exception as error:
+        failure = _httpx_error(error, request)
+        if failure is None:
+            raise
+    raise failure  # here aiohttp's error is no longer handled, and so is not its context
+
+
+def _httpx_error(error: Exception, request: Any) -> Exception | None:
+    """Return httpx's error for one of aiohttp's, None for any other."""
     import aiohttp
 
-    terms = sdk_httpx()
     for theirs, ours in (
-        (aiohttp.InvalidURL, terms.UnsupportedProtocol),
-        (aiohttp.ConnectionTimeoutError, terms.ConnectTimeout),
-        (aiohttp.ServerTimeoutError, terms.ReadTimeout),
-        (aiohttp.ClientConnectorError, terms.ConnectError),
-        (aiohttp.ClientError, terms.ReadError),
-        (OSError, terms.ReadError),
+        (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
+        (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
+        (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
+        (aiohttp.ClientConnectorError, _httpx.ConnectError),
+        (aiohttp.ClientError, _httpx.ReadError),
+        (OSError, _httpx.ReadError),
     ):
         if isinstance(error, theirs):
-            made: Exception = ours(str(error) or type(error).__name__, request=request)
-            made.__cause__ = None if isinstance(error, aiohttp.ClientResponseError) else error
-            return made
-    raise error
+            failure: Exception = ours(str(error) or type(error).__name__, request=request)
+            shows_key = isinstance(error, aiohttp.ClientResponseError)  # it holds the request's headers
+            failure.__cause__ = None if shows_key else error
+            return failure
+    return None
 
 
-_PLAIN = {"content", "timeout"}  # what is given of a request that is built at once
-_AUTOMATIC = {"content-length", "host", "transfer-encoding"}  # headers; who sets one means something by it
+_PLAIN = {"content", "timeout"}  # the options of a request that is built at once
+_AUTOMATIC = {"content-length", "host", "transfer-encoding"}  # headers that httpx adds unless they are given
 _URLS = 256  # of different URLs that are remembered: those with ids are many
 _DECODED = "accept-encoding"  # what httpx can decode: of its client's own headers the one that matters
 
 
 class SdkClient(openai.AsyncOpenAI):
-    """The SDK's client, which does not take apart again the URL that it asks for again."""
+    """The SDK's client, which prepares each URL once."""
 
     if not TYPE_CHECKING:
         _prepared: tuple[Any, dict[str, Any]] = None, {}
@@ -236,7 +202,7 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     """
 
     def __init__(self, factory: Callable[[], Any]) -> None:
-        super().__init__(transport=_Unused())  # type: ignore[arg-type]  # its base differs between SDKs
+        super().__init__(transport=_httpx.AsyncBaseTransport())  # it sends nothing itself
         self._factory = factory
         self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
         self._shut = False
@@ -283,37 +249,26 @@ async def _closing(client: Any, forget: Callable[[], Any]) -> AsyncGenerator[Non
 
 
 def _close_later(real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]]) -> None:
-    """Close clients on their own loops, where those still run; nobody waits for it."""
+    """Close clients on their own loops, where those still run, without waiting for it."""
     for loop, (_, guard) in list(real.items()):
         with contextlib.suppress(RuntimeError):  # the loop has closed, and with it its connections
-            loop.call_soon_threadsafe(_close_soon, loop, guard)
+            loop.call_soon_threadsafe(_close_soon, guard)
 
 
-def _close_soon(loop: asyncio.AbstractEventLoop, guard: AsyncGenerator[None, None]) -> None:
-    closing = loop.create_task(_finish(guard))
+def _close_soon(guard: AsyncGenerator[None, None]) -> None:
+    closing = asyncio.ensure_future(guard.aclose())
     _CLOSING.add(closing)  # a loop keeps only weak references to its tasks
     closing.add_done_callback(_CLOSING.discard)
 
 
-async def _finish(guard: AsyncGenerator[None, None]) -> None:
-    await guard.aclose()
-
-
-_CLOSING: set[asyncio.Task[None]] = set()
-
-
-class _Unused:
-    """The transport of a LoopLocalClient itself, which sends nothing."""
-
-    async def aclose(self) -> None:
-        """Close nothing."""
+_CLOSING: set[asyncio.Future[None]] = set()
 
 
 class _Direct(openai.DefaultAsyncHttpxClient):
     """The real client of a FastClient: httpx's, on our transport."""
 
     def __init__(self, transport: Transport) -> None:
-        super().__init__(transport=transport)  # type: ignore[arg-type]  # its base differs between SDKs
+        super().__init__(transport=transport)
         self.fetch = transport.fetch
 
 
@@ -322,7 +277,7 @@ class FastClient(LoopLocalClient):
 
     A plain request is one with a body in memory and a whole answer, as nearly all are. It is built from what
     the SDK gives alone, and sent without httpx's authentication, redirects, cookies and hooks: a third less
-    time. Streams, uploads and redirects take httpx's road, on the same connections.
+    time. Streams, uploads and redirects go through httpx, on the same connections.
     """
 
     def __init__(self, *, secure: bool) -> None:
@@ -339,13 +294,13 @@ class FastClient(LoopLocalClient):
             return super().build_request(method, url, headers=headers, **options)
         if _DECODED not in names:
             headers.append(self._decoded)
-        whole, terms = _url(str(url)), sdk_httpx()
-        request = terms.Request(
+        parsed = _url(str(url))
+        request = _httpx.Request(
             method,
-            whole,
-            headers=[("Host", whole.netloc.decode()), *headers, ("Content-Length", str(len(content)))],
-            stream=terms.ByteStream(content),
-            extensions={"timeout": terms.Timeout(given.get("timeout")).as_dict()},
+            parsed,
+            headers=[("Host", parsed.netloc.decode()), *headers, ("Content-Length", str(len(content)))],
+            stream=_httpx.ByteStream(content),
+            extensions={"timeout": _httpx.Timeout(given.get("timeout")).as_dict()},
         )
         request.headers.encoding = "ascii"  # as they were encoded: httpx would look at each of them
         request.read()
@@ -362,7 +317,7 @@ class FastClient(LoopLocalClient):
 
 @functools.lru_cache(maxsize=_URLS)
 def _url(url: str) -> Any:
-    return sdk_httpx().URL(url)
+    return _httpx.URL(url)
 
 
 def default_client() -> LoopLocalClient:
@@ -373,8 +328,7 @@ def default_client() -> LoopLocalClient:
 def fast_client(base_url: str) -> LoopLocalClient:
     """Return a client on aiohttp, or the SDK's default where a proxy applies to `base_url`."""
     parts = urlsplit(base_url)
-    proxies = getproxies()
-    proxied = parts.scheme in proxies or "all" in proxies
-    if proxied and not proxy_bypass(parts.hostname or ""):
+    has_proxy = {parts.scheme, "all"} & getproxies().keys()
+    if has_proxy and not proxy_bypass(parts.hostname or ""):
         return default_client()
     return FastClient(secure=parts.scheme == "https")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import openai
 import pytest
 from budgets import MOST, billed, questions, simulated
-from clients import WIDE, nobody_listens
+from clients import WIDE, dead_address
 from pydantic import BaseModel
 
 from openai_eval_client import (
@@ -182,7 +182,7 @@ async def test_one_call_with_its_retries() -> None:
 
 async def test_what_never_connected_costs_nothing() -> None:
     """Nobody listens: the whole budget is left."""
-    with nobody_listens() as address:
+    with dead_address() as address:
         config = OpenAIConfig(
             api_key="k", base_url=address, default_model="gpt-4o-mini", max_cost=1, max_retries=1
         )

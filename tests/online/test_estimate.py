@@ -1,4 +1,4 @@
-"""What prompts would need: what the estimate says, and what a run then comes to."""
+"""What prompts would need: the estimate, and what a run then comes to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HISTORY = [
 
 
 def tiktoken_count(text: str) -> int:
-    """As the API counts a message's text, and its role with it."""
+    """Count a message as the API does: its text, and one for its role."""
     return len(tiktoken.get_encoding("o200k_base").encode_ordinary(text)) + 1
 
 
@@ -53,7 +53,7 @@ def exact_server(**options: object) -> SimulatedServer:
     ],
 )
 async def test_a_run_costs_what_the_bounds_say(options) -> None:
-    """Input to the token where the server counts alike; output and dollars within the bounds."""
+    """Input is exact where the server counts alike; output and dollars are within the bounds."""
     prompts = [f"What is {n} squared? " * (n % 5 + 1) for n in range(60)] + [HISTORY, "日本語のテキスト 🙂"]
     counts = tiktoken_count
     if options.get("model") == "gpt-3.5-turbo":
@@ -74,7 +74,7 @@ async def test_a_run_costs_what_the_bounds_say(options) -> None:
 
 
 async def test_answers_of_full_length_cost_the_upper_bound() -> None:
-    """And an input without answers would cost the lower one."""
+    """The lower bound is the cost of the input alone."""
     prompts = [f"{n}" for n in range(50)]
     with exact_server(output_tokens=99) as server:
         async with connect(server) as client:
@@ -87,7 +87,7 @@ async def test_answers_of_full_length_cost_the_upper_bound() -> None:
 
 
 async def test_the_expected_cost_follows_the_answers_so_far() -> None:
-    """After some answers of a model, their mean length; the bounds stay what they are."""
+    """It uses the mean length of a model's answers; the bounds stay what they are."""
     with exact_server(output_tokens=20) as server:
         async with connect(server) as client:
             before = await client.estimate(["x"] * 100, max_tokens=50)
@@ -104,7 +104,7 @@ async def test_the_expected_cost_follows_the_answers_so_far() -> None:
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
 async def test_it_counts_as_sending_does(api: str) -> None:
-    """The body of each prompt, counted by the counter that the limiter reserves by; long texts too."""
+    """The counter that the limiter reserves by counts the body of each prompt, long texts too."""
     prompts = ["short", HISTORY, "word " * 10_000, "x" * 30_000]
     async with OpenAIClient(NOWHERE) as client:
         estimate = await client.estimate(prompts, system="Be brief.", api=api, max_tokens=5)
@@ -114,7 +114,7 @@ async def test_it_counts_as_sending_does(api: str) -> None:
 
 
 async def test_without_a_vocabulary_it_estimates_as_sending_does(empty_vocabularies) -> None:
-    """By bytes; nothing waits for the network longer than sending would."""
+    """It counts bytes, and waits for the network no longer than sending would."""
     async with OpenAIClient(NOWHERE) as client:
         client._counter = TokenCounter(load_timeout=0.01)
         estimate = await client.estimate(["hello there " * 9] * 600)
@@ -129,7 +129,7 @@ TEXTS = st.lists(st.text(min_size=1).filter(str.strip), max_size=8)
 @given(TEXTS, TEXTS, st.integers(1, 1000), st.integers(1, 5))
 @settings(deadline=None)
 def test_estimates_add_up(some: list[str], others: list[str], most: int, n: int) -> None:
-    """Of two lists it is the sum of their estimates, and more output never costs less."""
+    """The estimate of two lists is the sum of theirs, and more output never costs less."""
 
     async def three() -> list[CostEstimate]:
         client = OpenAIClient(NOWHERE)
@@ -151,7 +151,7 @@ def test_estimates_add_up(some: list[str], others: list[str], most: int, n: int)
 
 
 async def test_without_max_tokens_there_is_no_upper_bound() -> None:
-    """None, not a guess."""
+    """The bounds are None, not a guess."""
     async with OpenAIClient(NOWHERE) as client:
         estimate = await client.estimate(["hello"])
     assert (estimate.completion_tokens_high, estimate.cost_high, estimate.batch_cost_high) == (None,) * 3
@@ -160,9 +160,9 @@ async def test_without_max_tokens_there_is_no_upper_bound() -> None:
 
 
 async def test_an_unknown_price_is_none() -> None:
-    """Tokens are counted all the same, and the requests counted as unpriced."""
+    """Tokens are counted all the same, and the requests are counted as unpriced."""
     async with OpenAIClient(NOWHERE) as client:
-        estimate = await client.estimate(["hello"] * 3, model="nobody/knows-this", max_tokens=5)
+        estimate = await client.estimate(["hello"] * 3, model="unknown/model", max_tokens=5)
     assert (estimate.cost_low, estimate.cost_high, estimate.batch_cost_low) == (None,) * 3
     assert (estimate.unpriced, estimate.requests) == (3, 3)
     assert estimate.prompt_tokens > 0
@@ -170,7 +170,7 @@ async def test_an_unknown_price_is_none() -> None:
 
 
 async def test_a_service_tier_has_its_own_price() -> None:
-    """Flex is half, where the model has it; a batch has no tier."""
+    """Flex costs half, where the model has it; a batch has no tier."""
     async with OpenAIClient(NOWHERE) as client:
         options = {"model": "o4-mini", "max_tokens": 9}
         plain = await client.estimate(["hello"] * 9, **options)
@@ -180,7 +180,7 @@ async def test_a_service_tier_has_its_own_price() -> None:
 
 
 async def test_no_prompts_need_nothing() -> None:
-    """Noughts, and one report of being done."""
+    """All numbers are 0, and the progress is reported once, as 1.0."""
     seen: list[float] = []
     async with OpenAIClient(NOWHERE) as client:
         estimate = await client.estimate([], max_tokens=5, progress_callback=seen.append)
@@ -203,14 +203,14 @@ async def test_no_prompts_need_nothing() -> None:
     ],
 )
 def test_minutes_follow_from_the_limits(rpm, tpm, requests, tokens, expected) -> None:
-    """What is left after a full bucket, at the rate of the limit that takes longer."""
+    """What a full bucket does not cover goes at the rate of the limit that takes longer."""
     limits = RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm)
     assert minutes(limits, requests, requests * tokens) == (expected and pytest.approx(expected))
 
 
 @pytest.mark.parametrize(("rpm", "tpm"), [(1800, 480_000), (600, 480_000)])
 def test_minutes_are_what_the_limiter_takes(rpm: int, tpm: int) -> None:
-    """In virtual time, answers as long as what is reserved for them: within 2%."""
+    """A run in virtual time, whose answers are as long as reserved, takes as long within 2%."""
     limits = RateLimitConfig(requests_per_minute=rpm, tokens_per_minute=tpm)
     figures = rehearse(VirtualServer(rpm, tpm), limits, requests=3000, tokens=400)
     rate = min(tpm / 400, rpm) / 60
@@ -219,7 +219,7 @@ def test_minutes_are_what_the_limiter_takes(rpm: int, tpm: int) -> None:
 
 
 async def test_reserved_tokens_are_those_of_the_limiter() -> None:
-    """The input and max_tokens x n; without max_tokens what the limiter guesses, then the mean."""
+    """They are the input and max_tokens x n; without max_tokens the limiter's guess, then the mean."""
     limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=1000)
     with exact_server(output_tokens=20) as server:
         async with connect(server, limits) as client:
@@ -243,7 +243,7 @@ async def late(prompts):
 
 @pytest.mark.parametrize("kind", [list, iter, late])
 async def test_a_wrong_prompt_is_named(kind) -> None:
-    """By its index, also far into any kind of iterable."""
+    """The error has its index, also far into any kind of iterable."""
     prompts = [f"{n} " + "a word " * 300 for n in range(2 * _CHUNK)]
     prompts[-9] = ""
     async with OpenAIClient(NOWHERE) as client:
@@ -263,14 +263,14 @@ async def test_a_wrong_prompt_is_named(kind) -> None:
     ],
 )
 async def test_wrong_parameters_are_refused(prompts, options, says) -> None:
-    """As for sending."""
+    """The same parameters are refused as for sending."""
     async with OpenAIClient(NOWHERE) as client:
         with pytest.raises(ValidationError, match=says):
             await client.estimate(prompts, **options)
 
 
 async def test_an_error_of_the_prompts_is_raised() -> None:
-    """As it is."""
+    """It is raised unchanged."""
 
     def lines():
         yield "a"
@@ -282,7 +282,7 @@ async def test_an_error_of_the_prompts_is_raised() -> None:
 
 
 async def test_progress_grows_to_one() -> None:
-    """Where the number of prompts is known; else it is told once, at the end. What it raises is logged."""
+    """Without a known number of prompts it is reported once, at the end. What a callback raises is logged."""
     seen: list[float] = []
 
     async def slowly(fraction: float) -> None:
@@ -301,17 +301,17 @@ async def test_progress_grows_to_one() -> None:
 
 
 class Watched(str):
-    """A prompt that knows where it is looked at, and how many there are."""
+    """A prompt that records the threads it is checked in, and how many prompts are alive."""
 
     __slots__ = ("__weakref__",)
     alive: ClassVar[int] = 0
-    most: ClassVar[int] = 0
+    most_alive: ClassVar[int] = 0
     threads: ClassVar[set[int]] = set()
 
     def __new__(cls, text: str) -> Self:
         made = super().__new__(cls, text)
         cls.alive += 1
-        cls.most = max(cls.most, cls.alive)
+        cls.most_alive = max(cls.most_alive, cls.alive)
         weakref.finalize(made, cls.gone)
         return made
 
@@ -325,17 +325,17 @@ class Watched(str):
 
 
 async def test_counting_is_off_the_loop_and_in_bounded_memory() -> None:
-    """Not one prompt is looked at in the event loop's thread, and few are held at a time."""
+    """No prompt is checked in the event loop's thread, and few are held at a time."""
     async with OpenAIClient(NOWHERE) as client:
         estimate = await client.estimate(Watched(f"{n}") for n in range(20 * _CHUNK))
     assert estimate.requests == 20 * _CHUNK
     assert threading.get_ident() not in Watched.threads
     assert Watched.threads
-    assert Watched.most <= 4 * _CHUNK
+    assert Watched.most_alive <= 4 * _CHUNK
 
 
 async def test_cancelling_it_leaves_nothing() -> None:
-    """No task; the client goes on."""
+    """No task is left, and the client goes on."""
     async with OpenAIClient(NOWHERE) as client:
         before = asyncio.all_tasks()
         counting = asyncio.create_task(client.estimate(f"{n}" for n in range(10**9)))
@@ -351,7 +351,7 @@ async def test_cancelling_it_leaves_nothing() -> None:
 
 
 def test_it_reads_well() -> None:
-    """Three lines; unknown is said so; survives JSON and pickle."""
+    """Three lines, which say what is unknown; it survives JSON and pickle."""
     estimate = CostEstimate(
         model="gpt-4o-mini",
         requests=100_000,

@@ -1,4 +1,4 @@
-"""The connections of OpenAIClient: the SDK's requests, errors in httpx's terms, nothing leaked."""
+"""The connections of a client: the SDK's requests, errors in httpx's terms, nothing left open."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def headers_of(request: bytes) -> dict[str, str]:
     return {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
 
 
-@pytest.mark.parametrize("road", ["ours", "openai"])
-async def test_the_request_is_the_one_that_the_sdk_sends(road: str) -> None:
+@pytest.mark.parametrize("caller", ["ours", "openai"])
+async def test_the_request_is_the_one_that_the_sdk_sends(caller: str) -> None:
     """The same headers and the same body, but for what HTTP libraries say of the connection."""
     async with listening(whole()) as (url, sent), openai.AsyncOpenAI(api_key=KEY, base_url=url) as raw:
         await raw.chat.completions.create(**CHAT)
     async with listening(whole()) as (url, mine), connect(url) as client:
-        if road == "ours":
+        if caller == "ours":
             await client.generate_response("hi", model="gpt-4o-mini")
         else:
             await client.openai.chat.completions.create(**CHAT)
@@ -62,7 +62,7 @@ async def test_the_request_is_the_one_that_the_sdk_sends(road: str) -> None:
     ids=["gzip", "deflate", "chunked", "long header", "odd headers"],
 )
 async def test_however_an_answer_is_packed_it_is_read(reply: bytes) -> None:
-    """Compressed, in chunks, with headers that are no ASCII."""
+    """Compressed or in chunks, with headers that are long or not ASCII."""
     async with listening(reply, reply) as (url, _), connect(url) as client:
         assert (await client.generate_response("hi")).content == "yes"
         answer = await client.openai.chat.completions.create(**CHAT)
@@ -80,7 +80,7 @@ async def test_however_an_answer_is_packed_it_is_read(reply: bytes) -> None:
     ids=["dropped", "cut short", "no HTTP", "no gzip"],
 )
 async def test_a_broken_answer_is_a_connection_error(reply: bytes, cause: str) -> None:
-    """The SDK's, whose cause is httpx's, by both roads; the key stands in none of the messages."""
+    """It is the SDK's, caused by one of httpx's, for both kinds of call; no message shows the key."""
     async with listening(reply, reply, hang_up=True) as (url, _), connect(url) as client:
         sdk = client.openai.with_options(max_retries=0)
         for call in (client.generate_response, lambda _: sdk.chat.completions.create(**CHAT)):
@@ -98,7 +98,7 @@ async def test_a_broken_answer_is_a_connection_error(reply: bytes, cause: str) -
 
 
 async def test_silence_is_a_timeout() -> None:
-    """Ours after our own deadline; the SDK's where its own timeout says so."""
+    """It is ours after our own deadline, and the SDK's after the SDK's."""
     async with listening(None, None) as (url, _), connect(url, timeout=0.1) as client:
         with pytest.raises(OurTimeout):
             await client.generate_response("hi")
@@ -108,7 +108,7 @@ async def test_silence_is_a_timeout() -> None:
 
 
 async def test_a_name_that_is_not_found_in_time_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking it up is a part of connecting."""
+    """The look-up is a part of connecting."""
 
     async def silence(*_: object, **__: object) -> None:
         await asyncio.Event().wait()
@@ -122,7 +122,7 @@ async def test_a_name_that_is_not_found_in_time_is_a_timeout(monkeypatch: pytest
 
 
 async def test_an_answer_says_how_long_it_took() -> None:
-    """As one of the SDK's own client does."""
+    """An answer of the SDK's own client does so too."""
     async with listening(whole()) as (url, _), connect(url) as client:
         answer = await client.openai.chat.completions.with_raw_response.create(**CHAT)
     assert answer.elapsed.total_seconds() > 0
@@ -130,7 +130,7 @@ async def test_an_answer_says_how_long_it_took() -> None:
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
 async def test_a_response_is_read_and_pickled_as_httpxs_own(packed: bool) -> None:
-    """In whole, in pieces, as text; a pickle of it needs only httpx's class."""
+    """It is read in whole, in pieces, as text; a pickle of it needs only httpx's class."""
     reply = whole(gzip.compress(ANSWER), "content-encoding: gzip") if packed else whole()
     async with listening(reply) as (url, _), connect(url) as client:
         raw = await client.openai.chat.completions.with_raw_response.create(**CHAT)
@@ -149,7 +149,7 @@ async def test_a_response_is_read_and_pickled_as_httpxs_own(packed: bool) -> Non
 
 @pytest.mark.parametrize("name", ["Host", "content-length", "Accept-Encoding"])
 async def test_a_header_of_the_callers_own_is_sent_once(name: str) -> None:
-    """Those that HTTP libraries add are left out then."""
+    """The one that HTTP libraries would add is left out."""
     async with listening(whole()) as (url, sent), connect(url) as client:
         content = json.dumps(CHAT, separators=(",", ":"))
         value = {"Host": "elsewhere.test", "content-length": str(len(content))}.get(name, "identity")
@@ -161,7 +161,7 @@ async def test_a_header_of_the_callers_own_is_sent_once(name: str) -> None:
 
 
 async def test_a_redirect_is_followed_as_httpx_does() -> None:
-    """307 and 308 keep method and body."""
+    """A 307 keeps method and body."""
     async with listening(whole()) as (target, seen):
         elsewhere = whole(b"", f"location: {target}/chat/completions", status="307 Temporary Redirect")
         async with listening(elsewhere, elsewhere) as (url, _), connect(url) as client:
@@ -170,7 +170,7 @@ async def test_a_redirect_is_followed_as_httpx_does() -> None:
 
 
 async def test_there_are_as_many_connections_as_requests_in_flight() -> None:
-    """They are reused, and closed with the client."""
+    """Connections are reused, and closed with the client."""
     limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=100)
     with SimulatedServer(latency=0.05) as server:
         async with OpenAIClient(
@@ -204,7 +204,7 @@ async def test_a_stream_that_is_left_hands_its_connection_back() -> None:
 
 @pytest.mark.parametrize("trusted", [True, False])
 async def test_certificates_are_checked(trusted: bool, monkeypatch, tmp_path) -> None:
-    """Against what httpx trusts, SSL_CERT_FILE too; an unknown one is no connection, and ends the run."""
+    """What httpx trusts is trusted, SSL_CERT_FILE too; an unknown one ends the run: no connection."""
     if sys.version_info < (3, 11):
         pytest.skip("asyncio leaves its TLS transports to the garbage collector there, which warns")
     trustme = pytest.importorskip("trustme")
@@ -224,7 +224,7 @@ async def test_certificates_are_checked(trusted: bool, monkeypatch, tmp_path) ->
 
 
 def test_the_transport_speaks_the_sdks_httpx() -> None:
-    """What it returns is of the family that the installed SDK is built on."""
-    from openai_eval_client._sdk.transport import _stream_class
+    """Its streams are of the httpx that the installed SDK is built on."""
+    from openai_eval_client._sdk.transport import _StreamedBody
 
-    assert issubclass(_stream_class(), sdk_httpx().AsyncByteStream)
+    assert issubclass(_StreamedBody, sdk_httpx().AsyncByteStream)

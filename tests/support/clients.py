@@ -27,8 +27,8 @@ def connect(
 
 
 @contextlib.contextmanager
-def nobody_listens():
-    """The address of a port that is taken and refuses connections."""
+def dead_address():
+    """The base URL of a port that is taken and refuses connections."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
