@@ -1,0 +1,168 @@
+"""The table of failures: each row with what servers send, and each error without a status."""
+
+import json
+
+import openai
+import pytest
+
+from openai_eval_client import (
+    BudgetExceededError,
+    QuotaError,
+    RequestTooLargeError,
+    TimeoutError,
+    ValidationError,
+)
+from openai_eval_client._wire.failures import (
+    REFUSALS,
+    Kind,
+    Scope,
+    meaning_of,
+    outcome_of,
+    read_failure,
+    refused,
+    status_error,
+)
+from openai_eval_client.errors import rate_limited, sdk_httpx
+
+REQUEST, MODEL, ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
+# The status, the error's code, its message; what it is, whether it is tried again, what else would meet it.
+TABLE = [
+    (429, "insufficient_quota", "You exceeded your current quota", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, None, "insufficient_quota: check your plan", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, "rate_limit_exceeded", "Request too large for gpt-4o on TPM", Kind.TOO_LARGE, False, REQUEST),
+    (429, "rate_limit_exceeded", "Rate limit reached on tokens per min", Kind.RATE_LIMITED, True, MODEL),
+    (401, "invalid_api_key", "Incorrect API key provided", Kind.REFUSED_KEY, False, ACCOUNT),
+    (403, "invalid_api_key", "Incorrect API key provided", Kind.REFUSED_KEY, False, ACCOUNT),
+    (403, "unsupported_country", "Country not supported", Kind.REFUSED_KEY, False, ACCOUNT),
+    (404, "model_not_found", "The model `gpt-9` does not exist", Kind.REFUSED_MODEL, False, MODEL),
+    (404, None, "Not Found", Kind.NOT_FOUND, False, ACCOUNT),
+    (408, None, "Request timeout", Kind.SERVER_ERROR, True, REQUEST),
+    (409, None, "Conflict", Kind.SERVER_ERROR, True, REQUEST),
+    (413, None, "Payload too large", Kind.TOO_LARGE, False, REQUEST),
+    (400, "context_length_exceeded", "maximum context length is 128000", Kind.TOO_LARGE, False, REQUEST),
+    (400, "content_policy_violation", "rejected by our safety system", Kind.CONTENT_REFUSED, False, REQUEST),
+    (400, "unsupported_value", "temperature does not support 0", Kind.REFUSED_INPUT, False, REQUEST),
+    (422, None, "Unprocessable", Kind.REFUSED_INPUT, False, REQUEST),
+    (500, "server_error", "The server had an error", Kind.SERVER_ERROR, True, REQUEST),
+    (503, None, "Service unavailable", Kind.SERVER_ERROR, True, REQUEST),
+]
+
+
+def error_of(status, code, message, **headers):
+    """The SDK's error for an answer with such a body."""
+    body = {"error": {"message": message, "code": code, "type": None}}
+    httpx = sdk_httpx()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = httpx.Request("POST", "http://127.0.0.1/v1/chat/completions")
+    return status_error(status, body, httpx.Response(status, json=body, headers=named, request=request))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: f"{row[0]} {row[1] or row[2]}")
+def test_an_error_and_the_bytes_it_is_made_of_mean_the_same(row):
+    """Our own calls see the SDK's error, the drop-in client the status and the body."""
+    status, code, message, *expected = row
+    body = json.dumps({"error": {"message": message, "code": code}}).encode()
+    for failure in (read_failure(error_of(status, code, message)), refused(status, {}, body).failure):
+        assert [failure.kind, failure.retry, failure.scope] == expected
+        assert (failure.status, failure.code) == (status, code or "")
+
+
+def test_every_row_is_met():
+    """Each row of the table of refusals is the first that fits some line above."""
+    met = set()
+    for status, code, message, *_ in TABLE:
+        met.add(meaning_of("", status, code or ""))
+        met.add(next(row.meaning for row in REFUSALS if _fits(row, status, code, message)))
+    assert {row.meaning for row in REFUSALS} <= met
+
+
+def _fits(row, status, code, message):
+    low, high = row.statuses
+    return low <= status <= high and (row.word is None or row.word == code or row.word in message)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_servers_own_word_on_trying_again_wins(told):
+    """As it does with the SDK; but nothing makes an account without credit worth another attempt."""
+    word = {"x_should_retry": str(told).lower()}
+    assert read_failure(error_of(500, None, "m", **word)).retry is told
+    assert read_failure(error_of(400, None, "m", **word)).retry is told
+    assert not read_failure(error_of(429, "insufficient_quota", "m", **word)).retry
+
+
+def test_a_refusal_states_its_wait_and_its_limit():
+    """The header's wait before the message's; the limit that the message names."""
+    message = "Rate limit reached for m on tokens per min (TPM). Please try again in 6m0s."
+    failure = read_failure(error_of(429, None, message))
+    assert (failure.wait, failure.dimension) == (360.0, "tokens")
+    assert read_failure(error_of(429, None, message, retry_after="2")).wait == 2.0
+    assert refused(429, {"retry-after-ms": "70"}, b"on requests per min").failure.dimension == "requests"
+
+
+def caused_by(error, name):
+    """The same error, with a cause of a class of that name."""
+    error.__cause__ = type(name, (Exception,), {})()
+    return error
+
+
+def connection_error():
+    """The SDK's error for a connection that failed."""
+    return openai.APIConnectionError(request=sdk_httpx().Request("POST", "http://127.0.0.1/"))
+
+
+def unreadable():
+    """The error for a 200 that holds no answer."""
+    request = sdk_httpx().Request("POST", "http://127.0.0.1/")
+    response = sdk_httpx().Response(200, content=b"<html>", request=request)
+    return openai.APIResponseValidationError(response=response, body=None)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "retry", "billed"),
+    [
+        (TimeoutError("no answer", request=None), Kind.TIMED_OUT, True, None),
+        (connection_error(), Kind.DROPPED, True, None),
+        (caused_by(connection_error(), "ConnectError"), Kind.UNREACHABLE, True, False),
+        (caused_by(connection_error(), "ClientConnectorError"), Kind.UNREACHABLE, True, False),
+        (unreadable(), Kind.UNREADABLE, True, None),
+        (KeyboardInterrupt(), Kind.DROPPED, False, None),
+        (ValidationError("m", field="prompt"), Kind.LOCAL, False, False),
+        (RequestTooLargeError("m", tokens=9, limit=1), Kind.TOO_LARGE, False, False),
+    ],
+)
+def test_an_error_without_a_status(error, kind, retry, billed):
+    """Whether it is worth another attempt, and whether it may have been billed."""
+    failure = read_failure(error)
+    assert (failure.kind, failure.retry, failure.billed) == (kind, retry, billed)
+    assert outcome_of(error).sent is (kind is not Kind.UNREACHABLE)
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (error_of(401, None, "m"), True),
+        (error_of(403, None, "m"), True),
+        (error_of(404, None, "m"), True),
+        (QuotaError("m", response=error_of(429, None, "m").response, body=None), True),
+        (BudgetExceededError("m"), True),
+        (ValidationError("m", field="max_cost"), True),
+        (RuntimeError("this client was closed"), True),
+        (rate_limited("m", 601.0), True),
+        (rate_limited("m", 599.0), False),
+        (error_of(400, None, "m"), False),
+        (error_of(500, None, "m"), False),
+        (ValidationError("m", field="prompt"), False),
+        (connection_error(), False),
+        (caused_by(connection_error(), "ConnectError"), False),
+    ],
+)
+def test_what_every_other_prompt_would_meet_ends_a_run(error, ends):
+    """Key, model, credit, a budget, a closed client, a wait beyond max_wait."""
+    assert read_failure(error).ends_run(600, answered=True) is ends
+
+
+def test_no_connection_ends_a_run_in_which_nothing_was_answered():
+    """After an answer it is a passing fault."""
+    failure = read_failure(caused_by(connection_error(), "ConnectError"))
+    assert failure.ends_run(600, answered=False)
+    assert not failure.ends_run(600, answered=True)
