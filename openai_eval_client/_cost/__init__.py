@@ -1,9 +1,9 @@
 """What requests cost, can cost, and may cost."""
 
 from openai_eval_client._cost.budget import (
+    Budgets,
     CostBudget,
     Payment,
-    Payments,
     Reservation,
     commit,
     reserve,
@@ -12,7 +12,10 @@ from openai_eval_client._cost.budget import (
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._cost.pricing import Pricer, Rates, exact
 
+Payments = Budgets  # as other rooms still call it
+
 __all__ = [
+    "Budgets",
     "CostBudget",
     "Ledger",
     "Payment",
