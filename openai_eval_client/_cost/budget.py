@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from itertools import chain
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from openai_eval_client._cost.pricing import EXACT
 from openai_eval_client._log import inform, warn
@@ -30,17 +28,17 @@ if TYPE_CHECKING:
 _NOTHING = Decimal(0)
 _LONG_WAIT = 1.0  # seconds from which a wait is logged
 
-# What the endpoints say of the cost of a request: facts of theirs, not of budgets.
-_OUTPUT_CAPS = {  # the parameters that bound the output, by the end of the path
+# Facts about the endpoints, on which the cost of a request depends.
+_OUTPUT_CAPS = {  # the parameters that bound the output, by the end of the path; the first that fits
     "/chat/completions": ("max_completion_tokens", "max_tokens"),
     "/completions": ("max_tokens",),
     "/responses": ("max_output_tokens",),
     "/embeddings": (),  # there is no output
 }
 _CHOICES = ("n", "best_of")  # the parameters that multiply the output
-_HIDDEN_INPUT = ("conversation", "previous_response_id", "web_search_options")  # input that only they know
-_CALLER_TOOLS = frozenset({"function", "custom"})  # all others run at the provider, for a price of their own
-_FILES = frozenset({"file", "input_file"})
+_HIDDEN_INPUT = ("conversation", "previous_response_id", "web_search_options")  # add input kept elsewhere
+_CALLER_TOOLS = ("function", "custom")  # all others run at the provider, for a price of their own
+_FILES = ("file", "input_file")
 
 
 class CostBounds:
@@ -88,7 +86,7 @@ class CostBounds:
         model, asked = body.get("model"), body.get("service_tier")
         if not isinstance(model, str):
             _reject(f"what model={model!r} costs is not known")
-        parts = list(_parts(chain(_listed(body.get("messages")), _listed(body.get("input")))))
+        parts = list(_parts((body.get("messages"), body.get("input"))))
         _check_parts(parts)
         hidden = (part.get("encrypted_content") for part in parts)
         tokens += sum(len(content) for content in hidden if isinstance(content, str))
@@ -142,19 +140,20 @@ def _check_parameters(body: Mapping[str, Any]) -> None:
     hidden += ["prompt"] if isinstance(body.get("prompt"), Mapping) else []  # a template
     if hidden:
         _reject(f"what {hidden[0]} adds to the input is not known beforehand")
-    for tool in _listed(body.get("tools")):
+    tools = body.get("tools")
+    for tool in tools if isinstance(tools, list | tuple) else ():
         kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
         if kind not in _CALLER_TOOLS:
             _reject(f"what a tool of type {kind!r} costs is not known beforehand")
 
 
 def _check_parts(parts: Iterable[Mapping[str, Any]]) -> None:
-    """Reject input that is only named."""
+    """Reject input that is not in the request itself."""
     for part in parts:
         kind, file = part.get("type"), part.get("file", part)
         whole = isinstance(file, Mapping) and isinstance(file.get("file_data"), str)
         if kind == "item_reference" or (kind in _FILES and not whole):
-            _reject(f"how large a {kind} is that is only named is not known beforehand", field="prompt")
+            _reject(f"the size of a {kind} given by its id alone is not known beforehand", field="prompt")
 
 
 def _parts(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
@@ -167,29 +166,18 @@ def _parts(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
             yield from _parts(value)
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else ()
-
-
 def _reject(why: str, *, field: str = "max_cost") -> NoReturn:
     raise ValidationError(f"max_cost: {why}", field=field)
 
 
-class _State(enum.Enum):
-    WAITING = enum.auto()
-    HELD = enum.auto()
-    KEPT = enum.auto()  # held, but perhaps for good: nothing waits for it to be settled
-    DONE = enum.auto()
-
-
 @dataclass(slots=True, eq=False)
 class _Hold:
-    """What one budget reserves for one reservation."""
+    """What one budget reserves, or has a request wait for."""
 
     budget: CostBudget
     amount: Decimal  # USD
-    state: _State = _State.WAITING
-    future: asyncio.Future[None] | None = None  # of the waiting reservation
+    # "kept": reserved, but perhaps for good, so that nothing waits for it to be settled
+    state: Literal["waiting", "held", "kept", "done"] = "waiting"
 
 
 class CostBudget:
@@ -204,21 +192,23 @@ class CostBudget:
         self._limit = limit
         self._lock = lock or DeferringLock()
         self._spent = self._held = self._kept = _NOTHING
-        self._queue: deque[_Hold] = deque()
+        self._queue: deque[tuple[_Hold, asyncio.Future[None]]] = deque()
 
     async def reserve(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD, once there is room for it."""
         with self._lock:
+            if amount > self._ever():
+                raise self.exceeded(amount)
             hold, asked_at = self._ask(amount), time.monotonic()
-            if hold.state is _State.HELD:
+            if hold.state == "held":
                 return hold
-            future = hold.future = asyncio.get_running_loop().create_future()
-            self._queue.append(hold)
+            future = asyncio.get_running_loop().create_future()
+            self._queue.append((hold, future))
         try:
             await future
         except BaseException:
             if future.done() and not future.cancelled():
-                future.exception()  # is looked at, even where a cancellation came together with it
+                future.exception()  # retrieved, even where a cancellation came together with it
             self.settle(hold, _NOTHING)
             raise
         waited = time.monotonic() - asked_at
@@ -228,10 +218,10 @@ class CostBudget:
         return hold
 
     def reserve_now(self, amount: Decimal) -> _Hold | None:
-        """Reserve an amount in USD at once; None where there is no room now, but may be later."""
+        """Reserve an amount in USD at once; None where there is no room now."""
         with self._lock:
             hold = self._ask(amount)
-            return hold if hold.state is _State.HELD else None
+            return hold if hold.state == "held" else None
 
     def commit(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
@@ -279,31 +269,29 @@ class CostBudget:
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
         reserved = EXACT.add(self._held, self._kept)
-        limit, *others = (f"{usd.normalize():f}" for usd in (self._limit, self._spent, reserved, amount))
+        numbers = (f"{usd.normalize():f}" for usd in (self._limit, self._spent, reserved, amount))
         text = (
-            "max_cost={} USD: {} spent, {} reserved for what is in flight, and the next request may cost {}"
+            "max_cost=%s USD: %s spent, %s reserved for what is in flight, and the next request may cost %s"
         )
-        return BudgetExceededError(text.format(limit, *others))
+        return BudgetExceededError(text % (*numbers,))
 
     def _ask(self, amount: Decimal) -> _Hold:
         """Return what is reserved at once, or has to wait."""
-        if amount > self._ever():
-            raise self.exceeded(amount)
         hold = _Hold(self, amount)
         if not self._queue and amount <= self._room():
             self._grant(hold)
         return hold
 
     def _grant(self, hold: _Hold) -> None:
-        hold.state = _State.HELD
+        hold.state = "held"
         self._held = EXACT.add(self._held, hold.amount)
 
     def _release(self, hold: _Hold) -> bool:
         """End a reservation; False where it was none, or none any more."""
-        state, hold.state = hold.state, _State.DONE
-        if state is _State.HELD:
+        state, hold.state = hold.state, "done"
+        if state == "held":
             self._held = EXACT.subtract(self._held, hold.amount)
-        elif state is _State.KEPT:
+        elif state == "kept":
             self._kept = EXACT.subtract(self._kept, hold.amount)
         else:
             return False
@@ -315,31 +303,27 @@ class CostBudget:
         self._pump()
 
     def _keep_reserved(self, hold: _Hold) -> None:
-        if hold.state is _State.HELD:
+        if hold.state == "held":
             self._release(hold)
-            hold.state = _State.KEPT
+            hold.state = "kept"
             self._kept = EXACT.add(self._kept, hold.amount)
             self._pump()
 
     def _pump(self) -> None:
-        """Serve those that wait, first come, first served, as far as there is room."""
+        """Grant what waits, first come, first served; fail that for which there cannot be room any more."""
         while self._queue:
-            hold = self._queue[0]
-            if hold.state is _State.WAITING and self._room() < hold.amount <= self._ever():
+            (hold, future), ever = self._queue[0], self._ever()
+            waits = hold.state == "waiting"  # else it was cancelled
+            if waits and self._room() < hold.amount <= ever:
                 return
             self._queue.popleft()
-            if hold.state is _State.WAITING and hold.future is not None:
-                self._answer(hold, hold.future)
-
-    def _answer(self, hold: _Hold, future: asyncio.Future[None]) -> None:
-        """Grant the first that waits, or fail it where there cannot be room for it any more."""
-        if hold.amount > self._ever():
-            self._release(hold)
-            call_on(future.get_loop(), fail_waiter, future, self.exceeded(hold.amount))
-            return
-        self._grant(hold)
-        if not call_on(future.get_loop(), resolve, future):
-            self._release(hold)  # its loop has closed
+            if waits and hold.amount > ever:
+                self._release(hold)
+                call_on(future.get_loop(), fail_waiter, future, self.exceeded(hold.amount))
+            elif waits:
+                self._grant(hold)
+                if not call_on(future.get_loop(), resolve, future):
+                    self._release(hold)  # its loop has closed
 
     def _ever(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""
@@ -354,7 +338,6 @@ class CostBudget:
 class Reservation:
     """What is reserved from each budget that pays for an attempt, or for a batch."""
 
-    amount: Decimal  # USD
     holds: list[_Hold] = field(default_factory=list)
 
     def settle(self, actual: Decimal) -> None:
@@ -374,12 +357,12 @@ class Reservation:
     def split(self, amounts: Sequence[Decimal]) -> list[Reservation]:
         """Return it as several, of amounts in USD that add up to it."""
         pieces = [hold.budget.split(hold, amounts) for hold in self.holds]
-        return [Reservation(amount, holds) for amount, *holds in zip(amounts, *pieces, strict=True)]
+        return [Reservation(holds) for _, *holds in zip(amounts, *pieces, strict=True)]
 
 
 async def reserve(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
     """Reserve an amount in USD from several budgets, once all of them have room for it."""
-    reservation = Reservation(amount)
+    reservation = Reservation()
     try:
         for budget in budgets:
             reservation.holds.append(await budget.reserve(amount))
@@ -390,24 +373,20 @@ async def reserve(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation
 
 
 def reserve_now(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation | None:
-    """Reserve an amount in USD from several budgets at once; None where there may only be room later."""
-    reservation = Reservation(amount)
-    try:
-        for budget in budgets:
-            hold = budget.reserve_now(amount)
-            if hold is None:
-                reservation.refund()
-                return None
-            reservation.holds.append(hold)
-    except BudgetExceededError:
-        reservation.refund()
-        raise
+    """Reserve an amount in USD from several budgets at once; None where one has no room now."""
+    reservation = Reservation()
+    for budget in budgets:
+        hold = budget.reserve_now(amount)
+        if hold is None:
+            reservation.refund()
+            return None
+        reservation.holds.append(hold)
     return reservation
 
 
 def commit(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
     """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
-    return Reservation(amount, [budget.commit(amount) for budget in budgets])
+    return Reservation([budget.commit(amount) for budget in budgets])
 
 
 class Budgets:
@@ -434,11 +413,7 @@ class Budgets:
         return [budget for budget in (own, self._budget) if budget is not None]
 
     async def most(
-        self,
-        body: Mapping[str, Any],
-        path: str,
-        counter: TokenCounter,
-        own: CostBudget | None = None,
+        self, body: Mapping[str, Any], path: str, counter: TokenCounter, own: CostBudget | None = None
     ) -> Decimal | None:
         """Return the most that one attempt can cost, in USD; None where there is no budget to keep."""
         return await self.bounds.most(body, path, counter) if self.budgets(own) else None

@@ -17,7 +17,7 @@ from openai_eval_client._log import inform
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from genai_prices.types import ModelInfo, ModelPrice, PriceCalculation, TieredPrices
+    from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 
     from openai_eval_client._wire import Usage
 
@@ -41,14 +41,9 @@ _PER_TOKEN = Decimal("1e-6")  # the data is in USD per million tokens
 _ONE = Decimal(1)
 _FREE = Decimal(0)
 _UNCOUNTED = frozenset(  # prices of kinds of tokens that Usage cannot tell apart
-    {
-        "input_image_mtok",
-        "output_image_mtok",
-        "input_video_mtok",
-        "output_video_mtok",
-        "output_reasoning_mtok",
-        "output_citation_mtok",
-    },
+    f"{way}_{kind}_mtok"
+    for way in ("input", "output")
+    for kind in ("image", "video", "reasoning", "citation")
 )
 _VALID_SECONDS = 900  # prices start on given days, or change at full quarters of an hour
 _MODELS = 1024
@@ -76,7 +71,13 @@ class Pricer:
 
     def load(self) -> None:
         """Import genai-prices, which takes half a second; without it, the first cost does."""
-        self._provider_id()
+        if self._provider is None:
+            from genai_prices.data_snapshot import get_snapshot
+
+            try:
+                self._provider = get_snapshot().find_provider(None, None, self._base_url).id
+            except LookupError:
+                self._provider = _OPENAI
 
     async def ready(self) -> None:
         """Load the price list in a thread."""
@@ -84,12 +85,7 @@ class Pricer:
             await asyncio.to_thread(self.load)
 
     def cost(
-        self,
-        model: str,
-        usage: Usage,
-        *,
-        batch: bool = False,
-        service_tier: str | None = None,
+        self, model: str, usage: Usage, *, batch: bool = False, service_tier: str | None = None
     ) -> Decimal | None:
         """Return what one answer costs in USD, None where its price is not known, which is logged."""
         # All tokens have the price of the tier that the input falls in, as with OpenAI's long prompts. In a
@@ -123,26 +119,28 @@ class Pricer:
         return rates
 
     def _find_rates(self, model: str, batch: bool, tier: str | None, at: float) -> Rates | None:
+        if not self.loaded:
+            self.load()
+        import genai_prices
+
         context = {"processing": "batch"} if batch else {"service_tier": tier} if tier else {}
         moment = datetime.fromtimestamp(at, tz=timezone.utc)
-        found = _calculate(model, self._provider_id(), context, moment)
-        if found is None:
+        name = model.removeprefix("openai/") if self._provider == _OPENAI else model  # as proxies write it
+        try:
+            found = genai_prices.calc_price(
+                genai_prices.Usage(),
+                name,
+                provider_id=self._provider,
+                genai_request_timestamp=moment,
+                price_context=context,
+            )
+        except LookupError:
             return None
         own = any(found.model is known for known in found.provider.models)  # else another provider's price
         if not context or (own and _has_variant(found.model, context, moment)):
             return Rates.of(found.model_price, _ONE)
         discounted = batch and found.provider.id == _OPENAI
         return Rates.of(found.model_price, _BATCH_DISCOUNT) if discounted else None
-
-    def _provider_id(self) -> str:
-        if self._provider is None:
-            from genai_prices.data_snapshot import get_snapshot
-
-            try:
-                self._provider = get_snapshot().find_provider(None, None, self._base_url).id
-            except LookupError:
-                self._provider = _OPENAI
-        return self._provider
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,28 +229,6 @@ def _at(steps: _Steps, prompt_tokens: int) -> Decimal:
         if prompt_tokens > start:
             return price
     return _FREE
-
-
-def _calculate(
-    model: str,
-    provider_id: str,
-    context: Mapping[str, str],
-    moment: datetime,
-) -> PriceCalculation | None:
-    """Return the prices of a model that applied at a moment; None where genai-prices has none."""
-    import genai_prices
-
-    name = model.removeprefix("openai/") if provider_id == _OPENAI else model  # as proxies write it
-    try:
-        return genai_prices.calc_price(
-            genai_prices.Usage(),
-            name,
-            provider_id=provider_id,
-            genai_request_timestamp=moment,
-            price_context=context,
-        )
-    except LookupError:
-        return None
 
 
 def _has_variant(model: ModelInfo, context: Mapping[str, str], moment: datetime) -> bool:
