@@ -317,7 +317,7 @@ async def test_own_calls_are_not_counted_twice() -> None:
 
 
 async def test_a_refused_call_has_failed_for_good() -> None:
-    """A 4xx that the SDK does not repeat; where its retries end without, only itself knows."""
+    """A 4xx that the SDK does not repeat; that its retries are used up, only the SDK knows."""
     with SimulatedServer(models=["gpt-4o"], script=["500"]) as server:
         async with drop_in(server, max_retries=0) as client:
             with pytest.raises(openai.NotFoundError):
