@@ -464,7 +464,7 @@ async def test_a_cap_of_nothing_sends_nothing() -> None:
 
 @pytest.mark.parametrize("wide", [True, False], ids=["client", "call"])
 async def test_a_budget_needs_max_tokens_and_a_known_price(wide: bool) -> None:
-    """It is refused at once, for the whole call; the bound may have any of the names that the API has for it."""
+    """Else it is refused at once, for the whole call; the bound may have any of its names in the API."""
     own = {} if wide else {"max_cost": 1}
     with simulated() as server:
         async with connect(server, **({"max_cost": 1} if wide else {})) as client:
