@@ -6,7 +6,7 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from openai_eval_client._cost import Ledger, Payments
+from openai_eval_client._cost import Budgets, Ledger
 from openai_eval_client._limits import Limiter
 from openai_eval_client._log import debug, logger, request_id, warn
 from openai_eval_client._runtime import DeferringLock
@@ -15,11 +15,12 @@ from openai_eval_client._wire import NOT_SENT, UNKNOWN, Outcome, of_error, outco
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from decimal import Decimal
     from types import TracebackType
 
     from typing_extensions import Self
 
-    from openai_eval_client._cost import CostBudget, Payment
+    from openai_eval_client._cost import CostBudget, Reservation
     from openai_eval_client._limits import Clock, ConcurrencyLimit, Permit, Waiter
     from openai_eval_client._wire import Demand, Usage
     from openai_eval_client.config import RateLimitConfig
@@ -48,7 +49,7 @@ class Account:
         self.limiter = Limiter(config, clock=clock, lock=self._lock)
         self.recorder = Recorder()
         self.ledger = Ledger()
-        self.payments = Payments(self.ledger, self._lock, max_cost)
+        self.budgets = Budgets(self.ledger, self._lock, max_cost)
 
     @property
     def config(self) -> RateLimitConfig:
@@ -59,7 +60,7 @@ class Account:
         """Return one with the same limits for another account; the budget is the same."""
         other = Account()
         other._lock, other.limiter = self._lock, self.limiter.fresh()
-        other.payments = self.payments.shared(other.ledger)
+        other.budgets = self.budgets.shared(other.ledger)
         return other
 
     @property
@@ -67,7 +68,7 @@ class Account:
         """What went through so far."""
         cost = self.ledger.snapshot()
         return self.recorder.snapshot(
-            **self.limiter.stats, cost=cost, unpriced=cost.unpriced, budget=self.payments.stats
+            **self.limiter.stats, cost=cost, unpriced=cost.unpriced, budget=self.budgets.stats
         )
 
     def attempt(
@@ -99,8 +100,8 @@ class Attempt:
     """
 
     __slots__ = (
-        "_account", "_budget", "_concurrency", "_detached", "_outcome", "_permit", "_reservation", "_sending",
-        "_settled", "_turn", "demand",
+        "_account", "_budget", "_concurrency", "_cost", "_detached", "_outcome", "_permit", "_priced",
+        "_reservation", "_sending", "_settled", "_turn", "demand",
     )  # fmt: skip
 
     def __init__(
@@ -117,10 +118,11 @@ class Attempt:
         self._account = account
         self._concurrency, self._turn, self._budget = concurrency, turn, budget
         self._sending = sending
-        self._reservation: Payment | None = None
+        self._reservation: Reservation | None = None
         self._permit: Permit | None = None
         self._outcome: Outcome | None = None
-        self._detached = self._settled = False
+        self._cost: Decimal | None = None
+        self._detached = self._priced = self._settled = False
 
     async def begin(self) -> Attempt:
         """Wait until it may be sent, and reserve what it needs: its cost first, then its tokens.
@@ -132,7 +134,7 @@ class Attempt:
         """
         account, demand = self._account, self.demand
         if demand.most_cost:
-            self._reservation = await account.payments.reserve(demand, self._budget)
+            self._reservation = await account.budgets.reserve(demand, self._budget)
         try:
             permit = await account.limiter.acquire(demand, concurrency=self._concurrency, turn=self._turn)
         except BaseException:
@@ -161,6 +163,14 @@ class Attempt:
         """Say what came of it, where no exception does."""
         self._outcome = outcome
 
+    def price(self) -> Decimal | None:
+        """Enter what came of it into the ledger, once; return what it costs in USD, None where not known."""
+        if not self._priced and self._permit is not None and self._outcome is not None:
+            self._priced = True
+            reserved = self._permit.waiter.tokens
+            self._cost = self._account.ledger.settled(self.demand, self._outcome, reserved)
+        return self._cost
+
     def detach(self) -> None:
         """Leave it open beyond the block: `settle` is called when its stream ends."""
         self._detached = True
@@ -184,12 +194,14 @@ class Attempt:
         permit = self._permit
         if permit is None or self._settled:
             return
-        self._settled = True
+        self._settled, self._outcome = True, outcome
+        account = self._account
         try:
             if self._reservation is not None:
-                self._reservation.settle(self.demand, outcome)
+                actual = account.budgets.bounds.actual(self.demand, outcome, self.price())
+                self._reservation.settle(actual)
         finally:
-            self._account.limiter.release(permit, outcome)
+            account.limiter.release(permit, outcome)
         try:
             self._record(permit.waiter, outcome)
         except Exception as error:  # noqa: BLE001  # an answer that was paid for is not lost to its statistics
@@ -201,7 +213,7 @@ class Attempt:
         account.recorder.ended(demand.model, outcome, waiter.granted_at, waiter.ended_at)
         if outcome.sent:
             account.recorder.attempt(outcome, waiter.ended_at - waiter.granted_at)
-        account.ledger.settled(demand, outcome, waiter.tokens)
+        self.price()
         account.ledger.keep_up()
         if logger.isEnabledFor(logging.DEBUG):
             self._log(waiter, outcome)

@@ -477,7 +477,7 @@ class OpenAIClient:
 
     def _budget_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> CostBudget | None:
         """Return the budget of one call, besides the client's; None without `max_cost`."""
-        return self._account.payments.budget_for(max_cost, parameters.body, PATHS[parameters.api])
+        return self._account.budgets.budget_for(max_cost, parameters.body, PATHS[parameters.api])
 
     def _are_too_few(self, prompts: Sequence[Prompt]) -> bool:
         """Return whether prompts are too few for the Batch API; log it if so."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import Outcome
-    from openai_eval_client._cost import CostBudget, Payments
+    from openai_eval_client._cost import Budgets, CostBudget
     from openai_eval_client._tokens import TokenCounter
 
 
@@ -60,7 +60,7 @@ class Funds:
 
     def __init__(
         self,
-        payments: Payments,
+        payments: Budgets,
         counter: TokenCounter,
         path: str,
         bills: dict[str, Bill],

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.resume import Store
     from openai_eval_client._cache import Cache
-    from openai_eval_client._cost import CostBudget, Payments
+    from openai_eval_client._cost import Budgets, CostBudget
     from openai_eval_client._report import Progress
     from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
@@ -74,7 +74,7 @@ class Submitter:
         store: Store | None,
         *,
         ttl: float | None,
-        payments: Payments,
+        payments: Budgets,
         counter: TokenCounter,
     ) -> None:
         self._ttl = ttl
@@ -227,7 +227,7 @@ class Batches:
         self._is_closed = sdk.is_closed
         self._api = BatchApi(sdk, config, account.config.max_wait)
         self._jobs = BatchJobs(self._api, counter, account)
-        self._tools = Tools(self._api, self._jobs, counter, batch, unsupported, account.payments)
+        self._tools = Tools(self._api, self._jobs, counter, batch, unsupported, account.budgets)
         self._cache = cache
         self._store: Store | None = None if cache is None else cache.journal
         self._submitter = Submitter(
@@ -236,7 +236,7 @@ class Batches:
             self._jobs,
             self._store,
             ttl=None if cache is None else cache.ttl,
-            payments=account.payments,
+            payments=account.budgets,
             counter=counter,
         )
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import BatchJobs, Outcome
     from openai_eval_client._batches.resume import CachedAnswers, Journal
-    from openai_eval_client._cost import CostBudget, Payments
+    from openai_eval_client._cost import Budgets, CostBudget
     from openai_eval_client._report import Progress
     from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
@@ -336,7 +336,7 @@ class Tools:
     counter: TokenCounter  # counts tokens
     config: BatchConfig  # how to batch
     unsupported: UnsupportedParameters  # what models are known to refuse
-    payments: Payments  # the money of the client
+    payments: Budgets  # the money of the client
 
 
 @dataclass(slots=True)

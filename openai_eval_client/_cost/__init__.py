@@ -1,9 +1,8 @@
 """What requests cost, can cost, and may cost."""
 
 from openai_eval_client._cost.budget import (
+    Budgets,
     CostBudget,
-    Payment,
-    Payments,
     Reservation,
     commit,
     reserve,
@@ -13,10 +12,9 @@ from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._cost.pricing import Pricer, Rates, exact
 
 __all__ = [
+    "Budgets",
     "CostBudget",
     "Ledger",
-    "Payment",
-    "Payments",
     "Pricer",
     "Rates",
     "Reservation",

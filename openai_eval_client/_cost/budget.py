@@ -1,24 +1,24 @@
-"""Budgets in USD: reserve the most that an attempt can cost, settle by what it did cost."""
+"""Budgets in USD: reserve the most that an attempt can cost, settle what it did cost."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from openai_eval_client._cost.bounds import CostBounds, most_output
 from openai_eval_client._cost.pricing import EXACT
-from openai_eval_client._log import inform
+from openai_eval_client._log import inform, warn
 from openai_eval_client._runtime import DeferringLock, call_on, fail_waiter, resolve
 from openai_eval_client._validation import check_cost
-from openai_eval_client.errors import BudgetExceededError
+from openai_eval_client._wire import endpoint_of, is_free, token_count
+from openai_eval_client.errors import BudgetExceededError, ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from openai_eval_client._cost.ledger import Ledger
     from openai_eval_client._tokens import TokenCounter
@@ -26,26 +26,152 @@ if TYPE_CHECKING:
 
 
 _NOTHING = Decimal(0)
-_WORTH_SAYING = 1.0  # seconds of waiting from which one is logged
+_LONG_WAIT = 1.0  # seconds from which a wait is logged
+
+# Parameters on which the cost of a request depends, besides those that bound its output.
+_CHOICES = ("n", "best_of")  # the parameters that multiply the output
+_HIDDEN_INPUT = ("conversation", "previous_response_id", "web_search_options")  # add input kept elsewhere
+_CALLER_TOOLS = ("function", "custom")  # all others run at the provider, for a price of their own
+_FILES = ("file", "input_file")
 
 
-class _State(enum.Enum):
-    """Where a reservation is."""
+class CostBounds:
+    """The most that a request can cost, and what it came to."""
 
-    WAITING = enum.auto()
-    HELD = enum.auto()
-    STANDING = enum.auto()
-    DONE = enum.auto()
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._overspent: set[str] = set()  # models of which it was logged
+
+    async def ready(self) -> None:
+        """Load the price list, for `most_by_batch`."""
+        await self._ledger.pricer_for(None).ready()
+
+    async def most(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
+        """Return the most that one attempt can cost, in USD."""
+        if is_free(path):
+            return _NOTHING
+        output = most_output(body, path)
+        await self.ready()
+        return self._most(body, await counter.most_input(body), output, batch=False)
+
+    def most_by_batch(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
+        """Return the same for one line of a batch; takes as long as counting does: for a thread."""
+        output = most_output(body, path)
+        return self._most(body, counter.most_input_now(body), output, batch=True)
+
+    def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None = None) -> Decimal:
+        """Return what an attempt came to, in USD: its `cost`, where that is known; else the most it can."""
+        most, usage = demand.most_cost or _NOTHING, outcome.counted
+        if usage is None:  # an error status costs nothing, nor does what was never sent
+            return _NOTHING if not outcome.sent or not (outcome.ok or outcome.status is None) else most
+        model = usage.model or str(demand.model)
+        if cost is None:
+            cost = self._ledger.price(model, usage, at=time.time())
+        if cost is None:
+            return most
+        if cost > most and model not in self._overspent:
+            self._overspent.add(model)
+            text = "an answer of %s cost %s USD, more than the %s reserved for it: max_cost may be overspent"
+            warn(text, model, cost, most, event="overspent", model=model, cost=float(cost))
+        return cost
+
+    def _most(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
+        """Price all input and all output at the dearest price that either can have."""
+        model, asked = body.get("model"), body.get("service_tier")
+        if not isinstance(model, str):
+            _reject(f"what model={model!r} costs is not known")
+        parts = list(_parts((body.get("messages"), body.get("input"))))
+        _check_parts(parts)
+        hidden = (part.get("encrypted_content") for part in parts)
+        tokens += sum(len(content) for content in hidden if isinstance(content, str))
+        audio = {
+            "audio_input": any(part.get("type") == "input_audio" for part in parts),
+            "audio_output": "audio" in (body.get("modalities") or ()),
+        }
+        pricer, costs = self._ledger.pricer_for(None), []
+        for tier in {None, asked if isinstance(asked, str) and not batch else None}:
+            rates = pricer.rates(model, batch=batch, service_tier=tier, at=time.time())
+            cost = None if rates is None else rates.most(tokens, output, **audio)
+            if cost is None:
+                kind = "batch price" if batch else f"price in service tier {tier!r}" if tier else "price"
+                _reject(f"the {kind} of model={model!r} is not known, so the cost cannot be limited")
+            costs.append(cost)
+        return max(costs)  # a tier that was asked for may not be the one that serves
+
+
+def most_output(body: Mapping[str, Any], path: str) -> int:
+    """Return the most tokens that all answers to a request can have together."""
+    names = endpoint_of(path).output_caps
+    if names is None:
+        _reject(f"what a request to {path} costs is not known beforehand")
+    _check_parameters(body)
+    if not names:
+        return 0
+    cap, choices = _largest(body, names, least=0), _largest(body, _CHOICES, least=1, default=1)
+    if cap is None:
+        _reject("needs max_tokens (or max_completion_tokens, max_output_tokens), a whole number")
+    if choices is None:
+        _reject("needs n (and best_of) to be whole numbers, 1 or more")
+    # A prediction is billed too where the answer differs from it; a token is a byte at least.
+    predicted = len(str(body["prediction"]).encode()) if body.get("prediction") else 0
+    prompt = body.get("prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
+    return (cap + predicted) * choices * prompts
+
+
+def _largest(
+    body: Mapping[str, Any], names: Iterable[str], *, least: int, default: int | None = None
+) -> int | None:
+    """Return the largest of these parameters; None where one is no whole number of at least `least`."""
+    given = [value for name in names if (value := body.get(name)) is not None]
+    counts = [count for value in given if (count := token_count(value)) is not None and count >= least]
+    return max(counts, default=default) if len(counts) == len(given) else None
+
+
+def _check_parameters(body: Mapping[str, Any]) -> None:
+    """Reject parameters whose cost is not known beforehand."""
+    hidden = [name for name in _HIDDEN_INPUT if body.get(name) is not None]
+    hidden += ["prompt"] if isinstance(body.get("prompt"), Mapping) else []  # a template
+    if hidden:
+        _reject(f"what {hidden[0]} adds to the input is not known beforehand")
+    tools = body.get("tools")
+    for tool in tools if isinstance(tools, list | tuple) else ():
+        kind = tool.get("type", "function") if isinstance(tool, Mapping) else None
+        if kind not in _CALLER_TOOLS:
+            _reject(f"what a tool of type {kind!r} costs is not known beforehand")
+
+
+def _check_parts(parts: Iterable[Mapping[str, Any]]) -> None:
+    """Reject input that is not in the request itself."""
+    for part in parts:
+        kind, file = part.get("type"), part.get("file", part)
+        whole = isinstance(file, Mapping) and isinstance(file.get("file_data"), str)
+        if kind == "item_reference" or (kind in _FILES and not whole):
+            _reject(f"the size of a {kind} given by its id alone is not known beforehand", field="prompt")
+
+
+def _parts(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield every object in messages or input items, those within others too."""
+    for value in values:
+        if isinstance(value, Mapping):
+            yield value
+            yield from _parts(value.values())
+        elif isinstance(value, list | tuple):
+            yield from _parts(value)
+
+
+def _reject(why: str, *, field: str = "max_cost") -> NoReturn:
+    raise ValidationError(f"max_cost: {why}", field=field)
 
 
 @dataclass(slots=True, eq=False)
-class Hold:
-    """What one budget reserves for one request."""
+class _Hold:
+    """What one budget reserves, or has a request wait for."""
 
+    budget: CostBudget
     amount: Decimal  # USD
-    state: _State = _State.WAITING  # where it is
-    owner: asyncio.AbstractEventLoop | None = None  # the event loop that waits for it
-    future: asyncio.Future[None] | None = None  # the future to resolve
+    # "kept": reserved, but perhaps for good, so that nothing waits for it to be settled
+    state: Literal["waiting", "held", "kept", "done"] = "waiting"
 
 
 class CostBudget:
@@ -59,59 +185,58 @@ class CostBudget:
     def __init__(self, limit: Decimal, *, lock: DeferringLock | None = None) -> None:
         self._limit = limit
         self._lock = lock or DeferringLock()
-        self._spent = self._held = self._standing = _NOTHING
-        self._queue: deque[Hold] = deque()
+        self._spent = self._held = self._kept = _NOTHING
+        self._queue: deque[tuple[_Hold, asyncio.Future[None]]] = deque()
 
-    async def reserve(self, amount: Decimal) -> Hold:
+    async def reserve(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD, once there is room for it."""
         with self._lock:
-            hold, asked_at = self._asked(amount), time.monotonic()
-            if hold.state is _State.WAITING:
-                hold.owner = asyncio.get_running_loop()
-                future = hold.future = hold.owner.create_future()
-                self._queue.append(hold)
-        if hold.future is None:
-            return hold
+            if amount > self._ever():
+                raise self.exceeded(amount)
+            hold, asked_at = self._ask(amount), time.monotonic()
+            if hold.state == "held":
+                return hold
+            future = asyncio.get_running_loop().create_future()
+            self._queue.append((hold, future))
         try:
             await future
         except BaseException:
             if future.done() and not future.cancelled():
-                future.exception()  # is looked at, even where a cancellation came together with it
+                future.exception()  # retrieved, even where a cancellation came together with it
             self.settle(hold, _NOTHING)
             raise
         waited = time.monotonic() - asked_at
-        if waited >= _WORTH_SAYING:
-            text = "waited %.2f s for money reserved by others, within max_cost=%s"
+        if waited >= _LONG_WAIT:
+            text = "waited %.2f s for what other requests reserve of max_cost=%s"
             inform(text, waited, self._limit, event="waited_for_money", wait_seconds=waited)
         return hold
 
-    def reserve_now(self, amount: Decimal) -> Hold | None:
-        """Reserve an amount in USD at once; None where there is no room now, but may be later."""
+    def reserve_now(self, amount: Decimal) -> _Hold | None:
+        """Reserve an amount in USD at once; None where there is no room now."""
         with self._lock:
-            hold = self._asked(amount)
-            return hold if hold.state is _State.HELD else None
+            hold = self._ask(amount)
+            return hold if hold.state == "held" else None
 
-    def commit(self, amount: Decimal) -> Hold:
+    def commit(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
         with self._lock:
-            hold = Hold(amount)
+            hold = _Hold(self, amount)
             self._grant(hold)
             return hold
 
-    def settle(self, hold: Hold, actual: Decimal) -> None:
+    def settle(self, hold: _Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
         self._lock.when_free(lambda: self._settle(hold, actual))
 
-    def keep_reserved(self, hold: Hold) -> None:
-        """Keep a reservation, but let nobody wait for its settling, which may never come."""
+    def keep_reserved(self, hold: _Hold) -> None:
+        """Keep a reservation, but let nothing wait for its settling, which may never come."""
         self._lock.when_free(lambda: self._keep_reserved(hold))
 
-    def split(self, hold: Hold, amounts: Sequence[Decimal]) -> list[Hold]:
+    def split(self, hold: _Hold, amounts: Sequence[Decimal]) -> list[_Hold]:
         """Return a reservation as several, of amounts in USD that add up to it."""
         with self._lock:
-            self._held = EXACT.subtract(self._held, hold.amount)
-            hold.state = _State.DONE
-            pieces = [Hold(amount) for amount in amounts]
+            self._release(hold)
+            pieces = [_Hold(self, amount) for amount in amounts]
             for piece in pieces:
                 self._grant(piece)
             return pieces
@@ -132,147 +257,134 @@ class CostBudget:
     def stats(self) -> dict[str, Decimal]:
         """The limit, what was spent of it and what is reserved, in USD."""
         with self._lock:
-            return {"limit": self._limit, "spent": self._spent, "reserved": self._reserved()}
+            reserved = EXACT.add(self._held, self._kept)
+            return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
 
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
-        with self._lock:
-            return self._refusal(amount)
+        reserved = EXACT.add(self._held, self._kept)
+        numbers = (f"{usd.normalize():f}" for usd in (self._limit, self._spent, reserved, amount))
+        text = (
+            "max_cost=%s USD: %s spent, %s reserved for what is in flight, and the next request may cost %s"
+        )
+        return BudgetExceededError(text % (*numbers,))
 
-    def _asked(self, amount: Decimal) -> Hold:
-        """Return a hold, granted if it can be at once."""
-        hold = Hold(amount)
-        if amount > self._ever():
-            raise self._refusal(amount)
+    def _ask(self, amount: Decimal) -> _Hold:
+        """Return what is reserved at once, or has to wait."""
+        hold = _Hold(self, amount)
         if not self._queue and amount <= self._room():
             self._grant(hold)
         return hold
 
-    def _grant(self, hold: Hold) -> None:
-        hold.state = _State.HELD
+    def _grant(self, hold: _Hold) -> None:
+        hold.state = "held"
         self._held = EXACT.add(self._held, hold.amount)
 
-    def _settle(self, hold: Hold, actual: Decimal) -> None:
-        state, hold.state = hold.state, _State.DONE
-        if state is _State.HELD:
+    def _release(self, hold: _Hold) -> bool:
+        """End a reservation; False where it was none, or none any more."""
+        state, hold.state = hold.state, "done"
+        if state == "held":
             self._held = EXACT.subtract(self._held, hold.amount)
-        elif state is _State.STANDING:
-            self._standing = EXACT.subtract(self._standing, hold.amount)
-        if state in {_State.HELD, _State.STANDING}:
+        elif state == "kept":
+            self._kept = EXACT.subtract(self._kept, hold.amount)
+        else:
+            return False
+        return True
+
+    def _settle(self, hold: _Hold, actual: Decimal) -> None:
+        if self._release(hold):
             self._spent = EXACT.add(self._spent, actual)
         self._pump()
 
-    def _keep_reserved(self, hold: Hold) -> None:
-        if hold.state is _State.HELD:
-            hold.state = _State.STANDING
-            self._held = EXACT.subtract(self._held, hold.amount)
-            self._standing = EXACT.add(self._standing, hold.amount)
+    def _keep_reserved(self, hold: _Hold) -> None:
+        if hold.state == "held":
+            self._release(hold)
+            hold.state = "kept"
+            self._kept = EXACT.add(self._kept, hold.amount)
             self._pump()
 
     def _pump(self) -> None:
-        """Serve those who wait, as far as there is room; fail_waiter whom it cannot come to."""
+        """Grant what waits, first come, first served; fail that for which there cannot be room any more."""
         while self._queue:
-            hold = self._queue[0]
-            if hold.state is _State.WAITING and self._room() < hold.amount <= self._ever():
+            (hold, future), ever = self._queue[0], self._ever()
+            waits = hold.state == "waiting"  # else it was cancelled
+            if waits and self._room() < hold.amount <= ever:
                 return
             self._queue.popleft()
-            if hold.state is _State.WAITING:
-                self._answer(hold)
-
-    def _answer(self, hold: Hold) -> None:
-        """Grant or fail_waiter the first who waits."""
-        owner, future = hold.owner, hold.future
-        if owner is None or future is None:
-            return
-        if hold.amount > self._ever():
-            hold.state = _State.DONE
-            call_on(owner, fail_waiter, future, self._refusal(hold.amount))
-            return
-        self._grant(hold)
-        if not call_on(owner, resolve, future):
-            self._held = EXACT.subtract(self._held, hold.amount)  # its loop has closed
-            hold.state = _State.DONE
+            if waits and hold.amount > ever:
+                self._release(hold)
+                call_on(future.get_loop(), fail_waiter, future, self.exceeded(hold.amount))
+            elif waits:
+                self._grant(hold)
+                if not call_on(future.get_loop(), resolve, future):
+                    self._release(hold)  # its loop has closed
 
     def _ever(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""
-        return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._standing)
+        return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._kept)
 
     def _room(self) -> Decimal:
         """Return what there is room for now."""
         return EXACT.subtract(self._ever(), self._held)
 
-    def _reserved(self) -> Decimal:
-        return EXACT.add(self._held, self._standing)
-
-    def _refusal(self, amount: Decimal) -> BudgetExceededError:
-        spent, reserved, most = (f"{usd.normalize():f}" for usd in (self._spent, self._reserved(), amount))
-        return BudgetExceededError(
-            f"max_cost={self._limit.normalize():f} USD: {spent} spent, {reserved} reserved for what is in "
-            f"flight, and the next request may cost {most}",
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one request reserves, from each budget that it is to be paid from."""
+    """What is reserved from each budget that pays for an attempt, or for a batch."""
 
-    amount: Decimal  # USD
-    holds: tuple[tuple[CostBudget, Hold], ...]  # each budget and what it reserves
+    holds: list[_Hold] = field(default_factory=list)
 
     def settle(self, actual: Decimal) -> None:
         """Replace it by what was spent, in USD; a second call does nothing."""
-        for budget, hold in self.holds:
-            budget.settle(hold, actual)
+        for hold in self.holds:
+            hold.budget.settle(hold, actual)
+
+    def refund(self) -> None:
+        """Give it back: nothing was spent."""
+        self.settle(_NOTHING)
+
+    def keep_reserved(self) -> None:
+        """Keep it, but let nothing wait for its settling, which may never come."""
+        for hold in self.holds:
+            hold.budget.keep_reserved(hold)
 
     def split(self, amounts: Sequence[Decimal]) -> list[Reservation]:
         """Return it as several, of amounts in USD that add up to it."""
-        pieces = [[(budget, piece) for piece in budget.split(hold, amounts)] for budget, hold in self.holds]
-        parts = zip(*pieces, strict=True) if pieces else [()] * len(amounts)
-        return [Reservation(amount, part) for amount, part in zip(amounts, parts, strict=True)]
-
-    def keep_reserved(self) -> None:
-        """Keep it, but let nobody wait for its settling, which may never come."""
-        for budget, hold in self.holds:
-            budget.keep_reserved(hold)
+        pieces = [hold.budget.split(hold, amounts) for hold in self.holds]
+        return [Reservation(holds) for _, *holds in zip(amounts, *pieces, strict=True)]
 
 
-async def reserve(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation:
-    """Reserve an amount from several budgets, once all of them have room for it."""
-    holds: list[tuple[CostBudget, Hold]] = []
+async def reserve(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
+    """Reserve an amount in USD from several budgets, once all of them have room for it."""
+    reservation = Reservation()
     try:
         for budget in budgets:
-            holds.append((budget, await budget.reserve(amount)))  # noqa: PERF401  # is given back in parts
+            reservation.holds.append(await budget.reserve(amount))
     except BaseException:
-        Reservation(amount, tuple(holds)).settle(_NOTHING)
+        reservation.refund()
         raise
-    return Reservation(amount, tuple(holds))
+    return reservation
 
 
-def reserve_now(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation | None:
-    """Reserve an amount from several budgets at once; None where there is no room now, but may be later."""
-    holds: list[tuple[CostBudget, Hold]] = []
-    try:
-        for budget in budgets:
-            hold = budget.reserve_now(amount)
-            if hold is None:
-                break
-            holds.append((budget, hold))
-        else:
-            return Reservation(amount, tuple(holds))
-    except BudgetExceededError:
-        Reservation(amount, tuple(holds)).settle(_NOTHING)
-        raise
-    Reservation(amount, tuple(holds)).settle(_NOTHING)
-    return None
+def reserve_now(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation | None:
+    """Reserve an amount in USD from several budgets at once; None where one has no room now."""
+    reservation = Reservation()
+    for budget in budgets:
+        hold = budget.reserve_now(amount)
+        if hold is None:
+            reservation.refund()
+            return None
+        reservation.holds.append(hold)
+    return reservation
 
 
-def commit(budgets: Sequence[CostBudget], amount: Decimal) -> Reservation:
-    """Reserve an amount that is being spent already, whether there is room for it or not."""
-    return Reservation(amount, tuple((budget, budget.commit(amount)) for budget in budgets))
+def commit(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
+    """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
+    return Reservation([budget.commit(amount) for budget in budgets])
 
 
-class Payments:
-    """The money of one client."""
+class Budgets:
+    """The budgets of one client, and what its requests can cost."""
 
     def __init__(self, ledger: Ledger, lock: DeferringLock, max_cost: float | None) -> None:
         self.bounds = CostBounds(ledger)
@@ -294,47 +406,26 @@ class Payments:
         """Return what a call is paid from: its own budget, where it has one, and the client's."""
         return [budget for budget in (own, self._budget) if budget is not None]
 
-    async def reserve(self, demand: Demand, own: CostBudget | None) -> Payment:
-        """Reserve what an attempt can cost at most, once there is room for it."""
-        return Payment(self.bounds, await reserve(self.budgets(own), demand.most_cost or Decimal(0)))
+    async def most(
+        self, body: Mapping[str, Any], path: str, counter: TokenCounter, own: CostBudget | None = None
+    ) -> Decimal | None:
+        """Return the most that one attempt can cost, in USD; None where there is no budget to keep."""
+        return await self.bounds.most(body, path, counter) if self.budgets(own) else None
 
-    def shared(self, ledger: Ledger) -> Payments:
+    async def reserve(self, demand: Demand, own: CostBudget | None) -> Reservation:
+        """Reserve the most that an attempt can cost, once there is room for it."""
+        return await reserve(self.budgets(own), demand.most_cost or _NOTHING)
+
+    def shared(self, ledger: Ledger) -> Budgets:
         """Return the same budget for another account, whose prices may be others."""
-        other = Payments(ledger, self._lock, None)
+        other = Budgets(ledger, self._lock, None)
         other._budget = self._budget
         return other
-
-    def _new(self, max_cost: float | Decimal | None) -> CostBudget | None:
-        return None if max_cost is None else CostBudget(Decimal(str(max_cost)), lock=self._lock)
-
-    async def most(
-        self,
-        body: Mapping[str, Any],
-        path: str,
-        counter: TokenCounter,
-        own: CostBudget | None = None,
-    ) -> Decimal | None:
-        """Return the most that one attempt can cost, in USD; None where nobody keeps a budget."""
-        return await self.bounds.most(body, path, counter) if self.budgets(own) else None
 
     @property
     def stats(self) -> dict[str, Decimal]:
         """What the client may spend, what it spent and what is reserved, in USD; empty without a limit."""
         return {} if self._budget is None else self._budget.stats
 
-
-@dataclass(frozen=True, slots=True)
-class Payment:
-    """What is reserved for one attempt."""
-
-    bounds: CostBounds
-    reservation: Reservation
-
-    def settle(self, demand: Demand, outcome: Outcome) -> None:
-        """Replace it by what the attempt came to."""
-        self.reservation.settle(self.bounds.actual(demand, outcome))
-        self.bounds.say_surprises()
-
-    def refund(self) -> None:
-        """Give it back: nothing was sent."""
-        self.reservation.settle(Decimal(0))
+    def _new(self, max_cost: float | Decimal | None) -> CostBudget | None:
+        return None if max_cost is None else CostBudget(Decimal(str(max_cost)), lock=self._lock)

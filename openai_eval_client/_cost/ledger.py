@@ -1,4 +1,4 @@
-"""The running bill behind `client.stats.cost`: every billed attempt, by whatever channel, priced exactly."""
+"""The ledger behind `client.stats.cost`: every billed attempt, online or by batch, at its exact price."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
-from openai_eval_client._cost.pricing import Pricer, exact
+from openai_eval_client._cost.pricing import EXACT, Pricer, exact
 from openai_eval_client._wire import Usage
 from openai_eval_client.models import CostLedger, ModelCost
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 
 
 _NOTHING = Decimal(0)
-_SOME = 100  # entries; pricing them takes 0.2 ms
+_SOME = 100  # entries that are summed at a time
 _MANY = 10_000  # entries, about 3 MB
 
 
 class _Entry(NamedTuple):
-    """Something to be priced: what was used, or would have been."""
+    """Something with a price: what was used, or would have been."""
 
     kind: str  # "answered", "retried", "unaccounted" or "saved"
     model: str
     usage: Usage
     batch: bool
     at: float
+    cost: Decimal | None  # USD; None: still to be priced, or without a price
 
 
 @dataclass(slots=True)
@@ -58,26 +59,26 @@ class _Row:
         self.output_tokens += usage.completion_tokens
         self.reasoning_tokens += usage.reasoning_tokens
         self.unpriced += cost is None
-        self.cost += cost or _NOTHING
+        self.cost = EXACT.add(self.cost, cost or _NOTHING)
 
     def public(self) -> ModelCost:
-        """Return it as the user sees it: no price is None, not 0."""
+        """Return the row as the user sees it: no price is None, not 0."""
         priced = self.calls > self.unpriced
         return ModelCost(**{**asdict(self), "cost": self.cost if priced else None})
 
 
 class Ledger:
-    """The bill of one client; safe for several threads.
+    """What the answers of one client cost; safe for several threads.
 
-    A price belongs to one answer: it depends on the length of the input, on the tier and on the hour. So
-    entries are kept as they come, which needs no lock, and are priced when somebody reads the bill. Where
-    nobody does they are priced a hundred at a time; as long as the price list is not loaded, which takes half
-    a second, they pile up until a thread loads it.
+    An answer has its own price, by the length of its input, the service tier and the hour. It is priced once,
+    as it is entered: appended to a queue, which needs no lock, so that a collected stream or a signal handler
+    may do it anywhere. The queue is summed a hundred entries at a time, and whenever the ledger is read. What
+    is entered before the price list is loaded, which takes half a second, is priced only then.
     """
 
     def __init__(self) -> None:
         self._pricer: Pricer | None = None
-        self._pending: deque[_Entry] = deque()
+        self._queue: deque[_Entry] = deque()
         self._lock = threading.RLock()  # re-entrant: a signal handler may read what it interrupts
         self._held = self._loading = False
         self._loaders: set[int] = set()
@@ -91,48 +92,53 @@ class Ledger:
             self._pricer = Pricer(base_url)
         return self._pricer
 
-    def add(self, model: str, usage: Usage, *, batch: bool = False) -> None:
-        """Enter one answer."""
-        self._note("answered", model, usage, batch=batch)
+    def settled(
+        self, demand: Demand, outcome: Outcome, reserved: float, cost: Decimal | None = None
+    ) -> Decimal | None:
+        """Enter what came of an attempt, and return what its answer costs in USD.
 
-    def book_batch(self, entries: Iterable[tuple[str, Usage, Decimal | None]]) -> None:
-        """Enter the answers of a batch: the model, what each used, and its price in USD."""
-        with self._lock, exact():
-            for model, usage, cost in entries:
-                self._row(model, None, batch=True).add(usage, cost)
+        A `cost` that is known already is taken over. None is returned where there is no answer, its price is
+        not known, or the price list is not loaded yet.
+        """
+        if demand.model is None or not outcome.sent:
+            return None
+        if outcome.usage is not None:
+            kind = "answered" if outcome.ok else "retried"
+            return self._enter(kind, demand.model, outcome.usage, cost=cost)
+        # Where the server did not say, it may have been billed if it was answered, or if nothing came back;
+        # an error that came back was not.
+        if not demand.free and (outcome.ok or outcome.status is None):
+            output = max(0, round(reserved) - demand.input_tokens)
+            self._enter("unaccounted", demand.model, Usage(demand.input_tokens, output))
+        return None
 
     def saved(self, model: str, usage: Usage, *, batch: bool = False) -> None:
         """Enter an answer that the local cache gave, and that would have used this much."""
-        self._note("saved", model, usage, batch=batch)
+        self._enter("saved", model, usage, batch=batch)
 
-    def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> None:
-        """Enter what an attempt came to."""
-        # Where the server did not say, it may have been billed if it was answered, or if nothing came back;
-        # an error that came back was not.
-        if demand.model is None or not outcome.sent:
-            return
-        if outcome.usage is not None:
-            self._note("answered" if outcome.ok else "retried", demand.model, outcome.usage)
-        elif not demand.free and (outcome.ok or outcome.status is None):
-            output = max(0, round(reserved) - demand.input_tokens)
-            self._note("unaccounted", demand.model, Usage(demand.input_tokens, output))
+    def book_batch(self, entries: Iterable[tuple[str, Usage, Decimal | None]]) -> None:
+        """Enter the answers of a batch: the model, what each used, and its price in USD."""
+        with self._alone():
+            for model, usage, cost in entries:
+                self._row(model, None, batch=True).add(usage, cost)
 
     def keep_up(self) -> None:
-        """Price what has piled up, without waiting for anything."""
-        if len(self._pending) < _SOME:
-            return
-        if self.pricer_for(None).loaded:
-            self._book(2 * _SOME, wait=False)
-        elif len(self._pending) >= _MANY and not self._loading:
+        """Sum and log what has piled up, without waiting for anything; no lock may be held."""
+        pricer = self.pricer_for(None)
+        if pricer.loaded:
+            if len(self._queue) >= _SOME:
+                self._book(2 * _SOME, wait=False)
+            pricer.say_unpriced()
+        elif len(self._queue) >= _MANY and not self._loading:
             self._loading = True
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
                 threading.Thread(target=self._catch_up, name="openai_eval_client prices").start()
 
     def snapshot(self) -> CostLedger:
-        """Return the bill as it stands; loads the price list where there is something to price."""
-        if self._pending:
+        """Return the ledger as it stands; loads the price list where there is something to price."""
+        if self._queue:
             self._catch_up()
-        self.pricer_for(None).say_unpriced()  # of a batch
+        self.pricer_for(None).say_unpriced()  # unlocked: a log handler has a lock of its own
         with self._alone(), exact():
             return CostLedger(
                 total=sum((row.cost for row in self._rows.values()), _NOTHING),
@@ -144,11 +150,22 @@ class Ledger:
                 saved_by_cache=self._saved,
             )
 
-    def _note(self, kind: str, model: str, usage: Usage, *, batch: bool = False) -> None:
-        self._pending.append(_Entry(kind, usage.model or model, usage, batch, time.time()))
+    def price(self, model: str, usage: Usage, *, batch: bool = False, at: float) -> Decimal | None:
+        """Return what an answer given at this time costs in USD; None where its price is not known."""
+        rates = self.pricer_for(None).rates(model, batch=batch, service_tier=usage.service_tier, at=at)
+        return None if rates is None else rates.price(usage)
+
+    def _enter(
+        self, kind: str, model: str, usage: Usage, *, batch: bool = False, cost: Decimal | None = None
+    ) -> Decimal | None:
+        model, at = usage.model or model, time.time()
+        if cost is None and self.pricer_for(None).loaded:
+            cost = self.price(model, usage, batch=batch, at=at)
+        self._queue.append(_Entry(kind, model, usage, batch, at, cost))
+        return cost
 
     def _catch_up(self) -> None:
-        """Price all entries; the price list may have to be loaded for it."""
+        """Load the price list where that is still to be done, and sum all entries."""
         me = threading.get_ident()
         if me in self._loaders:
             return  # this interrupts the same thread at it, and a module cannot be imported within its import
@@ -157,20 +174,18 @@ class Ledger:
             self.pricer_for(None).load()
         finally:
             self._loaders.discard(me)
-        self._book(len(self._pending), wait=True)
+        self._book(len(self._queue), wait=True)
 
     def _book(self, most: int, *, wait: bool) -> None:
-        """Price the oldest entries; without `wait`, only if nobody is at it or reads."""
+        """Sum the oldest entries; without `wait`, only if no other thread does so or reads."""
         with self._alone(wait=wait) as free:
-            if free:
-                with exact():
-                    for _ in range(min(most, len(self._pending))):
-                        self._enter(self._pending.popleft())
-        self.pricer_for(None).say_unpriced()  # unlocked: a log handler has a lock of its own
+            while free and most > 0 and self._queue:
+                self._sum(self._queue.popleft())
+                most -= 1
 
     @contextlib.contextmanager
     def _alone(self, *, wait: bool = True) -> Iterator[bool]:
-        """Take the lock; yield False where it could not be had, or this thread already holds it."""
+        """Take the lock; yield False where another thread has it, or this thread already holds it."""
         # A collected stream or a signal handler may do that; it may then read, but not change anything.
         if not self._lock.acquire(blocking=wait):
             yield False
@@ -182,15 +197,15 @@ class Ledger:
             self._held = interrupts
             self._lock.release()
 
-    def _enter(self, entry: _Entry) -> None:
-        kind, model, usage, batch, at = entry
-        rates = self.pricer_for(None).rates(model, batch=batch, service_tier=usage.service_tier, at=at)
-        cost = None if rates is None else rates.price(usage)
+    def _sum(self, entry: _Entry) -> None:
+        kind, model, usage, batch, at, cost = entry
+        if cost is None:
+            cost = self.price(model, usage, batch=batch, at=at)
         if kind == "saved":
-            self._saved += cost or _NOTHING
+            self._saved = EXACT.add(self._saved, cost or _NOTHING)
         elif kind == "unaccounted":
             self._unaccounted += 1
-            self._unaccounted_cost += cost or _NOTHING
+            self._unaccounted_cost = EXACT.add(self._unaccounted_cost, cost or _NOTHING)
         else:
             self._retried += kind == "retried"
             self._row(model, usage.service_tier, batch=batch).add(usage, cost)

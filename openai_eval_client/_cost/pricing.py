@@ -1,10 +1,9 @@
-"""What it cost: the bill of a client, exact to the last digit; and what it will cost."""
+"""List prices: what the tokens of a request cost, exact to the last digit."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -13,51 +12,38 @@ from decimal import Context, Decimal, localcontext
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from openai_eval_client._log import inform
+from openai_eval_client._log import inform, warn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from genai_prices.types import ModelInfo, ModelPrice, PriceCalculation, TieredPrices
+    from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 
     from openai_eval_client._wire import Usage
 
 
-EXACT = Context(prec=60)  # digits of sums; the program may have set fewer for its own
+EXACT = Context(prec=60)  # digits; the program may have set fewer for its own sums
 
 
 def exact() -> contextlib.AbstractContextManager[Context]:
-    """Return what makes sums exact, whatever precision the program has set."""
+    """Return a context manager that makes sums exact, whatever precision the program has set."""
     return localcontext(EXACT)
 
 
+# A price and its tiers, the highest first: the input tokens that must be exceeded, USD a token.
 _Steps: TypeAlias = tuple[tuple[int, Decimal], ...]
+_Case: TypeAlias = tuple[str, bool, str | None]  # model, whether by batch, service tier
 
 _OPENAI = "openai"
 _ORDINARY_TIERS = frozenset({None, "auto", "default", "standard", "on_demand"})
 _BATCH_DISCOUNT = Decimal("0.5")  # https://platform.openai.com/docs/guides/batch: half of the ordinary price
-_PER_TOKEN = Decimal("1e-6")  # the data is in dollars per million tokens
+_PER_TOKEN = Decimal("1e-6")  # the data is in USD per million tokens
 _ONE = Decimal(1)
 _FREE = Decimal(0)
-_COUNTED = frozenset(
-    {
-        "input_mtok",
-        "cache_read_mtok",
-        "cache_write_mtok",
-        "output_mtok",
-        "input_audio_mtok",
-        "output_audio_mtok",
-    },
-)
 _UNCOUNTED = frozenset(  # prices of kinds of tokens that Usage cannot tell apart
-    {
-        "input_image_mtok",
-        "output_image_mtok",
-        "input_video_mtok",
-        "output_video_mtok",
-        "output_reasoning_mtok",
-        "output_citation_mtok",
-    },
+    f"{way}_{kind}_mtok"
+    for way in ("input", "output")
+    for kind in ("image", "video", "reasoning", "citation")
 )
 _VALID_SECONDS = 900  # prices start on given days, or change at full quarters of an hour
 _MODELS = 1024
@@ -68,40 +54,46 @@ class Pricer:
 
     A host that genai-prices knows by its API address has the prices of that provider. Every other host, a
     proxy or a local server, has OpenAI's list prices for models that OpenAI's data names, and no price for
-    the rest. Safe to share by threads.
+    the rest. Safe for several threads, and for collected objects and signal handlers: it has no lock.
     """
 
     def __init__(self, base_url: str | None = None) -> None:
         self._base_url = base_url
-        self._lock = threading.Lock()
         self._provider: str | None = None
-        self._unpriced: set[tuple[str, bool, str | None]] = set()
-        self._unsaid: deque[tuple[str, bool, str | None]] = deque()
+        self._is_missing = False
+        self._unpriced: dict[_Case, object] = {}
+        self._to_log: deque[_Case] = deque()
         self._rates = lru_cache(maxsize=_MODELS)(self._look_up)
 
     @property
     def loaded(self) -> bool:
-        """Whether the price list is at hand, so that a cost takes microseconds."""
-        return self._provider is not None
+        """Whether the price list is loaded, so that pricing an answer takes microseconds."""
+        return self._provider is not None or self._is_missing
 
     def load(self) -> None:
-        """Imports genai-prices, which takes half a second; without it, the first cost does."""
-        self._provider_id()
+        """Import genai-prices, which takes half a second; without it, the first cost does."""
+        if self.loaded:
+            return
+        try:
+            from genai_prices.data_snapshot import get_snapshot
+
+            self._provider = get_snapshot().find_provider(None, None, self._base_url).id
+        except LookupError:
+            self._provider = _OPENAI
+        except Exception as error:  # noqa: BLE001  # an answer that was paid for is worth more than its price
+            self._is_missing = True
+            text = "the price list cannot be loaded (%s): no cost is known"
+            warn(text, type(error).__name__, event="no_price_list", error_type=type(error).__name__)
 
     async def ready(self) -> None:
-        """Loads the price list in a thread."""
+        """Load the price list in a thread."""
         if not self.loaded:
             await asyncio.to_thread(self.load)
 
     def cost(
-        self,
-        model: str,
-        usage: Usage,
-        *,
-        batch: bool = False,
-        service_tier: str | None = None,
+        self, model: str, usage: Usage, *, batch: bool = False, service_tier: str | None = None
     ) -> Decimal | None:
-        """Prices one answer."""
+        """Return what one answer costs in USD, None where its price is not known, which is logged."""
         # All tokens have the price of the tier that the input falls in, as with OpenAI's long prompts. In a
         # batch the service tier plays no part; an OpenAI model without a batch price of its own has OpenAI's
         # flat discount of 50% (https://platform.openai.com/docs/guides/batch). Cached input without a price
@@ -111,27 +103,46 @@ class Pricer:
         return None if rates is None else rates.price(usage)
 
     def rates(self, model: str, *, batch: bool, service_tier: str | None, at: float) -> Rates | None:
-        """Finds what the tokens of a model cost, and says nothing where that is not known."""
+        """Return what the tokens of a model cost; None, not logged yet, where that is not known."""
         tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
         return self._rates(model, batch, tier, int(at) // _VALID_SECONDS)
 
     def say_unpriced(self) -> None:
-        """Logs, once each, what was found to have no price."""
-        while self._unsaid:
-            with contextlib.suppress(IndexError):  # another thread says it
-                self._log_unpriced(self._unsaid.popleft())
+        """Log, once each, what was found to have no price."""
+        while self._to_log:
+            with contextlib.suppress(IndexError):  # another thread logs too
+                model, batch, tier = self._to_log.popleft()
+                kind = "batch " if batch else f"{tier} " if tier else ""
+                text = "genai-prices has no %sprice for %r: its cost is unknown"
+                inform(text, kind, model, event="unpriced", model=model, service_tier=tier)
 
     def _look_up(self, model: str, batch: bool, tier: str | None, quarter: int) -> Rates | None:
-        rates = self._find_rates(model, batch, tier, quarter * _VALID_SECONDS)
-        if rates is None:
-            self._unsaid.append((model, batch, tier))
+        rates, case = self._find_rates(model, batch, tier, quarter * _VALID_SECONDS), (model, batch, tier)
+        if rates is None and len(self._unpriced) < _MODELS:
+            mine = object()
+            if self._unpriced.setdefault(case, mine) is mine:  # no other thread was first
+                self._to_log.append(case)
         return rates
 
     def _find_rates(self, model: str, batch: bool, tier: str | None, at: float) -> Rates | None:
+        if not self.loaded:
+            self.load()
+        if self._is_missing:
+            return None
+        import genai_prices
+
         context = {"processing": "batch"} if batch else {"service_tier": tier} if tier else {}
         moment = datetime.fromtimestamp(at, tz=timezone.utc)
-        found = _calculate(model, self._provider_id(), context, moment)
-        if found is None:
+        name = model.removeprefix("openai/") if self._provider == _OPENAI else model  # as proxies write it
+        try:
+            found = genai_prices.calc_price(
+                genai_prices.Usage(),
+                name,
+                provider_id=self._provider,
+                genai_request_timestamp=moment,
+                price_context=context,
+            )
+        except LookupError:
             return None
         own = any(found.model is known for known in found.provider.models)  # else another provider's price
         if not context or (own and _has_variant(found.model, context, moment)):
@@ -139,51 +150,30 @@ class Pricer:
         discounted = batch and found.provider.id == _OPENAI
         return Rates.of(found.model_price, _BATCH_DISCOUNT) if discounted else None
 
-    def _provider_id(self) -> str:
-        if self._provider is None:
-            from genai_prices.data_snapshot import get_snapshot
-
-            try:
-                self._provider = get_snapshot().find_provider(None, None, self._base_url).id
-            except LookupError:
-                self._provider = _OPENAI
-        return self._provider
-
-    def _log_unpriced(self, case: tuple[str, bool, str | None]) -> None:
-        with self._lock:
-            if case in self._unpriced or len(self._unpriced) >= _MODELS:
-                return
-            self._unpriced.add(case)
-        model, batch, tier = case
-        kind = "batch " if batch else f"{tier} " if tier else ""
-        text = "genai-prices has no %sprice for %r: its cost is unknown"
-        inform(text, kind, model, event="unpriced", model=model, service_tier=tier)
-
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What each kind of token costs; None where the data does not say.
+    """What each kind of token costs in USD; None where the data does not say."""
 
-    A price is a tuple of steps, the highest first: the input tokens that must be exceeded, dollars a token.
-    """
-
-    request: Decimal
-    input: _Steps | None
-    cached: _Steps | None
-    written: _Steps | None
+    request: Decimal  # for each request, whatever it uses
+    input: _Steps
+    cached: _Steps
+    written: _Steps
     output: _Steps | None
     audio_input: _Steps | None
     audio_output: _Steps | None
 
     @classmethod
     def of(cls, prices: ModelPrice, factor: Decimal) -> Rates | None:
-        """Takes the prices of tokens, times a factor, if tokens of these kinds are all that is charged."""
+        """Return prices times a factor; None where some are of kinds of tokens that are not counted."""
         known: dict[str, Any] = {key: price for key, price in vars(prices).items() if price is not None}
         if known.keys() & _UNCOUNTED or "input_mtok" not in known:
             return None
-        steps = {key: _steps_of(price, factor) for key, price in known.items() if key in _COUNTED}
+        with exact():
+            request = known.get("requests_kcount", _FREE) * factor / 1000
+            steps = {key: _steps_of(price, factor) for key, price in known.items() if key.endswith("_mtok")}
         return cls(
-            request=known.get("requests_kcount", _FREE) * factor / 1000,
+            request=request,
             input=steps["input_mtok"],
             cached=steps.get("cache_read_mtok", steps["input_mtok"]),
             written=steps.get("cache_write_mtok", steps["input_mtok"]),
@@ -193,54 +183,48 @@ class Rates:
         )
 
     def price(self, usage: Usage) -> Decimal | None:
-        """Adds up what each kind of token costs, in dollars; None where one of them has no price."""
+        """Return what an answer costs in USD, exactly; None where a kind of its tokens has no price."""
         prompt = usage.prompt_tokens
         cached = min(usage.cached_tokens, prompt)
         written = min(usage.cache_write_tokens, prompt - cached)
-        heard = min(usage.audio_input_tokens, prompt - cached - written)
-        spoken = min(usage.audio_output_tokens, usage.completion_tokens)
+        audio_input = min(usage.audio_input_tokens, prompt - cached - written)
+        audio_output = min(usage.audio_output_tokens, usage.completion_tokens)
         total = self.request
         for tokens, steps in (
-            (prompt - cached - written - heard, self.input),
+            (prompt - cached - written - audio_input, self.input),
             (cached, self.cached),
             (written, self.written),
-            (heard, self.audio_input),
-            (usage.completion_tokens - spoken, self.output),
-            (spoken, self.audio_output),
+            (audio_input, self.audio_input),
+            (usage.completion_tokens - audio_output, self.output),
+            (audio_output, self.audio_output),
         ):
             if tokens:
                 if steps is None:
                     return None
-                total += tokens * _at(steps, prompt)
+                total = EXACT.fma(_at(steps, prompt), tokens, total)
         return total
 
-    def most(
-        self,
-        prompt: int,
-        completion: int,
-        *,
-        heard: bool = False,
-        spoken: bool = False,
-    ) -> Decimal | None:
-        """Adds up what tokens can cost at most, in dollars, of whatever kind they turn out to be."""
-        inputs = [self.input, self.cached, self.written, *([self.audio_input] if heard else [])]
-        outputs = [self.output, *([self.audio_output] if spoken else [])]
-        dearest = _dearest(inputs, prompt), _dearest(outputs, prompt) if completion else _FREE
-        if dearest[0] is None or dearest[1] is None:
+    def most(self, prompt: int, completion: int, *, audio_input: bool, audio_output: bool) -> Decimal | None:
+        """Return what so many tokens can cost at most in USD, of whatever kind they turn out to be."""
+        inputs = [self.input, self.cached, self.written, *([self.audio_input] if audio_input else [])]
+        outputs = [self.output, *([self.audio_output] if audio_output else [])]
+        per_input = _highest(inputs, prompt)
+        per_output = _highest(outputs, prompt) if completion else _FREE
+        if per_input is None or per_output is None:
             return None
-        return self.request + prompt * dearest[0] + completion * dearest[1]
+        with exact():
+            return self.request + prompt * per_input + completion * per_output
 
 
-def _dearest(prices: Sequence[_Steps | None], prompt_tokens: int) -> Decimal | None:
-    """Finds the highest price that a prompt of up to this length can have."""
+def _highest(prices: Sequence[_Steps | None], prompt_tokens: int) -> Decimal | None:
+    """Return the highest price that a token can have with a prompt of up to this length."""
     known = [steps for steps in prices if steps is not None]
     if len(known) < len(prices):
         return None
-    return max(each for steps in known for start, each in steps if start < max(prompt_tokens, 1))
+    return max(price for steps in known for start, price in steps if start < max(prompt_tokens, 1))
 
 
 def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:
-    """Puts a price and its tiers, each for all tokens of a long enough prompt, into falling order."""
     tiers = () if isinstance(price, Decimal) else price.tiers
     base = price if isinstance(price, Decimal) else price.base
     rising = ((-1, base), *((tier.start, tier.price) for tier in tiers))
@@ -248,37 +232,15 @@ def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:
 
 
 def _at(steps: _Steps, prompt_tokens: int) -> Decimal:
-    """Finds the price that a prompt of this length has."""
-    for start, each in steps:
+    """Return the price that a token has with a prompt of this length."""
+    for start, price in steps:
         if prompt_tokens > start:
-            return each
+            return price
     return _FREE
 
 
-def _calculate(
-    model: str,
-    provider_id: str,
-    context: Mapping[str, str],
-    moment: datetime,
-) -> PriceCalculation | None:
-    """Has genai-prices find the prices of a model that applied at a moment."""
-    import genai_prices
-
-    name = model.removeprefix("openai/") if provider_id == _OPENAI else model  # as proxies write it
-    try:
-        return genai_prices.calc_price(
-            genai_prices.Usage(),
-            name,
-            provider_id=provider_id,
-            genai_request_timestamp=moment,
-            price_context=context,
-        )
-    except LookupError:
-        return None
-
-
 def _has_variant(model: ModelInfo, context: Mapping[str, str], moment: datetime) -> bool:
-    """Tells a price made for this context from the ordinary one, which genai-prices gives without a word."""
+    """Return whether a model has a price of its own for this context, not only the ordinary one."""
     return any(
         variant.when == context and (variant.constraint is None or variant.constraint.active(moment))
         for variant in model.price_variants or ()

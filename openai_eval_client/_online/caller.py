@@ -121,7 +121,7 @@ class Caller:
         try:
             job.input_tokens = await counter.count_input(body)
             path = PATHS[job.parameters.api]
-            job.most_cost = await account.payments.most(body, path, counter, job.budget)
+            job.most_cost = await account.budgets.most(body, path, counter, job.budget)
             job.turn, job.keep = account.limiter.next_turn(), keep
             failures = None
             try:
@@ -174,7 +174,8 @@ class Caller:
             attempt.answered(reply.status_code, reply.headers, usage)
             if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()
-            self._price(response, usage)
+            cost = attempt.price()
+            response.usage.estimated_cost = None if cost is None else float(cost)
             if job.keep is not None:
                 await job.keep(response)
         if not usage.estimated:
@@ -201,11 +202,6 @@ class Caller:
         url = self._urls[parameters.api]
         call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
         return call_sdk(call, seconds=parameters.timeout, url=url)
-
-    def _price(self, response: ModelResponse, usage: Usage) -> None:
-        """Price an answer for its reader; the ledger prices every attempt that was billed."""
-        cost = self._pricer.cost(response.model, usage, service_tier=usage.service_tier)
-        response.usage.estimated_cost = None if cost is None else float(cost)
 
 
 def _model_of(job: _Job, _: Any) -> str:

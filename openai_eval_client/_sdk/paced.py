@@ -95,7 +95,7 @@ class _PacedClient:
         try:
             demand, body = await _read_demand(request, self.counter)
             if is_charged(request.method, request.url.path):
-                most = await self.account.payments.most(body, request.url.path, self.counter)
+                most = await self.account.budgets.most(body, request.url.path, self.counter)
                 demand = demand if most is None else demand._replace(most_cost=most)
             return await self.account.attempt(demand).begin()
         except openai.OpenAIError as error:

@@ -50,7 +50,7 @@ def by_batch(server: SimulatedServer) -> Decimal:
 
 async def most(client: OpenAIClient, prompts: list[str], output: int = MOST) -> list[Decimal]:
     """What each may cost by batch."""
-    payments, counter = client._account.payments, client._counter
+    payments, counter = client._account.budgets, client._counter
     await payments.bounds.ready()
     await counter.most_input({"model": "gpt-4o-mini"})
     bodies = [

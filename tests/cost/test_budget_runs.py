@@ -48,7 +48,7 @@ def connect(server: SimulatedServer, rate_limit: RateLimitConfig = WIDE, **optio
 async def most(client: OpenAIClient, prompt: str, output: int = MOST) -> Decimal:
     """What one attempt may cost."""
     body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": prompt}], "max_tokens": output}
-    payments, counter = client._account.payments, client._counter
+    payments, counter = client._account.budgets, client._counter
     return await payments.bounds.most(body, "/v1/chat/completions", counter)
 
 
@@ -79,7 +79,7 @@ async def test_a_run_is_never_dearer_than_its_budget_and_gets_as_far_as_it_can(s
 
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
-async def test_the_cap_of_a_call_by_either_api(api: str) -> None:
+async def test_a_call_stays_within_its_cap_by_either_api(api: str) -> None:
     """Without faults, what was spent is what the server bills, to the last digit."""
     with simulated() as server:
         async with connect(server) as client:
@@ -153,8 +153,8 @@ async def test_as_completed_yields_what_was_in_flight_and_then_raises() -> None:
     assert billed(server.calls) <= Decimal("0.001")
 
 
-async def test_one_call_with_its_retries() -> None:
-    """An attempt of which no answer came is billed at the most it can cost, an error status at nothing."""
+async def test_each_attempt_of_a_call_is_paid_for() -> None:
+    """An attempt without an answer is billed at the most it can cost, an error status at nothing."""
 
     async def spent(script: list[str], attempts: int) -> tuple[object, int]:
         with simulated(script=script) as server:
@@ -181,7 +181,7 @@ async def test_one_call_with_its_retries() -> None:
 
 
 async def test_what_never_connected_costs_nothing() -> None:
-    """Nobody listens: the whole budget is left."""
+    """Where no connection came about, the whole budget is left."""
     with dead_address() as address:
         config = OpenAIConfig(
             api_key="k", base_url=address, default_model="gpt-4o-mini", max_cost=1, max_retries=1
@@ -193,7 +193,7 @@ async def test_what_never_connected_costs_nothing() -> None:
 
 
 async def test_an_answer_without_usage_is_billed_at_the_most_it_can_cost() -> None:
-    """What we estimate ourselves is no bill."""
+    """Our own estimate of its tokens is no bill."""
     with simulated(faults={"no_usage": 1.0}) as server:
         async with connect(server, max_cost=1) as client:
             response = await client.generate_response("hello", max_tokens=MOST)
@@ -232,7 +232,7 @@ async def test_a_cancelled_call_counts_what_was_sent_and_gives_back_the_rest() -
             assert client.stats.budget["spent"] == each
 
 
-async def test_who_waits_for_money_goes_on_when_some_comes_back() -> None:
+async def test_a_call_that_waits_for_the_budget_goes_on_when_some_is_given_back() -> None:
     """The second attempt fits only once the first has turned out cheaper."""
     with simulated(latency=0.05, answer=lambda _: "one") as server:
         async with connect(server) as client:
@@ -245,7 +245,7 @@ async def test_who_waits_for_money_goes_on_when_some_comes_back() -> None:
 
 
 async def test_a_run_whose_consumer_leaves_gives_back() -> None:
-    """break, aclose."""
+    """By `break` and `aclose`."""
     with simulated(latency=0.02) as server:
         async with connect(server, max_cost=1) as client:
             async with contextlib.aclosing(client.as_completed(["hello"] * 99, max_tokens=MOST)) as stream:
@@ -260,7 +260,7 @@ async def test_a_run_whose_consumer_leaves_gives_back() -> None:
 
 
 async def test_calls_on_the_sdk_client_are_held_to_the_clients_budget() -> None:
-    """All in one: chat, parse, responses, legacy completions, embeddings; and free ones cost nothing."""
+    """Chat, parse, responses, legacy completions, embeddings; and what is free costs nothing."""
 
     class Answer(BaseModel):
         text: str
@@ -312,8 +312,8 @@ async def test_the_sdk_raises_our_error_and_does_not_try_again(retries: int) -> 
         assert server.calls == []
 
 
-async def test_streams() -> None:
-    """With usage they settle to it; without, or left early, to the most they can cost."""
+async def test_a_stream_is_settled_when_it_ends() -> None:
+    """By its usage; without that, or left early, by the most it can cost."""
     chat = {"model": "gpt-4o-mini", "messages": HELLO, "max_tokens": MOST, "stream": True}
     with simulated() as server:
         async with connect(server, max_cost=1) as client:
@@ -359,7 +359,10 @@ async def test_streams_never_exceed_the_budget() -> None:
 @pytest.mark.parametrize(
     ("call", "why"),
     [
-        (lambda sdk: sdk.chat.completions.create(model="nobodys", messages=HELLO, max_tokens=5), "'nobodys'"),
+        (
+            lambda sdk: sdk.chat.completions.create(model="unheard-of", messages=HELLO, max_tokens=5),
+            "'unheard-of'",
+        ),
         (lambda sdk: sdk.chat.completions.create(model="gpt-4o-mini", messages=HELLO), "needs max_tokens"),
         (lambda sdk: sdk.responses.create(model="gpt-4o-mini", input="hi"), "needs max_tokens"),
         (
@@ -408,7 +411,7 @@ async def test_streams_never_exceed_the_budget() -> None:
     ],
 )
 async def test_what_has_no_bound_is_refused_before_it_is_sent(call, why: str) -> None:
-    """A clear error that names it and max_cost."""
+    """The error names it, and max_cost."""
     with simulated() as server:
         async with connect(server, max_cost=1) as client:
             with pytest.raises(ValidationError, match="max_cost") as caught:
@@ -425,7 +428,7 @@ async def test_what_has_no_bound_is_refused_before_it_is_sent(call, why: str) ->
     "wrong", [-1, -0.01, float("nan"), float("inf"), True, "5", [1], 10**400, Decimal("NaN"), Decimal(-1)]
 )
 async def test_a_cap_must_be_an_amount(wrong: object) -> None:
-    """Refused by name wherever it is given."""
+    """Anything else is refused by name, wherever it is given."""
     with pytest.raises(ValueError, match="max_cost"):
         OpenAIConfig(api_key="k", max_cost=wrong)
     with simulated() as server:
@@ -440,7 +443,7 @@ async def test_a_cap_must_be_an_amount(wrong: object) -> None:
 
 @pytest.mark.parametrize("cap", [0, 5, 0.25, Decimal("0.25")])
 def test_the_config_keeps_the_cap(cap: object) -> None:
-    """0 is an amount too: then only what is free, or kept, is answered."""
+    """0 is an amount too: then only what is free, or cached, is answered."""
     config = OpenAIConfig(api_key="k", max_cost=cap)
     assert config.max_cost == cap
     assert (
@@ -451,6 +454,7 @@ def test_the_config_keeps_the_cap(cap: object) -> None:
 
 
 async def test_a_cap_of_nothing_sends_nothing() -> None:
+    """It is refused at once."""
     with simulated() as server:
         async with connect(server) as client:
             with pytest.raises(BudgetExceededError, match="max_cost=0 USD: 0 spent"):
@@ -460,7 +464,7 @@ async def test_a_cap_of_nothing_sends_nothing() -> None:
 
 @pytest.mark.parametrize("wide", [True, False], ids=["client", "call"])
 async def test_a_budget_needs_max_tokens_and_a_known_price(wide: bool) -> None:
-    """Said at once, for the whole call; any of the API's names for the bound does."""
+    """Else it is refused at once, for the whole call; the bound may have any of its names in the API."""
     own = {} if wide else {"max_cost": 1}
     with simulated() as server:
         async with connect(server, **({"max_cost": 1} if wide else {})) as client:
@@ -474,12 +478,14 @@ async def test_a_budget_needs_max_tokens_and_a_known_price(wide: bool) -> None:
                 await client.generate_response("hello", api="responses", extra_body={"max_tokens": 5}, **own)
             with pytest.raises(ValidationError, match="max_cost: needs n"):
                 await client.generate_response("hello", max_tokens=5, extra_body={"n": 2.0}, **own)
-            unknown = {"model": "nobodys", "max_tokens": 5, **own}
-            with pytest.raises(ValidationError, match="max_cost: the price of model='nobodys' is not known"):
+            unknown = {"model": "unheard-of", "max_tokens": 5, **own}
+            with pytest.raises(
+                ValidationError, match="max_cost: the price of model='unheard-of' is not known"
+            ):
                 await client.generate_response("hello", **unknown)
-            with pytest.raises(ValidationError, match="'nobodys'"):
+            with pytest.raises(ValidationError, match="'unheard-of'"):
                 await client.batch_generate(["hello"] * 50, return_exceptions=True, **unknown)
-            with pytest.raises(ValidationError, match="'nobodys'"):
+            with pytest.raises(ValidationError, match="'unheard-of'"):
                 _ = [
                     pair
                     async for pair in client.as_completed(["hello"] * 50, **unknown)
@@ -496,7 +502,7 @@ async def test_a_budget_needs_max_tokens_and_a_known_price(wide: bool) -> None:
 
 
 async def test_one_prompt_whose_cost_has_no_bound_fails_alone() -> None:
-    """A file that is only named: the others are answered."""
+    """A file that is given by its id alone: the others are answered."""
     named = [{"role": "user", "content": [{"type": "file", "file": {"file_id": "file-1"}}]}]
     with simulated() as server:
         async with connect(server) as client:
@@ -506,11 +512,21 @@ async def test_one_prompt_whose_cost_has_no_bound_fails_alone() -> None:
     assert isinstance(caught.value.failures[1], ValidationError)
 
 
-async def test_without_a_budget_nothing_of_this_is_asked() -> None:
-    """No max_tokens, no price, any tool."""
+async def test_a_schema_among_the_input_is_no_file() -> None:
+    """Its `type` may be a list, which names no part of a message."""
+    tools = [{"name": "add", "input_schema": {"properties": {"to": {"type": ["string", "null"]}}}}]
+    listed = {"type": "mcp_list_tools", "id": "mcpl_1", "server_label": "calendar", "tools": tools}
+    with simulated() as server:
+        async with connect(server, max_cost=1) as client:
+            await client.openai.responses.create(model="gpt-4o-mini", input=[listed], max_output_tokens=20)
+            assert client.stats.budget["spent"] == billed(server.calls) > 0
+
+
+async def test_without_a_budget_none_of_this_is_needed() -> None:
+    """Neither max_tokens nor a price."""
     with simulated() as server:
         async with connect(server) as client:
-            assert await client.generate_response("hello", model="nobodys")
+            assert await client.generate_response("hello", model="unheard-of")
             assert client.stats.budget == {}
 
 
@@ -518,7 +534,7 @@ async def test_without_a_budget_nothing_of_this_is_asked() -> None:
 
 
 async def test_hits_cost_nothing(tmp_path) -> None:
-    """A rerun with more money pays for the rest alone; with a cap of 0 it answers what is kept."""
+    """A rerun with a larger budget pays for the rest alone; with a cap of 0 it answers what is cached."""
     path, prompts = tmp_path / "answers.sqlite", [f"hello {n}" for n in range(80)]
     with simulated() as server:
 
@@ -539,7 +555,7 @@ async def test_hits_cost_nothing(tmp_path) -> None:
 
 
 def test_eight_threads_share_one_client() -> None:
-    """Each with its own event loop, by both roads: the bill of all stays within the cap."""
+    """Each with its own event loop, own calls and the SDK's: the bill of all stays within the cap."""
     with simulated(latency=0.01, faults={"500": 0.05, "drop": 0.05}) as server:
         client = connect(server, max_cost=0.004)
         ends: list[BaseException | None] = []

@@ -56,7 +56,7 @@ def usages(draw, output=COUNTS):
 
 @pytest.fixture
 def made_up():
-    """Puts made-up models into the price data."""
+    """Put made-up models into the price data."""
 
     def install(*models, provider="openai"):
         made = Provider(
@@ -84,7 +84,7 @@ def test_a_price_is_what_genai_prices_computes(model, usage):
     "known", get_snapshot().find_provider(None, "openai", None).models, ids=lambda m: m.id
 )
 def test_every_model_has_genai_prices_price_or_none(known):
-    """None where there is no price of text, or tokens cost by a kind that usage does not tell."""
+    """None where text has no price, or where kinds of tokens have one that usage does not tell apart."""
     usage = Usage(1000, 0, cached_tokens=100)
     prices = known.get_prices(datetime.now(tz=timezone.utc))
     name = f"{known.id}-2024-08-06:org::1" if known.id.startswith("ft:") else known.id
@@ -146,7 +146,7 @@ def test_cached_input_never_costs_more(model, prompt, completion, data):
 
 @pytest.mark.parametrize("model", ["gpt-3.5-turbo", "gpt-4o", "gpt-5", "gpt-5.4", "gpt-4o-search-preview"])
 def test_a_batch_costs_half(model):
-    """With a batch price in the data, or without: gpt-4o-search-preview."""
+    """With a batch price in the data, or without one, as gpt-4o-search-preview."""
     usage = Usage(1000, 500)
     assert PRICER.cost(model, usage, batch=True) * 2 == PRICER.cost(model, usage)
     assert PRICER.cost(model, usage, batch=True, service_tier="flex") * 2 == PRICER.cost(model, usage)
@@ -225,7 +225,7 @@ def test_a_price_is_looked_up_once(monkeypatch):
     assert len(calls) == 2
 
 
-def test_sound_has_its_own_price_or_none():
+def test_audio_has_its_own_price_or_none():
     usage = Usage(1000, 500, audio_input_tokens=600, audio_output_tokens=400)
     assert PRICER.cost("gpt-audio", usage) == by_genai_prices("gpt-audio", usage)
     assert PRICER.cost("gpt-audio", usage) > PRICER.cost("gpt-audio", Usage(1000, 500))
@@ -276,13 +276,13 @@ def test_the_flat_discount_is_openai_s_alone(made_up):
 
 
 def test_another_provider_s_price_has_no_variants():
-    """Azure's prices are OpenAI's where the data has none of its own: not its batches and tiers."""
+    """Where the data has none of Azure's, OpenAI's hold, but not those of its batches and tiers."""
     azure = Pricer("https://mine.openai.azure.com/openai")
     for more in ({"batch": True}, {"service_tier": "priority"}):
         assert azure.cost("gpt-4o", Usage(1000, 500), **more) is None
 
 
-def test_an_unpriced_model_is_said_once(caplog):
+def test_what_has_no_price_is_logged_once(caplog):
     caplog.set_level(logging.INFO, "openai_eval_client")
     pricer = Pricer()
     for _ in range(3):

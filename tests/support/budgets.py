@@ -1,4 +1,4 @@
-"""A server that bills exactly, and what it bills."""
+"""A server that bills exactly, what it bills, and what the price list says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+import genai_prices
 import tiktoken
 
 from openai_eval_client.testing import SimulatedServer
@@ -13,6 +14,7 @@ from openai_eval_client.testing import SimulatedServer
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from openai_eval_client import ModelResponse
     from openai_eval_client.testing import Call
 
 IN, OUT = Decimal("0.15e-6"), Decimal("0.6e-6")  # USD a token of gpt-4o-mini
@@ -27,6 +29,17 @@ def exactly(text: str) -> int:
 def wordy(body: dict) -> str:
     """An answer of some length that the prompt decides."""
     return "word " * (sum(map(ord, str(body.get("messages") or body.get("input")))) % 60 + 1)
+
+
+def list_price(model: str, prompt: int, completion: int = 0, cached: int = 0, **context: str) -> Decimal:
+    """The price of an answer by genai-prices itself."""
+    tokens = genai_prices.Usage(input_tokens=prompt, output_tokens=completion, cache_read_tokens=cached)
+    return genai_prices.calc_price(tokens, model, provider_id="openai", price_context=context).total_price
+
+
+def cost_of(responses: Iterable[ModelResponse]) -> Decimal:
+    """The sum of what each of our own responses says it cost."""
+    return sum((Decimal(repr(response.usage.estimated_cost)) for response in responses), Decimal(0))
 
 
 def simulated(**options: object) -> SimulatedServer:

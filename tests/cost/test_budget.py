@@ -1,4 +1,4 @@
-"""The budget: never overspent, nobody overtaken, nobody left waiting."""
+"""Budgets: never overspent, first come, first served, and no request waits for ever."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
 import pytest
+from budgets import list_price
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from virtual import VirtualLoop
 
 from openai_eval_client import BudgetExceededError
-from openai_eval_client._cost.budget import CostBudget, commit, reserve, reserve_now
+from openai_eval_client._cost.budget import Budgets, CostBudget, commit, reserve, reserve_now
+from openai_eval_client._cost.ledger import Ledger
+from openai_eval_client._runtime import DeferringLock
+from openai_eval_client._wire.endpoints import Demand
+from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._wire.usage import Usage
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds
@@ -23,35 +29,26 @@ A_LONG_TIME = 1e9  # virtual seconds
 
 @dataclass(frozen=True)
 class Request:
-    """One request: when it comes, what it reserves, how long it takes, what it comes to.
-
-    Attributes:
-        actual: Share of what it reserved.
-        patience: Virtual seconds until its caller cancels it, waiting or not; None: never.
-        stands: Whether nobody settles it, but somebody says so.
-        own: The limit of a budget of its own besides, where it has one.
-    """
+    """One request: when it comes, what it reserves, how long it takes, what it comes to."""
 
     at: float
     amount: int
     takes: float
-    actual: float = 1.0
-    patience: float | None = None
-    stands: bool = False
+    actual: float = 1.0  # share of what it reserved
+    patience: float | None = None  # virtual seconds until its caller cancels it, waiting or not; None: never
+    kept: bool = False  # its reservation is kept instead of settled
 
 
 class Watched(CostBudget):
-    """A budget that remembers who asked and who got something, in which order."""
+    """A budget that remembers what was asked for and what was granted, in which order."""
 
     def __init__(self, limit: Decimal) -> None:
         super().__init__(limit)
         self.asked: list[object] = []
         self.granted: list[object] = []
 
-    def _asked(self, amount: Decimal):
-        place = len(self.asked)
-        hold = super()._asked(amount)
-        self.asked.insert(place, hold)
+    def _ask(self, amount: Decimal):
+        self.asked.append(hold := super()._ask(amount))
         return hold
 
     def _grant(self, hold) -> None:
@@ -60,7 +57,7 @@ class Watched(CostBudget):
 
 
 @dataclass
-class Seen:
+class Result:
     """What came of one request."""
 
     granted: bool = False
@@ -69,13 +66,13 @@ class Seen:
     spent: Decimal = NOTHING
 
 
-class Story:
+class Scenario:
     """Requests on one budget in virtual time, watched at every step."""
 
     def __init__(self, limit: int, requests: list[Request]) -> None:
         self.budget, self.limit = Watched(Decimal(limit)), Decimal(limit)
         self.requests = requests
-        self.seen: list[Seen] = []
+        self.results: list[Result] = []
 
     def watch(self) -> dict[str, Decimal]:
         stats = self.budget.stats
@@ -86,31 +83,31 @@ class Story:
     async def one(self, request: Request) -> None:
         await asyncio.sleep(request.at)
         amount = Decimal(request.amount)
-        seen = Seen()
-        self.seen.append(seen)
+        result = Result()
+        self.results.append(result)
         try:
             hold = await self.budget.reserve(amount)
         except BudgetExceededError as error:
             stats = self.watch()
             assert amount > self.limit - stats["spent"] - stats["reserved"]
-            seen.refused = str(error)
+            result.refused = str(error)
             return
         except asyncio.CancelledError:
-            seen.cancelled = True
+            result.cancelled = True
             self.watch()
             raise
-        seen.granted = True
+        result.granted = True
         self.watch()
         try:
             await asyncio.sleep(request.takes)
         finally:
-            seen.spent = (
-                amount if request.stands else (amount * Decimal(request.actual)).quantize(Decimal("0.01"))
+            result.spent = (
+                amount if request.kept else (amount * Decimal(request.actual)).quantize(Decimal("0.01"))
             )
-            if request.stands:
+            if request.kept:
                 self.budget.keep_reserved(hold)
             else:
-                self.budget.settle(hold, seen.spent)
+                self.budget.settle(hold, result.spent)
                 self.budget.settle(hold, amount)  # does nothing
             self.watch()
 
@@ -125,19 +122,19 @@ class Story:
     async def run(self) -> None:
         tasks = [asyncio.ensure_future(self.impatient(request)) for request in self.requests]
         done, left = await asyncio.wait(tasks, timeout=A_LONG_TIME)
-        assert not left, "somebody waits for ever"
+        assert not left, "a request waits for ever"
         for task in done:
             task.result()
 
 
-def told(limit: int, requests: list[Request]) -> Story:
+def play(limit: int, requests: list[Request]) -> Scenario:
     loop = VirtualLoop()
-    story = Story(limit, requests)
+    scenario = Scenario(limit, requests)
     try:
-        loop.run_until_complete(story.run())
+        loop.run_until_complete(scenario.run())
     finally:
         loop.close()
-    return story
+    return scenario
 
 
 REQUESTS = st.builds(
@@ -147,63 +144,63 @@ REQUESTS = st.builds(
     takes=st.integers(0, 10).map(float),
     actual=st.sampled_from([0.0, 0.1, 0.5, 0.99, 1.0]),
     patience=st.sampled_from([None, None, None, 0.5, 3.0, 7.5]),
-    stands=st.sampled_from([False, False, False, True]),
+    kept=st.sampled_from([False, False, False, True]),
 )
 
 
 @settings(max_examples=250, deadline=None)
 @given(limit=st.integers(0, 150), requests=st.lists(REQUESTS, min_size=1, max_size=25))
 @example(limit=10, requests=[Request(0, 10, 5, 0.5), Request(1, 10, 1), Request(2, 5, 1)])
-@example(limit=10, requests=[Request(0, 8, 5, stands=True), Request(1, 10, 1), Request(2, 2, 1)])
+@example(limit=10, requests=[Request(0, 8, 5, kept=True), Request(1, 10, 1), Request(2, 2, 1)])
 @example(limit=10, requests=[Request(0, 8, 5, 0.1), Request(1, 9, 1, patience=3.0), Request(2, 2, 1)])
-def test_any_story(limit: int, requests: list[Request]) -> None:
-    """Never over the limit; whoever waits is served, refused or cancelled; in the order of asking."""
-    story = told(limit, requests)
-    stats = story.watch()
-    order = [story.budget.asked.index(hold) for hold in story.budget.granted]
+def test_any_requests_in_any_order(limit: int, requests: list[Request]) -> None:
+    """Never over the limit; each is served, refused or cancelled, and served in the order of asking."""
+    scenario = play(limit, requests)
+    stats = scenario.watch()
+    order = [scenario.budget.asked.index(hold) for hold in scenario.budget.granted]
     assert order == sorted(order)
-    assert stats["spent"] + stats["reserved"] == sum((seen.spent for seen in story.seen), NOTHING)
-    assert all(seen.refused or seen.cancelled or seen.granted for seen in story.seen)
+    assert stats["spent"] + stats["reserved"] == sum((result.spent for result in scenario.results), NOTHING)
+    assert all(result.refused or result.cancelled or result.granted for result in scenario.results)
 
 
 def test_one_that_fits_waits_behind_one_that_does_not_yet() -> None:
     """First come, first served: the small one does not overtake, and goes as soon as the large one does."""
-    story = told(10, [Request(0, 8, 5, 0.5), Request(1, 6, 4, 0.5), Request(2, 1, 1)])
-    assert story.budget.granted == story.budget.asked
-    assert [hold.amount for hold in story.budget.granted] == [8, 6, 1]
-    assert story.budget.stats["spent"] == 8
+    scenario = play(10, [Request(0, 8, 5, 0.5), Request(1, 6, 4, 0.5), Request(2, 1, 1)])
+    assert scenario.budget.granted == scenario.budget.asked
+    assert [hold.amount for hold in scenario.budget.granted] == [8, 6, 1]
+    assert scenario.budget.stats["spent"] == 8
 
 
 def test_one_that_can_never_fit_is_refused_at_once() -> None:
     """It neither waits for what is in flight nor holds up the next."""
-    story = told(10, [Request(0, 8, 5), Request(1, 11, 1), Request(2, 2, 1)])
-    assert story.seen[1].refused == (
+    scenario = play(10, [Request(0, 8, 5), Request(1, 11, 1), Request(2, 2, 1)])
+    assert scenario.results[1].refused == (
         "max_cost=10 USD: 0 spent, 8 reserved for what is in flight, and the next request may cost 11"
     )
-    assert story.seen[2].granted
+    assert scenario.results[2].granted
 
 
 def test_one_that_does_not_fit_any_more_is_refused_when_that_is_known() -> None:
     """While something is in flight it may still turn out cheaper."""
-    story = told(10, [Request(0, 8, 5, 1.0), Request(1, 3, 1)])
-    assert story.seen[1].refused.startswith("max_cost=10 USD: 8 spent, 0 reserved")
+    scenario = play(10, [Request(0, 8, 5, 1.0), Request(1, 3, 1)])
+    assert scenario.results[1].refused.startswith("max_cost=10 USD: 8 spent, 0 reserved")
 
 
-def test_who_waits_for_what_is_not_settled_any_more_is_refused() -> None:
-    """A reservation that stands is as good as spent."""
-    story = told(10, [Request(0, 8, 5, stands=True), Request(1, 3, 1)])
-    assert "0 spent, 8 reserved" in story.seen[1].refused
+def test_one_that_waits_for_a_kept_reservation_is_refused() -> None:
+    """A reservation that is kept is as good as spent."""
+    scenario = play(10, [Request(0, 8, 5, kept=True), Request(1, 3, 1)])
+    assert "0 spent, 8 reserved" in scenario.results[1].refused
 
 
 def test_a_cancelled_waiter_lets_the_next_one_go() -> None:
     """Its place is given up at once, not only when its turn comes."""
-    story = told(10, [Request(0, 8, 100), Request(1, 9, 1, patience=3.0), Request(2, 2, 1)])
-    assert story.seen[1].cancelled
-    assert story.seen[2].granted
+    scenario = play(10, [Request(0, 8, 100), Request(1, 9, 1, patience=3.0), Request(2, 2, 1)])
+    assert scenario.results[1].cancelled
+    assert scenario.results[2].granted
 
 
 async def test_what_is_committed_counts_even_beyond_the_limit() -> None:
-    """It was spent before anybody asked."""
+    """It is being spent already."""
     budget = CostBudget(Decimal(5))
     held = commit([budget], Decimal(7))
     assert budget.stats["reserved"] == 7
@@ -218,7 +215,7 @@ async def test_what_is_committed_counts_even_beyond_the_limit() -> None:
 
 
 async def test_what_costs_more_than_was_reserved_is_not_forgotten() -> None:
-    """Nothing goes after it."""
+    """Nothing more is granted."""
     budget = CostBudget(Decimal(5))
     (await reserve([budget], Decimal(4))).settle(Decimal(6))
     assert budget.stats == {"limit": 5, "spent": 6, "reserved": 0}
@@ -227,13 +224,12 @@ async def test_what_costs_more_than_was_reserved_is_not_forgotten() -> None:
         await budget.reserve(Decimal("0.01"))
 
 
-async def test_two_purses_reserve_together_or_not_at_all() -> None:
+async def test_two_budgets_reserve_together_or_not_at_all() -> None:
     """What the second refuses, or has no room for now, is given back to the first."""
     wide, narrow = CostBudget(Decimal(10)), CostBudget(Decimal(3))
     with pytest.raises(BudgetExceededError, match="max_cost=3 "):
         await reserve([wide, narrow], Decimal(4))
-    with pytest.raises(BudgetExceededError, match="max_cost=3 "):
-        reserve_now([wide, narrow], Decimal(4))
+    assert reserve_now([wide, narrow], Decimal(4)) is None
     both = await reserve([wide, narrow], Decimal(2))
     assert reserve_now([wide, narrow], Decimal(2)) is None
     assert [budget.stats["reserved"] for budget in (wide, narrow)] == [2, 2]
@@ -247,8 +243,8 @@ async def test_two_purses_reserve_together_or_not_at_all() -> None:
     assert [budget.stats["spent"] for budget in (wide, narrow)] == [1, 1]
 
 
-async def test_nobody_jumps_the_queue() -> None:
-    """Who does not wait gets nothing while others do."""
+async def test_a_request_that_does_not_wait_cannot_overtake() -> None:
+    """It gets nothing while others wait."""
     budget = CostBudget(Decimal(10))
     first = await budget.reserve(Decimal(8))
     waiting = asyncio.ensure_future(budget.reserve(Decimal(5)))
@@ -273,7 +269,7 @@ def test_sums_are_exact_whatever_precision_the_program_has_set() -> None:
 
 
 def test_a_loop_that_was_closed_holds_nothing_back() -> None:
-    """Who waited on it is passed over, and what was granted to it is given back."""
+    """A request that waited on it is passed over, and what was granted to it is given back."""
     budget = CostBudget(Decimal(10))
     held = budget.reserve_now(Decimal(8))
     loop = asyncio.new_event_loop()
@@ -287,7 +283,7 @@ def test_a_loop_that_was_closed_holds_nothing_back() -> None:
 
 
 def test_a_loop_that_ends_between_grant_and_waking_gives_back() -> None:
-    """The waiter was collected before it could run again."""
+    """The waiting request was collected before it could go on."""
     budget = CostBudget(Decimal(10))
     held = budget.reserve_now(Decimal(8))
 
@@ -306,7 +302,7 @@ def test_a_loop_that_ends_between_grant_and_waking_gives_back() -> None:
     assert budget.stats["reserved"] == 0
 
 
-def test_threads_with_loops_of_their_own_share_one_purse() -> None:
+def test_threads_with_loops_of_their_own_share_one_budget() -> None:
     """Eight of them, asking, settling and giving up at random: never over, and all of them end."""
     limit = Decimal(100)
     budget = CostBudget(limit)
@@ -339,3 +335,88 @@ def test_threads_with_loops_of_their_own_share_one_purse() -> None:
     assert over == []
     assert budget.stats == {"limit": limit, "spent": sum(spent, NOTHING), "reserved": 0}
     assert budget.idle
+
+
+# --- what an attempt came to ------------------------------------------------------------------------------
+
+MODEL = "gpt-4o"
+USED = Usage(1000, 10, model=MODEL)
+MOST = Decimal("0.01")  # USD
+ATTEMPT = Demand(MODEL, 1000, most_cost=MOST)
+
+
+def budgets(limit: float = 1) -> Budgets:
+    return Budgets(Ledger(), DeferringLock(), limit)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "actual"),
+    [
+        (Outcome(200, {}, USED), list_price(MODEL, 1000, 10)),
+        (Outcome(usage=USED), list_price(MODEL, 1000, 10)),
+        (Outcome(200, {}, USED._replace(model="unheard-of")), MOST),
+        (Outcome(200, {}, USED._replace(estimated=True)), MOST),
+        (Outcome(200, {}), MOST),
+        (Outcome(), MOST),
+        (refused(500, {}), NOTHING),
+        (refused(429, {}), NOTHING),
+        (NOT_SENT, NOTHING),
+    ],
+)
+@pytest.mark.parametrize("priced", [True, False])
+async def test_an_attempt_is_settled_by_what_it_came_to(outcome: Outcome, actual: Decimal, priced) -> None:
+    """Its price by the server's own count; nothing where it was refused; else the most it can cost."""
+    ledger = Ledger()
+    ledger.pricer_for(None).load()
+    client = Budgets(ledger, DeferringLock(), 1)
+    own = client.budget_for(Decimal("0.5"), {"max_tokens": 5}, "/v1/chat/completions")
+    reservation = await client.reserve(ATTEMPT, own)
+    assert own.stats == {"limit": Decimal("0.5"), "spent": 0, "reserved": MOST}
+    cost = ledger.settled(ATTEMPT, outcome, 1000) if priced else None
+    reservation.settle(client.bounds.actual(ATTEMPT, outcome, cost))
+    reservation.refund()  # does nothing
+    assert client.stats == {"limit": 1, "spent": actual, "reserved": 0}
+    assert own.stats["spent"] == actual
+
+
+async def test_a_cost_that_is_known_is_not_looked_up() -> None:
+    """It is what the ledger returned."""
+    client = budgets()
+    assert client.bounds.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.004")) == Decimal("0.004")
+    assert not client.bounds._ledger.pricer_for(None).loaded
+
+
+async def test_an_overspent_budget_is_logged_once_for_each_model(caplog) -> None:
+    """An answer that costs more than the most it could."""
+    client = budgets()
+    for _ in range(2):
+        actual = client.bounds.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.02"))
+        (await client.reserve(ATTEMPT, None)).settle(actual)
+    assert [record.event for record in caplog.records] == ["overspent"]
+    assert client.stats["spent"] == Decimal("0.04")
+
+
+async def test_what_was_not_sent_is_given_back() -> None:
+    client = budgets()
+    (await client.reserve(ATTEMPT, None)).refund()
+    assert client.stats == {"limit": 1, "spent": 0, "reserved": 0}
+
+
+def test_a_shared_budget_is_one() -> None:
+    """Of two accounts, whose prices may differ."""
+    client = budgets()
+    other = client.shared(Ledger())
+    commit(other.budgets(), MOST)
+    assert client.stats["reserved"] == MOST
+
+
+def test_a_reservation_is_split_in_every_budget() -> None:
+    """Also where there is none to pay from."""
+    wide, narrow = CostBudget(Decimal(10)), CostBudget(Decimal(3))
+    first, second = commit([wide, narrow], Decimal(3)).split([Decimal(1), Decimal(2)])
+    first.settle(Decimal(1))
+    second.keep_reserved()
+    assert [budget.stats["spent"] for budget in (wide, narrow)] == [1, 1]
+    assert [budget.stats["reserved"] for budget in (wide, narrow)] == [2, 2]
+    assert (wide.idle, narrow.free) == (True, 0)
+    assert len(commit([], Decimal(3)).split([Decimal(1), Decimal(2)])) == 2
