@@ -716,12 +716,9 @@ async def test_a_writer_in_the_way_is_waited_for(store: Store, path: Path) -> No
     assert await waiting
 
 
-async def test_a_writer_in_the_way_for_too_long_is_not_waited_for(
-    store: Store, path: Path, caplog, monkeypatch
-) -> None:
-    """Said once; each later put tries once, and succeeds when the way is free."""
-    monkeypatch.setattr("openai_eval_client._cache.store._PATIENCE", 0.05)
-    store._patience = 0.05
+async def test_a_writer_in_the_way_for_too_long_is_not_waited_for(path: Path, caplog) -> None:
+    """It is logged once; each later put tries again, and succeeds when the way is free."""
+    store = Store(path, patience=0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         for _ in range(3):
@@ -731,6 +728,7 @@ async def test_a_writer_in_the_way_for_too_long_is_not_waited_for(
         other.execute("ROLLBACK")
     assert await store.put(b"key", b"value")
     assert len(caplog.records) == 1
+    store.close()
 
 
 FORKED = """
