@@ -119,9 +119,12 @@ async def test_the_interpreter_ends_while_a_thread_waits(path: Path) -> None:
 
 @POSIX
 async def test_a_child_forked_by_a_waiter_does_not_prolong_its_hold(path: Path) -> None:
-    """The parent gets the lock and is killed; the child lives on without it."""
+    """The parent gets the lock, left by a killed process, and is killed; the child lives on without it."""
+    import fcntl  # not on Windows
+
     code = QUIET + WAITING.replace("    pass  # ends while it waits\n", FORK)
-    async with FileLock(path):
+    with path.open("w") as left:  # as a killed process leaves it: not removed
+        fcntl.flock(left, fcntl.LOCK_EX)
         parent = started(code, path, start_new_session=True)
         assert await asyncio.to_thread(parent.stdout.readline) == "waits\n"
     try:
