@@ -1,4 +1,4 @@
-"""The log of the library: one logger, records with fields, never the text of an error."""
+"""The log of the library: one logger, whose records carry fields and never the text of an error."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 
 logger = logging.getLogger("openai_eval_client")
 
-_LONGEST_ID = 200
+_LONGEST_ID = 200  # characters
 
 
 def debug(text: str, *values: Any, event: str, **fields: Any) -> None:
-    """Log what is of interest to who looks closely; see `warn`."""
+    """Log a detail of one attempt or wait; see `warn`."""
     if logger.isEnabledFor(logging.DEBUG):
-        logger.debug(text, *values, extra=_known(event, fields), stacklevel=2)
+        logger.debug(text, *values, extra=_given(event, fields), stacklevel=2)
 
 
 def inform(text: str, *values: Any, event: str, **fields: Any) -> None:
-    """Log what is as it should be; see `warn`."""
+    """Log what goes as it should; see `warn`."""
     if logger.isEnabledFor(logging.INFO):
-        logger.info(text, *values, extra=_known(event, fields), stacklevel=2)
+        logger.info(text, *values, extra=_given(event, fields), stacklevel=2)
 
 
 def warn(text: str, *values: Any, event: str, **fields: Any) -> None:
-    """Log what somebody may have to look into."""
-    logger.warning(text, *values, extra=_known(event, fields), stacklevel=2)
+    """Log what a user may have to look into, as a sentence and as an event with fields; None is left out."""
+    logger.warning(text, *values, extra=_given(event, fields), stacklevel=2)
 
 
 def request_id(headers: Any) -> str | None:
-    """Return what the server calls a request; None where it says nothing that could be a name."""
-    name = None if headers is None else headers.get("x-request-id")
-    return name if isinstance(name, str) and name.isprintable() and len(name) <= _LONGEST_ID else None
+    """Return the server's id of a request; None where there is none, or one too long or not printable."""
+    given = None if headers is None else headers.get("x-request-id")
+    return given if isinstance(given, str) and given.isprintable() and len(given) <= _LONGEST_ID else None
 
 
-def _known(event: str, fields: dict[str, Any]) -> dict[str, Any]:
+def _given(event: str, fields: dict[str, Any]) -> dict[str, Any]:
     return {"event": event, **{name: value for name, value in fields.items() if value is not None}}

@@ -1,4 +1,4 @@
-"""Refuse bad input by field and value, before anything is sent."""
+"""Reject bad input, naming field and value, before anything is sent."""
 
 from __future__ import annotations
 
@@ -23,33 +23,28 @@ _SHOWN = 80  # characters of a value: one line of a terminal
 
 
 def reject_input(
-    name: str,
-    value: object,
-    why: str,
-    *,
-    field: str | None = None,
-    index: int | None = None,
+    name: str, value: object, why: str, *, field: str | None = None, index: int | None = None
 ) -> NoReturn:
     """Raise the ValidationError for `name=value: why`."""
     raise ValidationError(f"{name}={shown(value)}: {why}", field=field or name, index=index)
 
 
 def shown(value: object) -> str:
-    """Return a value's repr, cut to one line; of a very long number, its first digits."""
+    """Return the repr of a value, cut to one line; the first digits of a very long number."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an int beyond the limit on digits; a list a million deep
-        text = f"<{type(value).__name__}>" if not isinstance(value, int) else f"{_leading(value)}..."
+        text = f"{_first_digits(value)}..." if isinstance(value, int) else f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
 
-def _leading(number: int) -> str:
+def _first_digits(number: int) -> str:
     digits = int(number.bit_length() * math.log10(2))
     return str(number // 10 ** max(0, digits - 20))
 
 
 def config_of(name: str, given: T | None, kind: type[T]) -> T:
-    """Return a config as given, or one of the defaults; refuse anything else, without showing it."""
+    """Return a config as given, or the default one for None; reject anything else, without showing it."""
     if given is None:
         return kind()
     if not isinstance(given, kind):
@@ -59,7 +54,7 @@ def config_of(name: str, given: T | None, kind: type[T]) -> T:
 
 
 def check_text(text: object, name: str, *, field: str | None = None, index: int | None = None) -> None:
-    """Refuse what is no text, is blank, or holds half a surrogate pair."""
+    """Reject anything but a str that is not blank and holds no half of a surrogate pair."""
     where = field or name
     if not isinstance(text, str):
         reject_input(name, text, f"must be a str, not {type(text).__name__}", field=where, index=index)
@@ -73,30 +68,13 @@ def check_text(text: object, name: str, *, field: str | None = None, index: int 
 
 
 def check_number(value: object, name: str, *, above: float | None = None, least: float | None = None) -> None:
-    """Refuse what is no finite number within its bound."""
-    fits = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and _is_finite(value)
-        and (above is None or value > above)
-        and (least is None or value >= least)
-    )
-    if not fits:
-        bound = f"greater than {above}" if above is not None else f"{least} or more"
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        reject_input(name, value, f"must be a finite number, {bound}{'' if number else _not(value)}")
-
-
-def check_cost(value: object, name: str) -> None:
-    """Refuse what is no amount of money, 0 or more."""
-    if not isinstance(value, Decimal):
-        check_number(value, name, least=0)
-    elif not value.is_finite() or value < 0:
-        reject_input(name, value, "must be a finite number, 0 or more")
-
-
-def _not(value: object) -> str:
-    return f", not {type(value).__name__}"
+    """Reject anything but a finite number within its bound."""
+    why = f"must be a finite number, {f'{least} or more' if above is None else f'greater than {above}'}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        reject_input(name, value, f"{why}, not {type(value).__name__}")
+    fits = (above is None or value > above) and (least is None or value >= least)
+    if not fits or not _is_finite(value):
+        reject_input(name, value, why)
 
 
 def _is_finite(value: float) -> bool:
@@ -106,55 +84,63 @@ def _is_finite(value: float) -> bool:
         return False
 
 
+def check_cost(value: object, name: str) -> None:
+    """Reject anything but an amount of money, 0 or more."""
+    if not isinstance(value, Decimal):
+        check_number(value, name, least=0)
+    elif not value.is_finite() or value < 0:
+        reject_input(name, value, "must be a finite number, 0 or more")
+
+
 def check_count(value: object, name: str) -> None:
-    """Refuse what is no whole number of 1 or more."""
+    """Reject anything but a whole number of 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         reject_input(name, value, "must be a whole number, 1 or more")
 
 
 def check_window(value: object, name: str) -> None:
-    """Refuse what is no completion window."""
+    """Reject anything but a completion window."""
     if not isinstance(value, str) or not re.fullmatch(r"[1-9]\d{0,4}[hd]", value, re.ASCII):
         reject_input(name, value, "must be hours or days, such as '24h' or '7d'")
 
 
 def window_seconds(window: str) -> int:
-    """Return how long a completion window is, in seconds."""
+    """Return the length of a completion window in seconds."""
     return int(window[:-1]) * _UNITS[window[-1]]
 
 
 def check_callback(value: object, name: str) -> None:
-    """Refuse what cannot be called with one number."""
+    """Reject what cannot be called with one number."""
     if not callable(value):
         reject_input(name, value, "must be callable")
     try:
         inspect.signature(value).bind(0.5)
     except TypeError as error:
-        reject_input(name, value, f"must take the finished fraction, one number: {error}")
+        reject_input(name, value, f"must take one number, the finished fraction: {error}")
     except ValueError:  # some built-in functions have no signature
         return
 
 
 def check_switch(value: object, name: str) -> None:
-    """Refuse what is neither True nor False."""
+    """Reject anything but True and False."""
     if not isinstance(value, bool):
-        reject_input(name, value, "must be True or False; a function goes to progress_callback")
+        reject_input(name, value, "must be True or False; pass a function as progress_callback")
 
 
 def check_event(value: object, name: str) -> None:
-    """Refuse what is no event of asyncio; None is none at all."""
+    """Reject anything but an event of asyncio or None."""
     if value is not None and not isinstance(value, asyncio.Event):
         reject_input(name, value, "must be an asyncio.Event")
 
 
 def check_mapping(value: object, name: str) -> None:
-    """Refuse what is no dict with names as its keys."""
+    """Reject anything but a dict with str keys."""
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         reject_input(name, value, "must be a dict with str keys")
 
 
 def check_headers(headers: Mapping[str, Any], name: str) -> None:
-    """Refuse what no HTTP header may carry."""
+    """Reject anything but headers that HTTP may carry."""
     check_mapping(headers, name)
     for key, value in headers.items():
         if not isinstance(value, str) or not is_header_text(f"{key}{value}"):
@@ -162,12 +148,12 @@ def check_headers(headers: Mapping[str, Any], name: str) -> None:
 
 
 def is_header_text(text: str) -> bool:
-    """Return whether an HTTP header may carry a text: printable ASCII (RFC 9110, section 5.5)."""
+    """Return whether an HTTP header may carry a text, printable ASCII (RFC 9110, section 5.5)."""
     return text.isascii() and text.isprintable()
 
 
 def check_json(values: Mapping[str, Any], *, field: str | None = None, index: int | None = None) -> None:
-    """Refuse what cannot be written as JSON in UTF-8."""
+    """Reject what cannot be written as JSON in UTF-8."""
     for name, value in values.items():
         try:
             json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
@@ -181,6 +167,6 @@ def check_json(values: Mapping[str, Any], *, field: str | None = None, index: in
 
 
 def not_json(line: str, error: Exception) -> str:
-    """Return what is wrong with a line that is not JSON."""
+    """Return the error message for a line that is not JSON."""
     hint = "" if line.startswith(("{", "[", '"')) else '; a text stands in JSON quotes: "..."'
     return f"not JSON: {error}: {shown(line)}{hint}"

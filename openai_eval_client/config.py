@@ -1,4 +1,8 @@
-"""What the user sets: where the API is, what its limits are, how jobs are batched."""
+"""What the user sets: where the API is, what its limits are, how jobs are batched, where answers are kept.
+
+Configs are frozen. A wrong or unknown field raises `pydantic.ValidationError`, a ValueError that names field
+and value but shows no secret.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,11 @@ __all__ = ["BatchConfig", "CacheConfig", "OpenAIConfig", "RateLimitConfig"]
 
 _HIDDEN = "[hidden]"
 _SECRET = frozenset({"api_key", "redis_url"})
-# Errors whose input may be anything, the key in the wrong place included.
-_UNSHOWN = frozenset(
+# Errors whose input may be anything, also the key in the wrong place.
+_INPUT_HIDDEN = frozenset(
     {"extra_forbidden", "frozen_instance", "json_invalid", "model_attributes_type", "model_type", "userinfo"}
 )
+_NOT_IN_HEADERS = "holds white space or characters that no HTTP header may carry"
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
@@ -33,32 +38,35 @@ Dollars = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class _Config(BaseModel):
-    """A frozen model that refuses unknown fields and names field and value of what is wrong."""
+    """A frozen model that rejects unknown fields, and whose errors name the field and its value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, validate_default=True)
 
     @model_validator(mode="wrap")
     @classmethod
     def _name_field_and_value(cls, data: Any, handler: Any) -> Any:
-        with _reworded(cls.__name__):
+        with _named_in_errors(cls.__name__):
             return handler(data)
 
     @classmethod
     def model_validate_json(cls, *args: Any, **options: Any) -> Self:
-        """Read a config from JSON; an error does not show it.
+        """Read a config from JSON, which an error does not show.
 
         Args:
-            *args: What pydantic's takes, the JSON first.
+            *args: The JSON, and what else `pydantic.BaseModel.model_validate_json` takes.
             **options: Likewise.
 
         Returns:
             The config.
+
+        Raises:
+            pydantic.ValidationError: The text is not JSON, or a field is wrong.
         """
-        with _reworded(cls.__name__):
+        with _named_in_errors(cls.__name__):
             return super().model_validate_json(*args, **options)
 
     def __setattr__(self, name: str, value: object) -> None:
-        with _reworded(type(self).__name__):
+        with _named_in_errors(type(self).__name__):
             super().__setattr__(name, value)
 
     def __iter__(self) -> Generator[tuple[str, Any], None, None]:  # noqa: PYI058  # as its base has it
@@ -66,8 +74,8 @@ class _Config(BaseModel):
 
 
 @contextlib.contextmanager
-def _reworded(title: str) -> Iterator[None]:
-    """Name the value in each of pydantic's errors, but for those that may hold a secret."""
+def _named_in_errors(title: str) -> Iterator[None]:
+    """Name field and value in each of pydantic's errors, but no value that may be a secret."""
     try:
         yield
     except pydantic.ValidationError as error:
@@ -78,7 +86,7 @@ def _reworded(title: str) -> Iterator[None]:
 def _detail(problem: Any) -> InitErrorDetails:
     field = ".".join(str(part) for part in problem["loc"])
     message = problem["msg"].removeprefix("Value error, ")
-    secret = field in _SECRET or problem["type"] in _UNSHOWN
+    secret = field in _SECRET or problem["type"] in _INPUT_HIDDEN
     shown = f"{field}: {message}" if secret else f"{field}={problem['input']!r}: {message}"
     if field == "redis_url":
         shown = f"{field}={without_password(problem['input'])!r}: {message}"
@@ -93,12 +101,12 @@ class OpenAIConfig(_Config):
     """Where the API is and how one request behaves.
 
     Args:
-        api_key: The secret key; from OPENAI_API_KEY when not given. In no repr, dump, log or error; a pickled
-            config keeps it, since worker processes need it.
-        organization_id: The organisation billed; from OPENAI_ORG_ID when not given.
-        base_url: The API's address up to and including /v1; from OPENAI_BASE_URL when not given.
+        api_key: The secret key; OPENAI_API_KEY by default. In no repr, dump, log or error; a pickled config
+            keeps it, since worker processes need it.
+        organization_id: The organisation billed; OPENAI_ORG_ID by default, or none.
+        base_url: The API's address up to and including /v1; OPENAI_BASE_URL by default, or that of OpenAI.
         default_model: The model asked when a call names none; "gpt-3.5-turbo" by default.
-        timeout: Seconds one attempt may take, waiting for the rate limit not counted; 30 by default.
+        timeout: Seconds that one attempt may take, waiting for the rate limit not counted; 30 by default.
         max_retries: Attempts after the first; 3 by default, 0 for none.
         max_cost: USD that the client may spend in all; None, the default: any amount. See `batch_generate`.
     """
@@ -121,7 +129,7 @@ class OpenAIConfig(_Config):
         if key is None or (isinstance(key, str) and not key.strip()):
             raise ValueError("missing: pass api_key=... or set OPENAI_API_KEY")
         if isinstance(key, str) and not _fits_header(key):
-            raise ValueError("holds white space or characters that no HTTP header may carry")
+            raise ValueError(_NOT_IN_HEADERS)
         return key
 
     @field_validator("max_cost", mode="before")
@@ -133,7 +141,7 @@ class OpenAIConfig(_Config):
     @classmethod
     def _usable_organization(cls, name: str | None) -> str | None:
         if name is not None and not _fits_header(name):
-            raise ValueError("holds white space or characters that no HTTP header may carry")
+            raise ValueError(_NOT_IN_HEADERS)
         return name or None
 
     @field_validator("base_url", mode="after")
@@ -141,7 +149,8 @@ class OpenAIConfig(_Config):
     def _absolute_url(cls, url: str) -> str:
         if "@" in url.partition("//")[2].partition("/")[0]:
             raise PydanticCustomError("userinfo", "must not carry a user name or password")
-        if not _is_absolute(url):
+        parts = _parts(url)
+        if parts is None or parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("must be an absolute URL that starts with http:// or https://")
         return url
 
@@ -150,13 +159,8 @@ def _fits_header(text: str) -> bool:
     return all("!" <= char <= "~" for char in text)
 
 
-def _is_absolute(url: str) -> bool:
-    parts = _parts(url)
-    return parts is not None and parts.scheme in {"http", "https"} and bool(parts.hostname)
-
-
 def _parts(url: str) -> SplitResult | None:
-    """Return what a URL is made of; None where it is none."""
+    """Return the parts of a URL; None where it is not one."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # raises where it is no port
@@ -168,25 +172,26 @@ def _parts(url: str) -> SplitResult | None:
 class RateLimitConfig(_Config):
     """The limits of one key, as shown on the provider's limits page; they hold per model.
 
-    Two budgets are kept for each model, requests and tokens, each a token bucket of `burst_seconds` worth of
-    quota that starts full and refills continuously. So at most `quota x burst_seconds / 60` can be spent at
-    once, and in any 60 seconds at most that plus one minute's quota: the burst exists because the server
-    keeps such a bucket too, and a client that left it unused would be a minute slower for nothing. Where a
-    server counts over shorter windows, set `burst_seconds` to their length.
+    Each model has two token buckets, one of requests and one of tokens. Each holds `burst_seconds` worth of
+    quota, starts full and refills continuously. So at most `quota x burst_seconds / 60` can be spent at once,
+    and in any 60 seconds at most that plus one minute's quota. The burst exists because the server keeps such
+    a bucket too, and a client that left it unused would be a minute slower for nothing. Where a server counts
+    over shorter windows, set `burst_seconds` to their length.
 
     Args:
         requests_per_minute: RPM, 500 by default; None: learn it from the server.
         tokens_per_minute: TPM, input and output together, 90,000 by default; None: learn it from the server.
         max_concurrent: Requests in flight at once, per model; 10 by default.
-        adaptive_throttling: Go slower where the server's headers and refusals say so; on by default.
+        adaptive_throttling: Go slower where the server's headers and 429s say so; True by default.
         burst_seconds: Size of the buckets, in seconds of quota; 60 by default. A tenth of it, but at most the
             quota of 0.25 s, is left unused: requests travel at different speeds, and some arrive early.
-        max_wait: The longest pause, in seconds, that the server may ask for; beyond it the call fails. 600 by
-            default.
+        max_wait: Seconds that the server may ask to pause, at most; a call that it asks for more fails. 600
+            by default.
         redis_url: A Redis or Valkey through which all processes and machines that name it share these limits:
             "redis://...", "rediss://..." (TLS) or "unix://..."; None, the default: this client has them to
             itself. Not in repr or dump, as it may hold a password. Needs the extra `redis`.
-        namespace: The first part of the names of the keys there: those who share limits have the same one.
+        namespace: The first part of the keys' names there, the same for all that share limits;
+            "openai-eval-client" by default.
     """
 
     requests_per_minute: Count | None = 500
@@ -201,16 +206,12 @@ class RateLimitConfig(_Config):
     @field_validator("redis_url", mode="after")
     @classmethod
     def _known_scheme(cls, url: str | None) -> str | None:
-        if url is not None and not _names_redis(url):
+        parts = None if url is None else _parts(url)
+        is_tcp = parts is not None and parts.scheme in {"redis", "rediss"} and parts.hostname
+        is_socket = parts is not None and parts.scheme == "unix" and parts.path
+        if url is not None and not is_tcp and not is_socket:
             raise ValueError("must be a URL that starts with redis://, rediss:// or unix://")
         return url
-
-
-def _names_redis(url: str) -> bool:
-    parts = _parts(url)
-    if parts is None or parts.scheme not in {"redis", "rediss", "unix"}:
-        return False
-    return bool(parts.path if parts.scheme == "unix" else parts.hostname)
 
 
 def without_password(url: object) -> object:
@@ -229,10 +230,10 @@ class BatchConfig(_Config):
     """How the Batch API is used.
 
     Args:
-        auto_batch_threshold: With `use_batch_api=True`, fewer prompts than this run online.
-        polling_interval: Seconds between two looks at a running job.
-        completion_window: What the provider may take, "24h" or "7d".
-        max_batch_size: Requests in one input file at most; the API's own limit is 50,000.
+        auto_batch_threshold: With `use_batch_api=True`, fewer prompts than this run online; 100 by default.
+        polling_interval: Seconds between two requests for the status of a running job; 60 by default.
+        completion_window: The time that the provider may take, in hours or days; "24h" by default.
+        max_batch_size: Requests in one input file at most; 50,000, the API's own limit, by default.
     """
 
     auto_batch_threshold: Count = 100
@@ -245,11 +246,13 @@ class CacheConfig(_Config):
     """Where answers are kept, and what may be done with them.
 
     Args:
-        path: The file, an SQLite database; made, for its owner alone, where there is none.
-        ttl: Seconds for which an answer may be used again; None: for ever.
-        read: Answer from it. False: ask again, and keep the new answers in place of the old.
-        write: Keep answers. False: the file is only read, and must exist.
-        store_incomplete: Keep answers that were cut short, by their length or by a content filter, too.
+        path: The file, an SQLite database; made, readable by its owner alone, where there is none.
+        ttl: Seconds for which an answer may be used again; None, the default: for ever.
+        read: Answer from the file; True by default. False: ask again, and keep the new answers in place of
+            the old.
+        write: Keep new answers; True by default. False: the file is only read, and must exist.
+        store_incomplete: Keep also answers that were cut short, by their length or by a content filter; True
+            by default.
     """
 
     path: str | Path
@@ -265,5 +268,5 @@ class CacheConfig(_Config):
         if not text.strip() or "\0" in text:
             raise ValueError("must be the path of a file")
         if text == ":memory:":
-            raise ValueError("must be a file: what is kept in memory is gone with the process")
+            raise ValueError("must be a file: what is in memory is gone with the process")
         return path

@@ -1,7 +1,7 @@
 """The errors this package raises.
 
-Where the SDK has an error for what happened, that very error (or a subclass of it) is raised, so an
-`except` clause written for raw SDK calls goes on working::
+Where the SDK has an error for what happened, that error or a subclass of it is raised, so an `except` clause
+written for calls of the SDK goes on working::
 
     openai.OpenAIError
     ├── openai.APIError                          APIError
@@ -10,13 +10,13 @@ Where the SDK has an error for what happened, that very error (or a subclass of 
     │   │       └── TimeoutError                 also builtins.TimeoutError
     │   └── openai.RateLimitError                RateLimitError
     │       └── QuotaError                       insufficient_quota: waiting does not help
-    ├── ValidationError                          also ValueError
-    ├── RequestTooLargeError
-    ├── BudgetExceededError
-    ├── BatchError
-    └── PartialFailureError
+    ├── ValidationError                          also ValueError: the input is wrong
+    ├── RequestTooLargeError                     more tokens than the limit can admit
+    ├── BudgetExceededError                      could have cost more than is left
+    ├── BatchError                               a Batch job, or one line of it
+    └── PartialFailureError                      some prompts of several
 
-All of them, the SDK's own included, survive `pickle`, and none carries the API key there.
+All of them, the SDK's own included, can be pickled; the API key is left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class TimeoutError(openai.APITimeoutError, builtins.TimeoutError):
 class QuotaError(openai.RateLimitError):
     """The account's credit is used up (`insufficient_quota`), and waiting does not help.
 
-    Of a batch also: too many tokens are enqueued (`token_limit_exceeded`), until others of it have ended.
+    Also raised where a batch would have too many tokens enqueued (`token_limit_exceeded`): until other
+    batches have ended.
     """
 
 
@@ -70,7 +71,7 @@ class ValidationError(openai.OpenAIError, ValueError):
     Args:
         message: What is wrong, naming the field and the value.
         field: The parameter at fault.
-        index: Its position in the list of prompts or requests, where there is one.
+        index: The position of what is wrong in the list of prompts or requests, from 0; None outside of one.
     """
 
     def __init__(self, message: str, *, field: str | None = None, index: int | None = None) -> None:
@@ -86,9 +87,9 @@ class RequestTooLargeError(openai.OpenAIError):
     """The request needs more tokens than the limit can admit, ever or within `max_wait`.
 
     Args:
-        model: The model it was for.
-        tokens: What the request needs, in tokens.
-        limit: What the model's limit admits, in tokens per minute.
+        model: The model asked.
+        tokens: The tokens that the request needs.
+        limit: The model's limit, in tokens per minute.
     """
 
     def __init__(self, model: str, *, tokens: int, limit: int) -> None:
@@ -107,8 +108,8 @@ class BudgetExceededError(openai.OpenAIError):
     """The next request could have cost more than what is left of the budget; it was not sent.
 
     Args:
-        message: What did not fit.
-        responses: What was answered before, in input order, None where nothing was.
+        message: What the request could have cost, and what is left.
+        responses: The answers until then, in input order; None for each prompt without one.
     """
 
     def __init__(self, message: str, *, responses: Sequence[ModelResponse | None] = ()) -> None:
@@ -120,19 +121,21 @@ class BudgetExceededError(openai.OpenAIError):
 
 
 class BatchError(openai.OpenAIError):
-    """What went wrong with a Batch job, or with one line of it: an exception and a field of its status.
+    """What went wrong with a Batch job, or with one line of it.
+
+    Raised, and also found in `BatchJobStatus.errors`.
 
     Args:
         message: The reason, as the API words it.
         code: The API's code, for instance `token_limit_exceeded`.
-        line: The request to blame, where it is one: its position in the caller's list, counted from 1.
-        param: The parameter at fault, where there is one.
+        line: The request at fault, counted from 1 in the caller's list; None where it is none.
+        param: The parameter at fault; None where it is none.
     """
 
     def __init__(
         self, message: str = "", *, code: str | None = None, line: int | None = None, param: str | None = None
     ) -> None:
-        if not message.isascii():  # half a surrogate pair, as a cut emoji leaves it, could not be written
+        if not message.isascii():  # half a surrogate pair, as a cut emoji leaves it, is no valid Unicode
             message = message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         super().__init__(message)
         self.message = message
@@ -142,11 +145,11 @@ class BatchError(openai.OpenAIError):
 
     @property
     def index(self) -> int | None:
-        """The request to blame, counted from 0."""
+        """The request at fault, counted from 0; None where it is none."""
         return None if self.line is None else self.line - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the four fields, as they stand in JSON."""
+        """Return the four fields by name, as in JSON."""
         return {"code": self.code, "message": self.message, "line": self.line, "param": self.param}
 
     def __eq__(self, other: object) -> bool:
@@ -164,14 +167,14 @@ class BatchError(openai.OpenAIError):
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
-        """Let pydantic take an instance or its dict, and write it as its dict."""
+        """Let pydantic read an instance or its dict, and write its dict."""
         text, number = core_schema.str_schema(), core_schema.int_schema()
+        optional = {"code": text, "line": number, "param": text}
         fields = {
-            "code": core_schema.typed_dict_field(core_schema.nullable_schema(text), required=False),
-            "message": core_schema.typed_dict_field(text),
-            "line": core_schema.typed_dict_field(core_schema.nullable_schema(number), required=False),
-            "param": core_schema.typed_dict_field(core_schema.nullable_schema(text), required=False),
+            name: core_schema.typed_dict_field(core_schema.nullable_schema(kind), required=False)
+            for name, kind in optional.items()
         }
+        fields["message"] = core_schema.typed_dict_field(text)
         from_dict = core_schema.no_info_after_validator_function(
             lambda values: cls(**values), core_schema.typed_dict_schema(fields)
         )
@@ -183,44 +186,39 @@ class BatchError(openai.OpenAIError):
 
 
 class PartialFailureError(openai.OpenAIError):
-    """Some prompts failed; what was answered is here, and paid for.
+    """Some prompts failed; the answers to the others are here, and paid for.
 
     Args:
-        responses: In input order, None where the prompt failed.
+        responses: The answers in input order; None for each prompt that failed.
         failures: The exception of each failed prompt, by its index.
     """
 
     def __init__(self, responses: Sequence[ModelResponse | None], failures: Mapping[int, Exception]) -> None:
         self.responses = list(responses)
         self.failures = dict(failures)
-        super().__init__(self._summary())
-
-    def _summary(self) -> str:
-        kinds = Counter(type(error).__name__ for error in self.failures.values())
+        kinds = Counter(type(error).__name__ for error in failures.values())
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        index, first = min(self.failures.items(), key=lambda item: item[0])
-        total = len(self.responses)
-        return f"{len(self.failures)} of {total} prompts failed ({listed}); first, prompt {index}: {first}"
+        share, first = f"{len(failures)} of {len(self.responses)}", min(failures)
+        super().__init__(f"{share} prompts failed ({listed}); first, prompt {first}: {failures[first]}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reduced(self, (self.responses, self.failures))
 
 
+_KEPT_STATE = ("responses", "job_id", "__notes__")
+
+
 def _reduced(error: BaseException, args: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
-    """Return what pickle needs to make an error again, notes included."""
+    """Return what pickle needs to rebuild an error, notes included."""
     return _rebuild, (type(error), args, options), _kept_state(error)
 
 
-def _rebuild(
-    cls: Callable[..., BaseException], args: tuple[Any, ...], options: dict[str, Any]
-) -> BaseException:
+def _rebuild(cls: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
     return cls(*args, **options)
 
 
 def _kept_state(error: BaseException) -> dict[str, Any]:
-    return {
-        name: error.__dict__[name] for name in ("responses", "job_id", "__notes__") if name in error.__dict__
-    }
+    return {name: value for name, value in vars(error).items() if name in _KEPT_STATE}
 
 
 # --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------
@@ -229,19 +227,18 @@ _KEPT_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id"
 
 
 def sdk_httpx() -> Any:
-    """Return the HTTP library the installed SDK is built on: httpx (openai 2) or httpx2 (openai 3)."""
+    """Return the HTTP library of the installed SDK: httpx (openai 2) or httpx2 (openai 3)."""
     base = openai.DefaultAsyncHttpxClient.__mro__[1]
     return sys.modules[base.__module__.partition(".")[0]]
 
 
 def rate_limited(message: str, seconds: float) -> RateLimitError:
-    """Return a RateLimitError for a pause that we keep without asking the server again."""
+    """Return a RateLimitError for a pause that is known without asking the server again."""
     request = sdk_httpx().Request("POST", "https://client.invalid/")
-    response = sdk_httpx().Response(
-        429, headers={"retry-after-ms": f"{math.ceil(seconds * 1000)}"}, request=request
-    )
+    headers = {"retry-after-ms": f"{math.ceil(seconds * 1000)}"}
+    body = {"message": message, "code": "rate_limit_exceeded"}
     return RateLimitError(
-        message, response=response, body={"message": message, "code": "rate_limit_exceeded"}
+        message, response=sdk_httpx().Response(429, headers=headers, request=request), body=body
     )
 
 
@@ -257,16 +254,15 @@ def _reduce_sdk_error(error: APIError) -> tuple[Any, ...]:
 
 def _restore_sdk_error(  # noqa: PLR0917  # what pickle hands back
     cls: type[Any], message: str, body: object, status: int | None, headers: Any, request: tuple[str, str]
-) -> APIError:
+) -> Any:
     error: Any = cls.__new__(cls, message)
     rebuilt = sdk_httpx().Request(*request)
     APIError.__init__(error, message, rebuilt, body=body)
     if status is not None:
-        error.__dict__["status_code"] = status
-        error.__dict__["response"] = sdk_httpx().Response(status, headers=headers, request=rebuilt)
-        error.__dict__["request_id"] = error.__dict__["response"].headers.get("x-request-id")
-    restored: APIError = error
-    return restored
+        response = sdk_httpx().Response(status, headers=headers, request=rebuilt)
+        request_id = response.headers.get("x-request-id")
+        error.__dict__.update(status_code=status, response=response, request_id=request_id)
+    return error
 
 
 def _and_subclasses(cls: type[APIError]) -> Iterator[type[APIError]]:

@@ -55,24 +55,14 @@ class City(pydantic.BaseModel):
 
 @dataclass
 class Row:
-    """One call.
+    """One call, and what must come of it."""
 
-    Attributes:
-        name: What is odd about it.
-        options: Its keyword arguments.
-        prompt: Of `generate_response`; `prompts` among the options makes it a `batch_generate`.
-        says: What the refusal's message must hold; empty: the call must be answered.
-        field: The refused parameter, as the error has it.
-        index: The refused prompt, as the error has it.
-        kind: The error's class.
-    """
-
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str  # what is odd about it
+    options: dict[str, Any] = field(default_factory=dict)  # with `prompts`, it is a `batch_generate`
     prompt: Any = "hello"
-    says: tuple[str, ...] = ()
-    field: str | None = None
-    index: int | None = None
+    says: tuple[str, ...] = ()  # what the error's message must hold; empty: the call must be answered
+    field: str | None = None  # the rejected parameter, as the error has it
+    index: int | None = None  # the rejected prompt, as the error has it
     kind: type[Exception] = ValidationError
 
     async def call(self, client):
@@ -339,7 +329,7 @@ async def test_what_the_api_refuses_is_its_own_error(client, server):
 
 @pytest.mark.parametrize("awaited", [False, True])
 async def test_a_callback_that_raises_is_logged(client, server, caplog, awaited):
-    """The run goes on, and the log says where it was, once."""
+    """The run goes on, and the log names once how far it was."""
 
     def fail(_):
         raise RuntimeError("the display is gone")

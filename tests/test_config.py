@@ -123,7 +123,7 @@ def test_an_empty_base_url_in_the_environment_is_none(monkeypatch):
 
 
 @pytest.mark.parametrize("value", [None, "", "  "])
-def test_a_missing_key_is_said_with_its_cure(monkeypatch, value):
+def test_a_missing_key_is_refused_with_what_to_do(monkeypatch, value):
     """The message names the argument and the variable."""
     if value is None:
         monkeypatch.delenv("OPENAI_API_KEY")
@@ -154,7 +154,7 @@ def test_the_cases_cover_every_field():
         assert set(fields) == set(config.model_fields) - {"api_key"}
 
 
-def test_all_that_is_wrong_is_said_at_once():
+def test_all_that_is_wrong_is_named_at_once():
     """Two wrong fields make one error with both."""
     text = str(refusal(RateLimitConfig, requests_per_minute=0, max_wait=-1))
     assert "requests_per_minute=0" in text
@@ -250,7 +250,7 @@ class Outer(pydantic.BaseModel):
     ],
 )
 def test_the_key_is_in_no_view_of_the_config(show):
-    """Whatever road a config takes to a screen or a file, its key stays behind."""
+    """However a config gets to a screen or a file, its key does not."""
     assert KEY not in repr(show(OpenAIConfig(api_key=KEY)))
 
 

@@ -204,7 +204,7 @@ def test_every_error_pickles(error, protocol):
 
 
 def test_every_error_copies(error):
-    """`copy` takes the same road as pickle."""
+    """`copy` works as pickle does."""
     for copied in (copy.copy(error), copy.deepcopy(error)):
         assert type(copied) is type(error)
         assert str(copied) == str(error)
@@ -236,7 +236,7 @@ def test_notes_survive_pickle(error):
 
 @pytest.mark.parametrize("name", ["status 401", "status 404", "QuotaError", "our RateLimitError"])
 def test_attached_responses_survive_pickle(name):
-    """A run stopped by a fatal hands over what was answered before, across processes too."""
+    """A run that a fatal error stopped hands over the answers until then, also to another process."""
     error = ERRORS[name]()
     error.responses = [response("paid for"), None]
     assert pickled(error).responses == [response("paid for"), None]

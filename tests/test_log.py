@@ -68,7 +68,7 @@ def client_of(server):
 
 
 async def test_every_fault_is_logged_with_its_fields(log, no_pauses, few_certificates):
-    """Each failed attempt: which model, the how manieth, what came, how long until the next."""
+    """Of each failed attempt: its model, its number, what came, and the wait until the next."""
     script = ["500", "ok", "429", "ok", "drop", "ok", "hang", "ok", "truncate", "ok", "garbage", "ok"]
     with SimulatedServer(script=script, retry_after=True) as server:
         async with client_of(server) as client:
@@ -205,6 +205,6 @@ def test_fields_can_be_written_as_json(log):
     ("name", "kept"), [("req_1", "req_1"), ("a\nb", None), ("x" * 300, None), (None, None)]
 )
 def test_a_request_id_is_a_name(name, kept):
-    """A server that sends a novel under it is not quoted."""
+    """A server that sends anything else under it is not quoted."""
     assert _log.request_id({"x-request-id": name}) == kept
     assert _log.request_id(None) is None

@@ -132,9 +132,9 @@ async def test_the_same_system_prompt_is_counted_once(server) -> None:
     async with connect(server) as client:
         await client.batch_generate(texts(1), system="Be brief.", max_tokens=9)
         fit = _VOCABULARIES.known(MODEL)
-        before = fit.vocabulary._remember.cache_info()
+        before = fit.vocabulary._remembered.cache_info()
         await client.batch_generate(texts(100), system=system, max_tokens=9)
-        after = fit.vocabulary._remember.cache_info()
+        after = fit.vocabulary._remembered.cache_info()
     assert after.misses - before.misses == 1
     assert after.hits - before.hits >= 99  # and roles
     assert after.maxsize is not None

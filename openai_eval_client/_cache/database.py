@@ -1,4 +1,4 @@
-"""The SQLite file of a cache, and the connection to it."""
+"""The SQLite file of a cache, and the connections to it."""
 
 from __future__ import annotations
 
@@ -8,79 +8,66 @@ import secrets
 import sqlite3
 import stat
 import threading
-import time
 import weakref
-from pathlib import Path  # typer reads the annotations
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openai_eval_client._runtime import mind_forks
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-
-T = TypeVar("T")
 
 APPLICATION_ID = int.from_bytes(b"OEvC", "big")  # https://www.sqlite.org/pragma.html#pragma_application_id
 SCHEMA_VERSION = 1
 _COLUMNS = "key BLOB PRIMARY KEY, created REAL NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL"
 _TABLES = {name: f"CREATE TABLE {name} ({_COLUMNS})" for name in ("answers", "journal")}
-
-_BUSY_TIMEOUT = 0.5  # seconds SQLite itself waits for another process, at each try
-_PATIENCE = 10.0  # seconds until opening gives up
-_PAUSE = 0.02
-# What passes by itself: SQLITE_BUSY, SQLITE_LOCKED, SQLITE_PROTOCOL. Python 3.10 has no error codes.
-_PASSING = ("database is locked", "database table is locked", "locking protocol")
+# Seconds that SQLite itself waits for another user of the file.
+_PATIENCE_TO_OPEN = 10.0
+_PATIENCE_TO_TRY_WRITING = 0.5
 
 
 class Database:
-    """A file that holds our tables, and nothing else ever."""
+    """A file that holds our tables and nothing else; made where there is none."""
 
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
         self.name = os.fspath(path)
         self.path = Path(os.path.realpath(path))
-        self.read_only = read_only
-        self._log = Path(f"{self.path}-wal")
-        self._status: os.stat_result
-
-    def prepare(self) -> None:
-        """Make the file where there is none; else see that it is ours."""
+        self._read_only = read_only
+        self._wal = Path(f"{self.path}-wal")  # what SQLite has committed and not yet moved into the file
         with self._refusing():
             if not self.path.exists():
                 self._create()
-            self._status = self._recognised()
-            with contextlib.closing(retry_while_locked(self.connect, _PATIENCE)) as connection:
+            self._status = self._recognise()
+            with contextlib.closing(self.connect(_PATIENCE_TO_OPEN)) as connection:
                 self._check_writable(connection)
 
-    def look(self, read: Callable[[sqlite3.Connection], T]) -> T:
-        """Read a file that exists, also while others use it; leave no file beside it."""
-        with self._refusing():
-            if not self.path.exists():
-                raise self.unusable("there is no such file")
-            self._status = self._recognised()
-            if not self._log.exists():  # nobody has it open; SQLite would leave its side files there
-                with contextlib.suppress(sqlite3.DatabaseError):
-                    found = self._read("immutable=1", read)
-                    if not self._log.exists() and self._is_unchanged():
-                        return found
-            return retry_while_locked(lambda: self._read_in_use(read), _PATIENCE)
-
-    def _read_in_use(self, read: Callable[[sqlite3.Connection], T]) -> T:
+    def connect(self, patience: float) -> sqlite3.Connection:
+        """Open the file, which exists, waiting so many seconds for its other users."""
         try:
-            return self._read("mode=ro", read)
+            return self._open("mode=rw", patience)
         except sqlite3.OperationalError:
-            if not self._is_at_rest():
+            if not self._read_only or _size(self._wal):
                 raise
-        return self._read("immutable=1", read)  # in a directory where SQLite cannot make its side files
+        return self._open("immutable=1", patience)  # in a directory where SQLite cannot make its side files
 
-    def _read(self, mode: str, read: Callable[[sqlite3.Connection], T]) -> T:
-        with contextlib.closing(self._open(mode)) as connection:
-            return read(connection)
+    def unusable(self, why: str) -> ValidationError:
+        """Return the error for a file that cannot be used, naming it."""
+        return ValidationError(f"cache={self.name!r}: {why}", field="cache")
 
-    def _is_unchanged(self) -> bool:
-        now, before = self.path.stat(), self._status
-        return (now.st_mtime_ns, now.st_size) == (before.st_mtime_ns, before.st_size)
+    def damaged(self, error: object) -> ValidationError:
+        """Return the error for a file that SQLite cannot read, or whose content is not as it was written."""
+        why = f"damaged, or no cache of this package ({error}). It was left as it is: move or restore it"
+        return self.unusable(why)
+
+    def is_there(self) -> bool:
+        """Return whether the file is still the one that was opened first."""
+        # SQLite would apply the log of the old file to one that took its place.
+        try:
+            return os.path.samestat(self.path.stat(), self._status)
+        except OSError:
+            return False
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -89,47 +76,17 @@ class Database:
             yield
         except sqlite3.OperationalError as error:
             raise self.unusable(f"cannot be used: {error}") from None
-        except (
-            sqlite3.DatabaseError,
-            UnicodeDecodeError,
-        ) as error:  # also SQLite's words, where it quotes damage
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite's message may quote damage
             raise self.damaged(error) from None
         except OSError as error:
             raise self.unusable(f"cannot be used: {error.strerror or error}") from None
 
-    def connect(self) -> sqlite3.Connection:
-        """Open the file, which exists."""
-        try:
-            return self._open("mode=rw")
-        except sqlite3.OperationalError:
-            if not self.read_only or not self._is_at_rest():
-                raise
-        return self._open("immutable=1")  # in a directory where SQLite cannot make its side files
-
-    def unusable(self, why: str) -> ValidationError:
-        """Return the error that says so, naming the file."""
-        return ValidationError(f"cache={self.name!r}: {why}", field="cache")
-
-    def damaged(self, error: object) -> ValidationError:
-        """Return the error for a file that SQLite cannot make sense of, or not as we made it."""
-        return self.unusable(
-            f"damaged, or no cache of this package ({error}). It was left as it is: move or restore it",
-        )
-
-    def is_there(self) -> bool:
-        """Return whether the file is still the one that was looked at first."""
-        # SQLite would apply the log of the old file to one that took its place.
-        try:
-            return os.path.samestat(self.path.stat(), self._status)
-        except OSError:
-            return False
-
     def _create(self) -> None:
-        """Make the file under another name and then give it its own: nobody ever sees half of it."""
-        if self.read_only:
-            raise self.unusable("does not exist, and write=False")
-        if _size(self._log) and not self.path.exists():  # SQLite would take it for the new file's
-            why = f"is gone, but not what {self._log} still holds of it: bring it back, or delete that file"
+        """Make the file under another name, then give it its own: no other process ever sees half of it."""
+        if self._read_only:
+            raise self.unusable("does not exist, and write=False creates none")
+        if _size(self._wal) and not self.path.exists():  # SQLite would take it for the new file's
+            why = f"is gone, but {self._wal} still holds a part of it: restore it, or delete that file"
             raise self.unusable(why)
         new = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}.new")
         file = os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
@@ -146,46 +103,44 @@ class Database:
         try:
             os.link(new, self.path)
         except FileExistsError:
-            return  # another process was faster; theirs is as good
+            return  # another process was faster; its file is as good
         except OSError:  # a file system without hard links
             if not os.path.lexists(self.path):
                 new.rename(self.path)
 
-    def _recognised(self) -> os.stat_result:
-        """See whose file it is, without leaving a trace on one that is not ours."""
+    def _recognise(self) -> os.stat_result:
+        """Refuse a file that is not ours, without leaving a trace on it."""
         status = self.path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise self.unusable("is not a regular file")
         if not status.st_size:
             raise self.unusable("is empty, which a cache never is: delete it to start a new one")
         try:
-            application, version = self._marks("immutable=1")
-        except sqlite3.DatabaseError:  # also where another process just moves its pages
-            application, version = self._marks("mode=ro")
-        self._check_marks(application, version)
+            with contextlib.closing(self._raw("immutable=1")) as connection:
+                self._check_marks(connection)
+        except sqlite3.DatabaseError:  # also where another process is just moving pages into it
+            with contextlib.closing(self._raw("mode=ro")) as connection:
+                self._check_marks(connection)
         return status
 
-    def _marks(self, mode: str) -> tuple[int, int]:
-        with contextlib.closing(self._raw(mode)) as connection:
-            return _pragma(connection, "application_id"), _pragma(connection, "user_version")
-
-    def _check_marks(self, application: int, version: int) -> None:
-        if application != APPLICATION_ID:
+    def _check_marks(self, connection: sqlite3.Connection) -> None:
+        if _pragma(connection, "application_id") != APPLICATION_ID:
             raise self.unusable("is an SQLite database of another program; it was left as it is")
+        version = _pragma(connection, "user_version")
         if version > SCHEMA_VERSION:
+            versions = f"format {version}, this one knows {SCHEMA_VERSION}"
             raise self.unusable(
-                f"was made by a newer version of this package (format {version}, this one knows "
-                f"{SCHEMA_VERSION}); it was left as it is",
+                f"was made by a newer version of this package ({versions}); it was left as it is"
             )
 
-    def _open(self, mode: str) -> sqlite3.Connection:
-        connection = self._raw(mode)
+    def _open(self, mode: str, patience: float) -> sqlite3.Connection:
+        connection = self._raw(mode, patience)
         try:
             connection.execute("PRAGMA synchronous = FULL")  # committed also means: survives a power cut
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
-            connection.execute(f"PRAGMA query_only = {int(self.read_only)}")
-            self._check_marks(_pragma(connection, "application_id"), _pragma(connection, "user_version"))
+            connection.execute(f"PRAGMA query_only = {int(self._read_only)}")
+            self._check_marks(connection)
             self._check_tables(connection)
         except BaseException:
             connection.close()
@@ -198,33 +153,24 @@ class Database:
         if dict(tables.fetchall()) != _TABLES:
             raise self.damaged("its tables are not as they were made")
 
-    def _raw(self, mode: str) -> sqlite3.Connection:
-        return sqlite3.connect(
-            f"{self.path.as_uri()}?{mode}",
-            uri=True,
-            isolation_level=None,
-            timeout=_BUSY_TIMEOUT,
-            check_same_thread=False,
-        )
+    def _raw(self, mode: str, patience: float = _PATIENCE_TO_OPEN) -> sqlite3.Connection:
+        uri = f"{self.path.as_uri()}?{mode}"
+        return sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
 
     def _check_writable(self, connection: sqlite3.Connection) -> None:
-        if self.read_only:
+        if self._read_only:
             return
+        set_patience(connection, _PATIENCE_TO_TRY_WRITING)
         try:
-            connection.execute("DELETE FROM journal WHERE key IS NULL")  # none: it only takes the lock
+            connection.execute("DELETE FROM journal WHERE key IS NULL")  # no row: it only takes the lock
         except sqlite3.OperationalError as error:
-            if not is_passing(error):
-                raise self.unusable(
-                    f"cannot be written ({error}); CacheConfig(write=False) only reads it",
-                ) from None
-
-    def _is_at_rest(self) -> bool:
-        """Return whether all there is stands in the file itself, and nothing in the log beside it."""
-        return not _size(self._log)
+            if not is_locked(error):
+                why = f"cannot be written ({error}); CacheConfig(write=False) only reads it"
+                raise self.unusable(why) from None
 
 
 def _fill(path: Path) -> None:
-    """Make our tables in an empty file that nobody else knows of."""
+    """Make our tables in an empty file that no other process knows of."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA synchronous = OFF")
         connection.execute("PRAGMA journal_mode = MEMORY")
@@ -237,21 +183,16 @@ def _fill(path: Path) -> None:
         connection.execute("PRAGMA journal_mode = WAL")
 
 
-def retry_while_locked(action: Callable[[], T], seconds: float) -> T:
-    """Do it again while another process is in the way, for so many seconds at most."""
-    give_up = time.monotonic() + seconds
-    while True:
-        try:
-            return action()
-        except sqlite3.OperationalError as error:
-            if not is_passing(error) or time.monotonic() > give_up:
-                raise
-        time.sleep(_PAUSE)
+def set_patience(connection: sqlite3.Connection, seconds: float) -> None:
+    """Set how long SQLite waits for another user of the file."""
+    # Its own wait covers all that we meet: a transaction begins as a reader or as the writer, and never turns
+    # from one into the other, which is what SQLite refuses at once for fear of a deadlock.
+    connection.execute(f"PRAGMA busy_timeout = {round(seconds * 1000)}")
 
 
-def is_passing(error: sqlite3.Error) -> bool:
-    """Return whether only another process was in the way."""
-    return any(text in str(error) for text in _PASSING)
+def is_locked(error: sqlite3.Error) -> bool:
+    """Return whether only another user of the file was in the way."""
+    return "database is locked" in str(error)  # SQLITE_BUSY; Python 3.10 has no error codes
 
 
 def _size(path: Path) -> int:
@@ -278,17 +219,19 @@ class Connection:
         mind_forks(self)
 
     @contextlib.contextmanager
-    def lent(self) -> Iterator[sqlite3.Connection]:
-        """Lend it; whatever goes wrong is undone, and the next one gets a new one."""
+    def lent(self, patience: float) -> Iterator[sqlite3.Connection]:
+        """Lend it, to wait so many seconds for other users; after an error the next one lent is a new one."""
         with self._lock:
             try:
-                yield self._current()
+                connection = self._current(patience)
+                set_patience(connection, patience)
+                yield connection
             except BaseException:
                 _close(self._open)
                 raise
 
     def close(self) -> None:
-        """Close it once nobody uses it; lending it again opens it again."""
+        """Close it once no thread uses it; lending it again opens it again."""
         with self._lock:
             _close(self._open)
 
@@ -301,11 +244,11 @@ class Connection:
         """Let it be used again."""
         self._lock.release()
 
-    def _current(self) -> sqlite3.Connection:
+    def _current(self, patience: float) -> sqlite3.Connection:
         if not self._database.is_there():
             raise sqlite3.OperationalError("the file is gone, or another is in its place")
         if not self._open:
-            self._open.append(self._database.connect())
+            self._open.append(self._database.connect(patience))
         return self._open[0]
 
 

@@ -1,4 +1,4 @@
-"""What is kept between runs: answers and the journal of jobs, committed before anybody is told."""
+"""What is kept between runs: answers and the journal of jobs, committed before a caller is told."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import contextlib
 import json
 import sqlite3
 import time
-import zlib
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._cache.database import Connection, Database, is_passing, retry_while_locked
+from openai_eval_client._cache.database import Connection, Database, is_locked
 from openai_eval_client._log import warn
 from openai_eval_client._runtime import Background, FileLock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
-    from pathlib import Path  # typer reads the annotations
+    from pathlib import Path
 
     Statement = tuple[str, tuple[Any, ...]]
 
 
-_PATIENCE = 60.0  # seconds that another process may be in the way; once it was longer, it is not waited for
+_PATIENCE = 60.0  # seconds to wait for another user of the file
+_LITTLE_PATIENCE = 0.5  # seconds for each write after one that waited in vain, until one succeeds
 
 _GET = "SELECT created, value, checksum FROM {} WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO {} (key, created, value, checksum) VALUES (?, ?, ?, ?)"
@@ -31,21 +31,20 @@ _DELETE = "DELETE FROM {} WHERE key = ?"
 class Store:
     """One file of kept values, used by any number of tasks, event loops, threads and processes at once.
 
-    Writes that wait at the same time are committed together, by a thread of their own; so are reads done.
+    Writes that wait at the same time are committed together, by a thread of their own; reads likewise.
     """
 
-    def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: str | Path, *, read_only: bool = False, patience: float = _PATIENCE) -> None:
         self._database = Database(path, read_only=read_only)
-        self._database.prepare()
         self._reader, self._writer = Connection(self._database), Connection(self._database)
         self._reads = Background("openai_eval_client reads", self._read)
         self._writes = Background("openai_eval_client writes", self._write)
-        self._patience = _PATIENCE
-        self._said: set[str] = set()
+        self._patience = self._write_patience = patience
+        self._warned: set[str] = set()
         self._closed = False
 
     async def get(self, key: bytes, *, since: float = 0.0) -> bytes | None:
-        """Return what was kept under a key."""
+        """Return what was kept under a key since a time; None where there is nothing."""
         try:
             row = await self._do(self._reads, (_GET.format("answers"), (key,)))
         except (sqlite3.OperationalError, RuntimeError) as error:
@@ -53,13 +52,13 @@ class Store:
             return None
         except sqlite3.DatabaseError as error:
             raise self._database.damaged(error) from None
-        if row is not None and not is_intact(key, row):
+        if row is not None and not _is_intact(key, row):
             self._warn("cache %s: an answer is damaged (%s): asking again", "wrong checksum")
             return None
         return row[1] if row is not None and row[0] >= since else None
 
     async def put(self, key: bytes, value: bytes) -> bool:
-        """Keep a value; returns once it is committed."""
+        """Keep a value and return once it is committed; False where it could not be."""
         try:
             await self._do(self._writes, _put("answers", key, value))
         except Exception as error:  # noqa: BLE001  # the answer is paid for: it is handed on in any case
@@ -74,25 +73,25 @@ class Store:
             row = await self._do(self._reads, (_GET.format("journal"), (name,)))
         if row is None:
             return None
-        if not is_intact(name, row):
+        if not _is_intact(name, row):
             raise self._database.damaged(f"wrong checksum of {key!r} in the journal")
         entry: dict[str, Any] = json.loads(row[1])
         return entry
 
     async def journal_put(self, key: str, value: dict[str, Any]) -> None:
-        """Write an entry of the journal, in place of an older one; returns once it is committed."""
+        """Write an entry of the journal, in place of an older one, and return once it is committed."""
         with self._refusing("written"):
             await self._do(self._writes, _put("journal", key.encode(), json.dumps(value).encode()))
 
     async def journal_delete(self, key: str) -> None:
-        """Remove an entry of the journal, if it is there; returns once that is committed."""
+        """Remove an entry of the journal, if it is there, and return once that is committed."""
         with self._refusing("written"):
             await self._do(self._writes, (_DELETE.format("journal"), (key.encode(),)))
 
     @contextlib.asynccontextmanager
     async def exclusive(self, name: str) -> AsyncIterator[None]:
-        """Hold a name alone among all users of this file, in this process and others; waits for it."""
-        # It ends with the process, also when that is killed.
+        """Wait for a name, and hold it alone among all users of this file, in this process and others."""
+        # The lock ends with the process, also when that is killed.
         digest = blake2b(name.encode(), digest_size=8).hexdigest()
         path = self._database.path
         async with contextlib.AsyncExitStack() as stack:
@@ -115,36 +114,28 @@ class Store:
             raise sqlite3.OperationalError("it was closed")
         return await background.do(statement)
 
-    # --- on the two threads ------------------------------------------------------------------------------
-
     def _read(self, statements: Sequence[Statement]) -> list[Any]:
-        def read() -> list[Any]:
-            with self._reader.lent() as connection:
-                connection.execute("BEGIN")
-                rows = [_row(connection, statement) for statement in statements]
-                connection.execute("COMMIT")
-                return rows
+        """Return the row of each statement; on the thread of the reads."""
+        with self._reader.lent(self._patience) as connection:
+            connection.execute("BEGIN")
+            rows = [_row(connection, statement) for statement in statements]
+            connection.execute("COMMIT")
+            return rows
 
-        return retry_while_locked(read, _PATIENCE)
-
-    def _write(self, statements: Sequence[Statement]) -> list[Any]:
-        def write() -> list[Any]:
-            with self._writer.lent() as connection:
+    def _write(self, statements: Sequence[Statement]) -> list[None]:
+        """Commit all statements together; on the thread of the writes."""
+        try:
+            with self._writer.lent(self._write_patience) as connection:
                 connection.execute("BEGIN IMMEDIATE")
                 for statement in statements:
                     connection.execute(*statement)
                 connection.execute("COMMIT")
-                return [None] * len(statements)
-
-        try:
-            done = retry_while_locked(write, self._patience)
         except sqlite3.OperationalError as error:
-            self._patience = 0.0 if is_passing(error) else self._patience
+            if is_locked(error):
+                self._write_patience = min(self._patience, _LITTLE_PATIENCE)
             raise
-        self._patience = _PATIENCE
-        return done
-
-    # --- what may go wrong -------------------------------------------------------------------------------
+        self._write_patience = self._patience
+        return [None] * len(statements)
 
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
@@ -154,8 +145,8 @@ class Store:
             raise self._database.unusable(f"the journal cannot be {what}: {error}") from None
 
     def _warn(self, message: str, why: object) -> None:
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._warned:
+            self._warned.add(message)
             warn(message, self._database.name, why, event="cache_failed")
 
 
@@ -168,12 +159,7 @@ def _checksum(key: bytes, created: float, value: bytes) -> bytes:
     return blake2b(b"%s %s " % (key, created.hex().encode()) + value, digest_size=16).digest()
 
 
-def unpacked(value: bytes) -> bytes:
-    """Return the JSON of a value, which is compressed where it is large."""
-    return value if value[:1] == b"{" else zlib.decompress(value)
-
-
-def is_intact(key: bytes, row: Any) -> bool:
+def _is_intact(key: bytes, row: Any) -> bool:
     """Return whether a row is as it was written."""
     created, value, checksum = row
     return (

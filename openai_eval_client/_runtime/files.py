@@ -6,22 +6,23 @@ import asyncio
 import contextlib
 import os
 import sys
+import threading
 import uuid
-from pathlib import Path  # typer reads the annotations
+from concurrent.futures import Future
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from openai_eval_client._runtime.loops import mind_forks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
     from typing_extensions import Self
 
 
 @contextlib.contextmanager
 def replacing(name: str) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name when all is written: until then, what had the name keeps it."""
+    """Open a file that takes its name once all is written: until then, what had the name keeps it."""
     path = Path(name).resolve()
     is_special = path.exists() and not path.is_file()
     target = path if is_special else path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.part")
@@ -42,38 +43,32 @@ def replacing(name: str) -> Iterator[IO[bytes]]:
         target.unlink(missing_ok=True)
 
 
-_SHORTEST, _LONGEST = 0.01, 0.5  # seconds between two tries
-
-
 class FileLock:
     """The operating system's lock on a file made for it: `async with` waits for it without blocking the loop.
 
-    Processes, threads and tasks exclude one another alike. The file goes when the lock is handed back.
+    Processes, threads and tasks exclude one another alike. The file is removed when the lock is released.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file: int | None = None
+        self._file: int | None = None  # open while the lock is waited for or held
         mind_forks(self)
 
     async def __aenter__(self) -> Self:
-        pause = _SHORTEST
-        while not self._take():  # a thread that waits in the system's own call could not be cancelled
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST)
+        if not self._take(wait=False):
+            taken: Future[None] = Future()
+            taken.set_running_or_notify_cancel()  # from here on, no cancelled wait can cancel it
+            # nothing interrupts the thread, so it is a daemon: the interpreter's end does not wait for it
+            threading.Thread(target=self._wait, args=(taken,), name="file lock", daemon=True).start()
+            try:
+                await asyncio.wrap_future(taken)
+            except BaseException:
+                taken.add_done_callback(lambda _: self._release())
+                raise
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with contextlib.suppress(OSError):  # where an open file cannot be removed, it stays
-            self._path.unlink()
-        if self._file is not None:
-            _unlock(self._file)
-        self._close()
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
 
     def before_fork(self) -> None:
         """Nothing: the lock stays the parent's."""
@@ -83,39 +78,55 @@ class FileLock:
         if child:
             self._close()
 
-    def _close(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            os.close(file)
+    def _wait(self, taken: Future[None]) -> None:
+        try:
+            while not self._take(wait=True):
+                pass  # the lock was that of a file removed by its last holder: the next is on a new one
+        except OSError as error:
+            taken.set_exception(error)
+        else:
+            taken.set_result(None)
 
-    def _take(self) -> bool:
-        file = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
+    def _take(self, *, wait: bool) -> bool:
+        taken = False
+        self._file = file = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
         try:
             if hasattr(os, "fchmod"):
                 os.fchmod(file, 0o600)  # whatever the umask
-            if _lock(file) and self._is_current(file):
-                self._file = file
-                return True
+            taken = _lock(file, wait=wait) and self._is_current(file)
         finally:
-            if self._file is None:
-                os.close(file)
-        return False
+            if not taken:
+                self._close()
+        return taken
 
     def _is_current(self, file: int) -> bool:
-        """Return whether the locked file still has its name: who held it before has removed it."""
+        """Return whether the locked file still has its name: the last holder of the lock has removed it."""
         try:
             return os.path.samestat(os.fstat(file), self._path.stat())
         except FileNotFoundError:
             return False
 
+    def _release(self) -> None:
+        if self._file is None:  # in a forked child, or where waiting failed
+            return
+        with contextlib.suppress(OSError):  # where an open file cannot be removed, it stays
+            self._path.unlink()
+        _unlock(self._file)
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
 
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(file: int) -> bool:
+    def _lock(file: int, *, wait: bool) -> bool:
         try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except OSError:
+            msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError:  # LK_LOCK waits for 10 seconds at most
             return False
         return True
 
@@ -125,9 +136,9 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-    def _lock(file: int) -> bool:
+    def _lock(file: int, *, wait: bool) -> bool:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         return True

@@ -10,14 +10,9 @@ import time
 import weakref
 from collections import defaultdict, deque
 from typing import TYPE_CHECKING, Any, Protocol
-from weakref import WeakValueDictionary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-
-_WAVE = 32  # requests that begin in one turn of an event loop, as long as nobody waits for the next
-_AT_A_TIME = 8  # of those who wait
 
 
 class Monotonic:
@@ -27,7 +22,7 @@ class Monotonic:
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> bool:
-    """Run `function` on `loop`, now if it is the running one; False where the loop has closed."""
+    """Call `function` on `loop`, now if it is the running one; False where the loop was closed."""
     if running_loop() is loop:
         function(*args)
         return True
@@ -46,79 +41,8 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-class StartThrottle:
-    """Lets those who were admitted begin: on each event loop in their order, and a few in each of its turns.
-
-    A loop that begins hundreds of requests in one turn hears nothing meanwhile, and may hear their answers in
-    one turn again. What all of them need would be alive at once, time and again, and cost the garbage
-    collector more than anything else: a quarter of the CPU with 1,000 in flight.
-    """
-
-    def __init__(self) -> None:
-        # a loop that has more to do holds its own entry, and a closed one lets go of it
-        self._by_loop: WeakValueDictionary[asyncio.AbstractEventLoop, _Stagger] = WeakValueDictionary()
-
-    def now_or_later(self) -> asyncio.Future[None] | None:
-        """Return what one more has to wait for on the running loop; None where it may begin in this turn."""
-        loop = asyncio.get_running_loop()
-        stagger = self._of(loop)
-        if stagger.has_room():
-            return None
-        waiter = loop.create_future()
-        stagger.add(waiter)
-        return waiter
-
-    def wake(self, waiter: asyncio.Future[None]) -> None:
-        """Wake who waits on the running loop, at one of its next turns."""
-        self._of(waiter.get_loop()).add(waiter)
-
-    def _of(self, loop: asyncio.AbstractEventLoop) -> _Stagger:
-        stagger = self._by_loop.get(loop)
-        if stagger is None:
-            stagger = self._by_loop[loop] = _Stagger(loop)
-        return stagger
-
-
-class _Stagger:
-    """Who begins in this turn of an event loop, and who later."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._later: deque[asyncio.Future[None]] = deque()
-        self._begun = 0
-        self._goes_on = False
-
-    def has_room(self) -> bool:
-        """Return whether one more may begin, who is then counted."""
-        if self._later or self._begun >= _WAVE:
-            return False
-        self._go_on()
-        self._begun += 1
-        return True
-
-    def add(self, waiter: asyncio.Future[None]) -> None:
-        """Let one begin in a later turn."""
-        self._go_on()
-        self._later.append(waiter)
-
-    def _go_on(self) -> None:
-        if not self._goes_on:
-            self._loop.call_soon(self._next)
-            self._goes_on = True
-
-    def _next(self) -> None:
-        try:
-            self._goes_on, self._begun, woken = False, 0, 0
-            while self._later and woken < _AT_A_TIME:
-                if resolve(self._later.popleft()):
-                    woken, self._begun = woken + 1, _WAVE  # nobody else passes them
-        finally:
-            if self._begun or self._later:
-                self._go_on()
-
-
 def resolve(waiter: asyncio.Future[None]) -> bool:
-    """Wake who waits; False where they have been cancelled meanwhile."""
+    """Wake a waiter; False where it was cancelled meanwhile."""
     if waiter.done():
         return False
     waiter.set_result(None)
@@ -126,15 +50,91 @@ def resolve(waiter: asyncio.Future[None]) -> bool:
 
 
 def fail_waiter(waiter: asyncio.Future[None], error: Exception) -> None:
-    """Raise an error where they wait, unless they have been cancelled meanwhile."""
+    """Raise an error in a waiter, unless it was cancelled meanwhile."""
     if not waiter.done():
         waiter.set_exception(error)
+
+
+_WAVE = 32  # requests that start in one turn of an event loop, as long as none has to wait for the next
+_AT_A_TIME = 8  # requests that start in one turn after having waited
+
+
+class StartThrottle:
+    """Lets admitted requests start in order, a few in each turn of their event loop.
+
+    A loop that starts hundreds of requests in one turn reads no answer meanwhile, and may read all of theirs
+    in one turn again. What all of them need would be alive at once, again and again, and cost the garbage
+    collector more than anything else: a quarter of the CPU with 1,000 in flight.
+    """
+
+    def __init__(self) -> None:
+        # a loop's next callback keeps an entry that has more to do; a closed loop lets go of it
+        self._by_loop: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, _LoopStarts]
+        self._by_loop = weakref.WeakValueDictionary()
+
+    def now_or_later(self) -> asyncio.Future[None] | None:
+        """Return what a request on the running loop has to wait for; None where it may start in this turn."""
+        loop = asyncio.get_running_loop()
+        starts = self._of(loop)
+        if starts.has_room():
+            return None
+        waiter = loop.create_future()
+        starts.add(waiter)
+        return waiter
+
+    def wake(self, waiter: asyncio.Future[None]) -> None:
+        """Wake a waiter of the running loop in one of the loop's next turns."""
+        self._of(waiter.get_loop()).add(waiter)
+
+    def _of(self, loop: asyncio.AbstractEventLoop) -> _LoopStarts:
+        starts = self._by_loop.get(loop)
+        if starts is None:
+            starts = self._by_loop[loop] = _LoopStarts(loop)
+        return starts
+
+
+class _LoopStarts:
+    """The requests that start in this turn of one event loop, and those that start later."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._later: deque[asyncio.Future[None]] = deque()
+        self._started = 0  # in this turn
+        self._is_scheduled = False
+
+    def has_room(self) -> bool:
+        """Return whether one more may start in this turn, and count it."""
+        if self._later or self._started >= _WAVE:
+            return False
+        self._schedule()
+        self._started += 1
+        return True
+
+    def add(self, waiter: asyncio.Future[None]) -> None:
+        """Let one start in a later turn."""
+        self._schedule()
+        self._later.append(waiter)
+
+    def _schedule(self) -> None:
+        if not self._is_scheduled:
+            self._loop.call_soon(self._next_turn)
+            self._is_scheduled = True
+
+    def _next_turn(self) -> None:
+        try:
+            self._is_scheduled, self._started, woken = False, 0, 0
+            while self._later and woken < _AT_A_TIME:
+                if resolve(self._later.popleft()):
+                    woken, self._started = woken + 1, _WAVE  # a newcomer does not pass them
+        finally:
+            if self._started or self._later:
+                self._schedule()
 
 
 class DeferringLock:
     """A lock for state that collected objects hand something back to.
 
-    The collector may run anywhere, also in the middle of a locked region of the same thread. What a collected
+    The garbage collector may run anywhere, also inside a locked region of the same thread. What a collected
     stream or coroutine wants done then waits until that region is left: it neither deadlocks nor sees the
     state half changed.
     """
@@ -157,7 +157,7 @@ class DeferringLock:
             self._lock.release()
 
     def when_free(self, action: Callable[[], None]) -> None:
-        """Do something alone: now, or when this thread leaves the region it is in."""
+        """Call `action` under the lock: now, or when this thread leaves the region that it is in."""
         with self._lock:
             if self._inside:
                 self._later.append(action)
@@ -167,18 +167,18 @@ class DeferringLock:
 
 
 class ForkAware(Protocol):
-    """Holds something that cannot be shared with a forked child."""
+    """Holds something that a forked child cannot share."""
 
     def before_fork(self) -> None:
-        """Let go, and keep others from taking it again until the fork is over."""
+        """Let go of it, and keep other threads from taking it until the fork is over."""
 
     def after_fork(self, *, child: bool) -> None:  # the same on both sides
         """Go on, in the parent or in the child."""
 
 
-_LOCK = threading.RLock()  # one fork at a time, and no newcomers meanwhile
+_LOCK = threading.RLock()  # held during a fork, which adds no thing meanwhile
 _THINGS: weakref.WeakSet[ForkAware] = weakref.WeakSet()
-_HELD: list[ForkAware] = []  # by the fork going on
+_HELD: list[ForkAware] = []  # what was told of the fork that is going on
 
 
 def mind_forks(thing: ForkAware) -> None:
@@ -212,17 +212,15 @@ def _after(*, child: bool) -> None:
     _LOCK.release()
 
 
-_LINGER = (
-    0.1  # seconds an idle thread waits for more; also the longest that it holds up the interpreter's end
-)
+_LINGER = 0.1  # seconds an idle thread waits for more jobs, and thereby at most delays the interpreter's end
 
 
 class Background:
-    """Does jobs in groups on one thread, which is there only as long as there are any."""
+    """Does jobs in groups on one thread, which ends when it has had nothing to do for a moment."""
 
     def __init__(self, name: str, work: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
         self._name = name
-        self._work = work
+        self._work = work  # returns an outcome for each job; one that is an exception is raised
         self._reset()
         mind_forks(self)
 
@@ -233,11 +231,12 @@ class Background:
         self._linger = _LINGER
 
     async def do(self, job: Any) -> Any:
-        """Have one job done and return its outcome; it is done also when nobody waits any more."""
+        """Have one job done and return its outcome; cancelling the wait does not cancel the job."""
         outcome = asyncio.get_running_loop().create_future()
         with self._changed:
             if self._thread is None:
-                self._thread = self._started()
+                self._thread = threading.Thread(target=self._run, name=self._name)
+                self._thread.start()
             self._waiting.append((job, outcome))
             self._changed.notify()
         return await outcome
@@ -259,16 +258,10 @@ class Background:
         if child:
             self._reset()
 
-    def _started(self) -> threading.Thread:
-        thread = threading.Thread(target=self._run, name=self._name)
-        thread.start()
-        return thread
-
     def _run(self) -> None:
         while group := self._next_group():
-            outcomes = self._outcomes([job for job, _ in group])
             by_loop = defaultdict(list)
-            for (_, waiter), outcome in zip(group, outcomes, strict=True):
+            for (_, waiter), outcome in zip(group, self._outcomes(group), strict=True):
                 by_loop[waiter.get_loop()].append((waiter, outcome))
             for loop, pairs in by_loop.items():
                 call_on(loop, _hand_out, pairs)
@@ -282,18 +275,16 @@ class Background:
                 self._thread = None
             return group
 
-    def _outcomes(self, jobs: Sequence[Any]) -> Sequence[Any]:
+    def _outcomes(self, group: Sequence[tuple[Any, Any]]) -> Sequence[Any]:
         try:
-            return self._work(jobs)
+            return self._work([job for job, _ in group])
         except Exception as error:  # noqa: BLE001  # raised where each job was asked for
-            return [error] * len(jobs)
+            return [error] * len(group)
 
 
 def _hand_out(pairs: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
     for waiter, outcome in pairs:
-        if waiter.done():
-            continue
         if isinstance(outcome, Exception):
-            waiter.set_exception(outcome)
-        else:
+            fail_waiter(waiter, outcome)
+        elif not waiter.done():
             waiter.set_result(outcome)

@@ -10,32 +10,27 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-DEFAULT_SIZE = (1024, 1024)
-"""Pixels assumed where the size cannot be seen: a web address, a file id, a broken data URL."""
-
-_MAX_SIDE = 2048
+# Pixels assumed where the size cannot be seen: a web address, a file id, a broken data URL.
+_DEFAULT_SIZE = (1024, 1024)
+_MAX_SIDE = 2048  # pixels, as the next three
 _MAX_SHORT_SIDE = 768
 _TILE = 512
 _PATCH = 32
 _MAX_PATCHES = 1536
-_HEADER_LENGTHS = (
-    1 << 16,
-    1 << 20,
-)  # of base64: a JPEG may hide its size behind megabytes of camera metadata
+_HEADER_LENGTHS = (1 << 16, 1 << 20)  # of base64: a JPEG may have its size behind much camera metadata
 
 
 class _Tiles(NamedTuple):
-    """Tokens of an image in low detail, and of each further tile in high detail."""
+    """Tokens of an image in low detail, and of each tile that high detail adds."""
 
     base: int
-    each: int
+    tile: int
 
 
 _GPT_4O = _Tiles(85, 170)
-_FAMILIES: dict[
-    str,
-    _Tiles | float,
-] = {  # by the start of the model's name: tiles, or the multiplier of patches
+# By the start of the model's name: tiles, or the tokens of a patch.
+# https://platform.openai.com/docs/guides/images-vision#calculating-costs
+_FAMILIES: dict[str, _Tiles | float] = {
     "gpt-4o": _GPT_4O,
     "gpt-4o-mini": _Tiles(2833, 5667),
     "gpt-4.1": _GPT_4O,
@@ -53,38 +48,38 @@ _FAMILIES: dict[
 
 
 def image_tokens(model: str, source: object, detail: object = None) -> int:
-    """Counts one image of a request."""
+    """Count the tokens of one image of a request."""
     return sized_image_tokens(model, _size_of(source), detail)
 
 
 def sized_image_tokens(model: str, size: tuple[int, int], detail: object = None) -> int:
-    """Counts one image of a known size."""
+    """Count the tokens of one image of a known size, in pixels."""
     family = _family(model)
     if isinstance(family, float):
         return math.ceil(round(_patches(*size) * family, 6))
-    return family.base + (0 if detail == "low" else _tiles(*size) * family.each)
+    return family.base + (0 if detail == "low" else _tiles(*size) * family.tile)
 
 
 @lru_cache(maxsize=256)
 def _family(model: str) -> _Tiles | float:
-    """Finds the longest documented name that the model's name starts with."""
+    """Return what the longest documented name that the model's name starts with stands for."""
     name = model.rpartition("/")[2].removeprefix("ft:")
     known = max((start for start in _FAMILIES if name.startswith(start)), key=len, default="gpt-4o")
     return _FAMILIES[known]
 
 
 def _tiles(width: int, height: int) -> int:
-    """Fits the image into 2048 x 2048 and its short side into 768, and counts the tiles that cover it."""
+    """Count the tiles that cover an image, shrunk to fit 2048 x 2048 with a short side of 768."""
     shrink = min(1.0, _MAX_SIDE / max(width, height), _MAX_SHORT_SIDE / min(width, height))
     across, down = (max(1, round(side * shrink)) for side in (width, height))
     return math.ceil(across / _TILE) * math.ceil(down / _TILE)
 
 
 def _patches(width: int, height: int) -> int:
-    """Counts the patches that cover the image, which is shrunk until they are few enough."""
+    """Count the patches that cover an image, shrunk until they are few enough."""
     across, down = width / _PATCH, height / _PATCH
-    if math.ceil(across) * math.ceil(down) <= _MAX_PATCHES:
-        return math.ceil(across) * math.ceil(down)
+    if (patches := math.ceil(across) * math.ceil(down)) <= _MAX_PATCHES:
+        return patches
     shrink = min(1.0, math.sqrt(_MAX_PATCHES / (across * down)))
     across, down = across * shrink, down * shrink
     shrink = min(max(1, math.floor(side)) / side for side in (across, down))  # one side gets whole patches
@@ -92,14 +87,14 @@ def _patches(width: int, height: int) -> int:
 
 
 def _covering(patches: float) -> int:
-    """Rounds up, forgiving what floating point adds to a whole number."""
+    """Round up, ignoring what floating point adds to a whole number."""
     return math.ceil(patches - 1e-6)
 
 
 def _size_of(source: object) -> tuple[int, int]:
-    """Reads an image's size from the header in its data URL."""
+    """Return an image's size, read from the header in its data URL."""
     if not isinstance(source, str) or not source.startswith("data:"):
-        return DEFAULT_SIZE
+        return _DEFAULT_SIZE
     start = source.find(",", 0, 256) + 1
     for length in _HEADER_LENGTHS:
         size = _header_size(source[start : start + length])
@@ -107,28 +102,28 @@ def _size_of(source: object) -> tuple[int, int]:
             return size
         if len(source) <= start + length:
             break
-    return DEFAULT_SIZE
+    return _DEFAULT_SIZE
 
 
 def _header_size(encoded: str) -> tuple[int, int] | None:
-    """Reads the size from the beginning of a base64-encoded image, if it is there."""
+    """Return the size of a base64-encoded image from its beginning; None where it is not there."""
     import imagesize
 
     try:
         header = base64.b64decode(encoded[: len(encoded) // 4 * 4])
         width, height = imagesize.get(io.BytesIO(header))
-    except Exception:  # noqa: BLE001  # whatever is wrong with the image, it has a default size
+    except Exception:  # noqa: BLE001  # whatever is wrong with the image, the default size does
         return None
     return (int(width), int(height)) if width > 0 and height > 0 else None
 
 
 _INPUT_KEYS = ("messages", "input", "instructions", "prompt")
-_SILENT_KEYS = frozenset(
-    {"annotations", "call_id", "encrypted_content", "id", "logprobs", "status", "tool_call_id", "type"},
+_UNCOUNTED_KEYS = frozenset(
+    {"annotations", "call_id", "encrypted_content", "id", "logprobs", "status", "tool_call_id", "type"}
 )
 
 _AUDIO_TOKENS_PER_SECOND = 10
-_AUDIO_BYTES_PER_SECOND = {"wav": 48_000}  # 24 kHz, 16 bits, mono
+_WAV_BYTES_PER_SECOND = 48_000  # 24 kHz, 16 bits, mono
 _OTHER_AUDIO_BYTES_PER_SECOND = 16_000  # mp3 at 128 kbit/s
 _FILE_TOKENS = 2_000  # a few pages: what a file holds cannot be seen from here
 _TEXT_BYTES_PER_TOKEN = 4
@@ -142,19 +137,19 @@ _FLAT_KEYS = frozenset({"type", "description", "enum"})
 
 
 class Input:
-    """The input of one request."""
+    """The input of one request: texts to count, and tokens that no text shows."""
 
     __slots__ = ("_model", "_old", "fixed", "texts")
 
     def __init__(self, model: str, *, old: bool) -> None:
-        self.fixed = 0
+        self.fixed = 0  # tokens of structure, images, sound, files, and given as numbers
         self.texts: list[str] = []
         self._model = model
-        self._old = old
+        self._old = old  # whether the model counts functions as those of gpt-4 and gpt-3.5 do
 
     @classmethod
     def of(cls, body: Mapping[str, Any], model: str, *, old: bool) -> Input:
-        """Reads a request's body."""
+        """Read the body of a request to any endpoint."""
         content = cls(model, old=old)
         for key in _INPUT_KEYS:
             content._add_input(body.get(key))
@@ -183,14 +178,16 @@ class Input:
             self._walk(message)
 
     def _walk(self, value: Any) -> None:
-        """Adds the texts in a value, whatever its shape; integers in a list are tokens already."""
+        """Add the texts in a value, whatever its shape; integers in a list are tokens already."""
         if isinstance(value, str):
             self.texts.append(value)
         elif isinstance(value, Mapping):
             self._add_part(value)
         elif isinstance(value, (list, tuple)):
-            self.fixed += len(value) if value and isinstance(value[0], int) else 0
-            for item in value if value and not isinstance(value[0], int) else ():
+            if value and isinstance(value[0], int):
+                self.fixed += len(value)
+                return
+            for item in value:
                 self._walk(item)
 
     def _add_part(self, part: Mapping[Any, Any]) -> None:
@@ -205,7 +202,7 @@ class Input:
             self._add_leaves(part)
 
     def _add_file(self, part: Mapping[Any, Any]) -> None:
-        """Adds a file by the size of its data; a file that is only named counts as a few pages."""
+        """Add a file by the size of its data; a file that is only named counts as a few pages."""
         file = part.get("file")
         data = (file if isinstance(file, Mapping) else part).get("file_data")
         if not isinstance(data, str):
@@ -218,9 +215,9 @@ class Input:
     def _add_leaves(self, part: Mapping[Any, Any]) -> None:
         for key, value in part.items():
             if isinstance(value, str):
-                if key not in _SILENT_KEYS and (key in ("content", "text") or not _is_data_url(value)):
+                if key not in _UNCOUNTED_KEYS and (key in ("content", "text") or not _is_data_url(value)):
                     self.texts.append(value)
-            elif value and key not in _SILENT_KEYS:
+            elif value and key not in _UNCOUNTED_KEYS:
                 self._walk(value)
 
     def _add_image(self, part: Mapping[Any, Any]) -> None:
@@ -231,19 +228,22 @@ class Input:
             self.fixed += image_tokens(self._model, image, part.get("detail"))
 
     def _add_audio(self, audio: Any) -> None:
-        data, kind = (audio.get("data"), audio.get("format")) if isinstance(audio, Mapping) else (None, None)
+        part = audio if isinstance(audio, Mapping) else {}
+        data, is_wav = part.get("data"), part.get("format") == "wav"
         size = len(data) * 3 / 4 if isinstance(data, str) else 0
-        seconds = size / _AUDIO_BYTES_PER_SECOND.get(str(kind), _OTHER_AUDIO_BYTES_PER_SECOND)
+        seconds = size / (_WAV_BYTES_PER_SECOND if is_wav else _OTHER_AUDIO_BYTES_PER_SECOND)
         self.fixed += max(1, math.ceil(seconds * _AUDIO_TOKENS_PER_SECOND))
 
     def _add_tools(self, tools: Any) -> None:
-        functions = [_function_of(tool) for tool in tools] if isinstance(tools, (list, tuple)) else []
-        for tool, function in zip(tools, functions, strict=False):
+        functions = False
+        for tool in tools if isinstance(tools, (list, tuple)) else ():
+            function = _function_of(tool)
             if function is None:
                 self._walk(tool)
             else:
+                functions = True
                 self._add_function(function)
-        self.fixed += _FUNCTIONS_END if any(functions) else 0
+        self.fixed += _FUNCTIONS_END if functions else 0
 
     def _add_function(self, function: Mapping[str, Any]) -> None:
         self.fixed += _OLD_FUNCTION if self._old else _FUNCTION
@@ -260,7 +260,7 @@ class Input:
             self.texts.append(_json(parameters["$defs"]))
 
     def _add_property(self, name: str, schema: Mapping[str, Any]) -> None:
-        """Adds one parameter; the cookbook knows only flat ones, so what is nested counts as JSON text."""
+        """Add one parameter; the cookbook knows only flat ones, so what is nested counts as JSON text."""
         self.fixed += _PROPERTY
         self.texts.append(f"{name}:{schema.get('type', '')}:{_description(schema)}")
         if isinstance(choices := schema.get("enum"), (list, tuple)):
@@ -276,10 +276,10 @@ class Input:
 
 
 def _function_of(tool: Any) -> Mapping[str, Any] | None:
-    """Finds the function in an entry of "tools", of either API, or of "functions"."""
+    """Return the function in an entry of "tools", of either API, or of "functions"."""
     function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-    named = isinstance(function, Mapping) and "name" in function
-    return function if named and tool.get("type", "function") == "function" else None
+    is_named = isinstance(function, Mapping) and "name" in function
+    return function if is_named and tool.get("type", "function") == "function" else None
 
 
 def _description(schema: Mapping[str, Any]) -> str:

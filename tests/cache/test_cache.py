@@ -156,17 +156,17 @@ async def test_a_batch_answered_from_the_cache_saved_the_price_of_a_batch(path: 
     bills = []
     with SimulatedServer() as server:
         config = OpenAIConfig(api_key=KEY, base_url=server.base_url, default_model="gpt-4o-mini")
-        for road in (True, True, False):
+        for by_batch in (True, True, False):
             async with OpenAIClient(config, rate_limit=WIDE, batch=batch, cache=path) as client:
-                responses = await client.batch_generate(["a", "b"], use_batch_api=road, max_tokens=5)
+                responses = await client.batch_generate(["a", "b"], use_batch_api=by_batch, max_tokens=5)
                 bills.append(client.stats.cost)
             assert [response.content for response in responses] == ["echo: a", "echo: b"]
             assert [response.cached for response in responses] == [len(bills) > 1] * 2
             assert all(response.raw.choices[0].message.content for response in responses)
-    paid, by_batch, online = bills
-    assert by_batch.saved_by_cache == paid.total > 0
+    paid, batch_again, online = bills
+    assert batch_again.saved_by_cache == paid.total > 0
     assert online.saved_by_cache == 2 * paid.total
-    assert by_batch.total == online.total == 0
+    assert batch_again.total == online.total == 0
 
 
 async def test_only_the_rest_is_sent(path: Path) -> None:
@@ -184,7 +184,7 @@ async def test_only_the_rest_is_sent(path: Path) -> None:
 
 
 async def test_another_address_is_another_answer(path: Path) -> None:
-    """Two servers never share one."""
+    """Two servers never share an answer."""
     with SimulatedServer() as one, SimulatedServer() as other:
         for server in (one, other):
             async with connect(server, path) as client:
@@ -240,7 +240,7 @@ async def test_repeated_prompts_are_samples_of_their_own(path: Path) -> None:
     assert [response.cached for response in second] == [True] * 8 + [False] * 2
 
 
-async def test_one_client_that_asks_again_wants_another_sample(path: Path) -> None:
+async def test_a_client_that_asks_again_gets_another_sample(path: Path) -> None:
     """In one program; the next program gets both, in the same order."""
     with SimulatedServer(answer=numbered()) as server:
         runs = []
@@ -265,7 +265,7 @@ async def test_without_sampling_one_answer_is_enough(path: Path, options) -> Non
     assert later.cached
 
 
-async def test_those_who_wait_for_the_same_answer_keep_no_others_waiting(tmp_path: Path) -> None:
+async def test_prompts_that_wait_for_the_same_answer_keep_no_others_waiting(tmp_path: Path) -> None:
     """Their slots go to other prompts, as far as the run reads ahead."""
     prompts = [f"{n // 4}" for n in range(32)]
     with SimulatedServer(latency=0.2, latency_sigma=0) as server:
@@ -275,7 +275,7 @@ async def test_those_who_wait_for_the_same_answer_keep_no_others_waiting(tmp_pat
     assert [response.content for response in responses] == [f"echo: {prompt}" for prompt in prompts]
 
 
-async def test_who_shares_an_answer_does_not_share_its_failure(path: Path) -> None:
+async def test_a_shared_answer_is_no_shared_failure(path: Path) -> None:
     """The first of several same requests fails: one of the others is sent, and answers the rest."""
     with SimulatedServer(script=["500"], latency=0.05) as server:
         async with connect(server, path, max_retries=0) as client:
@@ -284,8 +284,8 @@ async def test_who_shares_an_answer_does_not_share_its_failure(path: Path) -> No
     assert [type(result) for result in results] == [openai.InternalServerError, ModelResponse, ModelResponse]
 
 
-async def test_who_waits_for_a_shared_answer_may_leave(path: Path) -> None:
-    """Cancelling one that waits, or the one that is sent, leaves the others be."""
+async def test_a_call_that_waits_for_a_shared_answer_can_be_cancelled(path: Path) -> None:
+    """Cancelling one that waits, or the one that is sent, changes nothing for the others."""
     with SimulatedServer(latency=0.2, latency_sigma=0) as server:
         async with connect(server, path) as client:
             tasks = [asyncio.create_task(client.generate_response("a", temperature=0)) for _ in range(4)]
@@ -464,7 +464,7 @@ async def test_the_file_holds_no_key(path: Path) -> None:
 
 
 async def test_a_cache_that_fails_stops_nothing(path: Path, caplog) -> None:
-    """The file vanishes in the middle: everything is answered, and it is said once."""
+    """The file vanishes in the middle: everything is answered, and it is logged once."""
     with SimulatedServer() as server:
         async with connect(server, path) as client:
             await client.batch_generate(["a", "b"])
@@ -534,7 +534,7 @@ async def test_two_clients_share_one_file(path: Path) -> None:
 
 @pytest.mark.parametrize("cache", [5, b"runs.sqlite", {"path": "runs.sqlite"}, True, ["runs.sqlite"]])
 def test_what_is_no_cache_is_refused(cache) -> None:
-    """With our own error, naming it."""
+    """By our own error, which names it."""
     with pytest.raises(ValidationError, match=r"cache=.*must be a path or a CacheConfig") as raised:
         OpenAIClient(OpenAIConfig(api_key=KEY), cache=cache)
     assert raised.value.field == "cache"
@@ -577,8 +577,8 @@ async def test_closing_the_client_closes_the_file(path: Path) -> None:
         await client.generate_response("a")
         await client.close()
         await client.close()
-    assert [each.name for each in path.parent.iterdir()] == [path.name]
-    assert not [each for each in threading.enumerate() if each.name.startswith("openai_eval_client")]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("openai_eval_client")]
 
 
 async def test_without_a_cache_no_file_is_made(tmp_path: Path, monkeypatch) -> None:

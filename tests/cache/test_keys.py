@@ -87,7 +87,7 @@ def test_everything_that_can_change_the_answer_makes_another_request() -> None:
     ids=str,
 )
 def test_what_cannot_change_the_answer_does_not(options) -> None:
-    """Other ways to write it, the timeout, who asks, and what the request is called."""
+    """Other ways to write it, the timeout, the account, and the name of the request."""
     assert digest(**options) == digest()
 
 
@@ -147,7 +147,7 @@ def test_query_headers_and_body_are_not_confused() -> None:
         replace(asked, headers={"x": "1"}),
         replace(asked, body={**asked.body, "x": "1"}),
     ]
-    assert len({request_digest(URL, each, each.with_prompt("hello")) for each in places}) == 3
+    assert len({request_digest(URL, place, place.with_prompt("hello")) for place in places}) == 3
 
 
 def test_each_sample_has_a_key_of_its_own() -> None:

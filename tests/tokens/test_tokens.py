@@ -56,7 +56,11 @@ JARGON = [
 
 
 def chat(*contents, model="gpt-4o", **more):
-    return {"model": model, "messages": [{"role": "user", "content": each} for each in contents], **more}
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": content} for content in contents],
+        **more,
+    }
 
 
 def direct(text, encoding="o200k_base"):
@@ -300,13 +304,13 @@ async def test_the_size_of_an_image_is_read_from_its_data_url(counter, url):
     assert await counter.count_input(chat([part])) == 7 + 85
 
 
-async def test_an_unknown_model_is_said_once(counter, caplog):
+async def test_an_unknown_model_is_logged_once(counter, caplog):
     caplog.set_level(logging.INFO, "openai_eval_client")
     for _ in range(3):
-        await counter.count_text("x", "said-once")
-        await TokenCounter().count_text("x", "said-once")
+        await counter.count_text("x", "logged-once")
+        await TokenCounter().count_text("x", "logged-once")
     assert [record.getMessage() for record in caplog.records] == [
-        "tiktoken does not know model 'said-once': counting with o200k_base"
+        "tiktoken does not know model 'logged-once': counting with o200k_base"
     ]
 
 
