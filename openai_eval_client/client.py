@@ -518,7 +518,7 @@ class OpenAIClient:
         from openai_eval_client._report import Display  # seldom wanted
 
         def probe() -> Reading:
-            troubles = self._account.recorder.troubles
+            troubles = self._account.recorder.rate_limited_and_retries
             if pool is None:
                 return Reading(None, None, *troubles)
             return Reading(self._account.gauge(model), pool.in_flight, *troubles)

@@ -9,7 +9,6 @@ from openai_eval_client._report.progress import (
     Reading,
     bar_is_open,
     both,
-    clock,
     report,
     write_above,
 )
@@ -22,7 +21,6 @@ __all__ = [
     "Reading",
     "bar_is_open",
     "both",
-    "clock",
     "html",
     "meaning",
     "report",

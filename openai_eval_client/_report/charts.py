@@ -375,7 +375,7 @@ class _Axis:
 
     def totals(self, what: str) -> list[float]:
         """Return what happened in each column, of all models together."""
-        tracks = self.history.tracks.values()
+        tracks = self.history.models.values()
         return [sum(each) for each in zip(*(self.sums(getattr(t, what)) for t in tracks), strict=True)]
 
     def means(self, values: Sequence[float]) -> list[float]:
@@ -402,7 +402,7 @@ class _Axis:
 
 def pictures(stats: ClientStats, story: ReportData, facts: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the sections that are pictures."""
-    if story.history.tracks:
+    if story.history.models:
         axis = _Axis.of(story.history)
         yield from _limits(axis, facts)
         yield section("In flight, and refused", figures(_flight(axis, facts)))
@@ -423,7 +423,7 @@ def latency(classes: Mapping[int, int], marks: Mapping[str, float], what: str) -
 
 def _limits(axis: _Axis, facts: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the pictures of the models that spent most, against their limits."""
-    tracks, known = axis.history.tracks, {each.model: each for each in facts}
+    tracks, known = axis.history.models, {each.model: each for each in facts}
     largest = sorted(known.keys() & tracks.keys(), key=lambda model: (-sum(tracks[model].reserved), model))
     drawn: list[Markup] = []
     for model in largest[:_DRAWN]:

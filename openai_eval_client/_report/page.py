@@ -133,7 +133,7 @@ def bottleneck(stats: ClientStats, facts: Sequence[ModelLimits], history: Histor
     whole = waited + stats.server_seconds + stats.retry_seconds
     if stats.retry_seconds > _MUCH * whole and stats.retry_seconds > waited:
         return _failing(stats)
-    known = [each for each in facts if each.model in history.tracks]
+    known = [each for each in facts if each.model in history.models]
     if waited < _LITTLE * whole or not known:
         return _server(stats, history)
     _, cause, which = max(
@@ -141,7 +141,7 @@ def bottleneck(stats: ClientStats, facts: Sequence[ModelLimits], history: Histor
         for number, each in enumerate(known)
         for cause, seconds in (each.waited or {"concurrency": 0.0}).items()
     )
-    one, track = known[which], history.tracks[known[which].model]
+    one, track = known[which], history.models[known[which].model]
     if cause == "pause":
         return _paused(stats, one)
     if cause == "concurrency":
@@ -286,7 +286,7 @@ _ROWS = 40  # of a table
 
 def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
     """Write the report of a client, and return its path."""
-    stats, story, facts = account.stats, account.recorder.story(), account.facts
+    stats, story, facts = account.stats, account.recorder.report_data(), account.facts
     return write_page(path, client_page(stats, story, facts, base_url=base_url, title=title))
 
 
@@ -340,7 +340,7 @@ def _sections(
     yield from pictures(stats, story, facts)
     if stats.cost.rows:
         yield section("Cost", card(_costs(stats.cost)), note=_cost_note(stats))
-    if story.history.tracks:
+    if story.history.models:
         yield section("Models", card(_models(story.history, facts)))
     yield _failures(stats, story)
 
@@ -410,7 +410,7 @@ def _models(history: History, facts: Sequence[ModelLimits]) -> Markup:
         "answer, tokens",
     )
     rows = []
-    for model, track in sorted(history.tracks.items(), key=lambda pair: -sum(pair[1].admitted)):
+    for model, track in sorted(history.models.items(), key=lambda pair: -sum(pair[1].admitted)):
         used = shares(known[model], track, history.breaks) if model in known else {}
         length = known[model].output_length.get("mean") if model in known else None
         counts = (

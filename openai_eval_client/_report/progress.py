@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
-from openai_eval_client._format import usd
+from openai_eval_client._format import short, timer, usd
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -184,11 +184,11 @@ class Meter:
 def progress_of(figures: ProgressSnapshot) -> str:
     """Return how far it is: count, rate and time."""
     done = f"{figures.done:,}" if figures.total is None else f"{figures.done:,}/{figures.total:,}"
-    parts = [done, f"{_brief(figures.rate)}/s"]
+    parts = [done, f"{short(figures.rate)}/s"]
     if figures.left is not None and figures.done != figures.total:
-        parts.append(f"{clock(figures.left)} left")
+        parts.append(f"{timer(figures.left)} left")
     else:
-        parts.append(f"{clock(figures.seconds)}")
+        parts.append(f"{timer(figures.seconds)}")
     return ", ".join([*parts, *filter(None, [waited_for(figures)])])
 
 
@@ -198,7 +198,7 @@ def waited_for(figures: ProgressSnapshot) -> str:
         return "waiting for the Batch API"
     if not figures.waiting or figures.cause == "concurrency":
         return ""
-    long = f" {clock(figures.wait)}" if figures.wait >= _LONG_WAIT else ""
+    long = f" {timer(figures.wait)}" if figures.wait >= _LONG_WAIT else ""
     if figures.cause == "pause":
         return f"paused by the server{long}"
     return f"waiting{long} for {_NAMES[figures.cause]}"
@@ -238,28 +238,12 @@ def log_line(figures: ProgressSnapshot) -> str:
     return ", ".join([f"{done}{share}", rest, *details(figures)])
 
 
-def clock(seconds: float) -> str:
-    """Return a time as 0:07, 12:34 or 1:23:45."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def _spent(said: Reading) -> dict[str, float]:
     return said.gauge.spent if said.gauge is not None else {}
 
 
 def _usage(name: str, used: float, limit: float | None) -> str:
-    return f"{_NAMES[name]} {_brief(used)}" + (f"/{_brief(limit)}" if limit else "")
-
-
-def _brief(number: float) -> str:
-    """Return a number in three digits or so."""
-    if number >= _MEGA:
-        return f"{number / _MEGA:.3g}M"
-    if number >= 10 * _KILO:
-        return f"{number / _KILO:.0f}k"
-    return f"{number:.3g}" if number < _KILO else f"{number:.0f}"
+    return f"{_NAMES[name]} {short(used)}" + (f"/{short(limit)}" if limit else "")
 
 
 _NARROW = 80  # columns of a terminal that does not say

@@ -20,6 +20,7 @@ from openai_eval_client import (
     TokenUsage,
     ValidationError,
 )
+from openai_eval_client._format import timer
 from openai_eval_client._limits.queue import LimitStatus
 from openai_eval_client._report import progress as bar
 from openai_eval_client._report.progress import (
@@ -27,7 +28,6 @@ from openai_eval_client._report.progress import (
     Meter,
     ProgressSnapshot,
     Reading,
-    clock,
     details,
     fitted,
     log_line,
@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_left_out():
     parts = details(ProgressSnapshot(used={"requests": 5.0}, in_flight=1, retries=2))
     assert fitted(parts, 18) == "RPM 5  1 in flight"
     assert fitted(parts, 5) == "RPM 5"
-    assert clock(59.6) == "1:00"
+    assert timer(59.6) == "1:00"
 
 
 # --- what shows them --------------------------------------------------------------------------------------

@@ -49,8 +49,8 @@ async def test_the_figures_on_the_page_are_those_of_the_statistics(tmp_path, no_
     assert tiles["429s / retries"] == f"{stats.rate_limited} / {stats.retries}"
     assert tiles["tokens in"] == f"{stats.prompt_tokens:,}"
     assert page.words.count(f"{stats.requests - stats.failures} answered, {stats.failures} failed, ") == 1
-    story = client._account.recorder.story()
-    track = story.history.tracks["gpt-4o-mini"]
+    story = client._account.recorder.report_data()
+    track = story.history.models["gpt-4o-mini"]
     assert sum(track.admitted) == stats.attempts
     assert sum(track.rate_limited) == stats.rate_limited
     assert sum(track.used) == stats.prompt_tokens + stats.completion_tokens
@@ -159,7 +159,7 @@ async def test_nothing_stays_in_flight_after_cancelled_and_failed_runs(few_certi
             await client.batch_generate(["x"] * 20, max_tokens=5, return_exceptions=True)
             timeline = client._account.recorder._timeline
     assert timeline._in_flight == 0
-    track = timeline.history().tracks["gpt-4o-mini"]
+    track = timeline.history().models["gpt-4o-mini"]
     assert sum(track.admitted) > 20
 
 
@@ -178,7 +178,7 @@ def test_threads_keep_one_history(few_certificates):
         timeline = client._account.recorder._timeline
         asyncio.run(client.close())
     assert timeline._in_flight == 0
-    assert sum(timeline.history().tracks["gpt-4o-mini"].admitted) == 100
+    assert sum(timeline.history().models["gpt-4o-mini"].admitted) == 100
 
 
 # --- the file --------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def test_times_have_units(seconds, said):
 
 @pytest.mark.parametrize(
     ("amount", "said"),
-    [(None, "unknown"), (0, "$0.00"), (1234.5, "$1,234.50"), (0.00012345, "$0.00012"), (0.05, "$0.05")],
+    [(None, "unknown"), (0, "$0.00"), (1234.5, "$1,234.50"), (0.00012345, "$0.00012"), (0.05, "$0.050")],
 )
 def test_amounts_say_what_is_known(amount, said):
     """Little is not nothing."""

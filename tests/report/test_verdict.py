@@ -141,10 +141,10 @@ def test_shares_are_of_the_lower_limit_and_count_the_burst():
     """As `ClientStats.utilisation` has it, but until the last event."""
     history = ran(600, seconds=60.0, reserved=100)
     one = facts(requests=600, tokens=600_000, server=60_000, burst=600.0)
-    used = shares(one, history.tracks["m"], history.breaks)
+    used = shares(one, history.models["m"], history.breaks)
     assert used["requests"] == pytest.approx(0.5, rel=0.01)
     assert used["tokens"] == pytest.approx(60_000 / 60_600, rel=0.01)
-    rested = shares(one, history.tracks["m"], {3: 60.0, 9: 3600.0})
+    rested = shares(one, history.models["m"], {3: 60.0, 9: 3600.0})
     assert rested["requests"] == pytest.approx(600 / 2400, rel=0.01)
 
 

@@ -33,7 +33,7 @@ steps = st.tuples(st.floats(0, 9), st.floats(0, 500), st.integers(0, 1000))
 def test_nothing_is_lost_however_long_it_takes(events):
     """Sums over all intervals are what was told; time in flight is the sum of all attempts."""
     history = after(events)
-    track = history.tracks["m"]
+    track = history.models["m"]
     assert sum(track.admitted) == len(events)
     assert sum(track.reserved) == sum(track.used) == sum(tokens for *_, tokens in events)
     assert track.seconds == pytest.approx(sum(seconds for _, seconds, _ in events))
@@ -48,14 +48,14 @@ def test_all_of_it_fits_the_intervals(events):
     history = after(events)
     assert history.seconds < BINS * history.width
     assert history.width == 0.25 or history.seconds >= BINS * history.width / 2
-    assert not any(history.tracks["m"].admitted[history.bins :])
+    assert not any(history.models["m"].admitted[history.bins :])
 
 
 def test_a_long_run_takes_no_more_memory_than_a_short_one():
     """A million seconds fit the same arrays."""
     short, long = after([(1, 1, 1)] * 3), after([(9, 1, 1)] * 3000)
     sizes = [
-        sum(sys.getsizeof(getattr(h.tracks["m"], name)) for name in _timeline._COUNTS) for h in (short, long)
+        sum(sys.getsizeof(getattr(h.models["m"], name)) for name in _timeline._COUNTS) for h in (short, long)
     ]
     assert sizes[0] == sizes[1]
     assert long.seconds > 20_000
@@ -66,12 +66,12 @@ def test_what_happens_in_an_interval_stays_there():
     timeline = Timeline()
     for at in (0.0, 1.1, 59.9):
         timeline.admitted("m", at, at, 10)
-    admitted = timeline.history().tracks["m"].admitted
+    admitted = timeline.history().models["m"].admitted
     assert [n for n, count in enumerate(admitted) if count] == [0, 4, 239]
     timeline.admitted("m", 60.0, 60.0, 10)
     history = timeline.history()
     assert history.width == 0.5
-    assert [n for n, count in enumerate(history.tracks["m"].admitted) if count] == [0, 2, 119, 120]
+    assert [n for n, count in enumerate(history.models["m"].admitted) if count] == [0, 2, 119, 120]
 
 
 def test_idle_time_is_left_out_and_waiting_is_not():
@@ -115,7 +115,7 @@ def test_models_beyond_a_number_are_put_together():
     for number in range(1000):
         timeline.admitted(f"m{number}", 0.0, 0.0, 1)
     timeline.admitted(None, 0.0, 0.0, 0)
-    tracks = timeline.history().tracks
+    tracks = timeline.history().models
     assert len(tracks) == 25
     assert sum(tracks["other models"].admitted) == 1000 - 24 + 1
 
@@ -126,7 +126,7 @@ def test_ends_are_told_apart():
     for status, used in ((200, 7), (429, None), (500, None), (None, None), (None, 0)):
         timeline.admitted("m", 0.0, 0.0, 1)
         timeline.ended("m", 0.1, 0.1, status, used)
-    track = timeline.history().tracks["m"]
+    track = timeline.history().models["m"]
     assert (sum(track.used), sum(track.rate_limited), sum(track.failed)) == (7, 1, 2)
     assert timeline._in_flight == 0
 
@@ -145,7 +145,7 @@ def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeyp
 
     monkeypatch.setattr(_timeline, "_joined", collecting)
     timeline.admitted("m", 70.0, 70.0, 1)
-    assert sum(timeline.history().tracks["m"].used) == 5
+    assert sum(timeline.history().models["m"].used) == 5
     assert timeline._in_flight == 1
 
 
@@ -157,10 +157,10 @@ def test_events_out_of_order_are_taken_as_of_now():
     timeline.ended("m", 3.0, 1.0, 200, 1)
     history = timeline.history()
     assert history.seconds == 0.0
-    assert sum(history.tracks["m"].admitted) == 2
+    assert sum(history.models["m"].admitted) == 2
 
 
 def test_before_anything_there_is_nothing():
     """Not even a beginning."""
     history = Timeline().history()
-    assert (history.began_at, history.seconds, history.tracks) == (None, 0.0, {})
+    assert (history.began_at, history.seconds, history.models) == (None, 0.0, {})
