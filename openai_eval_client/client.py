@@ -12,7 +12,7 @@ from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import Caller, collect, estimate, pool_for
-from openai_eval_client._report import Guarded, Reading, both
+from openai_eval_client._report import Guarded, ProgressSnapshot, both
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, govern
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
@@ -517,11 +517,10 @@ class OpenAIClient:
         """Return what shows how far a call is; where no pool is at work, limits play no part."""
         from openai_eval_client._report import Display  # seldom wanted
 
-        def probe() -> Reading:
-            troubles = self._account.recorder.rate_limited_and_retries
-            if pool is None:
-                return Reading(None, None, *troubles)
-            return Reading(self._account.gauge(model), pool.in_flight, *troubles)
+        def probe() -> ProgressSnapshot:
+            rate_limited, retries = self._account.recorder.rate_limited_and_retries
+            limits, in_flight = (None, None) if pool is None else (self._account.gauge(model), pool.in_flight)
+            return ProgressSnapshot(limits, in_flight, rate_limited, retries)
 
         return Display(total, probe)
 

@@ -27,7 +27,6 @@ from openai_eval_client._report.progress import (
     Display,
     Meter,
     ProgressSnapshot,
-    Reading,
     details,
     fitted,
     log_line,
@@ -43,9 +42,9 @@ def response(cost, *, cached=False):
     )  # fmt: skip
 
 
-def gauge(requests=0, tokens=0, waiting=0, cause="concurrency", seconds=0.0):
-    limits = {"requests": 600.0, "tokens": None}
-    return LimitStatus({"requests": requests, "tokens": tokens}, limits, waiting, cause, seconds)
+def limits(requests=0, tokens=0, *, waiting=0, cause="concurrency", seconds=0.0, tpm=None):
+    per_minute = {"requests": 600.0, "tokens": tpm}
+    return LimitStatus({"requests": requests, "tokens": tokens}, per_minute, waiting, cause, seconds)
 
 
 # --- the figures ------------------------------------------------------------------------------------------
@@ -53,10 +52,10 @@ def gauge(requests=0, tokens=0, waiting=0, cause="concurrency", seconds=0.0):
 
 def test_what_is_counted():
     """Outcomes, their cost as far as it is known and was paid, and what it will be at this rate."""
-    meter = Meter(10, Reading(gauge(5), 0, 2, 1), 100.0)
+    meter = Meter(10, ProgressSnapshot(limits(5), 0, 2, 1), 100.0)
     for outcome in (response(0.5), response(9.0, cached=True), response(None), ValueError()):
         meter.count(outcome)
-    figures = meter.read(Reading(gauge(9, 70), 3, 4, 2), 102.0)
+    figures = meter.read(ProgressSnapshot(limits(9, 70), 3, 4, 2), 102.0)
     assert (figures.done, figures.failed, figures.unpriced) == (4, 1, 1)
     assert (figures.cost, figures.projected) == (0.5, 1.25)
     assert (figures.rate, figures.seconds, figures.left) == (2.0, 2.0, 3.0)
@@ -66,22 +65,22 @@ def test_what_is_counted():
 
 def test_a_minute_is_looked_back_on():
     """What was before it counts neither for the rate nor for what is used of the limits."""
-    meter = Meter(1000, Reading(gauge(0)), 0.0)
+    meter = Meter(1000, ProgressSnapshot(limits(0)), 0.0)
     for second in range(1, 121):
         meter.count(response(0.0))
         if second > 60:
             meter.count(response(0.0))
-        figures = meter.read(Reading(gauge(second * 3), 1), float(second))
+        figures = meter.read(ProgressSnapshot(limits(second * 3), 1), float(second))
     assert figures.rate == pytest.approx(2.0)
     assert figures.used["requests"] == 180
 
 
 def test_a_burst_does_not_promise_too_much():
     """What is left takes no less than the limits allow, and no more than all of a limit is used."""
-    meter = Meter(1200, Reading(gauge(0)), 0.0)
+    meter = Meter(1200, ProgressSnapshot(limits(0)), 0.0)
     for _ in range(600):
         meter.count(response(0.0))
-    figures = meter.read(Reading(gauge(700), 1), 1.0)
+    figures = meter.read(ProgressSnapshot(limits(700), 1), 1.0)
     assert figures.left == pytest.approx(70.0)  # 600 prompts, 7/6 requests each, 10 a second
     assert figures.used["requests"] == 600
 
@@ -90,15 +89,15 @@ def test_a_burst_does_not_promise_too_much():
     ("figures", "said"),
     [
         (
-            ProgressSnapshot(done=0, total=5, waiting=1, cause="tokens", wait=42.4, in_flight=0),
+            ProgressSnapshot(limits(waiting=1, cause="tokens", seconds=42.4), in_flight=0, total=5),
             "waiting 0:42 for TPM",
         ),
         (
-            ProgressSnapshot(done=0, total=5, waiting=1, cause="requests", wait=0.1, in_flight=0),
+            ProgressSnapshot(limits(waiting=1, cause="requests", seconds=0.1), in_flight=0, total=5),
             "waiting for RPM",
         ),
         (
-            ProgressSnapshot(done=0, waiting=3, cause="pause", wait=75, in_flight=0),
+            ProgressSnapshot(limits(waiting=3, cause="pause", seconds=75), in_flight=0),
             "paused by the server 1:15",
         ),
         (ProgressSnapshot(done=1, total=5), "1 (20%), 0/s, 0:00, waiting for the Batch API"),
@@ -107,7 +106,7 @@ def test_a_burst_does_not_promise_too_much():
         (ProgressSnapshot(cost=0.0123, projected=1.5, in_flight=0), "$0.012 of ~$1.50"),
         (ProgressSnapshot(unpriced=2, in_flight=0), "cost unknown"),
         (ProgressSnapshot(unpriced=2, cost=0.5, in_flight=0), "$0.50 + 2 unpriced"),
-        (ProgressSnapshot(used={"tokens": 123_456.0}, limits={"tokens": 2e6}, in_flight=0), "TPM 123k/2M"),
+        (ProgressSnapshot(limits(tpm=2e6), in_flight=0, used={"tokens": 123_456.0}), "TPM 123k/2M"),
         (ProgressSnapshot(failed=2, rate_limited=1, retries=3), "2 failed, $0.00, 1 x 429, 3 retries"),
     ],
 )  # fmt: skip
@@ -127,7 +126,7 @@ def test_what_does_not_fit_is_left_out():
 # --- what shows them --------------------------------------------------------------------------------------
 
 
-def shown(seconds, *, probe=Reading, total=10):
+def shown(seconds, *, probe=ProgressSnapshot, total=10):
     """What a display of so many virtual seconds writes to standard error, which is no terminal."""
     loop = VirtualLoop()
 
@@ -161,7 +160,7 @@ def test_nothing_breaks_a_run(caplog, monkeypatch):
         calls.append(1)
         if len(calls) > 1:
             raise RuntimeError("broken")
-        return Reading()
+        return ProgressSnapshot()
 
     shown(35, probe=probe)
     assert [record.message for record in caplog.records] == [

@@ -1,10 +1,12 @@
 """What bound a run, and what to do about it."""
 
+from dataclasses import replace
+
 import pytest
 
 from openai_eval_client._limits.buckets import Limit
 from openai_eval_client._limits.queue import ModelLimits
-from openai_eval_client._report.page import bottleneck, shares
+from openai_eval_client._report.page import bottleneck, limit_shares
 from openai_eval_client._stats import Timeline
 from openai_eval_client.models import ClientStats
 
@@ -108,7 +110,7 @@ def test_a_run_that_was_refused_again_and_again_is_told_so():
     """And which limit it was."""
     totals = stats(rate_limited=17, rate_limited_by={"tokens": 15, "requests": 2})
     said = bottleneck(totals, [facts({"pause": 900.0, "tokens": 1.0})], ran())
-    assert said.headline == "held up by the server's unsupported: 17 times 429, mostly for tokens"
+    assert said.headline == "held up by the server: 17 times 429, mostly for tokens"
 
 
 def test_a_run_of_failures_was_slowed_by_them():
@@ -141,10 +143,10 @@ def test_shares_are_of_the_lower_limit_and_count_the_burst():
     """As `ClientStats.utilisation` has it, but until the last event."""
     history = ran(600, seconds=60.0, reserved=100)
     one = facts(requests=600, tokens=600_000, server=60_000, burst=600.0)
-    used = shares(one, history.models["m"], history.breaks)
+    used = limit_shares(one, history)
     assert used["requests"] == pytest.approx(0.5, rel=0.01)
     assert used["tokens"] == pytest.approx(60_000 / 60_600, rel=0.01)
-    rested = shares(one, history.models["m"], {3: 60.0, 9: 3600.0})
+    rested = limit_shares(one, replace(history, breaks={3: 60.0, 9: 3600.0}))
     assert rested["requests"] == pytest.approx(600 / 2400, rel=0.01)
 
 
