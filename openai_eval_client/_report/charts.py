@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections import Counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from openai_eval_client._format import count, duration, percent, short
@@ -118,55 +119,80 @@ class Layer(NamedTuple):
     values: Sequence[float]  # one for each column
 
 
-@dataclass(frozen=True, slots=True)
-class TimeChart:
-    """Columns over time, with limits to compare them with."""
+class TimeAxis:
+    """The axis of time of all charts of a run: columns of a second at least, and not too many."""
 
-    title: str
-    unit: str  # of the values
-    seconds: float  # how long the axis of time is
-    step: float  # seconds of each column
-    layers: Sequence[Layer]
-    line: Layer | None = None  # over the columns
-    limits: Mapping[str, float] = field(default_factory=dict)  # values to be marked, by label
-    breaks: Mapping[float, float] = field(default_factory=dict)  # seconds left out, by where on the axis
+    def __init__(self, history: History) -> None:
+        self.history = history
+        self.seconds = max(history.seconds, 1.0)
+        self._group = math.ceil(max(1.0, self.seconds / _COLUMNS) / history.width)  # intervals to a column
+        self.step = self._group * history.width
+        self._columns = math.ceil(self.seconds / self.step)
+        minutes = self.seconds >= _MINUTE
+        self.unit, self.symbol, self.scale = ("minute", "min", _MINUTE) if minutes else ("second", "s", 1.0)
 
-    def draw(self) -> Markup:
-        """Return it as SVG."""
-        sums = [sum(values) for values in zip(*(layer.values for layer in self.layers), strict=True)]
-        highest = max([*sums, *(self.line.values if self.line else ())])
-        near = {label: value for label, value in self.limits.items() if value <= _FAR * highest}
-        top, axis = _amounts(_reach(sums, max([highest, *near.values()]), near.values()), self.unit)
-        parts = [axis, *self._time_axis(), *self._columns(top), *self._peaks(sums, top)]
-        if self.line:
-            points = (
-                f"{x:.2f} {_y(v / top):.2f}" for n, v in enumerate(self.line.values) for x in self._span(n)
-            )
-            parts.append(f'<path class="line {self.line.style}" d="M{"L".join(points)}"/>')
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Return what happened in each column."""
+        return [sum(values[n * self._group : (n + 1) * self._group]) for n in range(self._columns)]
+
+    def rates(self, values: Sequence[float]) -> list[float]:
+        """Return the same per unit of time; the last column counts as half a column at least."""
+        past = [max(self.seconds - n * self.step, self.step / 2) for n in range(self._columns)]
+        lengths = [min(self.step, seconds) for seconds in past] if self._columns > 1 else [self.step]
+        return [total * self.scale / length for total, length in zip(self.sums(values), lengths, strict=True)]
+
+    def totals(self, counts: str) -> list[float]:
+        """Return what happened in each column, of all models together."""
+        models = (self.sums(getattr(model, counts)) for model in self.history.models.values())
+        return [sum(values) for values in zip(*models, strict=True)]
+
+    def means(self, values: Sequence[float]) -> list[float]:
+        """Return the mean of what had a value in each interval, over each column."""
+        width, end = self.history.width, self.history.seconds
+        lengths = [min(width, max(end - n * width, 0.0)) for n in range(len(values))]
+        areas = self.sums([value * length for value, length in zip(values, lengths, strict=True)])
+        return [area / max(length, 1e-9) for area, length in zip(areas, self.sums(lengths), strict=True)]
+
+    def draw(
+        self,
+        title: str,
+        unit: str,
+        *layers: Layer,
+        line: Layer | None = None,
+        limits: Mapping[str, float] = MappingProxyType({}),
+    ) -> Markup:
+        """Return columns on this axis, with a line over them, and limits marked by label."""
+        sums = [sum(values) for values in zip(*(layer.values for layer in layers), strict=True)]
+        highest = max([*sums, *(line.values if line else ())])
+        near = {label: value for label, value in limits.items() if value <= _FAR * highest}
+        top, axis = _amounts(_reach(sums, max([highest, *near.values()]), near.values()), unit)
+        parts = [axis, *self._ticks(), *self._stacked(layers, unit, top), *self._peaks(sums, top)]
+        if line:
+            points = (f"{x:.2f} {_y(v / top):.2f}" for n, v in enumerate(line.values) for x in self._span(n))
+            parts.append(f'<path class="line {line.style}" d="M{"L".join(points)}"/>')
         parts += [*_limit_marks(near, top), *self._breaks()]
-        if far := ", ".join(sorted(self.limits.keys() - near.keys())):
+        if far := ", ".join(sorted(limits.keys() - near.keys())):
             parts.append(_text(_RIGHT, _TOP - 10, f"far below {far}", "end"))
-        mean, most = (f"{value:,.4g}" for value in (sum(sums) / len(sums), max(sums)))
-        limits = "".join(f" {label}." for label in self.limits)
-        about = f"{duration(self.seconds)}; {mean} {self.unit} on average, {most} at most.{limits}"
-        return _chart(self.title, about, parts)
+        mean, most = map(short, (sum(sums) / len(sums), max(sums)))
+        about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
+        return _chart(title, about + "".join(f" {label}." for label in limits), parts)
 
     def _span(self, number: int) -> tuple[float, float]:
         return _x(number * self.step / self.seconds), _x((number + 1) * self.step / self.seconds)
 
-    def _time_axis(self) -> Iterator[str]:
+    def _ticks(self) -> Iterator[str]:
         longest = _TIME_STEPS[-1]
         fits = (step for step in _TIME_STEPS if self.seconds / step <= _TIME_TICKS)
         step = next(fits, longest * math.ceil(self.seconds / longest / _TIME_TICKS))
         for number in range(int(self.seconds / step) + 1):
             yield _time_tick(_x(number * step / self.seconds), number * step)
 
-    def _columns(self, top: float) -> Iterator[str]:
-        below = [0.0] * len(self.layers[0].values)
-        for layer in self.layers:
+    def _stacked(self, layers: Sequence[Layer], unit: str, top: float) -> Iterator[str]:
+        below = [0.0] * self._columns
+        for layer in layers:
             for number, value in enumerate(layer.values):
                 if value:
-                    tooltip = f"{duration(number * self.step)}: {value:,.4g} {self.unit} {layer.label}"
+                    tooltip = f"{duration(number * self.step)}: {short(value)} {unit} {layer.label}"
                     y = below[number] / top, (below[number] + value) / top
                     yield _column(layer.style, self._span(number), y, tooltip)
                     below[number] += value
@@ -183,13 +209,13 @@ class TimeChart:
 
     def _breaks(self) -> Iterator[str]:
         """Mark where time is left out; where that is often, only the tooltip says how much."""
-        for at, seconds in self.breaks.items():
-            x = _x(at / self.seconds)
-            tooltip = f"{duration(seconds)} in which nothing happened are left out here"
+        for number, idle in self.history.breaks.items():
+            x = _x((number + 0.5) * self.history.width / self.seconds)
+            tooltip = f"{duration(idle)} in which nothing happened are left out here"
             yield f'<path class="break" d="M{x:.1f} {_TOP}V{_BOTTOM}"><title>{tooltip}</title></path>'
-            if len(self.breaks) <= _LABELLED:
+            if len(self.history.breaks) <= _LABELLED:
                 anchor = "end" if x > _RIGHT - _EDGE else "middle"
-                yield _text(x, _BOTTOM + 34, f"{duration(seconds)} idle", anchor)
+                yield _text(x, _BOTTOM + 34, f"{duration(idle)} idle", anchor)
 
 
 def _reach(sums: Sequence[float], highest: float, limits: Iterable[float]) -> float:
@@ -215,9 +241,9 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     """Return how often requests took how long, by class of a `Histogram`, on a logarithmic axis of time."""
     first, last = min(classes), max(classes)
     wide = -(-(last - first + 1) // _BARS)  # classes in a bar
-    bars: dict[int, int] = {}
+    bars: Counter[int] = Counter()
     for number, times in classes.items():
-        bars[(number - first) // wide] = bars.get((number - first) // wide, 0) + times
+        bars[(number - first) // wide] += times
     margin = max(2, (_FEWEST_BARS - max(bars)) // 2)
     slots = max(bars) + 1 + 2 * margin
 
@@ -242,73 +268,22 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    shown: list[float] = []
+    """Return round times between two, not too many of them."""
+    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     for digits in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [digit * 10.0**power for power in powers for digit in digits]
-        shown = [value for value in ticks if low <= value <= high]
-        if len(shown) <= _TIME_TICKS + 1:
+        ticks = [digit * power for power in powers for digit in digits if low <= digit * power <= high]
+        if len(ticks) <= _TIME_TICKS + 1:
             break
-    return shown or [math.sqrt(low * high)]
+    return ticks or [math.sqrt(low * high)]
 
 
 # --- the charts of a run ----------------------------------------------------------------------------------
 
 
-class _Axis:
-    """The axis of time of all charts of a run: columns of a second at least, and not too many."""
-
-    def __init__(self, history: History) -> None:
-        self.history = history
-        self.seconds = max(history.seconds, 1.0)
-        self._group = math.ceil(max(1.0, self.seconds / _COLUMNS) / history.width)  # intervals to a column
-        self.step = self._group * history.width
-        self.columns = math.ceil(self.seconds / self.step)
-        minutes = self.seconds >= _MINUTE
-        self.unit, self.symbol, self.scale = ("minute", "min", _MINUTE) if minutes else ("second", "s", 1.0)
-
-    def sums(self, values: Sequence[float]) -> list[float]:
-        """Return what happened in each column."""
-        return [sum(values[n * self._group : (n + 1) * self._group]) for n in range(self.columns)]
-
-    def rates(self, values: Sequence[float]) -> list[float]:
-        """Return the same per unit of time; the last column counts as half a column at least."""
-        past = [max(self.seconds - n * self.step, self.step / 2) for n in range(self.columns)]
-        lengths = [min(self.step, seconds) for seconds in past] if self.columns > 1 else [self.step]
-        return [total * self.scale / length for total, length in zip(self.sums(values), lengths, strict=True)]
-
-    def totals(self, counts: str) -> list[float]:
-        """Return what happened in each column, of all models together."""
-        models = (self.sums(getattr(model, counts)) for model in self.history.models.values())
-        return [sum(values) for values in zip(*models, strict=True)]
-
-    def means(self, values: Sequence[float]) -> list[float]:
-        """Return the mean of what had a value in each interval, over each column."""
-        width, end = self.history.width, self.history.seconds
-        lengths = [min(width, max(end - n * width, 0.0)) for n in range(len(values))]
-        areas = self.sums([value * length for value, length in zip(values, lengths, strict=True)])
-        return [area / max(length, 1e-9) for area, length in zip(areas, self.sums(lengths), strict=True)]
-
-    def figure(
-        self,
-        heading: object,
-        title: str,
-        unit: str,
-        *layers: Layer,
-        line: Layer | None = None,
-        limits: Mapping[str, float] | None = None,
-    ) -> Markup:
-        """Return a chart on this axis under its heading, with the keys of its colours."""
-        breaks = {(n + 0.5) * self.history.width: idle for n, idle in self.history.breaks.items()}
-        chart = TimeChart(title, unit, self.seconds, self.step, layers, line, limits or {}, breaks)
-        keys = {layer.style: layer.label for layer in (*layers, line) if layer}
-        return _figure(heading, chart.draw(), keys)
-
-
 def chart_sections(stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the sections of a report that are charts."""
     if data.history.models:
-        axis = _Axis(data.history)
+        axis = TimeAxis(data.history)
         yield from _against_limits(axis, limits)
         yield _figures("In flight, and refused", _in_flight(axis, limits))
     drawn = [*_where_time_went(stats), *_latency(stats, data)]
@@ -324,10 +299,12 @@ def _figures(heading: str, drawn: Iterable[str], note: str = "") -> Markup:
     return section(heading, f'<div class="figures">{"".join(drawn)}</div>', note=note)
 
 
-def _figure(heading: object, drawn: str, keys: Mapping[str, str], kind: str = "") -> Markup:
-    """Return a chart under its heading, with its keys: the class of each colour and what it means."""
-    swatches = "".join(f'<span class="key">{_swatch(style, label)}</span>' for style, label in keys.items())
-    caption = f"<figcaption>{swatches}</figcaption>" if keys else ""
+def _figure(heading: object, drawn: str, *layers: Layer | None, kind: str = "") -> Markup:
+    """Return a chart under its heading, with the keys of its colours."""
+    keys = "".join(
+        f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers if layer
+    )
+    caption = f"<figcaption>{keys}</figcaption>" if keys else ""
     return Markup(f'<figure class="card {kind}"><h3>{escape(heading)}</h3>{drawn}{caption}</figure>')
 
 
@@ -335,7 +312,7 @@ def _swatch(style: str, label: str) -> Markup:
     return Markup(f'<span class="swatch {style}"></span>{escape(label)}')
 
 
-def _against_limits(axis: _Axis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
+def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the charts of the models that used most, against their limits."""
     models, known = axis.history.models, {each.model: each for each in limits}
     largest = sorted(known.keys() & models.keys(), key=lambda model: (-sum(models[model].reserved), model))
@@ -348,7 +325,7 @@ def _against_limits(axis: _Axis, limits: Sequence[ModelLimits]) -> Iterator[Mark
         yield _figures("Requests and tokens against their limits", drawn, note)
 
 
-def _of_model(axis: _Axis, timeline: ModelTimeline, limits: ModelLimits) -> Iterator[Markup]:
+def _of_model(axis: TimeAxis, timeline: ModelTimeline, limits: ModelLimits) -> Iterator[Markup]:
     sent = Layer("sent", "admitted", axis.rates(timeline.admitted))
     reserved = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
     used = Layer("used by answers", "used", axis.rates(timeline.used))
@@ -358,10 +335,11 @@ def _of_model(axis: _Axis, timeline: ModelTimeline, limits: ModelLimits) -> Iter
     ):
         heading = Markup(f"{name(limits.model)}: {dimension} per {axis.unit}")
         title, unit = f"{dimension} per {axis.unit}, {limits.model}", f"{dimension}/{axis.symbol}"
-        yield axis.figure(heading, title, unit, layer, line=line, limits=_marked(limit, axis))
+        drawn = axis.draw(title, unit, layer, line=line, limits=_marked(limit, axis))
+        yield _figure(heading, drawn, layer, line)
 
 
-def _marked(limit: Limit, axis: _Axis) -> dict[str, float]:
+def _marked(limit: Limit, axis: TimeAxis) -> dict[str, float]:
     """Return the limits to be marked, by label."""
     known = {"limit": limit.configured, "server's limit": limit.server}
     if limit.configured == limit.server:
@@ -371,18 +349,21 @@ def _marked(limit: Limit, axis: _Axis) -> dict[str, float]:
     }
 
 
-def _in_flight(axis: _Axis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
+def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return how many requests were in flight, and which attempts brought no answer."""
     means, bounds = axis.means(axis.history.in_flight), [each.max_concurrent for each in limits]
     is_marked = len(bounds) == 1 and max(means) <= bounds[0] < math.inf
     marks = {f"max_concurrent {bounds[0]:g}": bounds[0]} if is_marked else {}
     layer = Layer("in flight", "flight", means)
-    yield axis.figure("Requests in flight, on average", "Requests in flight", "requests", layer, limits=marks)
+    drawn = axis.draw("Requests in flight", "requests", layer, limits=marks)
+    yield _figure("Requests in flight, on average", drawn, layer)
     limited = Layer("status 429", "rate_limited", axis.totals("rate_limited"))
     failed = Layer("other failures", "failed", axis.totals("failed"))
     if any(limited.values) or any(failed.values):
         title, each = "Attempts without an answer", duration(axis.step)
-        yield axis.figure(f"{title}, each {each}", title, f"in {each}", limited, failed)
+        yield _figure(
+            f"{title}, each {each}", axis.draw(title, f"in {each}", limited, failed), limited, failed
+        )
 
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
@@ -404,12 +385,12 @@ def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
             "Where time went", about, parts, 'class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"'
         )
         shares = table(("", "time", "share"), rows)
-        yield _figure("Time of all requests together", f"{bar}{shares}", {}, "share")
+        yield _figure("Time of all requests together", f"{bar}{shares}", kind="share")
 
 
 def _latency(stats: ClientStats, data: ReportData) -> Iterator[Markup]:
     known = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
     marks = {label: value for label, value in known.items() if value is not None}
     if data.latency:
-        keys = {"time": "attempts that were answered; the axis of time is logarithmic"}
-        yield _figure("How long answers took", histogram(data.latency, marks), keys)
+        layer = Layer("attempts that were answered; the axis of time is logarithmic", "time", ())
+        yield _figure("How long answers took", histogram(data.latency, marks), layer)

@@ -29,6 +29,7 @@ logger = logging.getLogger("openai_eval_client")
 _MINUTE = 60.0
 _LONG_WAIT = 1.0  # seconds from which the length of a wait is shown
 _NAMES = {"requests": "RPM", "tokens": "TPM"}
+_PAINT, _LOG = 0.25, 10.0  # seconds between two looks of a bar, and between two lines of a log
 _NARROW = 80  # columns of a terminal that does not know its width
 _MISSING = "for a bar instead of these lines: pip install 'openai-eval-client[progress]'"
 
@@ -236,8 +237,6 @@ def log_line(state: ProgressSnapshot) -> str:
 class Bar:
     """Two lines of a terminal, the first with a bar; in a notebook, one."""
 
-    interval = 0.25  # seconds
-
     def __init__(self, total: int | None) -> None:
         self._lines = [_line(total, "{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}")]
         if not in_notebook():
@@ -298,32 +297,19 @@ def _shape(measure: Any, file: object) -> tuple[int, int | None]:
     return (columns, rows) if columns and columns > 0 else (_NARROW, None)
 
 
-class Lines:
-    """Lines of a log, where standard error is no terminal."""
-
-    interval = 10.0  # seconds
-
-    def show(self, state: ProgressSnapshot) -> None:
-        """Write a line."""
-        _write(log_line(state))
-
-    def close(self) -> None:
-        """Do nothing: every line is complete."""
+def _open_bar(total: int | None) -> Bar | None:
+    if in_notebook() or (sys.stderr is not None and sys.stderr.isatty()):
+        try:
+            return Bar(total)
+        except ModuleNotFoundError:
+            _write(_MISSING)
+    return None
 
 
 def _write(text: str) -> None:
     if sys.stderr is not None:
         sys.stderr.write(f"openai_eval_client: {text}\n")
         sys.stderr.flush()
-
-
-def _screen(total: int | None) -> Bar | Lines:
-    if in_notebook() or (sys.stderr is not None and sys.stderr.isatty()):
-        try:
-            return Bar(total)
-        except ModuleNotFoundError:
-            _write(_MISSING)
-    return Lines()
 
 
 class Display:
@@ -333,8 +319,9 @@ class Display:
         self._probe = probe
         self._meter = Meter(total, probe(), time.monotonic())
         self.count, self.reach = self._meter.count, self._meter.reach
-        self._screen: Bar | Lines | None = None
+        self._bar: Bar | None = None  # None: lines of a log, as standard error is no terminal
         self._timer: asyncio.TimerHandle | None = None
+        self._is_broken = False
 
     def __enter__(self) -> Self:
         self._safely(self._open)
@@ -344,34 +331,37 @@ class Display:
         if self._timer is not None:
             self._timer.cancel()
         self._safely(self._show)
-        self._safely(self._close)
+        if self._bar is not None:
+            self._safely(self._bar.close)
 
     def _open(self) -> None:
-        self._screen = _screen(self._meter.total)
-        if isinstance(self._screen, Bar):
+        self._bar = _open_bar(self._meter.total)
+        if self._bar is not None:
             self._show()
-        self._schedule(self._screen.interval)
+        self._schedule()
 
-    def _schedule(self, seconds: float) -> None:
+    def _schedule(self) -> None:
+        seconds = _LOG if self._bar is None else _PAINT
         self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._safely(self._show)
-        if self._screen is not None:
-            self._schedule(self._screen.interval)
+        if not self._is_broken:
+            self._schedule()
 
     def _show(self) -> None:
-        if self._screen is not None:
-            self._screen.show(self._meter.read(self._probe(), time.monotonic()))
-
-    def _close(self) -> None:
-        if self._screen is not None:
-            self._screen.close()
+        state = self._meter.read(self._probe(), time.monotonic())
+        if self._bar is None:
+            _write(log_line(state))
+        else:
+            self._bar.show(state)
 
     def _safely(self, act: Callable[[], None]) -> None:
+        if self._is_broken:
+            return
         try:
             act()
         except Exception:  # a run is worth more than its display
             text = "progress cannot be shown; the run goes on without"
             logger.exception(text, extra={"event": "progress_failed"})
-            self._screen = None
+            self._is_broken = True

@@ -12,8 +12,9 @@ from pages import Page, check
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client import _format as _html
-from openai_eval_client._report.charts import Layer, TimeChart, histogram
+from openai_eval_client._report.charts import Layer, TimeAxis, histogram
 from openai_eval_client._report.page import write_page as write
+from openai_eval_client._stats import History
 from openai_eval_client.testing import SimulatedServer
 
 KEY = "sk-report-0123456789"
@@ -232,9 +233,15 @@ def heights(svg):
     return [float(rect.get("height")) for rect in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}rect")]  # noqa: S314
 
 
+def over_time(seconds, layer, **options):
+    """A chart of one-second columns."""
+    history = History(0.0, seconds, 1.0, {}, [], {})
+    return TimeAxis(history).draw("t", "u", layer, **options)
+
+
 def test_columns_are_as_high_as_their_values_from_nought():
     """Twice the value is twice the height."""
-    drawn = heights(TimeChart("t", "u", 4.0, 1.0, [Layer("a", "a", [1.0, 2.0, 0.0, 4.0])]).draw())
+    drawn = heights(over_time(4.0, Layer("a", "a", [1.0, 2.0, 0.0, 4.0])))
     assert drawn[1] == pytest.approx(2 * drawn[0], abs=0.02)
     assert drawn[2] == pytest.approx(4 * drawn[0], abs=0.02)
 
@@ -242,7 +249,7 @@ def test_columns_are_as_high_as_their_values_from_nought():
 def test_a_peak_is_cut_off_and_says_so():
     """The rest stays readable."""
     values = [500.0, *[10.0] * 30]
-    svg = TimeChart("t", "u", 31.0, 1.0, [Layer("a", "a", values)], limits={"limit 12": 12.0}).draw()
+    svg = over_time(31.0, Layer("a", "a", values), limits={"limit 12": 12.0})
     drawn = heights(svg)
     assert drawn[1] > 0.5 * drawn[0]
     assert "up to 500" in svg
@@ -251,8 +258,8 @@ def test_a_peak_is_cut_off_and_says_so():
 
 def test_a_limit_far_above_is_named_and_not_drawn():
     """Or the columns could not be seen."""
-    near = TimeChart("t", "u", 1.0, 1.0, [Layer("a", "a", [10.0])], limits={"limit 20": 20.0}).draw()
-    far = TimeChart("t", "u", 1.0, 1.0, [Layer("a", "a", [10.0])], limits={"limit 1M": 1e6}).draw()
+    near = over_time(1.0, Layer("a", "a", [10.0]), limits={"limit 20": 20.0})
+    far = over_time(1.0, Layer("a", "a", [10.0]), limits={"limit 1M": 1e6})
     assert 'class="limit"' in near
     assert 'class="limit"' not in far
     assert "far below limit 1M" in far
