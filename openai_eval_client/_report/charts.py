@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats
 
 
-_WIDTH, _HEIGHT = 440.0, 214.0
+_VIEW = 'viewBox="0 0 440 214"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 430.0, 22.0, 176.0  # the ends of the axes
 _LINE = 11.0  # the height of a line of text
 _LABEL, _EDGE = 66.0, 60.0  # widths of a label beside a mark, and of half a label under a break
@@ -51,16 +51,12 @@ _CAUSES = {
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-def _svg(title: str, about: str, parts: Iterable[str], attributes: str) -> Markup:
+def _svg(title: str, about: str, parts: Iterable[str], attributes: str = _VIEW) -> Markup:
     """Return an image that says what it shows."""
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
         f"<title>{escape(title)}</title><desc>{escape(about)}</desc>{''.join(parts)}</svg>",
     )
-
-
-def _chart(title: str, about: str, parts: Iterable[str]) -> Markup:
-    return _svg(title, about, parts, f'viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}"')
 
 
 def _x(share: float) -> float:
@@ -90,9 +86,8 @@ def _amounts(highest: float, unit: str) -> tuple[float, str]:
     """Return the upper end of an axis of amounts, and the axis with round ticks."""
     top = _HEADROOM * highest
     power = 10.0 ** math.floor(math.log10(top / _TICKS))
-    step = next(
-        power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= top / _TICKS * (1 - 1e-9)
-    )
+    least = top / _TICKS * (1 - 1e-9)
+    step = next(power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= least)
     drawn = _text(2, _TOP - 10, unit, "start")
     for value in (number * step for number in range(_TICKS + 1) if number * step <= top):
         y = _y(value / top)
@@ -103,9 +98,8 @@ def _amounts(highest: float, unit: str) -> tuple[float, str]:
 
 def _time_tick(x: float, seconds: float) -> str:
     anchor = "end" if x > _RIGHT - 14 else "middle"
-    return f'<path class="axis" d="M{x:.1f} {_BOTTOM}v4"/>' + _text(
-        x, _BOTTOM + 18, duration(seconds), anchor
-    )
+    label = _text(x, _BOTTOM + 18, duration(seconds), anchor)
+    return f'<path class="axis" d="M{x:.1f} {_BOTTOM}v4"/>{label}'
 
 
 # --- columns over time ------------------------------------------------------------------------------------
@@ -175,7 +169,7 @@ class TimeAxis:
             parts.append(_text(_RIGHT, _TOP - 10, f"far below {far}", "end"))
         mean, most = map(short, (sum(sums) / len(sums), max(sums)))
         about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
-        return _chart(title, about + "".join(f" {label}." for label in limits), parts)
+        return _svg(title, about + "".join(f" {label}." for label in limits), parts)
 
     def _span(self, number: int) -> tuple[float, float]:
         return _x(number * self.step / self.seconds), _x((number + 1) * self.step / self.seconds)
@@ -264,7 +258,7 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
         parts.append(f'<path class="mark" d="M{x:.1f} {_BOTTOM}V{y - 8:.1f}"/>')
         parts.append(_text(x + shift, y, f"{label} {duration(seconds)}", anchor, "label"))
     about = ", ".join(f"{label} {duration(seconds)}" for label, seconds in marks.items())
-    return _chart("Latency", f"{sum(classes.values()):,} requests; {about}.", parts)
+    return _svg("Latency", f"{sum(classes.values()):,} requests; {about}.", parts)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from openai_eval_client._format import clock, count, dollars, duration, percent
@@ -77,41 +76,43 @@ def meaning(failure: Failure) -> str:
 # --- what bound the run -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Bottleneck:
+class Bottleneck(NamedTuple):
     """What bound a run."""
 
-    cause: str  # "requests", "tokens", "concurrency", "pause", "retries", "server", or "nothing" was sent
-    headline: str  # the same in a few words
-    advice: tuple[str, ...] = ()  # what to do about it, sentence by sentence
+    headline: str
+    advice: Sequence[str] = ()  # what to do about it, sentence by sentence
 
 
 def bottleneck(stats: ClientStats, limits: Sequence[ModelLimits], history: History) -> Bottleneck:
     """Return what bound a run, as far as the client can know."""
     if not stats.attempts:
-        cached = "all answers came from the cache" if stats.cache_hits else "nothing was sent"
-        return Bottleneck("nothing", cached)
+        return Bottleneck("all answers came from the cache" if stats.cache_hits else "nothing was sent")
     waited = sum(sum(each.waited.values()) for each in limits)
     whole = waited + stats.server_seconds + stats.retry_seconds
     if stats.retry_seconds > _MUCH * whole and stats.retry_seconds > waited:
         text = "The table of failures names what came back. A lower max_retries gives up earlier."
-        return Bottleneck(
-            "retries", f"slowed by {count(stats.retries)} retries after failed attempts", (text,)
-        )
+        return Bottleneck(f"slowed by {count(stats.retries)} retries after failed attempts", [text])
     known = [each for each in limits if each.model in history.models]
     if waited < _LITTLE * whole or not known:
         return _server(stats, history)
+    return _held_up(stats, known, history)
+
+
+def _held_up(stats: ClientStats, limits: Sequence[ModelLimits], history: History) -> Bottleneck:
+    """Return the bottleneck by what requests waited for longest, and for which model."""
     waits = (
         (seconds, cause, number)
-        for number, each in enumerate(known)
+        for number, each in enumerate(limits)
         for cause, seconds in (each.waited or {"concurrency": 0.0}).items()
     )
     _, cause, number = max(waits)
     if cause == "pause":
-        return _paused(stats, known[number])
+        return _paused(stats, limits[number])
     if cause == "concurrency":
-        return _concurrency(known[number], history)
-    return _limited(cause, known[number], history)
+        return _concurrency(limits[number], history)
+    if cause in _FIELDS:
+        return _limited(cause, limits[number], history)
+    return Bottleneck(f"held up by {cause} ({limits[number].model})")
 
 
 def limit_shares(limits: ModelLimits, history: History) -> dict[str, float]:
@@ -133,24 +134,22 @@ def limit_shares(limits: ModelLimits, history: History) -> dict[str, float]:
 
 
 def _limited(cause: str, limits: ModelLimits, history: History) -> Bottleneck:
-    """Return the bottleneck of a run that waited for requests or tokens per minute, or for anything else."""
-    if cause not in _FIELDS:
-        return Bottleneck(cause, f"held up by {cause} ({limits.model})")
+    """Return the bottleneck of a run that waited for requests or tokens per minute."""
     timeline, share = history.models[limits.model], limit_shares(limits, history).get(cause)
     where = f"{cause} per minute ({limits.model})"
     corrections = _corrections(cause, limits.requests if cause == "requests" else limits.tokens)
+    ways_out = _ways_out(cause, limits, timeline)
     if share is None:
-        return Bottleneck(cause, f"bound by {where}", tuple(_ways_out(cause, limits, timeline)))
+        return Bottleneck(f"bound by {where}", [*ways_out])
     if share >= _FULL:
-        advice = (*corrections, *_ways_out(cause, limits, timeline))
-        return Bottleneck(cause, f"bound by {where}: {percent(share)} used", advice)
+        return Bottleneck(f"bound by {where}: {percent(share)} used", [*corrections, *ways_out])
     text = (
         "It was short: a client begins with one second's quota, and learns the rest from the answers."
         if timeline.last - timeline.first < _MINUTE
         else "Requests waited although the limit was not used up on the whole: they came in bursts, or "
-        "the server had less left than its limit says, as it does where others spend the same quota."
+        "the server had less left than its limit says, as it does where other programs spend the same quota."
     )
-    return Bottleneck(cause, f"paced by {where}: {percent(share)} used", (text, *corrections))
+    return Bottleneck(f"paced by {where}: {percent(share)} used", [text, *corrections])
 
 
 def _corrections(cause: str, limit: Limit) -> Iterator[str]:
@@ -196,11 +195,8 @@ def _concurrency(limits: ModelLimits, history: History) -> Bottleneck:
     used, timeline = limit_shares(limits, history), history.models[limits.model]
     shares = "".join(f", {percent(share)} of its {each} per minute used" for each, share in used.items())
     seconds = timeline.seconds / max(sum(timeline.admitted), 1.0)
-    enough, latency, most = (
-        _enough_in_flight(limits, timeline, seconds),
-        duration(seconds),
-        _most_in_flight(history),
-    )
+    enough, most = _enough_in_flight(limits, timeline, seconds), _most_in_flight(history)
+    latency = duration(seconds)
     if enough is None:
         text = "Raise max_concurrent step by step, for as long as latency and 429s do not rise with it."
     elif enough > _FAR_FROM * max(1.0, min(limits.max_concurrent, most)):
@@ -215,7 +211,7 @@ def _concurrency(limits: ModelLimits, history: History) -> Bottleneck:
         )
     else:
         text = "The limits on requests and tokens are nearly used up, too: more in flight would gain little."
-    return Bottleneck("concurrency", f"bound by max_concurrent ({limits.model}){shares}", (text,))
+    return Bottleneck(f"bound by max_concurrent ({limits.model}){shares}", [text])
 
 
 def _most_in_flight(history: History) -> float:
@@ -238,8 +234,8 @@ def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
         "Programs that spend the same quota at the same time can share it (redis_url); "
         "else lower the configured limits to the part of it that is this program's."
     )
-    advice = (*_corrections("requests", limits.requests), *_corrections("tokens", limits.tokens), share)
-    return Bottleneck("pause", f"held up by the server: {count(stats.rate_limited)} times 429{named}", advice)
+    advice = [*_corrections("requests", limits.requests), *_corrections("tokens", limits.tokens), share]
+    return Bottleneck(f"held up by the server: {count(stats.rate_limited)} times 429{named}", advice)
 
 
 def _server(stats: ClientStats, history: History) -> Bottleneck:
@@ -247,10 +243,10 @@ def _server(stats: ClientStats, history: History) -> Bottleneck:
     latency = duration(stats.server_seconds / stats.attempts)
     text = (
         f"No request waited for a limit: each took {latency} at the server, at most "
-        f"{_most_in_flight(history):.1f} at a time. "
-        "To go faster, ask for more at once: batch_generate instead of one prompt after the other."
+        f"{_most_in_flight(history):.1f} at a time. To go faster, ask for more at once: "
+        "batch_generate instead of one prompt after the other."
     )
-    return Bottleneck("server", "bound by the time the server takes", (text,) if stats.requests > 1 else ())
+    return Bottleneck("bound by the time the server takes", [text] if stats.requests > 1 else [])
 
 
 # --- the page ---------------------------------------------------------------------------------------------

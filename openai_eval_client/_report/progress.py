@@ -114,65 +114,55 @@ class Meter:
     """Counts the outcomes of one run, and computes its rate and what is left."""
 
     def __init__(self, total: int | None, start: ProgressSnapshot, now: float) -> None:
-        self.total = total
-        self._done = self._failed = self._unpriced = 0
-        self._cost = 0.0
+        self._run = ProgressSnapshot(total=total)  # the counts alone
         self._start, self._began = start, now
         self._samples = deque([_Sample(now, 0, start.spent)])
 
     def count(self, outcome: object) -> None:
         """Count the outcome of one prompt."""
-        self._done += 1
+        self._run.done += 1
         if not isinstance(outcome, ModelResponse):
-            self._failed += 1
+            self._run.failed += 1
         elif outcome.usage.estimated_cost is None:
-            self._unpriced += 1
+            self._run.unpriced += 1
         elif not outcome.cached:
-            self._cost += outcome.usage.estimated_cost
+            self._run.cost += outcome.usage.estimated_cost
 
     def reach(self, fraction: float) -> None:
         """Take what is done as a fraction, where all outcomes come at the end."""
-        self._done = max(self._done, round(fraction * (self.total or 0)))
+        self._run.done = max(self._run.done, round(fraction * (self._run.total or 0)))
 
     def read(self, state: ProgressSnapshot, now: float) -> ProgressSnapshot:
         """Return what the client gives, with everything else added."""
-        self._samples.append(_Sample(now, self._done, state.spent))
+        run, start = self._run, self._start
+        self._samples.append(_Sample(now, run.done, state.spent))
         while len(self._samples) > 2 and self._samples[1].at <= now - _MINUTE:  # noqa: PLR2004  # first and last
             self._samples.popleft()
         then = self._samples[0]
         used = {name: number - then.spent.get(name, 0.0) for name, number in state.spent.items()}
-        rate = max(self._done - then.done, 0) / max(now - then.at, 1e-9)
+        rate = max(run.done - then.done, 0) / max(now - then.at, 1e-9)
         return replace(
-            state,
-            rate_limited=state.rate_limited - self._start.rate_limited,
-            retries=state.retries - self._start.retries,
-            done=self._done,
-            total=self.total,
-            failed=self._failed,
-            unpriced=self._unpriced,
-            cost=self._cost,
-            projected=self._projected(),
+            run,
+            limits=state.limits,
+            in_flight=state.in_flight,
+            rate_limited=state.rate_limited - start.rate_limited,
+            retries=state.retries - start.retries,
+            projected=run.cost * run.total / run.done if run.total and run.done > run.unpriced else None,
             seconds=now - self._began,
             rate=rate,
             left=self._seconds_left(state, rate),
             used={name: min(number, state.per_minute.get(name) or number) for name, number in used.items()},
         )
 
-    def _projected(self) -> float | None:
-        if self.total is None or self._done <= self._unpriced:
-            return None
-        return self._cost * self.total / self._done
-
     def _seconds_left(self, state: ProgressSnapshot, rate: float) -> float | None:
         """Return the time at this rate, or longer where the limits allow no more."""
-        if self.total is None or not rate:
+        run = self._run
+        if run.total is None or not rate:
             return None
-        rest = max(self.total - self._done, 0)
+        rest = max(run.total - run.done, 0)
         spent = {name: number - self._start.spent.get(name, 0.0) for name, number in state.spent.items()}
-        minutes = [
-            rest * spent[name] / self._done / limit for name, limit in state.per_minute.items() if limit
-        ]
-        return max(rest / rate, *(_MINUTE * each for each in minutes), 0.0)
+        limits = {name: limit / _MINUTE for name, limit in state.per_minute.items() if limit}
+        return max([rest / rate, *(rest * spent[name] / run.done / limits[name] for name in limits)])
 
 
 def headline(state: ProgressSnapshot, share: str = "") -> str:
@@ -180,9 +170,8 @@ def headline(state: ProgressSnapshot, share: str = "") -> str:
     done = f"{state.done:,}" if state.total is None else f"{state.done:,}/{state.total:,}"
     has_more = state.left is not None and state.done != state.total
     time_text = f"{timer(state.left or 0.0)} left" if has_more else timer(state.seconds)
-    return ", ".join(
-        filter(None, [f"{done}{share}", f"{short(state.rate)}/s", time_text, _waiting_for(state)])
-    )
+    parts = (f"{done}{share}", f"{short(state.rate)}/s", time_text, _waiting_for(state))
+    return ", ".join(filter(None, parts))
 
 
 def _waiting_for(state: ProgressSnapshot) -> str:
@@ -317,6 +306,7 @@ class Display:
 
     def __init__(self, total: int | None, probe: Callable[[], ProgressSnapshot]) -> None:
         self._probe = probe
+        self._total = total
         self._meter = Meter(total, probe(), time.monotonic())
         self.count, self.reach = self._meter.count, self._meter.reach
         self._bar: Bar | None = None  # None: lines of a log, as standard error is no terminal
@@ -335,7 +325,7 @@ class Display:
             self._safely(self._bar.close)
 
     def _open(self) -> None:
-        self._bar = _open_bar(self._meter.total)
+        self._bar = _open_bar(self._total)
         if self._bar is not None:
             self._show()
         self._schedule()
