@@ -67,11 +67,6 @@ class History:
     in_flight: list[float]  # attempts in flight in each interval, on average
     breaks: dict[int, float]  # idle seconds left out, by the interval within or before which they were
 
-    @property
-    def bins(self) -> int:
-        """How many intervals there are so far."""
-        return min(int(self.seconds / self.width) + 1, BINS)
-
 
 class Timeline:
     """Records attempts interval by interval, in constant memory and time; the caller holds a lock."""

@@ -30,8 +30,8 @@ _TIME_STEPS = (
     *(3600, 7200, 14_400, 21_600, 43_200, 86_400),
 )
 _FAR = 8.0  # times the highest column: a limit beyond is named, not drawn
-_PEAK, _CUT = 2.0, 1.3  # times the rest: a column beyond the first is cut off at the second, and says so
-_MANY, _USUAL = 10, 0.9  # columns from which a peak may be cut off; the share of them that is no peak
+_PEAK, _CUT = 2.0, 1.3  # times the other columns: one above the first is cut off at the second
+_MANY, _USUAL = 10, 0.9  # columns from which a peak may be cut off; the share of them that are no peaks
 _BARS, _FEWEST_BARS = 36, 12  # of a histogram
 _LABELLED = 3  # breaks whose length is written under them
 _WIDE = 3.0  # a column from which there is a gap to the next
@@ -295,10 +295,9 @@ def _figures(heading: str, drawn: Iterable[str], note: str = "") -> Markup:
 
 def _figure(heading: object, drawn: str, *layers: Layer | None, kind: str = "") -> Markup:
     """Return a chart under its heading, with the keys of its colours."""
-    keys = "".join(
-        f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers if layer
-    )
-    caption = f"<figcaption>{keys}</figcaption>" if keys else ""
+    keys = [_swatch(layer.style, layer.label) for layer in layers if layer]
+    caption = "".join(f'<span class="key">{key}</span>' for key in keys)
+    caption = f"<figcaption>{caption}</figcaption>" if keys else ""
     return Markup(f'<figure class="card {kind}"><h3>{escape(heading)}</h3>{drawn}{caption}</figure>')
 
 
@@ -307,7 +306,7 @@ def _swatch(style: str, label: str) -> Markup:
 
 
 def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
-    """Return the charts of the models that used most, against their limits."""
+    """Return the charts of the models that reserved most, against their limits."""
     models, known = axis.history.models, {each.model: each for each in limits}
     largest = sorted(known.keys() & models.keys(), key=lambda model: (-sum(models[model].reserved), model))
     drawn = [chart for model in largest[:_DRAWN] for chart in _of_model(axis, models[model], known[model])]
@@ -354,30 +353,25 @@ def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup
     limited = Layer("status 429", "rate_limited", axis.totals("rate_limited"))
     failed = Layer("other failures", "failed", axis.totals("failed"))
     if any(limited.values) or any(failed.values):
-        title, each = "Attempts without an answer", duration(axis.step)
-        yield _figure(
-            f"{title}, each {each}", axis.draw(title, f"in {each}", limited, failed), limited, failed
-        )
+        title, step = "Attempts without an answer", duration(axis.step)
+        drawn = axis.draw(title, f"in {step}", limited, failed)
+        yield _figure(f"{title}, each {step}", drawn, limited, failed)
 
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
     known = {"server": stats.server_seconds, "retries": stats.retry_seconds, **stats.wait_seconds_by}
     spent = {cause: known[cause] for cause in {**_CAUSES, **known} if known.get(cause, 0.0) > 0}
-    rows, parts, at = [], [], 0.0
+    rows, parts, about, at = [], [], [], 0.0
     for cause, seconds in spent.items():
         label, share = _CAUSES.get(cause, f"waiting: {cause}"), seconds / sum(spent.values())
         rows.append((_swatch(cause, label), duration(seconds), percent(share)))
+        about.append(f"{label} {percent(share)}")
         place = f'x="{100 * at:.3f}" y="0" width="{100 * share:.3f}" height="8"'
-        tooltip = escape(f"{label}: {percent(share)}")
-        parts.append(f'<rect class="{cause}" {place}><title>{tooltip}</title></rect>')
+        parts.append(f'<rect class="{cause}" {place}><title>{escape(about[-1])}</title></rect>')
         at += share
     if spent:
-        about = "; ".join(
-            f"{_CAUSES.get(cause, cause)} {duration(seconds)}" for cause, seconds in spent.items()
-        )
-        bar = _svg(
-            "Where time went", about, parts, 'class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"'
-        )
+        attributes = 'class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"'
+        bar = _svg("Where time went", "; ".join(about), parts, attributes)
         shares = table(("", "time", "share"), rows)
         yield _figure("Time of all requests together", f"{bar}{shares}", kind="share")
 

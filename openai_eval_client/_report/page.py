@@ -215,7 +215,7 @@ def _concurrency(limits: ModelLimits, history: History) -> Bottleneck:
 
 
 def _most_in_flight(history: History) -> float:
-    return max(history.in_flight[: history.bins], default=0.0)
+    return max(history.in_flight, default=0.0)
 
 
 def _enough_in_flight(limits: ModelLimits, timeline: ModelTimeline, seconds: float) -> int | None:

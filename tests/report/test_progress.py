@@ -184,13 +184,13 @@ class Screen:
 
     def text(self):
         self.file.close()
-        said = b""
+        output = b""
         try:
             while more := os.read(self.master, 65536):
-                said += more
+                output += more
         except OSError:  # how a terminal says that its program has ended
             os.close(self.master)
-        return said.decode()
+        return output.decode()
 
 
 @pytest.mark.parametrize(("columns", "widest"), [(120, 120), (80, 80), (40, 40), (0, 80)])
