@@ -52,7 +52,7 @@ _BY_STATUS = {
     409: "in the way of another request; sent again",
     413: "the request is too large for the server",
     422: "the server refuses the request itself",
-    429: "the server's limit was reached; sent again when it said",
+    429: "the server's limit was reached; sent again after the wait that it asked for",
 }
 _BY_KIND = {
     "TimeoutError": "no answer within timeout; sent again",

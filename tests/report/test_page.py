@@ -62,7 +62,7 @@ async def test_the_figures_on_the_page_are_those_of_the_statistics(tmp_path, no_
 
 
 async def test_neither_prompt_nor_answer_nor_key_is_on_the_page(tmp_path, few_certificates):
-    """The page holds neither, whatever failed and whatever was answered."""
+    """They are missing whatever failed and whatever was answered."""
     with SimulatedServer(script=["garbage", "500"] * 3) as server:
         async with client_of(server) as client:
             await client.batch_generate([PROMPT] * 5, max_tokens=20, return_exceptions=True)
