@@ -1,4 +1,4 @@
-"""Numbers, money and times as text, once for messages, tables and pages."""
+"""Numbers, money and times as text: one function for each meaning."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-_CENT = 0.01
-_SECOND, _MINUTE, _HOUR, _DAY = 1.0, 60.0, 3600.0, 86_400.0
-_SMALL = 10.0  # below it, one digit after the point says something
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+_SECOND, _MINUTE, _HOUR, _DAY = 1.0, 60.0, 3600.0, 86_400.0
+_DIME = 0.1  # USD
+_SMALL = 10.0  # below it, one digit after the point says something
 
 
 def count(number: float) -> str:
@@ -24,9 +24,9 @@ def count(number: float) -> str:
 
 
 def short(number: float) -> str:
-    """Return a number for an axis: 12.5k."""
+    """Return a number in three digits: 12.5k."""
     for size, prefix in _PREFIXES:
-        if abs(number) >= size:
+        if abs(number) >= 0.9995 * size:  # what rounds to it as well
             return f"{number / size:.3g}{prefix}"
     return f"{number:.3g}"
 
@@ -35,6 +35,30 @@ def percent(share: float) -> str:
     """Return a share: 97%, or 0.4% where it is little."""
     points = 100 * share
     return f"{points:.0f}%" if points >= _SMALL or not points else f"{points:.2g}%"
+
+
+def usd(amount: float) -> str:
+    """Return an amount without its sign, to the cent or, below a dime, to two digits: 1,234.50, 0.012."""
+    digits = 2 if abs(amount) >= _DIME or not amount else 1 - math.floor(math.log10(abs(amount)))
+    return f"{amount:,.{digits}f}"
+
+
+def dollars(amount: Any) -> str:
+    """Return an amount with its sign: $0.012; None is unknown."""
+    return "unknown" if amount is None else f"${usd(float(amount))}"
+
+
+def bounds_text(
+    low: float | None,
+    expected: float | None,
+    high: float | None,
+    shown: Callable[[float], str],
+) -> str:
+    """Return two bounds and what is likely, as far as they are known: 1 to 9 (likely 4)."""
+    if low is None:
+        return "unknown"
+    likely = "" if expected is None else f" (likely {shown(expected)})"
+    return f"{shown(low)} or more{likely}" if high is None else f"{shown(low)} to {shown(high)}{likely}"
 
 
 def duration(seconds: float) -> str:
@@ -47,65 +71,31 @@ def duration(seconds: float) -> str:
         shown = f"{seconds:.1f}".removesuffix(".0") if seconds < _SMALL else f"{min(seconds, 59.4):.0f}"
         return f"{shown} s"
     if seconds < _HOUR:
-        return _two(seconds, _MINUTE, "min", _SECOND, "s")
-    return (
-        _two(seconds, _HOUR, "h", _MINUTE, "min") if seconds < _DAY else _two(seconds, _DAY, "d", _HOUR, "h")
-    )
+        return _two_units(seconds, (_MINUTE, "min"), (_SECOND, "s"))
+    if seconds < _DAY:
+        return _two_units(seconds, (_HOUR, "h"), (_MINUTE, "min"))
+    return _two_units(seconds, (_DAY, "d"), (_HOUR, "h"))
 
 
-def _two(seconds: float, large: float, large_unit: str, small: float, small_unit: str) -> str:
-    whole, rest = divmod(int(seconds), int(large))
-    rest //= int(small)
-    return f"{whole} {large_unit} {rest} {small_unit}" if rest else f"{whole} {large_unit}"
+def _two_units(seconds: float, large: tuple[float, str], small: tuple[float, str]) -> str:
+    whole, rest = divmod(int(seconds), int(large[0]))
+    rest //= int(small[0])
+    return f"{whole} {large[1]} {rest} {small[1]}" if rest else f"{whole} {large[1]}"
 
 
-def dollars(amount: Any) -> str:
-    """Return USD with two decimals, two digits where it is less than a cent; None: unknown."""
-    if amount is None:
-        return "unknown"
-    value = float(amount)
-    digits = 2 if abs(value) >= _CENT or not value else 1 - math.floor(math.log10(abs(value)))
-    return f"${value:,.{digits}f}"
+def timer(seconds: float) -> str:
+    """Return a time as a running timer has it: 0:07, 12:34 or 1:23:45."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def clock(seconds: float | None) -> str:
-    """Return a time of day here, from seconds since 1970."""
-    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
-
-
-_DIME = 0.1  # USD
-
-
-def bounds_text(
-    low: float | None,
-    expected: float | None,
-    high: float | None,
-    shown: Callable[[float], str],
-) -> str:
-    """Return two bounds and what is between them, as far as they are known."""
-    if low is None:
-        return "unknown"
-    likely = "" if expected is None else f" (likely {shown(expected)})"
-    return f"{shown(low)} or more{likely}" if high is None else f"{shown(low)} to {shown(high)}{likely}"
-
-
-def minutes_text(minutes: float) -> str:
-    """Return a time in minutes, or in seconds where it is less than one minute."""
-    return f"{minutes:,.1f} minutes" if minutes >= 1 else f"{60 * minutes:.2g} seconds"
-
-
-def rounded(number: float) -> str:
-    """Return a whole number: 12,345."""
-    return f"{number:,}"
-
-
-def usd(amount: float) -> str:
-    """Return an amount with two decimals, or two digits where it is less than a dime."""
-    digits = 2 if amount >= _DIME or not amount else 1 - math.floor(math.log10(amount))
-    return f"{amount:,.{digits}f}"
+def clock(seconds: float) -> str:
+    """Return the local date and time of day, from seconds since 1970."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 @functools.singledispatch
 def as_html(value: object) -> str:
-    """Return what a notebook shows of a value; those who know how to show one register it here."""
+    """Return what a notebook shows of a value; `_report` registers how."""
     return html.escape(repr(value))

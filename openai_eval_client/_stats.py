@@ -1,12 +1,13 @@
-"""What happened: counts, latencies, a timeline, and what failed."""
+"""What happened: counts, latencies, a timeline, finish reasons, and what failed."""
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 import time
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,21 @@ from openai_eval_client._wire import class_of, code_of, status_of
 from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from openai_eval_client._wire import Demand, Outcome
 
 
-BINS = 240
-_FIRST_WIDTH = 0.25  # seconds
-_IDLE = 10.0  # seconds with nothing in flight and nobody waiting, from which they are left out
-_MODELS = 24  # that are told apart; what others did is put together
+BINS = 240  # intervals of a timeline
+_FIRST_WIDTH = 0.25  # seconds of an interval at first
+_IDLE = 10.0  # seconds with nothing in flight or waiting, from which they are left out
+_MODELS = 24  # that have a timeline of their own; the others share one
+_OTHERS, _UNMETERED = "other models", "files and batches"
+_FAILURES, _REASONS = 60, 20  # kinds of failures, and finish reasons, that are told apart
+_OTHER = "other"
 _TOO_MANY_REQUESTS = 429
-_OTHERS = "other models"
-_UNMETERED = "files and batches"
+_CODE = re.compile(r'"code"\s*:\s*"([a-z_]{1,48})"')
+_LONGEST_BODY = 16_384  # characters of an error's body that are searched for its code
 
 
 def _bins() -> array[float]:
@@ -38,19 +44,12 @@ class ModelTimeline:
 
     admitted: array[float] = field(default_factory=_bins)  # attempts that were let go
     reserved: array[float] = field(default_factory=_bins)  # tokens reserved for them
-    # tokens that answers came to, in the interval in which they came
-    used: array[float] = field(default_factory=_bins)
+    used: array[float] = field(default_factory=_bins)  # tokens of answers, in the interval in which they came
     rate_limited: array[float] = field(default_factory=_bins)  # answers with status 429
-    # attempts that brought no answer for any other reason
-    failed: array[float] = field(default_factory=_bins)
+    failed: array[float] = field(default_factory=_bins)  # attempts without an answer for any other reason
     first: float = 0.0  # seconds of the first admission
     last: float = 0.0  # seconds of the latest event
     seconds: float = 0.0  # how long its attempts took, summed
-
-    def copy(self) -> ModelTimeline:
-        """Return one that stays as it is."""
-        counts = {name: array("d", getattr(self, name)) for name in _COUNTS}
-        return ModelTimeline(**counts, first=self.first, last=self.last, seconds=self.seconds)
 
 
 _COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
@@ -60,140 +59,119 @@ _COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
 class History:
     """A timeline as it stood at one moment."""
 
-    began_at: float | None  # when it began, in seconds since 1970; None: nothing has happened
+    began_at: float | None  # seconds since 1970; None before anything happened
     seconds: float  # how long it is, without the breaks
     width: float  # seconds of each interval
-    tracks: dict[str, ModelTimeline]  # what each model did
+    models: dict[str, ModelTimeline]
     in_flight: list[float]  # attempts in flight in each interval, on average
-    # by the number of an interval, the seconds left out before or within it: nothing happened
-    breaks: dict[int, float]
-
-    @property
-    def bins(self) -> int:
-        """How many intervals there are so far."""
-        return min(int(self.seconds / self.width) + 1, BINS)
+    breaks: dict[int, float]  # idle seconds left out, by the interval within or before which they were
 
 
 class Timeline:
-    """Keeps it, in constant memory and time; whoever calls it holds a lock."""
+    """Records attempts interval by interval, in constant memory and time; the caller holds a lock."""
 
     def __init__(self) -> None:
         self._began_at: float | None = None
         self._zero = self._latest = 0.0
         self._width = _FIRST_WIDTH
-        self._index = 0
-        self._until = -math.inf  # the end of that interval
+        self._index, self._until = 0, 0.0  # the interval of the latest event, and its end
         self._in_flight = 0
-        self._tracks: dict[str, ModelTimeline] = {}
-        self._busy = _bins()
-        self._breaks: dict[int, float] = {}
-        self._changing = False
+        self._models: dict[str, ModelTimeline] = {}
+        self._busy = _bins()  # seconds in flight, summed over attempts
+        self._breaks: defaultdict[int, float] = defaultdict(float)
+        self._changing = False  # in the middle of moving on to another interval
         self._late: list[tuple[str | None, float, float, int | None, int | None]] = []
 
     def admitted(self, model: str | None, asked_at: float, now: float, tokens: float) -> None:
-        """Note an admission."""
+        """Record an admission."""
         if self._began_at is None:
             self._began_at, self._zero, self._latest = time.time(), asked_at, asked_at
+            self._until = asked_at + self._width
         elif not self._in_flight and asked_at - self._latest > _IDLE:
             self._leave_out(asked_at)
         index = self._pass(now)
-        track = self._track(model)
+        timeline = self._model(model)
         self._in_flight += 1
-        track.admitted[index] += 1
-        track.reserved[index] += tokens
+        timeline.admitted[index] += 1
+        timeline.reserved[index] += tokens
 
     def ended(
-        self,
-        model: str | None,
-        now: float,
-        seconds: float,
-        status: int | None,
-        used: int | None,
+        self, model: str | None, now: float, seconds: float, status: int | None, used: int | None
     ) -> None:
-        """Note the end of an attempt."""
+        """Record the end of an attempt."""
         if self._changing:  # a stream that was dropped settles whenever it is collected
             self._late.append((model, now, seconds, status, used))
             return
         index = self._pass(now)
-        track = self._track(model)
+        timeline = self._model(model)
         self._in_flight -= 1
-        track.seconds += seconds
+        timeline.seconds += seconds
         if used is not None:
-            track.used[index] += used
+            timeline.used[index] += used
         elif status == _TOO_MANY_REQUESTS:
-            track.rate_limited[index] += 1
+            timeline.rate_limited[index] += 1
         else:
-            track.failed[index] += 1
+            timeline.failed[index] += 1
 
     def history(self) -> History:
-        """Return what was kept so far."""
-        tracks = {name: track.copy() for name, track in self._tracks.items()}
+        """Return what was recorded so far."""
         seconds, width = self._latest - self._zero, self._width
-        whole = [width] * BINS
-        last = min(int(seconds / width), BINS - 1)
-        whole[last] = max(seconds - last * width, 1e-9)
-        busy = [area / length for area, length in zip(self._busy, whole, strict=True)]
-        return History(self._began_at, seconds, width, tracks, busy, dict(self._breaks))
+        lengths = [width] * BINS
+        lengths[self._index] = max(seconds - self._index * width, 1e-9)
+        in_flight = [area / length for area, length in zip(self._busy, lengths, strict=True)]
+        models = copy.deepcopy(self._models)
+        return History(self._began_at, seconds, width, models, in_flight, dict(self._breaks))
 
-    def _track(self, model: str | None) -> ModelTimeline:
-        track = self._tracks.get(model or _UNMETERED) or self._new_track(model or _UNMETERED)
-        track.last = self._latest - self._zero
-        return track
-
-    def _new_track(self, name: str) -> ModelTimeline:
-        name = name if len(self._tracks) < _MODELS else _OTHERS
-        return self._tracks.setdefault(name, ModelTimeline(first=self._latest - self._zero))
+    def _model(self, model: str | None) -> ModelTimeline:
+        name = model or _UNMETERED
+        timeline = self._models.get(name)
+        if timeline is None:
+            name = name if len(self._models) < _MODELS else _OTHERS
+            timeline = self._models.setdefault(name, ModelTimeline(first=self._latest - self._zero))
+        timeline.last = self._latest - self._zero
+        return timeline
 
     def _pass(self, now: float) -> int:
-        """Count who was in flight since the last event, and return the interval of this one."""
+        """Count what was in flight since the latest event, and return the interval of this one."""
         if now >= self._until:
-            return self._advance(now)
-        if now > self._latest:  # threads tell of their events in any order
+            self._advance(now)
+        if now > self._latest:  # the events of several threads come in any order
             self._busy[self._index] += (now - self._latest) * self._in_flight
             self._latest = now
         return self._index
 
-    def _advance(self, now: float) -> int:
-        """Do that where another interval has begun."""
-        now = max(now, self._latest)
-        index = int((now - self._zero) / self._width)
-        if index >= BINS:
-            index = self._widen(now)
-        before = self._latest
-        for passed in range(int((before - self._zero) / self._width), index):
-            end = self._zero + (passed + 1) * self._width
-            self._busy[passed] += (end - before) * self._in_flight
-            before = end
-        self._busy[index] += (now - before) * self._in_flight
-        self._latest, self._index = now, index
-        self._until = self._zero + (index + 1) * self._width
-        return index
-
-    def _widen(self, now: float) -> int:
-        """Make the intervals twice as wide until `now` is in one of them."""
+    def _advance(self, now: float) -> None:
+        """Move on to the interval of `now`."""
         self._changing = True
-        while int((now - self._zero) / self._width) >= BINS:
-            self._width *= 2
-            self._busy = _joined(self._busy)
-            for track in self._tracks.values():
-                for count in _COUNTS:
-                    setattr(track, count, _joined(getattr(track, count)))
-            joined: dict[int, float] = {}
-            for index, seconds in self._breaks.items():
-                joined[index // 2] = joined.get(index // 2, 0.0) + seconds
-            self._breaks = joined
+        while now >= self._zero + BINS * self._width:
+            self._widen()
+        while now >= self._until:
+            self._busy[self._index] += (self._until - self._latest) * self._in_flight
+            self._latest, self._index = self._until, self._index + 1
+            self._until = self._zero + (self._index + 1) * self._width
         self._changing = False
         late, self._late = self._late, []
         for event in late:
             self.ended(*event)
-        return int((now - self._zero) / self._width)
+
+    def _widen(self) -> None:
+        """Make the intervals twice as wide."""
+        self._width *= 2
+        self._index //= 2
+        self._until = self._zero + (self._index + 1) * self._width
+        self._busy = _joined(self._busy)
+        for timeline in self._models.values():
+            for count in _COUNTS:
+                setattr(timeline, count, _joined(getattr(timeline, count)))
+        breaks, self._breaks = self._breaks, defaultdict(float)
+        for index, seconds in breaks.items():
+            self._breaks[index // 2] += seconds
 
     def _leave_out(self, now: float) -> None:
         """Go on at `now` as though no time had passed."""
-        index = min(int((self._latest - self._zero) / self._width), BINS - 1)
-        self._breaks[index] = self._breaks.get(index, 0.0) + now - self._latest
-        self._zero += now - self._latest
-        self._latest, self._until = now, -math.inf
+        idle = now - self._latest
+        self._breaks[self._index] += idle
+        self._zero, self._latest, self._until = self._zero + idle, now, self._until + idle
 
 
 def _joined(bins: array[float]) -> array[float]:
@@ -201,38 +179,34 @@ def _joined(bins: array[float]) -> array[float]:
     return array("d", [*map(sum, zip(bins[::2], bins[1::2], strict=True)), *[0.0] * (BINS // 2)])
 
 
-_MOST = 60  # kinds that are told apart
-_OTHER = "other"
-
-
 @dataclass(slots=True)
 class Failure:
     """One kind of failure of one model."""
 
-    model: str  # the model that was asked
+    model: str
     kind: str  # the class of the error
     status: int | None  # the HTTP status; None where no answer came, or nothing was sent
-    code: str  # the API's word for it; "" where it has none
-    attempts: int = 0  # how many attempts ended so
-    prompts: int = 0  # how many prompts failed for good with it
+    code: str  # the API's code; "" where it gives none
+    attempts: int = 0  # that ended so
+    prompts: int = 0  # that failed for good with it
     first: float = 0.0  # when it was first seen, in seconds since 1970
     last: float = 0.0  # when it was last seen
 
 
 class Failures:
-    """Counts them, in bounded memory; whoever calls it holds a lock."""
+    """Counts failures by kind, in bounded memory; the caller holds a lock."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[str, str, int | None, str], Failure] = {}
 
     def raised(self, model: str, error: Exception, *, for_good: bool) -> None:
-        """Count an error that an attempt, or a prompt for good, ended with."""
+        """Count the error of an attempt, or of a prompt that failed for good."""
         row = self._row(model, type(error).__name__, status_of(error), code_of(error))
-        row.attempts += isinstance(error, openai.APIError)  # of the others, nothing was sent
+        row.attempts += isinstance(error, openai.APIError)  # for any other error, nothing was sent
         row.prompts += for_good
 
     def refused(self, model: str, status: int | None, code: str, *, for_good: bool) -> None:
-        """Count an attempt whose error the SDK will make: of what came back, or where nothing did."""
+        """Count an attempt of the SDK, which makes its own error; without a status nothing came back."""
         kind = "APIConnectionError" if status is None else class_of(status).__name__
         row = self._row(model, kind, status, code)
         row.attempts += 1
@@ -245,43 +219,35 @@ class Failures:
     def _row(self, model: str, kind: str, status: int | None, code: str) -> Failure:
         now = time.time()
         key = model, kind, status, code
-        if key not in self._rows and len(self._rows) >= _MOST:
+        if key not in self._rows and len(self._rows) >= _FAILURES:
             key = _OTHER, _OTHER, None, ""
         row = self._rows.get(key) or self._rows.setdefault(key, Failure(*key, first=now))
         row.last = now
         return row
 
 
-_RETRIED_BY_SDK = frozenset({408, 409, 429})  # of the 4xx
-_STEP = math.log(1.02)  # histogram classes 2% wide: percentiles are off by 1% at most
+_STEP = math.log(1.02)  # a class is 2% wide: percentiles are off by 1% at most
 
 
-class Histogram:
-    """Positive numbers by logarithmic class: constant memory, however many are added."""
-
-    def __init__(self) -> None:
-        self._classes: Counter[int] = Counter()
+class Histogram(Counter[int]):
+    """How often positive numbers were seen, by logarithmic class: constant memory, however many there are."""
 
     def add(self, value: float) -> None:
-        """Count one value; nought and less count as the smallest class."""
-        self._classes[round(math.log(max(value, 1e-6)) / _STEP)] += 1
+        """Count one value; zero and less count as the smallest class."""
+        self[round(math.log(max(value, 1e-6)) / _STEP)] += 1
 
     def percentile(self, share: float) -> float | None:
         """Return the value that `share` (0 to 1) of those added do not exceed; None before the first."""
-        rank, seen = share * sum(self._classes.values()), 0
-        for number in sorted(self._classes):
-            seen += self._classes[number]
+        rank, seen = share * self.total(), 0
+        for number in sorted(self):
+            seen += self[number]
             if seen >= rank:
-                return math.exp(number * _STEP)
+                return self.value_of(number)
         return None
-
-    def classes(self) -> dict[int, int]:
-        """Return how often each class was seen, by its number."""
-        return dict(self._classes)
 
     @staticmethod
     def value_of(number: float) -> float:
-        """Return the value in the middle of a class; between two of them where the number is."""
+        """Return the value in the middle of a class, or between two of them."""
         return math.exp(number * _STEP)
 
 
@@ -308,10 +274,10 @@ class _Totals:
 class ReportData:
     """What a report shows besides the totals."""
 
-    history: History  # what happened when
-    # how often a successful attempt took how long: the counts of a `Histogram`, by class
-    latency: dict[int, int]
-    failures: list[Failure]  # what went wrong, by kind
+    history: History
+    latency: dict[int, int]  # how many successful attempts took how long, by class of a `Histogram`
+    failures: list[Failure]
+    finish_reasons: dict[str, int]  # how many answers ended for each reason
 
 
 class Recorder:
@@ -323,16 +289,17 @@ class Recorder:
         self._latency = Histogram()
         self._timeline = Timeline()
         self._failures = Failures()
+        self._finish_reasons: Counter[str] = Counter()
 
     def admitted(self, model: str | None, tokens: float, asked_at: float, now: float) -> None:
-        """Count an admission: the tokens reserved for it, and when it was asked for and granted."""
+        """Count an admission, with the tokens reserved for it."""
         with self._lock:
             self._totals.reserved_tokens += round(tokens)
             self._totals.wait_seconds += now - asked_at
             self._timeline.admitted(model, asked_at, now, tokens)
 
     def ended(self, model: str | None, outcome: Outcome, began: float, now: float) -> None:
-        """Note when an admitted attempt began and ended, sent or not."""
+        """Record when an admitted attempt began and ended, sent or not."""
         usage, used = outcome.usage, None
         if outcome.ok or not outcome.sent:
             used = 0 if usage is None else usage.prompt_tokens + usage.completion_tokens
@@ -340,7 +307,7 @@ class Recorder:
             self._timeline.ended(model, now, now - began, outcome.status, used)
 
     def attempt(self, outcome: Outcome, seconds: float) -> None:
-        """Count one HTTP attempt that was sent, and how long it took."""
+        """Count one HTTP attempt that was sent, and the seconds it took."""
         with self._lock:
             totals = self._totals
             totals.attempts += 1
@@ -354,7 +321,7 @@ class Recorder:
                 totals.completion_tokens += used.completion_tokens
 
     def called(self, demand: Demand, outcome: Outcome) -> None:
-        """Count the calls and retries of somebody who does not count them: the SDK."""
+        """Count a call, or a retry, that the SDK made by itself."""
         if demand.retry is None:
             return
         with self._lock:
@@ -367,16 +334,18 @@ class Recorder:
                 self._failures.refused(str(demand.model), outcome.status, code, for_good=for_good)
 
     def retry(self, model: str, error: Exception, wait: float) -> None:
-        """Count one more attempt for the same prompt, after an error and so many seconds."""
+        """Count one more attempt for the same prompt, after an error and a wait in seconds."""
         with self._lock:
             self._totals.retries += 1
             self._totals.retry_seconds += wait
             self._failures.raised(model, error, for_good=False)
 
-    def answered(self) -> None:
+    def answered(self, finish_reason: str = "") -> None:
         """Count one answered prompt."""
         with self._lock:
             self._totals.requests += 1
+            if finish_reason:
+                self._count_reason(finish_reason, 1)
 
     def cached(self) -> None:
         """Count one prompt answered from the cache."""
@@ -385,7 +354,7 @@ class Recorder:
             self._totals.cache_hits += 1
 
     def stored(self) -> None:
-        """Count one answer kept in the cache."""
+        """Count one answer stored in the cache."""
         with self._lock:
             self._totals.cache_writes += 1
 
@@ -396,7 +365,14 @@ class Recorder:
             self._totals.failures += 1
             self._failures.raised(model, error, for_good=True)
 
-    def settled(self, answered: int, failed: int, prompt_tokens: int, completion_tokens: int) -> None:
+    def settled(
+        self,
+        answered: int,
+        failed: int,
+        prompt_tokens: int,
+        completion_tokens: int,
+        finish_reasons: Mapping[str, int] | None = None,
+    ) -> None:
         """Count the requests of a batch, and the tokens of its answers."""
         with self._lock:
             totals = self._totals
@@ -404,30 +380,41 @@ class Recorder:
             totals.failures += failed
             totals.prompt_tokens += prompt_tokens
             totals.completion_tokens += completion_tokens
+            for reason, times in (finish_reasons or {}).items():
+                self._count_reason(reason, times)
+
+    def _count_reason(self, reason: str, times: int) -> None:
+        known = self._finish_reasons
+        known[reason if reason in known or len(known) < _REASONS else _OTHER] += times
 
     @property
-    def troubles(self) -> tuple[int, int]:
-        """429s and retries so far."""
+    def rate_limited_and_retries(self) -> tuple[int, int]:
+        """Answers with status 429, and retries, so far."""
         with self._lock:
             return self._totals.rate_limited, self._totals.retries
 
     def snapshot(self, **details: Any) -> ClientStats:
-        """Return the totals as they stand, with the details that others keep."""
+        """Return the totals as they stand, with details that are kept elsewhere."""
         with self._lock:
-            percentiles: dict[str, Any] = {
-                f"latency_p{n}": self._latency.percentile(n / 100) for n in (50, 95, 99)
-            }
-            return ClientStats(**asdict(self._totals), **percentiles, **details)
+            percentiles = {f"latency_p{n}": self._latency.percentile(n / 100) for n in (50, 95, 99)}
+            return ClientStats(**{**asdict(self._totals), **percentiles, **details})
 
-    def story(self) -> ReportData:
+    def report_data(self) -> ReportData:
         """Return what a report shows besides the totals."""
         with self._lock:
-            failures = [replace(row) for row in self._failures.rows()]
-            return ReportData(self._timeline.history(), self._latency.classes(), failures)
+            return ReportData(
+                self._timeline.history(),
+                dict(self._latency),
+                [replace(row) for row in self._failures.rows()],
+                dict(self._finish_reasons),
+            )
+
+
+_RETRIED_BY_SDK = frozenset({408, 409, 429})  # of the 4xx
 
 
 def _is_refused_for_good(outcome: Outcome) -> bool:
-    """Return whether the SDK will not repeat a refused attempt; of other failures only itself knows."""
+    """Return whether the SDK will not repeat a refused attempt; of other failures only the SDK knows."""
     if not outcome.is_refusal or outcome.status in _RETRIED_BY_SDK:
         return False
     return (outcome.headers or {}).get("x-should-retry") != "true"

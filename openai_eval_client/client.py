@@ -11,7 +11,7 @@ from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import Caller, collect, estimate, pool_for
-from openai_eval_client._report import Display, Guarded, Reading, both, write_report
+from openai_eval_client._report import Display, Guarded, ProgressSnapshot, both, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
@@ -490,11 +490,12 @@ class OpenAIClient:
     def _display(self, model: str, total: int | None, pool: WorkerPool | None = None) -> Display:
         """Return what shows the progress of a call; without a pool the Batch API is at work."""
 
-        def probe() -> Reading:
-            troubles = self._account.recorder.troubles
-            if pool is None:
-                return Reading(None, None, *troubles)
-            return Reading(self._account.limiter.status(model), pool.in_flight, *troubles)
+        def probe() -> ProgressSnapshot:
+            rate_limited, retries = self._account.recorder.rate_limited_and_retries
+            limits, in_flight = (
+                (None, None) if pool is None else (self._account.limiter.status(model), pool.in_flight)
+            )
+            return ProgressSnapshot(limits, in_flight, rate_limited, retries)
 
         return Display(total, probe)
 

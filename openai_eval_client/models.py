@@ -15,7 +15,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from openai_eval_client._format import as_html, bounds_text, minutes_text, rounded, usd
+from openai_eval_client._format import as_html, bounds_text, count, duration, usd
 from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
@@ -35,17 +35,32 @@ __all__ = [
 
 
 class Record(BaseModel):
-    """A model that programs pass on."""
+    """A model that programs pass on; its JSON reads back as it was, infinite log probabilities included."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that every JSON parser, data frame and database takes.
 
-        `model_dump()` keeps Python's types, and `model_dump(mode="json")` makes a text of a `Decimal`. Here
-        amounts of money are floats, times are ISO 8601 texts, and numbers that JSON does not have (infinite,
-        or none) are None.
+        `model_dump()` keeps Python's types, and `model_dump(mode="json")` makes a string of a `Decimal`. Here
+        money is a float in USD, a time is an ISO 8601 string, and a number that JSON does not have (infinite
+        or not a number) is None.
         """
         plain: dict[str, Any] = _plain(self.model_dump())
         return plain
+
+    @classmethod
+    def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:
+        """Make one of values known to be right: all fields, all private attributes; a fifth of the time."""
+        made = cls.__new__(cls)  # and its state, as unpickling does
+        state = {"__dict__": values, "__pydantic_fields_set__": _field_names(cls)}
+        made.__setstate__({**state, "__pydantic_extra__": None, "__pydantic_private__": private})
+        return made
+
+
+@functools.cache
+def _field_names(cls: type[Record]) -> set[str]:
+    return set(cls.model_fields)  # one set for all instances
 
 
 def _plain(value: Any) -> Any:
@@ -66,22 +81,20 @@ _ARITHMETIC = operator.add, operator.sub, operator.mul, operator.truediv
 
 
 class ModelCost(Record):
-    """What one model came to by one channel and in one service tier.
+    """What one model cost by one channel and in one service tier.
 
     Attributes:
-        model: The model, as the server names it; as it was asked for where the server does not say.
+        model: The model as the server names it, else as the request did.
         channel: "online", or "batch" for the Batch API.
-        service_tier: The tier that served, "default" where nothing else was said, and for batches.
+        service_tier: The tier that answered; "default" for batches, and where the server names none.
         calls: Answers that were billed.
         input_tokens: Their input, cached tokens included.
         cached_tokens: The part of the input that the provider had cached.
         output_tokens: Their output, reasoning included.
         reasoning_tokens: The part of the output spent on reasoning.
         unpriced: Calls whose price is not known.
-        cost: USD of the others by the published price list; None where no call has a known price.
+        cost: USD of the other calls by the published price list; None where no call has a known price.
     """
-
-    model_config = ConfigDict(protected_namespaces=())
 
     model: str
     channel: Literal["online", "batch"]
@@ -95,30 +108,18 @@ class ModelCost(Record):
     cost: Decimal | None
 
 
-def _compared(compare: Callable[[Any, Any], Any]) -> Any:
-    """Return a method that compares the total with a number or with another ledger's."""
+def _on_total(compute: Callable[[Any, Any], Any], *, swapped: bool = False) -> Any:
+    """Return an operator on a ledger's total; the result is a Decimal only where one goes in."""
 
     def method(self: CostLedger, other: object) -> Any:
-        return compare(*_alike(self, other))
+        own, value = _operands(self, other)
+        result = compute(value, own) if swapped else compute(own, value)
+        return float(result) if isinstance(other, CostLedger) and isinstance(result, Decimal) else result
 
     return method
 
 
-def _computed(compute: Callable[[Any, Any], Any]) -> Any:
-    """Return an operator on the total whose result is a float: a Decimal only where one goes in."""
-
-    def method(self: CostLedger, other: object) -> Any:
-        result = compute(*_alike(self, other))
-        return float(result) if isinstance(other, CostLedger) else result
-
-    return method
-
-
-def _swapped(compute: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda own, other: compute(other, own)
-
-
-def _alike(ledger: CostLedger, other: Any) -> tuple[Any, Any]:
+def _operands(ledger: CostLedger, other: Any) -> tuple[Any, Any]:
     """Return two amounts that go together: Decimal and float do not."""
     if isinstance(other, CostLedger):
         return ledger.total, other.total
@@ -126,20 +127,20 @@ def _alike(ledger: CostLedger, other: Any) -> tuple[Any, Any]:
 
 
 class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
-    """Everything that was billed so far, and what was not.
+    """Everything that was billed so far, and what could not be priced.
 
-    It stands for its total wherever a number is wanted: `float(cost)`, `f"{cost:.2f}"`, `cost < 5`,
+    It is its total wherever a number is wanted: `float(cost)`, `f"{cost:.2f}"`, `cost < 5`,
     `cost - before`. Two ledgers are equal when all their fields are.
 
     Attributes:
         total: USD of all calls whose price is known, by the published price list.
-        rows: What it is the sum of.
+        rows: The parts of `total`, one for each model, channel and service tier.
         unpriced: Calls whose price is not known, not in `total`.
         retried: Attempts that were billed without bringing an answer, in `rows` and `total`.
-        unaccounted: Attempts that the provider may have billed but did not say so, not in `total`: they timed
-            out, were cut off or cancelled, or the answer (most streams, if not asked to) came without usage.
-        unaccounted_cost: USD these come to if each used all the tokens that were reserved for it, which for
-            those without a maximum is the usual length of an answer.
+        unaccounted: Attempts that the provider may have billed without saying so, not in `total`: they timed
+            out, were cut off or cancelled, or the answer came without usage, as most streams do by default.
+        unaccounted_cost: USD for these if each used all the tokens reserved for it; without a maximum, that
+            is the mean length of an answer.
         saved_by_cache: USD that the answers taken from the local cache would have cost.
     """
 
@@ -181,21 +182,22 @@ class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
     def __eq__(self, other: object) -> bool:
         if isinstance(other, CostLedger):
             return self.__dict__ == other.__dict__
-        return bool(operator.eq(*_alike(self, other)))
+        own, value = _operands(self, other)
+        return bool(own == value)
 
-    __lt__, __le__, __gt__, __ge__ = map(_compared, (operator.lt, operator.le, operator.gt, operator.ge))
-    __add__, __sub__, __mul__, __truediv__ = map(_computed, _ARITHMETIC)
-    __radd__, __rsub__, __rmul__, __rtruediv__ = map(_computed, map(_swapped, _ARITHMETIC))
+    __lt__, __le__, __gt__, __ge__ = map(_on_total, (operator.lt, operator.le, operator.gt, operator.ge))
+    __add__, __sub__, __mul__, __truediv__ = map(_on_total, _ARITHMETIC)
+    __radd__, __rsub__, __rmul__, __rtruediv__ = (_on_total(each, swapped=True) for each in _ARITHMETIC)
 
 
 class CostEstimate(Record):
     """What prompts will need, between two bounds; `print` shows it in three lines.
 
-    Every prompt is counted as one request that is sent, none as answered from the local cache, and all input
-    at the ordinary price of text. So a run may cost less than `cost_low` where the provider had input cached,
-    and more than `cost_high` where attempts that brought no answer were billed (see `CostLedger.retried`).
-    Where the model has no vocabulary of its own the tokens are estimates, and what the provider adds to the
-    input (a previous response, a search, the results of its own tools) is not seen.
+    Every prompt counts as one request that is sent, none as answered from the local cache, and all input at
+    the ordinary price of text. A run may cost less than `cost_low` where the provider had input cached, and
+    more than `cost_high` where attempts without an answer were billed (see `CostLedger.retried`). Tokens are
+    estimates for a model without a known vocabulary. What the provider adds to the input (a previous
+    response, a search, the results of its own tools) is not counted.
 
     Attributes:
         model: The model that would be asked.
@@ -204,24 +206,21 @@ class CostEstimate(Record):
         completion_tokens_low: Output at least: 0.
         completion_tokens_expected: requests x the mean length of the model's latest answers through this
             client; None before the first.
-        completion_tokens_high: Output at most: requests x `max_tokens`, by whatever name, x `n`; None where
-            none is given.
+        completion_tokens_high: Output at most: requests x `max_tokens` (or the API's other names for it) x
+            `n`; None where none is given.
         cost_low: USD online: sum of the price of each request's input, and of `completion_tokens_low`.
         cost_expected: The same with `completion_tokens_expected`.
         cost_high: The same with `completion_tokens_high`.
-        batch_cost_low: USD through the Batch API, likewise; None where the provider has no such price.
-        batch_cost_expected: Likewise.
-        batch_cost_high: Likewise.
-        unpriced: Requests whose price online is not known, which is none or all of them.
+        batch_cost_low: USD by the Batch API, as `cost_low`; None where the provider has no such price.
+        batch_cost_expected: USD by the Batch API, as `cost_expected`.
+        batch_cost_high: USD by the Batch API, as `cost_high`.
+        unpriced: Requests whose price online is not known: none or all of them.
         minutes: From the first request to the last at the configured limits: the larger of
-            (requests - burst) / `requests_per_minute` and (reserved tokens - burst) / `tokens_per_minute`,
-            where the burst is what a full bucket admits at once, and the tokens reserved for a request are
-            its input and at most its output: `max_tokens` x `n`, else the mean length, else 256. Shorter
-            answers give their rest back, so it may take less; latency and `max_concurrent` come on top. None
-            where no limit is configured.
+            (requests - burst) / `requests_per_minute` and (reserved tokens - burst) / `tokens_per_minute`.
+            The burst is what a full bucket admits at once. A request reserves its input and, for its output,
+            `max_tokens` x `n`, else the mean length, else 256. Shorter answers return the rest, so it may
+            take less; latency and `max_concurrent` may make it longer. None where no limit is configured.
     """
-
-    model_config = ConfigDict(protected_namespaces=())
 
     model: str
     requests: int
@@ -243,14 +242,11 @@ class CostEstimate(Record):
 
     def __str__(self) -> str:
         output = bounds_text(
-            self.completion_tokens_low,
-            self.completion_tokens_expected,
-            self.completion_tokens_high,
-            rounded,
+            self.completion_tokens_low, self.completion_tokens_expected, self.completion_tokens_high, count
         )
         online = bounds_text(self.cost_low, self.cost_expected, self.cost_high, usd)
         batch = bounds_text(self.batch_cost_low, self.batch_cost_expected, self.batch_cost_high, usd)
-        time = "no limit is configured" if self.minutes is None else minutes_text(self.minutes)
+        time = "no limit is configured" if self.minutes is None else duration(60 * self.minutes)
         return (
             f"{self.requests:,} requests to {self.model}: {self.prompt_tokens:,} tokens in, {output} out\n"
             f"USD: {online} online, {batch} by batch\n"
@@ -258,38 +254,13 @@ class CostEstimate(Record):
         )
 
 
-class _Model(Record):
-    """A model whose JSON reads back as it was, infinite log probabilities included."""
-
-    model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
-
-    @classmethod
-    def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:
-        """Make one of values that are known to be right, in a fifth of the time, as unpickling does.
-
-        Args:
-            values: Of every field, or the model is not whole.
-            private: Of every private attribute.
-        """
-        made = cls.__new__(cls)
-        state = {"__dict__": values, "__pydantic_fields_set__": _names(cls)}
-        made.__setstate__({**state, "__pydantic_extra__": None, "__pydantic_private__": private})
-        return made
-
-
-@functools.cache
-def _names(cls: type[_Model]) -> set[str]:
-    """Return the names of all fields: one set for all instances of which all fields are set."""
-    return set(cls.model_fields)
-
-
-class TokenUsage(_Model):
+class TokenUsage(Record):
     """Tokens of one answer, and their price.
 
     Attributes:
         prompt_tokens: Input tokens, cached ones included.
         completion_tokens: Output tokens, reasoning included.
-        total_tokens: Both.
+        total_tokens: Input and output tokens.
         estimated_cost: USD by the published price list; None where the model's price is not known.
         cached_tokens: The part of the input that the provider had cached and bills lower.
         reasoning_tokens: The part of the output spent on reasoning.
@@ -305,22 +276,22 @@ class TokenUsage(_Model):
     estimated: bool = False
 
 
-class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic model
+class ModelResponse(Record):  # noqa: PLW1641  # mutable, as every pydantic model
     """One answer.
 
     Attributes:
-        content: The text, "" where the model gave none (a tool call, a refusal).
+        content: The text; "" where the model gave none (a tool call, a refusal).
         usage: Tokens and cost.
         model: The model that answered, as the server names it.
         request_id: The x-request-id header, else the id in the body.
         latency_ms: Milliseconds of the attempt that succeeded, without waiting and retries.
-        temperature: What was sent, else the API's default of 1.0.
+        temperature: The sampling temperature that was sent, else the API's default of 1.0.
         finish_reason: "stop", "length", "tool_calls", "content_filter", or what the server says.
         cached: True where it came from the local cache.
         choices: All texts, for n > 1.
-        tool_calls: The calls the model asks for, as the API words them.
-        refusal: The model's refusal, where it refused.
-        logprobs: Log probabilities of the first choice, where they were asked for.
+        tool_calls: The calls the model asks for, as the API sends them.
+        refusal: The text with which the model refused; None where it did not.
+        logprobs: Log probabilities of the first choice, where the request asked for them.
     """
 
     content: str
@@ -358,7 +329,7 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
 
     @property
     def custom_id(self) -> str | None:
-        """What the caller named the request of a batch; None for all others, and after a JSON round trip."""
+        """The caller's name of a batch request; None for all other requests, and after a JSON round trip."""
         return (self.__pydantic_private__ or {}).get("_custom_id")
 
     def to_dict(self) -> dict[str, Any]:
@@ -372,7 +343,7 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         return as_html(self)
 
     def _decoded(self) -> Any:
-        """Return the body of the answer, as it came or from the line of a batch or of the cache."""
+        """Return the body of the answer: as it came, or from a line of a batch or of the cache."""
         if not isinstance(self._body, bytes):
             return self._body
         value = json.loads(self._body)
@@ -384,19 +355,19 @@ class ModelResponse(_Model):  # noqa: PLW1641  # mutable, as every pydantic mode
         return self.__dict__ == other.__dict__
 
 
-class BatchRequest(_Model):
-    """One request of a Batch job; parameters beyond those named go to the API as they are.
+class BatchRequest(Record):
+    """One request of a Batch job; all further parameters go to the API as they are.
 
     Attributes:
         prompt: The text, or a list of chat messages.
         messages: The chat messages, instead of `prompt`.
-        model: The model; the client's default when None.
-        temperature: Sampling temperature; not sent when None.
-        max_tokens: Output tokens at most; not sent when None.
+        model: The model; None: the client's default.
+        temperature: Sampling temperature; None: not sent.
+        max_tokens: Output tokens at most; None: not sent.
         custom_id: The caller's name of this request.
     """
 
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
+    model_config = ConfigDict(extra="allow")
 
     prompt: str | list[dict[str, Any]] | None = None
     messages: list[dict[str, Any]] | None = None
@@ -430,18 +401,15 @@ class BatchRequest(_Model):
     @model_validator(mode="after")
     def _one_input(self) -> BatchRequest:
         if self.prompt is None and self.messages is None:
-            known = set(type(self).model_fields)
-            extra = ", ".join(sorted(set(self.model_extra or ()) - known)[:5])
-            raise PydanticCustomError(
-                "no_input",
-                f"give prompt or messages{f', besides {extra}' if extra else ''}",
-            )
+            extra = ", ".join(sorted(self.model_extra or ())[:5])
+            besides = f", besides {extra}" if extra else ""
+            raise PydanticCustomError("no_input", f"give prompt or messages{besides}")
         if self.prompt is not None and self.messages is not None:
             raise PydanticCustomError("two_inputs", "give either prompt or messages, not both")
         return self
 
 
-class BatchJob(_Model):
+class BatchJob(Record):
     """A submitted Batch job; `job_id` alone finds it again."""
 
     job_id: str
@@ -450,8 +418,8 @@ class BatchJob(_Model):
     request_count: int
 
 
-class BatchJobStatus(_Model):
-    """How far a Batch job is. Counts are sums over its batches; the `line` of an error counts from 1."""
+class BatchJobStatus(Record):
+    """How far a Batch job is; counts are sums over its batches, and an error's `line` counts from 1."""
 
     job_id: str
     status: Literal[
@@ -480,36 +448,36 @@ class BatchJobStatus(_Model):
         return self.status in {"completed", "failed", "expired", "cancelled"}
 
 
-class ClientStats(_Model):
+class ClientStats(Record):
     """What a client has done so far.
 
     Attributes:
         requests: Prompts answered or failed for good, and the calls made through the drop-in client so far.
-        failures: Those that failed for good. Of the drop-in client's calls only those refused with a 4xx that
-            the SDK does not retry: where its retries end, it alone knows.
-        attempts: HTTP requests sent, also those that run no model (files, batches), which are not
-            among `requests` and `retries`.
-        retries: Attempts after a prompt's or a call's first.
+        failures: Prompts and calls that failed for good. Of the drop-in client's calls only those that ended
+            with a 4xx that the SDK does not retry: only the SDK knows when its retries end.
+        attempts: HTTP requests sent, including those that run no model (files, batches), which are not
+            counted in `requests` and `retries`.
+        retries: Attempts after the first one of a prompt or call.
         rate_limited: Answers with status 429.
-        reserved_tokens: Tokens reserved for all attempts, which is what a server charges that counts
-            `max_tokens` up front.
-        rate_limited_by: Those by the limit they named, "requests", "tokens" or "unknown".
-        wait_seconds: Seconds requests spent waiting for their admission, summed.
-        wait_seconds_by: Those by what was waited for: "requests", "tokens", "concurrency" or "pause".
-        retry_seconds: Seconds waited between the attempts of one prompt, summed; the SDK alone knows those of
-            the drop-in client's calls.
+        reserved_tokens: Tokens reserved for all attempts: what a server counts that charges `max_tokens` up
+            front.
+        rate_limited_by: Answers with status 429 by the limit they named: "requests", "tokens" or "unknown".
+        wait_seconds: Seconds that requests waited to be admitted, summed.
+        wait_seconds_by: The same by cause: "requests", "tokens", "concurrency" or "pause".
+        retry_seconds: Seconds waited between the attempts of one prompt, summed; without the drop-in client's
+            calls, whose waits only the SDK knows.
         server_seconds: Seconds that attempts took, from their admission to their end, summed.
         utilisation: By model, the used share of what its limits on "requests" and "tokens" admitted since the
-            first request, a full bucket included; above 1 where a limit was only learnt on the way.
+            first request, a full bucket included; above 1 where a limit was learnt only later.
         output_length: By model, "mean" and "spread" (standard deviation) of its latest answers, in tokens.
         prompt_tokens: Input tokens as the server counted them.
-        completion_tokens: Output tokens likewise.
-        cost: USD of all priced answers, and what makes it up; a number in itself.
+        completion_tokens: Output tokens as the server counted them.
+        cost: USD of all priced answers, and its parts; usable as a number.
         unpriced: Answers whose model has no known price, not in `cost`.
-        budget: Of `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is "reserved"
-            for what is in flight; empty without one.
-        cache_hits: Prompts answered from the cache; of the rest, only `requests` and `cost` know of them.
-        cache_writes: Answers kept in the cache.
+        budget: For `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is
+            "reserved" for requests in flight; empty without one.
+        cache_hits: Prompts answered from the cache; besides this, only `requests` and `cost` include them.
+        cache_writes: Answers stored in the cache.
         latency_p50: Median seconds of a successful attempt; None before the first.
         latency_p95: 95th percentile of the same.
         latency_p99: 99th percentile of the same.

@@ -1,4 +1,4 @@
-"""What the user gets back: it survives JSON and pickle, and compares by what it says."""
+"""What the user gets back survives JSON and pickle, and compares by its fields."""
 
 import json
 import math
@@ -102,7 +102,7 @@ def response(**fields):
 @pytest.mark.parametrize("kind", [USAGES, RESPONSES, REQUESTS, BATCH_STATUSES], ids=lambda _: None)
 @given(data=st.data())
 def test_a_model_reads_back_as_it_was(kind, data):
-    """From JSON, from a dict and from pickle, whatever texts and numbers it holds."""
+    """It reads back from JSON, dict and pickle, whatever texts and numbers it holds."""
     model = data.draw(kind)
     assert type(model).model_validate_json(model.model_dump_json()) == model
     assert type(model).model_validate(model.model_dump()) == model
@@ -111,7 +111,7 @@ def test_a_model_reads_back_as_it_was(kind, data):
 
 @given(RESPONSES)
 def test_the_json_can_be_read_without_this_package(answer):
-    """It is what Python's own json reads, infinities included."""
+    """Python's own json reads it, infinities included."""
     assert ModelResponse.model_validate(json.loads(answer.model_dump_json())) == answer
 
 
@@ -123,14 +123,14 @@ def test_a_token_of_no_probability_survives_json():
 
 
 def test_an_unknown_price_stays_unknown():
-    """None is null in JSON, never 0."""
+    """It is null in JSON, never 0."""
     usage = response().usage
     assert usage.estimated_cost is None
     assert json.loads(usage.model_dump_json())["estimated_cost"] is None
 
 
 def test_the_specified_fields_are_enough():
-    """What the specification does not name has a default."""
+    """All other fields have a default."""
     answer = response()
     assert answer.cached is False
     assert answer.choices == []
@@ -177,7 +177,7 @@ def with_extras(body, parsed):
 
 @pytest.mark.parametrize(("body", "kind"), [(CHAT_BODY, ChatCompletion), (RESPONSES_BODY, Response)])
 def test_raw_is_the_sdks_own_object(body, kind):
-    """Of the API that answered."""
+    """Its class is that of the API that answered."""
     raw = with_extras(body, None).raw
     assert type(raw) is kind
     assert raw.id == body["id"]
@@ -186,7 +186,7 @@ def test_raw_is_the_sdks_own_object(body, kind):
 
 
 def test_the_extras_are_not_compared():
-    """Two responses that say the same are equal, wherever they come from."""
+    """Two responses with the same fields are equal, wherever they come from."""
     assert with_extras(CHAT_BODY, City(name="Paris")) == response()
     assert response() != response(content="no")
     assert response() != response().model_dump()
@@ -213,7 +213,7 @@ def test_the_api_has_these_statuses(status):
 
 
 def test_a_job_ends_in_four_ways():
-    """Everything else changes yet."""
+    """Every other status can still change."""
     now = datetime.now(timezone.utc)
     ended = {
         status
@@ -223,7 +223,7 @@ def test_a_job_ends_in_four_ways():
     assert ended == {"completed", "failed", "expired", "cancelled"}
 
 
-def test_another_status_is_refused():
+def test_another_status_is_rejected():
     """The message names the field and the value."""
     with pytest.raises(PydanticError, match=r"(?s)status.*'done'"):
         BatchJobStatus(job_id="j", status="done", created_at=datetime.now(timezone.utc), request_count=1)
@@ -250,14 +250,14 @@ def test_times_know_their_zone(given_, expected):
 
 
 def test_a_batch_request_takes_every_parameter():
-    """What it does not name goes to the API as it is."""
+    """Parameters without a field go to the API as they are."""
     request = BatchRequest(prompt="hello", seed=7, response_format={"type": "json_object"})
     assert request.model_extra == {"seed": 7, "response_format": {"type": "json_object"}}
     assert BatchRequest.model_validate_json(request.model_dump_json()) == request
 
 
 def test_a_batch_request_takes_messages():
-    """In either place."""
+    """They may be given as `messages` or as `prompt`."""
     messages = [{"role": "user", "content": "hello"}]
     assert BatchRequest(messages=messages).messages == messages
     assert BatchRequest(prompt=messages).prompt == messages
@@ -276,8 +276,8 @@ def test_a_batch_request_takes_messages():
         {"messages": "hello"},
     ],
 )
-def test_a_batch_request_without_a_clear_input_is_refused(fields):
-    """Exactly one of prompt and messages, and each field of its type."""
+def test_a_batch_request_without_a_clear_input_is_rejected(fields):
+    """It needs exactly one of prompt and messages, and each field of its type."""
     with pytest.raises(PydanticError) as caught:
         BatchRequest(**fields)
     wrong = [name for name in fields if name not in {"prompt", "messages"}] or ["prompt", "messages"]
@@ -285,7 +285,7 @@ def test_a_batch_request_without_a_clear_input_is_refused(fields):
 
 
 def test_new_statistics_are_zero():
-    """Counts are 0 and latencies unknown before the first attempt."""
+    """Before the first attempt counts are 0 and latencies None."""
     stats = ClientStats()
     assert all(value in (0, {}) for name, value in stats if not name.startswith("latency"))
     assert (stats.latency_p50, stats.latency_p95, stats.latency_p99) == (None, None, None)
@@ -296,5 +296,5 @@ def test_new_statistics_are_zero():
     "kind", [TokenUsage, ModelResponse, BatchRequest, BatchJob, BatchJobStatus, ClientStats]
 )
 def test_every_model_has_a_json_schema(kind):
-    """Other programs can be told what they get."""
+    """The schema names every field."""
     assert set(kind.model_json_schema()["properties"]) == set(kind.model_fields)

@@ -135,7 +135,7 @@ class Caller:
                 forget_key(error, self._key)
             account.recorder.failed(body["model"], error)
             raise
-        account.recorder.answered()
+        account.recorder.answered(response.finish_reason)
         return response
 
     async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:

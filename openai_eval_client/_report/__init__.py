@@ -1,32 +1,53 @@
 """A run as one page, as progress while it goes, and as tables in a notebook."""
 
-from openai_eval_client._report import html  # registers what a notebook shows
-from openai_eval_client._report.page import meaning, write_report
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from openai_eval_client._report import html  # noqa: F401  # registers what a notebook shows
 from openai_eval_client._report.progress import (
     Display,
     Guarded,
     Progress,
-    Reading,
+    ProgressSnapshot,
     bar_is_open,
     both,
-    clock,
     report,
     write_above,
 )
 from openai_eval_client._report.rows import to_pandas
 
+if TYPE_CHECKING:
+    import os
+    from pathlib import Path
+
+    from openai_eval_client._account import Account
+    from openai_eval_client._stats import Failure
+
 __all__ = [
     "Display",
     "Guarded",
     "Progress",
-    "Reading",
+    "ProgressSnapshot",
     "bar_is_open",
     "both",
-    "clock",
-    "html",
     "meaning",
     "report",
     "to_pandas",
     "write_above",
     "write_report",
 ]
+
+
+def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
+    """Write the page about what a client did, and return its path."""
+    from openai_eval_client._report import page  # not needed at the start
+
+    return page.write_report(path, account, base_url, title)
+
+
+def meaning(failure: Failure) -> str:
+    """Return what a kind of failure means."""
+    from openai_eval_client._report import page  # not needed at the start
+
+    return page.meaning(failure)

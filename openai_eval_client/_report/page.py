@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from openai_eval_client._format import clock, count, dollars, duration, percent
-from openai_eval_client._report.charts import pictures
-from openai_eval_client._report.html import (
-    Markup,
-    card,
-    escape,
-    html_page,
-    name,
-    part,
-    section,
-    table,
-    tiles,
-    write_page,
-)
+from openai_eval_client._report.charts import chart_sections
+from openai_eval_client._report.html import Markup, cost_text, escape, name, section, table
+from openai_eval_client._runtime import replacing
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path  # typer reads the annotations
 
     from openai_eval_client._account import Account
     from openai_eval_client._limits import Limit, ModelLimits
     from openai_eval_client._stats import Failure, History, ModelTimeline, ReportData
-    from openai_eval_client.models import ClientStats, CostLedger, ModelCost
+    from openai_eval_client.models import ClientStats
 
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser makes sure that nothing is loaded
+_ROWS = 40  # of the table of costs
+_MINUTE = 60.0
+_LITTLE = 0.05  # of all time: waits that do not matter
+_MUCH = 0.2  # of all time
+_FULL = 0.85  # of a limit, from which it is what bound a run
+_FAR_FROM = 1.1  # times: two limits that differ
+_GENEROUS = 1.5  # times what answers take: a reservation that could be smaller
+_FIELDS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
+
+# --- what failures mean -----------------------------------------------------------------------------------
 
 _SERVER_ERROR = 500
 _BY_CODE = {
@@ -50,7 +52,7 @@ _BY_STATUS = {
     409: "in the way of another request; sent again",
     413: "the request is too large for the server",
     422: "the server refuses the request itself",
-    429: "the server's limit was reached; sent again when it said",
+    429: "the server's limit was reached; sent again after the wait that it asked for",
 }
 _BY_KIND = {
     "TimeoutError": "no answer within timeout; sent again",
@@ -62,115 +64,92 @@ _BY_KIND = {
 }
 
 
-def failures_table(failures: Sequence[Failure]) -> Markup:
-    """Return what went wrong, by kind."""
-    head = ("model", "error", "what it means", "attempts", "prompts lost", "first", "last")
-    return table(head, [_row(each) for each in failures], texts=3)
-
-
-def _row(of: Failure) -> tuple[object, ...]:
-    said = " ".join(str(part) for part in (of.kind, of.status, of.code) if part)
-    means = Markup(f'<span class="wide">{escape(meaning(of))}</span>')
-    times = (Markup(escape(clock(at)).replace(" ", "<br>")) for at in (of.first, of.last))
-    return (
-        name(of.model),
-        Markup(f'<span class="wide">{name(said)}</span>'),
-        means,
-        count(of.attempts),
-        count(of.prompts),
-        *times,
-    )
-
-
-def meaning(of: Failure) -> str:
+def meaning(failure: Failure) -> str:
     """Return what a kind of failure means."""
-    if of.code in _BY_CODE:
-        return _BY_CODE[of.code]
-    if of.status is not None and of.status >= _SERVER_ERROR:
+    if failure.code in _BY_CODE:
+        return _BY_CODE[failure.code]
+    if failure.status is not None and failure.status >= _SERVER_ERROR:
         return "the server failed; sent again"
-    return _BY_STATUS.get(of.status or 0) or _BY_KIND.get(of.kind) or "see the exception"
+    return _BY_STATUS.get(failure.status or 0) or _BY_KIND.get(failure.kind) or "see the exception"
 
 
-_MINUTE = 60.0
-_LITTLE = 0.05  # of all time: waits that matter to nobody
-_MUCH = 0.2  # of all time
-_FULL = 0.85  # of a limit, from which it is what bound a run
-_FAR_FROM = 1.1  # times: two limits that differ
-_GENEROUS = 1.5  # times what answers take: a reservation that could be smaller
-_FIELDS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
+# --- what bound the run -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Bottleneck:
+class Bottleneck(NamedTuple):
     """What bound a run."""
 
-    cause: str  # "requests", "tokens", "concurrency", "pause", "retries", "server", or "nothing" was sent
-    headline: str  # the same in a few words
-    advice: tuple[str, ...] = ()  # what to do about it, sentence by sentence
+    headline: str
+    advice: Sequence[str] = ()  # what to do about it, sentence by sentence
 
 
-def shares(facts: ModelLimits, track: ModelTimeline, breaks: Mapping[int, float]) -> dict[str, float]:
+def bottleneck(stats: ClientStats, limits: Sequence[ModelLimits], history: History) -> Bottleneck:
+    """Return what bound a run, as far as the client can know."""
+    if not stats.attempts:
+        return Bottleneck("all answers came from the cache" if stats.cache_hits else "nothing was sent")
+    waited = sum(sum(each.waited.values()) for each in limits)
+    whole = waited + stats.server_seconds + stats.retry_seconds
+    if stats.retry_seconds > _MUCH * whole and stats.retry_seconds > waited:
+        text = "The table of failures names what came back. A lower max_retries gives up earlier."
+        return Bottleneck(f"slowed by {count(stats.retries)} retries after failed attempts", [text])
+    known = [each for each in limits if each.model in history.models]
+    if waited < _LITTLE * whole or not known:
+        return _server(stats, history)
+    return _held_up(stats, known, history)
+
+
+def _held_up(stats: ClientStats, limits: Sequence[ModelLimits], history: History) -> Bottleneck:
+    """Return the bottleneck by what requests waited for longest, and for which model."""
+    waits = (
+        (seconds, cause, number)
+        for number, each in enumerate(limits)
+        for cause, seconds in (each.waited or {"concurrency": 0.0}).items()
+    )
+    _, cause, number = max(waits)
+    if cause == "pause":
+        return _paused(stats, limits[number])
+    if cause == "concurrency":
+        return _concurrency(limits[number], history)
+    if cause in _FIELDS:
+        return _limited(cause, limits[number], history)
+    return Bottleneck(f"held up by {cause} ({limits[number].model})")
+
+
+def limit_shares(limits: ModelLimits, history: History) -> dict[str, float]:
     """Return the share of each limit that was used, from a model's first request to its last."""
     # What a full bucket admitted at once is part of the limit, as in `ClientStats.utilisation`, and so is
     # what was refilled while nothing was sent.
-    spent = {"requests": sum(track.admitted), "tokens": sum(track.reserved)}
+    timeline = history.models[limits.model]
     used: dict[str, float] = {}
-    for dimension, limit in (("requests", facts.requests), ("tokens", facts.tokens)):
+    for dimension, limit, spent in (
+        ("requests", limits.requests, sum(timeline.admitted)),
+        ("tokens", limits.tokens, sum(timeline.reserved)),
+    ):
         if limit.per_minute:
             rate = limit.per_minute / _MINUTE
-            refilled = sum(min(limit.burst, seconds * rate) for seconds in breaks.values())
-            admitted = limit.burst + refilled + rate * (track.last - track.first)
-            used[dimension] = spent[dimension] / max(admitted, 1.0)
+            refilled = sum(min(limit.burst, seconds * rate) for seconds in history.breaks.values())
+            admitted = limit.burst + refilled + rate * (timeline.last - timeline.first)
+            used[dimension] = spent / max(admitted, 1.0)
     return used
 
 
-def bottleneck(stats: ClientStats, facts: Sequence[ModelLimits], history: History) -> Bottleneck:
-    """Return what bound a run, as far as the client can know."""
-    if not stats.attempts:
-        cached = "all answers came from the cache" if stats.cache_hits else "nothing was sent"
-        return Bottleneck("nothing", cached)
-    waited = sum(sum(each.waited.values()) for each in facts)
-    whole = waited + stats.server_seconds + stats.retry_seconds
-    if stats.retry_seconds > _MUCH * whole and stats.retry_seconds > waited:
-        return _failing(stats)
-    known = [each for each in facts if each.model in history.tracks]
-    if waited < _LITTLE * whole or not known:
-        return _server(stats, history)
-    _, cause, which = max(
-        (seconds, cause, number)
-        for number, each in enumerate(known)
-        for cause, seconds in (each.waited or {"concurrency": 0.0}).items()
-    )
-    one, track = known[which], history.tracks[known[which].model]
-    if cause == "pause":
-        return _paused(stats, one)
-    if cause == "concurrency":
-        return _concurrency(one, track, history)
-    return _limited(cause, one, track, history)
-
-
-def _limited(cause: str, facts: ModelLimits, track: ModelTimeline, history: History) -> Bottleneck:
-    """Return the bottleneck of a run that waited for requests or tokens per minute, or for anything else."""
-    if cause not in _FIELDS:
-        return Bottleneck(cause, f"held up by {cause} ({facts.model})")
-    limit = facts.requests if cause == "requests" else facts.tokens
-    share = shares(facts, track, history.breaks).get(cause)
-    where = f"{cause} per minute ({facts.model})"
+def _limited(cause: str, limits: ModelLimits, history: History) -> Bottleneck:
+    """Return the bottleneck of a run that waited for requests or tokens per minute."""
+    timeline, share = history.models[limits.model], limit_shares(limits, history).get(cause)
+    where = f"{cause} per minute ({limits.model})"
+    corrections = _corrections(cause, limits.requests if cause == "requests" else limits.tokens)
+    ways_out = _ways_out(cause, limits, timeline)
     if share is None:
-        return Bottleneck(cause, f"bound by {where}", tuple(_ways_out(cause, facts, track)))
-    if share < _FULL:
-        seconds = track.last - track.first
-        text = (
-            "It was short: a client begins with one second's quota, and learns the rest from the answers."
-            if seconds < _MINUTE
-            else "Requests waited although the limit was not used up on the whole: they came in bursts, or "
-            "the server had less left than its limit says, as it does where others spend the same quota."
-        )
-        return Bottleneck(
-            cause, f"paced by {where}: {percent(share)} used", (text, *_corrections(cause, limit))
-        )
-    advice = (*_corrections(cause, limit), *_ways_out(cause, facts, track))
-    return Bottleneck(cause, f"bound by {where}: {percent(share)} used", advice)
+        return Bottleneck(f"bound by {where}", [*ways_out])
+    if share >= _FULL:
+        return Bottleneck(f"bound by {where}: {percent(share)} used", [*corrections, *ways_out])
+    text = (
+        "It was short: a client begins with one second's quota, and learns the rest from the answers."
+        if timeline.last - timeline.first < _MINUTE
+        else "Requests waited although the limit was not used up on the whole: they came in bursts, or "
+        "the server had less left than its limit says, as it does where other programs spend the same quota."
+    )
+    return Bottleneck(f"paced by {where}: {percent(share)} used", [text, *corrections])
 
 
 def _corrections(cause: str, limit: Limit) -> Iterator[str]:
@@ -191,10 +170,9 @@ def _corrections(cause: str, limit: Limit) -> Iterator[str]:
         )
 
 
-def _ways_out(cause: str, facts: ModelLimits, track: ModelTimeline) -> Iterator[str]:
-    requests = sum(track.admitted)
-    reserved, used = sum(track.reserved) / max(requests, 1), sum(track.used) / max(requests, 1)
-    length = facts.output_length
+def _ways_out(cause: str, limits: ModelLimits, timeline: ModelTimeline) -> Iterator[str]:
+    requests, length = max(sum(timeline.admitted), 1.0), limits.output_length
+    reserved, used = sum(timeline.reserved) / requests, sum(timeline.used) / requests
     if cause == "tokens" and used and reserved > _GENEROUS * used and length:
         enough = math.ceil((length["mean"] + 3 * length["spread"]) / 10) * 10
         yield (
@@ -212,17 +190,16 @@ def _ways_out(cause: str, facts: ModelLimits, track: ModelTimeline) -> Iterator[
     )
 
 
-def _concurrency(facts: ModelLimits, track: ModelTimeline, history: History) -> Bottleneck:
-    """Return the bottleneck on a run that could have had more requests in flight."""
-    used = shares(facts, track, history.breaks)
-    level = "".join(f", {percent(share)} of its {each} per minute used" for each, share in used.items())
-    headline = f"bound by max_concurrent ({facts.model}){level}"
-    enough, latency = _enough_in_flight(facts, track), duration(_latency(track))
-    most = max(history.in_flight[: history.bins], default=0.0)
-    now = max(1.0, min(facts.max_concurrent, most))
+def _concurrency(limits: ModelLimits, history: History) -> Bottleneck:
+    """Return the bottleneck of a run that could have had more requests in flight."""
+    used, timeline = limit_shares(limits, history), history.models[limits.model]
+    shares = "".join(f", {percent(share)} of its {each} per minute used" for each, share in used.items())
+    seconds = timeline.seconds / max(sum(timeline.admitted), 1.0)
+    enough, most = _enough_in_flight(limits, timeline, seconds), _most_in_flight(history)
+    latency = duration(seconds)
     if enough is None:
         text = "Raise max_concurrent step by step, for as long as latency and 429s do not rise with it."
-    elif enough > _FAR_FROM * now:
+    elif enough > _FAR_FROM * max(1.0, min(limits.max_concurrent, most)):
         text = (
             f"At {latency} a request, about {enough} in flight would use the limits up; "
             f"there were at most {most:.0f}."
@@ -234,152 +211,141 @@ def _concurrency(facts: ModelLimits, track: ModelTimeline, history: History) -> 
         )
     else:
         text = "The limits on requests and tokens are nearly used up, too: more in flight would gain little."
-    return Bottleneck("concurrency", headline, (text,))
+    return Bottleneck(f"bound by max_concurrent ({limits.model}){shares}", [text])
 
 
-def _latency(track: ModelTimeline) -> float:
-    """Return the mean seconds of an attempt."""
-    return track.seconds / max(sum(track.admitted), 1.0)
+def _most_in_flight(history: History) -> float:
+    return max(history.in_flight, default=0.0)
 
 
-def _enough_in_flight(facts: ModelLimits, track: ModelTimeline) -> int | None:
+def _enough_in_flight(limits: ModelLimits, timeline: ModelTimeline, seconds: float) -> int | None:
     """Return how many in flight use the limits up: rate x latency (Little's law); None without a limit."""
-    limits = facts.requests.per_minute, facts.tokens.per_minute
-    costs = 1.0, sum(track.reserved) / max(sum(track.admitted), 1.0)
-    rates = [limit / _MINUTE / cost for limit, cost in zip(limits, costs, strict=True) if limit and cost]
-    return math.ceil(min(rates) * _latency(track)) if rates else None
+    tokens = sum(timeline.reserved) / max(sum(timeline.admitted), 1.0)
+    needs = ((limits.requests.per_minute, 1.0), (limits.tokens.per_minute, tokens))
+    rates = [limit / _MINUTE / need for limit, need in needs if limit and need]
+    return math.ceil(min(rates) * seconds) if rates else None
 
 
-def _paused(stats: ClientStats, facts: ModelLimits) -> Bottleneck:
-    """Return the bottleneck on a run that the server refused again and again."""
-    where = max(stats.rate_limited_by.items(), key=lambda pair: pair[1], default=("unknown", 0))[0]
+def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
+    """Return the bottleneck of a run that the server refused again and again."""
+    where = max(stats.rate_limited_by, key=stats.rate_limited_by.__getitem__, default="unknown")
     named = f", mostly for {where}" if where != "unknown" else ""
     share = (
-        "Programs that spend the same quota at the same time can share one budget; "
+        "Programs that spend the same quota at the same time can share it (redis_url); "
         "else lower the configured limits to the part of it that is this program's."
     )
-    advice = [*_corrections("requests", facts.requests), *_corrections("tokens", facts.tokens), share]
-    headline = f"held up by the server's unsupported: {count(stats.rate_limited)} times 429{named}"
-    return Bottleneck("pause", headline, tuple(advice))
-
-
-def _failing(stats: ClientStats) -> Bottleneck:
-    text = "The table of failures names what came back. A lower max_retries gives up earlier."
-    return Bottleneck("retries", f"slowed by {count(stats.retries)} retries after failed attempts", (text,))
+    advice = [*_corrections("requests", limits.requests), *_corrections("tokens", limits.tokens), share]
+    return Bottleneck(f"held up by the server: {count(stats.rate_limited)} times 429{named}", advice)
 
 
 def _server(stats: ClientStats, history: History) -> Bottleneck:
-    """Return the bottleneck on a run that nothing of ours held up."""
-    most = max(history.in_flight[: history.bins], default=0.0)
+    """Return the bottleneck of a run that waited for no limit."""
     latency = duration(stats.server_seconds / stats.attempts)
     text = (
-        f"No request waited for a limit: each took {latency} at the server, at most {most:.1f} at a time. "
-        "To go faster, ask for more at once: batch_generate instead of one prompt after the other."
+        f"No request waited for a limit: each took {latency} at the server, at most "
+        f"{_most_in_flight(history):.1f} at a time. To go faster, ask for more at once: "
+        "batch_generate instead of one prompt after the other."
     )
-    return Bottleneck("server", "bound by the time the server takes", (text,) if stats.requests > 1 else ())
+    return Bottleneck("bound by the time the server takes", [text] if stats.requests > 1 else [])
 
 
-_COLUMNS = 80  # of a picture over time
-_DRAWN = 6  # models that have pictures of their own
-_ROWS = 40  # of a table
+# --- the page ---------------------------------------------------------------------------------------------
 
 
 def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
-    """Write the report of a client, and return its path."""
-    stats, story, facts = account.stats, account.recorder.story(), account.limiter.limits
-    return write_page(path, client_page(stats, story, facts, base_url=base_url, title=title))
-
-
-def client_page(
-    stats: ClientStats,
-    story: ReportData,
-    facts: Sequence[ModelLimits],
-    *,
-    base_url: str,
-    title: str | None,
-) -> Markup:
-    """Return the report of a client."""
-    history, said = story.history, bottleneck(stats, facts, story.history)
-    began = "" if history.began_at is None else f", first request {clock(history.began_at)}"
-    return html_page(
-        title or "Run report",
-        f"{urlsplit(base_url).hostname or base_url}{began}",
-        summary(stats, history, said),
-        _sections(stats, story, facts, said),
+    """Write the page about what a client did, and return its path."""
+    stats, data, limits = account.stats, account.recorder.report_data(), account.limiter.limits
+    found, began_at = bottleneck(stats, limits, data.history), data.history.began_at
+    began = "" if began_at is None else f", first request {clock(began_at)}"
+    about = f"{urlsplit(base_url).hostname or base_url}{began}; written {clock(time.time())}"
+    heading, style = escape(title or "Run report"), Path(__file__).with_name("report.css").read_text("utf-8")
+    page = (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{heading}</title><style>{style}</style></head><body><main>\n"
+        f'<header><h1>{heading}</h1><p class="meta">{escape(about)}</p>'
+        f'<p class="summary">{escape(_summary(stats, data.history, found))}</p></header>\n'
+        f"{''.join(_sections(stats, data, limits, found))}</main></body></html>\n"
     )
+    return write_page(path, page)
 
 
-def summary(stats: ClientStats, history: History, said: Bottleneck) -> str:
-    """Return all of it in a line."""
+def write_page(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a page, in place of what was there, as `replacing` does."""
+    try:
+        with replacing(os.fspath(path)) as file:
+            file.write(text.encode())
+    except OSError as error:
+        error.filename, error.filename2 = os.fspath(path), None  # the name that the caller knows
+        raise
+    return Path(path)
+
+
+def _summary(stats: ClientStats, history: History, found: Bottleneck) -> str:
     cached = f" ({count(stats.cache_hits)} from the cache)" if stats.cache_hits else ""
-    whole = (
-        f" at work within {duration(history.seconds + sum(history.breaks.values()))}"
-        if history.breaks
-        else ""
-    )
+    idle = sum(history.breaks.values())
+    whole = f" at work within {duration(history.seconds + idle)}" if idle else ""
     return (
         f"{count(stats.requests - stats.failures)} answered{cached}, {count(stats.failures)} failed, "
-        f"{bill(stats.cost)}, {duration(history.seconds)}{whole}; {said.headline}"
+        f"{cost_text(stats.cost)}, {duration(history.seconds)}{whole}; {found.headline}"
     )
-
-
-def bill(cost: CostLedger) -> str:
-    """Return what it cost, as far as that is known."""
-    if cost.unpriced and not cost.total:
-        return "cost unknown"
-    return f"{dollars(cost.total)}{f' and {count(cost.unpriced)} unpriced' if cost.unpriced else ''}"
 
 
 def _sections(
-    stats: ClientStats, story: ReportData, facts: Sequence[ModelLimits], said: Bottleneck
+    stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits], found: Bottleneck
 ) -> Iterator[str]:
-    advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in said.advice)
-    content = f"<b>{escape(_sentence(said.headline))}</b>{f'<ul>{advice}</ul>' if advice else ''}"
-    yield f'<div class="card bottleneck">{content}</div>'
-    yield _tiles(stats, story.history)
-    yield from pictures(stats, story, facts)
+    advice = "".join(f"<li>{escape(sentence)}</li>" for sentence in found.advice)
+    headline = escape(f"{found.headline[:1].upper()}{found.headline[1:]}.")
+    yield f'<div class="card bottleneck"><b>{headline}</b>{f"<ul>{advice}</ul>" if advice else ""}</div>'
+    yield _tiles(stats, data.history)
+    yield from chart_sections(stats, data, limits)
     if stats.cost.rows:
-        yield section("Cost", card(_costs(stats.cost)), note=_cost_note(stats))
-    if story.history.tracks:
-        yield section("Models", card(_models(story.history, facts)))
-    yield _failures(stats, story)
+        yield section("Cost", _card(_costs(stats)), note=_cost_note(stats))
+    if data.history.models:
+        yield section("Models", _card(_models(data.history, limits)))
+    if data.finish_reasons:
+        yield _finish_reasons(stats, data.finish_reasons)
+    yield _failures(stats, data.failures)
 
 
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}."
+def _card(content: Markup) -> str:
+    return f'<div class="card"><div class="scroll">{content}</div></div>'
 
 
-def _tiles(stats: ClientStats, history: History) -> Markup:
-    median = "-" if stats.latency_p50 is None else duration(stats.latency_p50)
+def _tiles(stats: ClientStats, history: History) -> str:
     figures = {
         "answered": count(stats.requests - stats.failures),
         "failed": count(stats.failures),
-        "cost": "unknown" if stats.cost.unpriced and not stats.cost.total else dollars(stats.cost.total),
+        "cost": "unknown" if stats.unpriced and not stats.cost else dollars(stats.cost.total),
         "time": duration(history.seconds),
         "tokens in": count(stats.prompt_tokens),
         "tokens out": count(stats.completion_tokens),
         "429s / retries": f"{count(stats.rate_limited)} / {count(stats.retries)}",
-        "median latency": median,
+        "median latency": "-" if stats.latency_p50 is None else duration(stats.latency_p50),
     }
-    return tiles(figures)
+    tiles = (f"<div><dt>{label}</dt><dd>{figure}</dd></div>" for label, figure in figures.items())
+    return f'<dl class="tiles">{"".join(tiles)}</dl>\n'
 
 
-def _costs(cost: CostLedger) -> Markup:
-    rows = sorted(cost.rows, key=lambda row: (-(row.cost or 0), -row.calls))
-    most = max((float(row.cost or 0) for row in rows), default=0.0)
+def _costs(stats: ClientStats) -> Markup:
+    ordered = sorted(stats.cost.rows, key=lambda row: (-(row.cost or 0), -row.calls))
+    most, rows = float(ordered[0].cost or 0), []
+    for row in ordered[:_ROWS]:
+        counts = map(count, (row.calls, row.input_tokens, row.cached_tokens, row.output_tokens))
+        cost = _with_bar(float(row.cost or 0) / most if most else 0.0, dollars(row.cost))
+        rows.append((name(row.model), row.channel, row.service_tier, *counts, cost))
     head = ("model", "channel", "tier", "calls", "tokens in", "cached", "tokens out", "USD")
-    return table(head, [_cost_row(row, most) for row in rows[:_ROWS]], texts=3)
+    return table(head, rows, texts=3)
 
 
-def _cost_row(row: ModelCost, most: float) -> tuple[object, ...]:
-    counts = map(count, (row.calls, row.input_tokens, row.cached_tokens, row.output_tokens))
-    shown = dollars(row.cost)
-    share = float(row.cost or 0) / most if most else 0.0
-    return (name(row.model), row.channel, row.service_tier, *counts, part(share, shown))
+def _with_bar(share: float, amount: str) -> Markup:
+    bar = f'<span class="part" style="width:{100 * min(share, 1.0):.1f}%"></span>' if share > 0 else ""
+    return Markup(f'<span class="track">{bar}</span><span class="amount">{amount}</span>')
 
 
 def _cost_note(stats: ClientStats) -> str:
-    cost, parts = stats.cost, [f"{bill(stats.cost)} by list prices."]
+    cost, parts = stats.cost, [f"{cost_text(stats.cost)} by list prices."]
     if len(cost.rows) > _ROWS:
         parts.append(f"The {_ROWS} largest of {len(cost.rows)} rows.")
     if cost.retried:
@@ -396,38 +362,37 @@ def _cost_note(stats: ClientStats) -> str:
     return " ".join(parts)
 
 
-def _models(history: History, facts: Sequence[ModelLimits]) -> Markup:
-    known = {each.model: each for each in facts}
-    head = (
-        "model",
-        "sent",
-        "429s",
-        "failed",
-        "tokens reserved",
-        "tokens used",
-        "of requests/min",
-        "of tokens/min",
-        "answer, tokens",
-    )
-    rows = []
-    for model, track in sorted(history.tracks.items(), key=lambda pair: -sum(pair[1].admitted)):
-        used = shares(known[model], track, history.breaks) if model in known else {}
+def _models(history: History, limits: Sequence[ModelLimits]) -> Markup:
+    known, rows = {each.model: each for each in limits}, []
+    for model, of in sorted(history.models.items(), key=lambda pair: -sum(pair[1].admitted)):
+        sums = map(sum, (of.admitted, of.rate_limited, of.failed, of.reserved, of.used))
+        used = limit_shares(known[model], history) if model in known else {}
+        shares = (percent(used[each]) if each in used else "-" for each in _FIELDS)
         length = known[model].output_length.get("mean") if model in known else None
-        counts = (
-            sum(each)
-            for each in (track.admitted, track.rate_limited, track.failed, track.reserved, track.used)
-        )
-        of_limits = (percent(used[each]) if each in used else "-" for each in ("requests", "tokens"))
-        rows.append((name(model), *map(count, counts), *of_limits, "-" if length is None else count(length)))
-    return table(head, rows)
+        rows.append((name(model), *map(count, sums), *shares, "-" if length is None else count(length)))
+    counts = ("sent", "429s", "failed", "tokens reserved", "tokens used")
+    return table(("model", *counts, "of requests/min", "of tokens/min", "answer, tokens"), rows)
 
 
-def _failures(stats: ClientStats, story: ReportData) -> Markup:
-    unnamed = stats.failures - sum(row.prompts for row in story.failures)
-    note = (
-        f"{count(unnamed)} requests of batches failed: their errors are among the results."
-        if unnamed > 0
-        else ""
-    )
-    content = failures_table(story.failures) if story.failures else Markup("No attempt failed.")
-    return section("Failures", card(content), note=note)
+def _finish_reasons(stats: ClientStats, reasons: Mapping[str, int]) -> Markup:
+    counted = sum(reasons.values())
+    ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
+    rows = [(name(reason), count(times), percent(times / counted)) for reason, times in ordered]
+    others = stats.requests - stats.failures - counted
+    note = f"Not counted: {count(others)} answers from the cache or to calls on client.openai."
+    content = _card(table(("how answers ended", "answers", "share"), rows))
+    return section("Finish reasons", content, note=note if others > 0 else "")
+
+
+def _failures(stats: ClientStats, failures: Sequence[Failure]) -> Markup:
+    rows = []
+    for each in failures:
+        error = name(" ".join(str(part) for part in (each.kind, each.status, each.code) if part))
+        wide = (Markup(f'<span class="wide">{escape(text)}</span>') for text in (error, meaning(each)))
+        times = (Markup(clock(at).replace(" ", "<br>")) for at in (each.first, each.last))
+        rows.append((name(each.model), *wide, count(each.attempts), count(each.prompts), *times))
+    head = ("model", "error", "what it means", "attempts", "prompts lost", "first", "last")
+    content = table(head, rows, texts=3) if rows else Markup("No attempt failed.")
+    unnamed = stats.failures - sum(each.prompts for each in failures)
+    note = f"{count(unnamed)} requests of batches failed: their errors are among the results."
+    return section("Failures", _card(content), note=note if unnamed > 0 else "")

@@ -1,4 +1,4 @@
-"""How far a run is: callbacks, a bar, a line in the log."""
+"""How far a run is: callbacks, two lines of a terminal, lines of a log."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import logging
 import sys
 import time
 from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-from openai_eval_client._format import usd
+from openai_eval_client._format import percent, short, timer, usd
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -27,9 +26,16 @@ Progress: TypeAlias = "Callable[[float], Any]"
 
 logger = logging.getLogger("openai_eval_client")
 
+_MINUTE = 60.0
+_LONG_WAIT = 1.0  # seconds from which the length of a wait is shown
+_NAMES = {"requests": "RPM", "tokens": "TPM"}
+_PAINT, _LOG = 0.25, 10.0  # seconds between two looks of a bar, and between two lines of a log
+_NARROW = 80  # columns of a terminal that does not know its width
+_MISSING = "for a bar instead of these lines: pip install 'openai-eval-client[progress]'"
+
 
 class Guarded:
-    """A callback whose first exception is logged, and whose later ones are passed over."""
+    """A callback whose first exception is logged, and whose later ones are ignored."""
 
     def __init__(self, callback: Progress) -> None:
         self._callback = callback
@@ -41,9 +47,9 @@ class Guarded:
             result = self._callback(fraction)
             if inspect.isawaitable(result):
                 await result
-        except Exception:  # whatever is wrong with the image, it has a default size
+        except Exception:  # an error of the user's callback must not end the run
             if not self._has_raised:
-                text = "progress_callback raised at %.3f; the run goes on, and this is said once"
+                text = "progress_callback raised at %.3f; the run goes on, and this is logged once"
                 logger.exception(text, fraction, extra={"event": "callback_raised"})
             self._has_raised = True
 
@@ -66,45 +72,34 @@ def both(first: Progress | None, second: Progress | None) -> Progress | None:
     return call
 
 
-_MINUTE = 60.0
-_LONG_WAIT = 1.0  # seconds from which a wait is told with its length
-_KILO, _MEGA = 1000, 1_000_000
-_NAMES = {"requests": "RPM", "tokens": "TPM"}
-
-
-class Reading(NamedTuple):
-    """What a client says of itself at one moment."""
-
-    gauge: LimitStatus | None = None  # where the limits stand; None where they play no part
-    in_flight: int | None = None  # requests sent and not answered; None where nobody knows
-    rate_limited: int = 0  # 429s since the client began
-    retries: int = 0  # likewise
-
-
 @dataclass(slots=True)
 class ProgressSnapshot:
-    """How far a run is."""
+    """How far a run is. The client gives the first four; a `Meter` adds the others."""
 
+    limits: LimitStatus | None = None  # None before the first request, and where limits play no part
+    in_flight: int | None = None  # requests sent and not answered; None for the Batch API
+    rate_limited: int = 0  # answers with status 429
+    retries: int = 0
     done: int = 0  # prompts that have an outcome
-    total: int | None = None  # of how many; None: nobody knows
-    failed: int = 0  # those that failed
-    seconds: float = 0.0  # since it began
-    rate: float = 0.0  # outcomes per second, lately
-    # seconds until it is done at that rate and within the limits; None where nobody knows
-    left: float | None = None
-    # requests and tokens of the last minute, but no more than its limit
-    used: dict[str, float] = field(default_factory=dict)
-    # what may be per minute of each, None where no limit is known
-    limits: dict[str, float | None] = field(default_factory=dict)
-    in_flight: int | None = None  # requests sent and not answered; None where nobody knows
-    rate_limited: int = 0  # 429s since it began
-    retries: int = 0  # likewise
+    total: int | None = None  # all prompts; None where that is unknown
+    failed: int = 0
+    unpriced: int = 0  # answers whose price is not known
     cost: float = 0.0  # USD so far
-    projected: float | None = None  # USD for all of it; None where nobody knows
-    unpriced: int = 0  # outcomes whose price is not known
-    waiting: int = 0  # how many requests wait
-    cause: str = "concurrency"  # what the next one waits for
-    wait: float = 0.0  # how many seconds it will
+    projected: float | None = None  # USD for all prompts; None where that is unknown
+    seconds: float = 0.0  # since the run began
+    rate: float = 0.0  # outcomes per second in the last minute
+    left: float | None = None  # seconds until it is done, at that rate and within the limits
+    used: dict[str, float] = field(default_factory=dict)  # in the last minute, but no more than its limit
+
+    @property
+    def per_minute(self) -> dict[str, float | None]:
+        """The limits on requests and tokens per minute, as far as they are known."""
+        return {} if self.limits is None else self.limits.limits
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """Requests and tokens admitted since the client began."""
+        return {} if self.limits is None else self.limits.spent
 
 
 class _Sample(NamedTuple):
@@ -116,110 +111,101 @@ class _Sample(NamedTuple):
 
 
 class Meter:
-    """Counts the outcomes of one run, and makes figures of them."""
+    """Counts the outcomes of one run, and computes its rate and what is left."""
 
-    def __init__(self, total: int | None, start: Reading, now: float) -> None:
-        self.total = total
-        self.done = self.failed = self.unpriced = 0
-        self.cost = 0.0
+    def __init__(self, total: int | None, start: ProgressSnapshot, now: float) -> None:
+        self._run = ProgressSnapshot(total=total)  # the counts alone
         self._start, self._began = start, now
-        self._samples = deque([_Sample(now, 0, _spent(start))])
+        self._samples = deque([_Sample(now, 0, start.spent)])
 
     def count(self, outcome: object) -> None:
         """Count the outcome of one prompt."""
-        self.done += 1
+        self._run.done += 1
         if not isinstance(outcome, ModelResponse):
-            self.failed += 1
+            self._run.failed += 1
         elif outcome.usage.estimated_cost is None:
-            self.unpriced += 1
+            self._run.unpriced += 1
         elif not outcome.cached:
-            self.cost += outcome.usage.estimated_cost
+            self._run.cost += outcome.usage.estimated_cost
 
     def reach(self, fraction: float) -> None:
-        """Count what is said to be done, where outcomes come all at once in the end."""
-        self.done = max(self.done, round(fraction * (self.total or 0)))
+        """Take what is done as a fraction, where all outcomes come at the end."""
+        self._run.done = max(self._run.done, round(fraction * (self._run.total or 0)))
 
-    def read(self, said: Reading, now: float) -> ProgressSnapshot:
-        """Return the figures."""
-        spent = _spent(said)
-        self._samples.append(_Sample(now, self.done, spent))
+    def read(self, state: ProgressSnapshot, now: float) -> ProgressSnapshot:
+        """Return what the client gives, with everything else added."""
+        run, start = self._run, self._start
+        self._samples.append(_Sample(now, run.done, state.spent))
         while len(self._samples) > 2 and self._samples[1].at <= now - _MINUTE:  # noqa: PLR2004  # first and last
             self._samples.popleft()
         then = self._samples[0]
-        limits = said.gauge.limits if said.gauge is not None else {}
-        used = {name: spent[name] - then.spent.get(name, 0.0) for name in spent}
-        rate = (self.done - then.done) / max(now - then.at, 1e-9) if self.done > then.done else 0.0
-        figures = ProgressSnapshot(
-            done=self.done,
-            total=self.total,
-            failed=self.failed,
+        used = {name: number - then.spent.get(name, 0.0) for name, number in state.spent.items()}
+        rate = max(run.done - then.done, 0) / max(now - then.at, 1e-9)
+        return replace(
+            run,
+            limits=state.limits,
+            in_flight=state.in_flight,
+            rate_limited=state.rate_limited - start.rate_limited,
+            retries=state.retries - start.retries,
+            projected=run.cost * run.total / run.done if run.total and run.done > run.unpriced else None,
             seconds=now - self._began,
             rate=rate,
-            used={name: min(number, limits.get(name) or number) for name, number in used.items()},
-            limits=limits,
-            in_flight=said.in_flight,
-            rate_limited=said.rate_limited - self._start.rate_limited,
-            retries=said.retries - self._start.retries,
-            cost=self.cost,
-            unpriced=self.unpriced,
+            left=self._seconds_left(state, rate),
+            used={name: min(number, state.per_minute.get(name) or number) for name, number in used.items()},
         )
-        if said.gauge is not None:
-            figures.waiting, figures.cause, figures.wait = said.gauge[2:]
-        self._look_ahead(figures, spent)
-        return figures
 
-    def _look_ahead(self, figures: ProgressSnapshot, spent: dict[str, float]) -> None:
-        """Fill in what can be known of the rest: at the rate so far, and no faster than the limits allow."""
-        if self.total is None or not self.done:
-            return
-        rest = max(self.total - self.done, 0)
-        figures.projected = figures.cost * self.total / self.done if self.done > self.unpriced else None
-        before = _spent(self._start)
-        each = {name: (spent[name] - before.get(name, 0.0)) / self.done for name in spent}
-        least = [rest * each[name] * _MINUTE / limit for name, limit in figures.limits.items() if limit]
-        if figures.rate:
-            figures.left = max(rest / figures.rate, *least) if least else rest / figures.rate
+    def _seconds_left(self, state: ProgressSnapshot, rate: float) -> float | None:
+        """Return the time at this rate, or longer where the limits allow no more."""
+        run = self._run
+        if run.total is None or not rate:
+            return None
+        rest = max(run.total - run.done, 0)
+        spent = {name: number - self._start.spent.get(name, 0.0) for name, number in state.spent.items()}
+        limits = {name: limit / _MINUTE for name, limit in state.per_minute.items() if limit}
+        return max([rest / rate, *(rest * spent[name] / run.done / limits[name] for name in limits)])
 
 
-def progress_of(figures: ProgressSnapshot) -> str:
-    """Return how far it is: count, rate and time."""
-    done = f"{figures.done:,}" if figures.total is None else f"{figures.done:,}/{figures.total:,}"
-    parts = [done, f"{_brief(figures.rate)}/s"]
-    if figures.left is not None and figures.done != figures.total:
-        parts.append(f"{clock(figures.left)} left")
-    else:
-        parts.append(f"{clock(figures.seconds)}")
-    return ", ".join([*parts, *filter(None, [waited_for(figures)])])
+def headline(state: ProgressSnapshot, share: str = "") -> str:
+    """Return how far a run is: count, rate and time, and what it waits for."""
+    done = f"{state.done:,}" if state.total is None else f"{state.done:,}/{state.total:,}"
+    has_more = state.left is not None and state.done != state.total
+    time_text = f"{timer(state.left or 0.0)} left" if has_more else timer(state.seconds)
+    parts = (f"{done}{share}", f"{short(state.rate)}/s", time_text, _waiting_for(state))
+    return ", ".join(filter(None, parts))
 
 
-def waited_for(figures: ProgressSnapshot) -> str:
-    """Return what is being waited for, where that is not an answer."""
-    if figures.in_flight is None and figures.done != figures.total:
+def _waiting_for(state: ProgressSnapshot) -> str:
+    """Return what a run waits for, if that is not an answer."""
+    if state.in_flight is None and state.done != state.total:
         return "waiting for the Batch API"
-    if not figures.waiting or figures.cause == "concurrency":
+    limits = state.limits
+    if limits is None or not limits.waiting or limits.cause == "concurrency":
         return ""
-    long = f" {clock(figures.wait)}" if figures.wait >= _LONG_WAIT else ""
-    if figures.cause == "pause":
-        return f"paused by the server{long}"
-    return f"waiting{long} for {_NAMES[figures.cause]}"
+    length = f" {timer(limits.seconds)}" if limits.seconds >= _LONG_WAIT else ""
+    if limits.cause == "pause":
+        return f"paused by the server{length}"
+    return f"waiting{length} for {_NAMES[limits.cause]}"
 
 
-def details(figures: ProgressSnapshot) -> list[str]:
-    """Return the rest of it, the most telling first."""
-    money = f"${usd(figures.cost)}"
-    if figures.projected is not None and figures.done != figures.total:
-        money += f" of ~${usd(figures.projected)}"
-    if figures.unpriced:
-        money = "cost unknown" if not figures.cost else f"{money} + {figures.unpriced:,} unpriced"
-    said = {
-        f"{figures.failed:,} failed": figures.failed,
-        **{_usage(name, used, figures.limits.get(name)): True for name, used in figures.used.items()},
-        f"{figures.in_flight} in flight": figures.in_flight is not None,
-        money: True,
-        f"{figures.rate_limited:,} x 429": figures.rate_limited,
-        f"{figures.retries:,} {'retry' if figures.retries == 1 else 'retries'}": figures.retries,
-    }
-    return [text for text, is_said in said.items() if is_said]
+def details(state: ProgressSnapshot) -> list[str]:
+    """Return the rest, the most important first."""
+    parts = [f"{state.failed:,} failed"] if state.failed else []
+    for name, used in state.used.items():
+        limit = state.per_minute.get(name)
+        parts.append(f"{_NAMES[name]} {short(used)}" + (f"/{short(limit)}" if limit else ""))
+    parts += [] if state.in_flight is None else [f"{state.in_flight} in flight"]
+    parts.append(_money(state))
+    parts += [f"{state.rate_limited:,} x 429"] if state.rate_limited else []
+    parts += [f"{state.retries:,} {'retry' if state.retries == 1 else 'retries'}"] if state.retries else []
+    return parts
+
+
+def _money(state: ProgressSnapshot) -> str:
+    if state.unpriced and not state.cost:
+        return "cost unknown"
+    has_more = state.projected is not None and state.done != state.total
+    projected = f" of ~${usd(state.projected or 0.0)}" if has_more else ""
+    return f"${usd(state.cost)}{projected}" + (f" + {state.unpriced:,} unpriced" if state.unpriced else "")
 
 
 def fitted(parts: Iterable[str], width: int) -> str:
@@ -231,58 +217,27 @@ def fitted(parts: Iterable[str], width: int) -> str:
     return line
 
 
-def log_line(figures: ProgressSnapshot) -> str:
-    """Return all of it in a line."""
-    share = f" ({figures.done / figures.total:.0%})" if figures.total else ""
-    done, _, rest = progress_of(figures).partition(", ")
-    return ", ".join([f"{done}{share}", rest, *details(figures)])
-
-
-def clock(seconds: float) -> str:
-    """Return a time as 0:07, 12:34 or 1:23:45."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _spent(said: Reading) -> dict[str, float]:
-    return said.gauge.spent if said.gauge is not None else {}
-
-
-def _usage(name: str, used: float, limit: float | None) -> str:
-    return f"{_NAMES[name]} {_brief(used)}" + (f"/{_brief(limit)}" if limit else "")
-
-
-def _brief(number: float) -> str:
-    """Return a number in three digits or so."""
-    if number >= _MEGA:
-        return f"{number / _MEGA:.3g}M"
-    if number >= 10 * _KILO:
-        return f"{number / _KILO:.0f}k"
-    return f"{number:.3g}" if number < _KILO else f"{number:.0f}"
-
-
-_NARROW = 80  # columns of a terminal that does not say
-_FULL, _OPEN, _BARE = "{percentage:3.0f}%|{bar}| {desc}", "{desc}", "{desc}"
+def log_line(state: ProgressSnapshot) -> str:
+    """Return all of it in one line."""
+    share = f" ({percent(state.done / state.total)})" if state.total else ""
+    return ", ".join([headline(state, share), *details(state)])
 
 
 class Bar:
-    """Two lines of a terminal: how far it is, and what it takes. In a notebook, one."""
+    """Two lines of a terminal, the first with a bar; in a notebook, one."""
 
     def __init__(self, total: int | None) -> None:
-        self._lines = [_line(total, _FULL if total else _OPEN)]
+        self._lines = [_line(total, "{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}")]
         if not in_notebook():
-            self._lines.append(_line(None, _BARE))
+            self._lines.append(_line(None, "{desc}"))
 
-    def show(self, figures: ProgressSnapshot) -> None:
+    def show(self, state: ProgressSnapshot) -> None:
         """Paint both lines."""
         first, *rest = self._lines
-        first.n = figures.done
-        first.desc = progress_of(figures)
+        first.n = state.done
+        first.desc = headline(state) if rest else "  ".join([headline(state), *details(state)])
         for line in rest:
-            line.desc = fitted(details(figures), line.dynamic_ncols(line.fp)[0])
-        if not rest:
-            first.desc += "  " + "  ".join(details(figures))
+            line.desc = fitted(details(state), line.dynamic_ncols(line.fp)[0])
         for line in self._lines:
             line.refresh()
 
@@ -293,7 +248,7 @@ class Bar:
 
 
 def bar_is_open() -> bool:
-    """Return whether a bar is being shown, so that other lines go above it."""
+    """Return whether a bar is shown, so that other lines go above it."""
     library = sys.modules.get("tqdm")
     return library is not None and bool(getattr(library.tqdm, "_instances", ()))
 
@@ -315,7 +270,7 @@ def _line(total: int | None, form: str) -> Any:
     from tqdm.auto import tqdm  # asks a notebook for its widgets, which takes time
 
     class Line(tqdm):  # type: ignore[misc,unused-ignore]  # tqdm has no types
-        monitor_interval = 0  # no thread: we paint when there is something to paint
+        monitor_interval = 0  # no thread: lines are painted by a timer
 
     line = Line(total=total, bar_format=form, dynamic_ncols=True, leave=True, file=sys.stderr)
     measure = line.dynamic_ncols
@@ -331,106 +286,72 @@ def _shape(measure: Any, file: object) -> tuple[int, int | None]:
     return (columns, rows) if columns and columns > 0 else (_NARROW, None)
 
 
-_PAINT = 0.25  # seconds between two looks at a bar
-_LINE = 10.0  # seconds between two lines of a log
-_MISSING = "for a bar instead of these lines: pip install 'openai-eval-client[progress]'"
+def _open_bar(total: int | None) -> Bar | None:
+    if in_notebook() or (sys.stderr is not None and sys.stderr.isatty()):
+        try:
+            return Bar(total)
+        except ModuleNotFoundError:
+            _write(_MISSING)
+    return None
 
 
-class Screen(Protocol):
-    """Where figures are shown."""
-
-    def show(self, figures: ProgressSnapshot) -> None:
-        """Show them."""
-
-    def close(self) -> None:
-        """Show nothing more."""
-
-
-class Lines:
-    """Lines of a log, where no terminal can be painted on."""
-
-    def show(self, figures: ProgressSnapshot) -> None:
-        """Write a line."""
-        self.say(log_line(figures))
-
-    @staticmethod
-    def say(text: str) -> None:
-        """Write a text of one line."""
-        if sys.stderr is not None:
-            sys.stderr.write(f"openai_eval_client: {text}\n")
-            sys.stderr.flush()
-
-    def close(self) -> None:
-        """There is nothing to close."""
+def _write(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"openai_eval_client: {text}\n")
+        sys.stderr.flush()
 
 
 class Display:
-    """Shows how far a run is, from entering to leaving it; whatever goes wrong with that harms no run."""
+    """Shows how far a run is while it is entered; an error of the display does not reach the run."""
 
-    def __init__(self, total: int | None, probe: Callable[[], Reading]) -> None:
+    def __init__(self, total: int | None, probe: Callable[[], ProgressSnapshot]) -> None:
         self._probe = probe
+        self._total = total
         self._meter = Meter(total, probe(), time.monotonic())
-        self._screen: Screen | None = None
-        self._every = _PAINT
+        self.count, self.reach = self._meter.count, self._meter.reach
+        self._bar: Bar | None = None  # None: lines of a log, as standard error is no terminal
         self._timer: asyncio.TimerHandle | None = None
-
-    def count(self, outcome: object) -> None:
-        """Count the outcome of one prompt."""
-        self._meter.count(outcome)
-
-    def reach(self, fraction: float) -> None:
-        """Take what is done as a fraction, where outcomes come all at once in the end."""
-        self._meter.reach(fraction)
+        self._is_broken = False
 
     def __enter__(self) -> Self:
         self._safely(self._open)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._safely(self._show)
-        self._safely(self._close)
+        if self._bar is not None:
+            self._safely(self._bar.close)
 
     def _open(self) -> None:
-        self._screen, self._every = _screen(self._meter.total)
-        if isinstance(self._screen, Bar):
+        self._bar = _open_bar(self._total)
+        if self._bar is not None:
             self._show()
-        self._timer = asyncio.get_running_loop().call_later(self._every, self._tick)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        seconds = _LOG if self._bar is None else _PAINT
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
 
     def _tick(self) -> None:
         self._safely(self._show)
-        if self._screen is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._every, self._tick)
+        if not self._is_broken:
+            self._schedule()
 
     def _show(self) -> None:
-        if self._screen is not None:
-            self._screen.show(self._meter.read(self._probe(), time.monotonic()))
+        state = self._meter.read(self._probe(), time.monotonic())
+        if self._bar is None:
+            _write(log_line(state))
+        else:
+            self._bar.show(state)
 
-    def _close(self) -> None:
-        if self._screen is not None:
-            self._screen.close()
-
-    def _safely(self, act: Callable[[], Any]) -> None:
+    def _safely(self, act: Callable[[], None]) -> None:
+        if self._is_broken:
+            return
         try:
             act()
-        except Exception:  # whatever is wrong with the image, it has a default size
+        except Exception:  # a run is worth more than its display
             text = "progress cannot be shown; the run goes on without"
             logger.exception(text, extra={"event": "progress_failed"})
-            self._screen = None
-
-
-def _screen(total: int | None) -> tuple[Screen, float]:
-    """Return where to show it, and the seconds between two times."""
-    if not in_notebook() and (sys.stderr is None or not sys.stderr.isatty()):
-        return Lines(), _LINE
-    try:
-        return Bar(total), _PAINT
-    except ModuleNotFoundError:
-        Lines.say(_MISSING)
-        return Lines(), _LINE
+            self._is_broken = True

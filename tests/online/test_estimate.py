@@ -368,11 +368,11 @@ def test_it_reads_well() -> None:
     assert str(estimate).splitlines() == [
         "100,000 requests to gpt-4o-mini: 12,345,678 tokens in, 0 to 5,000,000 (likely 1,000,000) out",
         "USD: 1,851.85 to 4,851.85 (likely 2,451.85) online, 0.00012 to 0.046 by batch",
-        "Time at the configured limits: 193.7 minutes",
+        "Time at the configured limits: 3 h 13 min",
     ]
     assert CostEstimate.model_validate_json(estimate.model_dump_json()) == estimate
     assert pickle.loads(pickle.dumps(estimate)) == estimate  # noqa: S301  # our own
-    assert str(estimate.model_copy(update={"minutes": 0.04})).endswith("limits: 2.4 seconds")
+    assert str(estimate.model_copy(update={"minutes": 0.04})).endswith("limits: 2.4 s")
     bare = CostEstimate(model="m", requests=0, prompt_tokens=0)
     assert "unknown online, unknown by batch" in str(bare)
     assert "no limit is configured" in str(bare)

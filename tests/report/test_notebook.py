@@ -1,15 +1,14 @@
-"""What a notebook shows, plain data, and data frames."""
+"""What a notebook shows, and plain data."""
 
 import asyncio
 import json
 import math
-import sys
 from datetime import datetime, timezone
 from decimal import Decimal
 
 import pytest
+from answers import SCRIPT, answer, parsed
 from pages import Page
-from pydantic import BaseModel
 
 from openai_eval_client import (
     BatchError,
@@ -18,17 +17,12 @@ from openai_eval_client import (
     CostEstimate,
     CostLedger,
     ModelCost,
-    ModelResponse,
     OpenAIClient,
     OpenAIConfig,
-    PartialFailureError,
-    TokenUsage,
-    to_pandas,
 )
 from openai_eval_client._report.rows import rows
 from openai_eval_client.testing import SimulatedServer
 
-SCRIPT = '<script>alert("x")</script>'
 ROW = ModelCost(
     model=SCRIPT,
     channel="online",
@@ -65,23 +59,8 @@ JOB = BatchJobStatus(
 )
 
 
-def answer(**more):
-    """A response."""
-    usage = TokenUsage(prompt_tokens=7, completion_tokens=3, total_tokens=10, estimated_cost=0.002)
-    values = {
-        "content": SCRIPT,
-        "usage": usage,
-        "model": "m",
-        "request_id": "r",
-        "latency_ms": 12.5,
-        "temperature": 1.0,
-        "finish_reason": "stop",
-    }
-    return ModelResponse(**{**values, **more})
-
-
 @pytest.mark.parametrize(
-    ("thing", "said"),
+    ("thing", "shown"),
     [
         (STATS, ["1,231 / 3", "$0.0012", "97%", "9 s (tokens 8 s, requests 1 s)", "250 ms / - / -"]),
         (ESTIMATE, ["5,000 requests", "69,000 tokens in", "9 min", "$0.01", "$0.16"]),
@@ -92,23 +71,23 @@ def answer(**more):
     ],
     ids=["stats", "estimate", "job", "ledger", "answer", "refusal"],
 )
-def test_a_notebook_shows_a_small_table(thing, said):
-    """ProgressSnapshot with units, and nothing of what comes from outside as HTML."""
+def test_a_notebook_shows_a_small_table(thing, shown):
+    """Numbers have units, and what comes from outside is text, not HTML."""
     page = Page(thing._repr_html_())
     assert "<script" not in page.text
     assert SCRIPT in page.words
-    assert [each for each in said if each not in page.words] == []
+    assert [each for each in shown if each not in page.words] == []
     assert len(page.text) < 5000
 
 
 def test_a_long_answer_is_cut_in_a_notebook():
-    """It is one cell among others."""
+    """An answer is one cell among others."""
     assert len(answer(content="x" * 100_000)._repr_html_()) < 5000
 
 
 @pytest.mark.parametrize("thing", [STATS, ESTIMATE, JOB, LEDGER, ROW, answer(), answer().usage])
 def test_plain_data_is_json_and_reads_back(thing):
-    """Every parser takes it: numbers are numbers, times are texts."""
+    """Numbers are numbers and times are texts, which every parser takes."""
     plain = thing.to_dict()
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
     assert type(thing).model_validate(plain).to_dict() == plain
@@ -124,89 +103,18 @@ def test_plain_data_has_money_as_numbers_and_times_as_texts():
 
 
 def test_plain_data_has_no_infinity():
-    """JSON has none."""
+    """JSON has none: it becomes None."""
     odd = answer(logprobs={"content": [{"logprob": -math.inf}, {"logprob": math.nan}]})
     assert odd.to_dict()["logprobs"] == {"content": [{"logprob": None}, {"logprob": None}]}
 
 
-class Capital(BaseModel):
-    """What an answer is parsed into."""
-
-    city: str
-    founded: datetime
-
-
-def parsed(city):
-    """A response with a parsed object."""
-    response = answer()
-    response._parsed = Capital(city=city, founded=datetime(1000, 1, 1, tzinfo=timezone.utc))
-    return response
-
-
 def test_plain_data_has_the_parsed_object():
-    """Where there is one."""
+    """An answer that was parsed has it as plain data, too."""
     assert parsed("Paris").to_dict()["parsed"] == {"city": "Paris", "founded": "1000-01-01T00:00:00Z"}
 
 
-# --- data frames -----------------------------------------------------------------------------------------
-
-
-def test_there_is_a_row_for_each_prompt():
-    """Answered, failed or neither."""
-    first, second, third = rows([answer(), ValueError("wrong"), None])
-    assert (first["index"], first["content"], first["prompt_tokens"], first["cost"]) == (0, SCRIPT, 7, 0.002)
-    assert "error" not in first
-    assert second == {"index": 1, "error": "wrong", "error_type": "ValueError"}
-    assert third == {"index": 2}
-
-
-def test_pairs_bring_their_index():
-    """As `as_completed` yields them."""
-    assert [row["index"] for row in rows([(7, answer()), (3, ValueError())])] == [7, 3]
-
-
-def test_the_error_of_a_run_is_its_responses_and_failures():
-    """In the order of the prompts."""
-    error = PartialFailureError([answer(), None], {1: ValueError("wrong")})
-    assert [row.get("error_type") for row in rows(error)] == [None, "ValueError"]
-
-
-def test_parsed_objects_become_columns():
-    """Only when asked for."""
-    (plain,), (more,) = rows([parsed("Paris")]), rows([parsed("Paris")], parsed=True)
-    assert "parsed_city" not in plain
-    assert more["parsed_city"] == "Paris"
-
-
-def test_anything_else_is_refused():
-    """By its class."""
-    with pytest.raises(TypeError, match="not dict"):
-        list(rows([{}]))
-
-
-def test_without_pandas_it_says_what_to_install(monkeypatch):
-    """The extra."""
-    monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'openai-eval-client\[pandas\]'"):
-        to_pandas([])
-
-
-def test_a_data_frame_has_a_type_for_each_column():
-    """Also where all of them failed, or there is none."""
-    pandas = pytest.importorskip("pandas")
-    frame = to_pandas([answer(), ValueError("wrong"), None, parsed("Rome")], parsed=True)
-    assert list(frame["index"]) == [0, 1, 2, 3]
-    assert frame["prompt_tokens"].sum() == 14
-    assert frame["prompt_tokens"].isna().tolist() == [False, True, True, False]
-    assert frame["cost"].mean() == pytest.approx(0.002)
-    assert frame["parsed_city"].tolist()[3] == "Rome"
-    for few in ([], [None], [ValueError()]):
-        assert (to_pandas(few).dtypes == frame.dtypes[: len(to_pandas(few).columns)]).all()
-    assert isinstance(frame["cached"].dtype, pandas.BooleanDtype)
-
-
 async def test_everything_works_inside_a_running_loop(tmp_path, few_certificates):
-    """As in a notebook, where one always runs."""
+    """A notebook always runs one."""
     with SimulatedServer() as server:
         config = OpenAIConfig(api_key="sk-nb", base_url=server.base_url, default_model="gpt-4o-mini")
         async with OpenAIClient(config) as client:
@@ -218,7 +126,7 @@ async def test_everything_works_inside_a_running_loop(tmp_path, few_certificates
 
 
 def test_everything_works_without_one(tmp_path, few_certificates):
-    """After `asyncio.run`."""
+    """A script shows the same after `asyncio.run`."""
     with SimulatedServer() as server:
         client = OpenAIClient(OpenAIConfig(api_key="sk-nb", base_url=server.base_url))
         asyncio.run(client.batch_generate(["a", "b"], max_tokens=5))

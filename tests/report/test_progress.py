@@ -1,4 +1,4 @@
-"""How far a run is: the figures, the bar, the lines, and that none of it can harm a run."""
+"""How far a run is: the numbers, the bar, the lines, and that none of it can end a run."""
 
 from __future__ import annotations
 
@@ -10,95 +10,93 @@ import pty
 import sys
 
 import pytest
+from answers import answer
 from virtual import VirtualLoop
 
 from openai_eval_client import (
-    ModelResponse,
     OpenAIClient,
     OpenAIConfig,
     RateLimitConfig,
     TokenUsage,
     ValidationError,
 )
+from openai_eval_client._format import timer
 from openai_eval_client._limits.queue import LimitStatus
-from openai_eval_client._report import progress as bar
 from openai_eval_client._report.progress import (
+    Bar,
     Display,
     Meter,
     ProgressSnapshot,
-    Reading,
-    clock,
+    bar_is_open,
     details,
     fitted,
     log_line,
+    write_above,
 )
 from openai_eval_client.testing import SimulatedServer
 
 
-def response(cost, *, cached=False):
+def response(cost, **more):
     usage = TokenUsage(prompt_tokens=1, completion_tokens=1, total_tokens=2, estimated_cost=cost)
-    return ModelResponse(
-        content="", usage=usage, model="m", request_id="", latency_ms=0, temperature=1, finish_reason="",
-        cached=cached,
-    )  # fmt: skip
+    return answer(usage=usage, **more)
 
 
-def gauge(requests=0, tokens=0, waiting=0, cause="concurrency", seconds=0.0):
-    limits = {"requests": 600.0, "tokens": None}
-    return LimitStatus({"requests": requests, "tokens": tokens}, limits, waiting, cause, seconds)
+def limits(requests=0, tokens=0, *, waiting=0, cause="concurrency", seconds=0.0, tpm=None):
+    per_minute = {"requests": 600.0, "tokens": tpm}
+    return LimitStatus({"requests": requests, "tokens": tokens}, per_minute, waiting, cause, seconds)
 
 
-# --- the figures ------------------------------------------------------------------------------------------
+# --- the numbers ------------------------------------------------------------------------------------------
 
 
-def test_what_is_counted():
-    """Outcomes, their cost as far as it is known and was paid, and what it will be at this rate."""
-    meter = Meter(10, Reading(gauge(5), 0, 2, 1), 100.0)
+def test_outcomes_and_cost_are_counted():
+    """A cached answer costs nothing, and one without a price is unpriced."""
+    meter = Meter(10, ProgressSnapshot(limits(5), 0, 2, 1), 100.0)
     for outcome in (response(0.5), response(9.0, cached=True), response(None), ValueError()):
         meter.count(outcome)
-    figures = meter.read(Reading(gauge(9, 70), 3, 4, 2), 102.0)
-    assert (figures.done, figures.failed, figures.unpriced) == (4, 1, 1)
-    assert (figures.cost, figures.projected) == (0.5, 1.25)
-    assert (figures.rate, figures.seconds, figures.left) == (2.0, 2.0, 3.0)
-    assert figures.used == {"requests": 4, "tokens": 70}
-    assert (figures.rate_limited, figures.retries, figures.in_flight) == (2, 1, 3)
+    state = meter.read(ProgressSnapshot(limits(9, 70), 3, 4, 2), 102.0)
+    assert (state.done, state.failed, state.unpriced) == (4, 1, 1)
+    assert (state.cost, state.projected) == (0.5, 1.25)
+    assert (state.rate, state.seconds, state.left) == (2.0, 2.0, 3.0)
+    assert state.used == {"requests": 4, "tokens": 70}
+    assert (state.rate_limited, state.retries, state.in_flight) == (2, 1, 3)
 
 
-def test_a_minute_is_looked_back_on():
-    """What was before it counts neither for the rate nor for what is used of the limits."""
-    meter = Meter(1000, Reading(gauge(0)), 0.0)
+def test_rates_are_those_of_the_last_minute():
+    """Earlier outcomes count neither for the rate nor for what is used of the limits."""
+    meter = Meter(1000, ProgressSnapshot(limits(0)), 0.0)
     for second in range(1, 121):
         meter.count(response(0.0))
         if second > 60:
             meter.count(response(0.0))
-        figures = meter.read(Reading(gauge(second * 3), 1), float(second))
-    assert figures.rate == pytest.approx(2.0)
-    assert figures.used["requests"] == 180
+        state = meter.read(ProgressSnapshot(limits(second * 3), 1), float(second))
+    assert state.rate == pytest.approx(2.0)
+    assert state.used["requests"] == 180
 
 
 def test_a_burst_does_not_promise_too_much():
-    """What is left takes no less than the limits allow, and no more than all of a limit is used."""
-    meter = Meter(1200, Reading(gauge(0)), 0.0)
+    """The time left is no less than the limits allow, and no more than all of a limit is used."""
+    meter = Meter(1200, ProgressSnapshot(limits(0)), 0.0)
     for _ in range(600):
         meter.count(response(0.0))
-    figures = meter.read(Reading(gauge(700), 1), 1.0)
-    assert figures.left == pytest.approx(70.0)  # 600 prompts, 7/6 requests each, 10 a second
-    assert figures.used["requests"] == 600
+    state = meter.read(ProgressSnapshot(limits(700), 1), 1.0)
+    assert state.left == pytest.approx(70.0)  # 600 prompts, 7/6 requests each, 10 a second
+    assert state.used["requests"] == 600
 
 
 @pytest.mark.parametrize(
-    ("figures", "said"),
+    ("state", "shown"),
     [
         (
-            ProgressSnapshot(done=0, total=5, waiting=1, cause="tokens", wait=42.4, in_flight=0),
+            ProgressSnapshot(limits(waiting=1, cause="tokens", seconds=42.4), in_flight=0, total=5),
             "waiting 0:42 for TPM",
         ),
         (
-            ProgressSnapshot(done=0, total=5, waiting=1, cause="requests", wait=0.1, in_flight=0),
+            ProgressSnapshot(limits(waiting=1, cause="requests", seconds=0.1), in_flight=0, total=5),
             "waiting for RPM",
         ),
         (
-            ProgressSnapshot(done=0, waiting=3, cause="pause", wait=75, in_flight=0),
+            ProgressSnapshot(limits(waiting=3, cause="pause", seconds=75), in_flight=0),
             "paused by the server 1:15",
         ),
         (ProgressSnapshot(done=1, total=5), "1 (20%), 0/s, 0:00, waiting for the Batch API"),
@@ -107,27 +105,27 @@ def test_a_burst_does_not_promise_too_much():
         (ProgressSnapshot(cost=0.0123, projected=1.5, in_flight=0), "$0.012 of ~$1.50"),
         (ProgressSnapshot(unpriced=2, in_flight=0), "cost unknown"),
         (ProgressSnapshot(unpriced=2, cost=0.5, in_flight=0), "$0.50 + 2 unpriced"),
-        (ProgressSnapshot(used={"tokens": 123_456.0}, limits={"tokens": 2e6}, in_flight=0), "TPM 123k/2M"),
+        (ProgressSnapshot(limits(tpm=2e6), in_flight=0, used={"tokens": 123_456.0}), "TPM 123k/2M"),
         (ProgressSnapshot(failed=2, rate_limited=1, retries=3), "2 failed, $0.00, 1 x 429, 3 retries"),
     ],
 )  # fmt: skip
-def test_what_is_said(figures, said):
-    """What is waited for first, in numbers that can be read at a glance."""
-    assert said in log_line(figures).replace("1/5", "1")
+def test_a_line_says_how_far_the_run_is(state, shown):
+    """It names what the run waits for, in numbers that can be read at a glance."""
+    assert shown in log_line(state).replace("1/5", "1")
 
 
 def test_what_does_not_fit_is_left_out():
-    """Whole parts, the least telling first."""
+    """Parts are left out whole, the least important first."""
     parts = details(ProgressSnapshot(used={"requests": 5.0}, in_flight=1, retries=2))
     assert fitted(parts, 18) == "RPM 5  1 in flight"
     assert fitted(parts, 5) == "RPM 5"
-    assert clock(59.6) == "1:00"
+    assert timer(59.6) == "1:00"
 
 
 # --- what shows them --------------------------------------------------------------------------------------
 
 
-def shown(seconds, *, probe=Reading, total=10):
+def display(seconds, *, probe=ProgressSnapshot, total=10):
     """What a display of so many virtual seconds writes to standard error, which is no terminal."""
     loop = VirtualLoop()
 
@@ -144,31 +142,31 @@ def shown(seconds, *, probe=Reading, total=10):
 
 
 def test_a_line_every_ten_seconds(capsys):
-    """And one at the end, of a short run as well."""
-    shown(35)
+    """One more is written at the end, of a short run as well."""
+    display(35)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("openai_eval_client: 1/10 (10%), ") for line in lines)
-    shown(1)
+    display(1)
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_nothing_breaks_a_run(caplog, monkeypatch):
-    """An error of the display is logged once, and the run goes on; so it does without standard error."""
+    """An error of the display is logged once and the run goes on, also without standard error."""
     calls = []
 
     def probe():
         calls.append(1)
         if len(calls) > 1:
             raise RuntimeError("broken")
-        return Reading()
+        return ProgressSnapshot()
 
-    shown(35, probe=probe)
+    display(35, probe=probe)
     assert [record.message for record in caplog.records] == [
         "progress cannot be shown; the run goes on without"
     ]
     monkeypatch.setattr(sys, "stderr", None)
-    shown(35)
+    display(35)
 
 
 class Screen:
@@ -186,27 +184,27 @@ class Screen:
 
     def text(self):
         self.file.close()
-        said = b""
+        output = b""
         try:
             while more := os.read(self.master, 65536):
-                said += more
+                output += more
         except OSError:  # how a terminal says that its program has ended
             os.close(self.master)
-        return said.decode()
+        return output.decode()
 
 
 @pytest.mark.parametrize(("columns", "widest"), [(120, 120), (80, 80), (40, 40), (0, 80)])
 def test_two_lines_of_a_terminal(monkeypatch, columns, widest):
-    """As wide as it is, and no wider; a terminal that does not know its width is of 80 columns."""
+    """They are no wider than the terminal; one that does not know its width has 80 columns."""
     screen = Screen(monkeypatch, columns)
-    painted = bar.Bar(200)
-    assert bar.bar_is_open()
+    painted = Bar(200)
+    assert bar_is_open()
     painted.show(
         ProgressSnapshot(done=50, total=200, rate=3, left=50, in_flight=4, used={"requests": 5}, retries=2)
     )
-    bar.write_above("a line")
+    write_above("a line")
     painted.close()
-    assert not bar.bar_is_open()
+    assert not bar_is_open()
     text = screen.text().replace("\x1b[A", "\n").replace("\r", "\n")
     assert " 25%|" in text
     assert "50/200" in text
@@ -215,11 +213,11 @@ def test_two_lines_of_a_terminal(monkeypatch, columns, widest):
     assert max(map(len, text.split("\n"))) <= widest
 
 
-def test_without_tqdm(monkeypatch):
-    """Lines, and what to install for more."""
+def test_without_tqdm_there_are_lines(monkeypatch):
+    """The first says what to install for a bar."""
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     screen = Screen(monkeypatch, 80)
-    shown(1)
+    display(1)
     text = screen.text()
     assert "pip install 'openai-eval-client[progress]'" in text
     assert "1/10 (10%)" in text
@@ -238,8 +236,8 @@ async def client():
             yield made
 
 
-async def test_both_ways_of_many_prompts_show_it(client, capsys):
-    """And nothing is written unless it is asked for."""
+async def test_batch_generate_and_as_completed_show_progress(client, capsys):
+    """Nothing is written unless it is asked for."""
     prompts = [f"n{n}" for n in range(20)]
     await client.batch_generate(prompts)
     assert capsys.readouterr().err == ""
@@ -253,8 +251,8 @@ async def test_both_ways_of_many_prompts_show_it(client, capsys):
     assert "openai_eval_client: 20, " in capsys.readouterr().err
 
 
-async def test_a_cancelled_run_ends_it(client, capsys):
-    """One last line, and no timer is left."""
+async def test_a_cancelled_run_ends_the_display(client, capsys):
+    """One last line is written, and no timer is left."""
     task = asyncio.ensure_future(client.batch_generate(["a"] * 100_000, progress=True))
     await asyncio.sleep(0.05)
     task.cancel()
@@ -263,7 +261,7 @@ async def test_a_cancelled_run_ends_it(client, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-async def test_prompts_after_the_event_are_not_sent(client):
+async def test_prompts_after_the_stop_event_are_not_sent(client):
     """What is in flight is yielded, and the iterator ends."""
     stop, found = asyncio.Event(), []
     async for index, _ in client.as_completed((f"n{n}" for n in range(100_000)), stop_event=stop):
@@ -274,8 +272,8 @@ async def test_prompts_after_the_event_are_not_sent(client):
     assert client.stats.requests == len(found)
 
 
-async def test_an_event_that_is_set_already(client):
-    """Nothing is sent at all."""
+async def test_a_stop_event_that_is_set_already_sends_nothing(client):
+    """The iterator ends at once."""
     stop = asyncio.Event()
     stop.set()
     assert [each async for each in client.as_completed(["a", "b"], stop_event=stop)] == []
@@ -283,14 +281,14 @@ async def test_an_event_that_is_set_already(client):
 
 
 @pytest.mark.parametrize("given", [{"progress": print}, {"stop_event": True}])
-async def test_what_is_refused(client, given):
-    """By name."""
+async def test_wrong_options_are_rejected(client, given):
+    """The message names the option."""
     with pytest.raises(ValidationError, match=next(iter(given))):
         client.as_completed(["a"], **given)
 
 
-async def test_a_callback_that_raises_says_so_once(client, caplog):
-    """Not with each prompt."""
+async def test_a_callback_that_raises_is_logged_once(client, caplog):
+    """It is not logged again with each prompt."""
 
     def broken(fraction):
         raise RuntimeError(f"{fraction}")

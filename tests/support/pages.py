@@ -1,4 +1,4 @@
-"""Pages read back, and what holds for all of them."""
+"""Pages read back, and what is true of all of them."""
 
 import re
 from html.parser import HTMLParser
@@ -12,7 +12,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.text, self.open, self.tags, self.said = text, [], [], []
+        self.text, self.open, self.tags, self.pieces = text, [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -30,12 +30,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         if self.open and self.open[-1] != "style":
-            self.said.append(data.strip())
+            self.pieces.append(data.strip())
 
     @property
     def words(self):
-        """All that is written on it."""
-        return " ".join(filter(None, self.said))
+        """All text on it."""
+        return " ".join(filter(None, self.pieces))
 
     def tiles(self):
         """The figures at the top, by name."""
@@ -43,12 +43,12 @@ class Page(HTMLParser):
         return dict(pairs)
 
     def svgs(self):
-        """Every picture, as XML."""
+        """Every chart, as XML."""
         return [ET.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", self.text, flags=re.DOTALL)]  # noqa: S314
 
 
 def check(page):
-    """What holds for every page: it loads nothing, runs nothing, and its pictures can be read aloud."""
+    """Check what is true of every page: it loads nothing, runs nothing, and its charts can be read aloud."""
     assert {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "form"} == set()
     loaded = [value for _, attrs in page.tags for name, value in attrs.items() if name in {"src", "href"}]
     assert loaded == []

@@ -21,7 +21,7 @@ def refused(status, code="", message="m"):
 
 
 def test_failures_are_counted_by_model_class_status_and_code():
-    """The message plays no part."""
+    """Their messages make no difference."""
     failures = Failures()
     failures.raised("a", refused(500, message="one"), for_good=False)
     failures.raised("a", refused(500, message="two"), for_good=True)
@@ -36,14 +36,14 @@ def test_failures_are_counted_by_model_class_status_and_code():
 
 
 def test_what_was_not_sent_is_no_attempt():
-    """A budget that is used up fails the prompt alone."""
+    """A budget that is used up fails the prompt before an attempt."""
     failures = Failures()
     failures.raised("a", BudgetExceededError("m"), for_good=True)
     assert [(row.attempts, row.prompts) for row in failures.rows()] == [(0, 1)]
 
 
 def test_no_more_kinds_than_a_page_holds():
-    """A server may think of any number of codes."""
+    """A server may invent any number of codes."""
     failures = Failures()
     for number in range(1000):
         failures.raised(f"m{number}", refused(500), for_good=False)
@@ -54,8 +54,8 @@ def test_no_more_kinds_than_a_page_holds():
 @pytest.mark.parametrize(
     "code", ["sk-proj-abc", "a b", "What is my password?", "x" * 60, 7, None, "<b>", "K3Y"]
 )
-def test_a_code_that_is_no_word_of_the_api_is_left_out(code):
-    """It may be anything, a key as well."""
+def test_a_code_that_is_not_one_of_the_api_is_left_out(code):
+    """It may be anything, even a key."""
     error = refused(400)
     error.code = code
     assert code_of(error) == ""
@@ -76,7 +76,7 @@ def test_a_code_that_is_no_word_of_the_api_is_left_out(code):
         (400, json.dumps({"error": {"code": "sk-12"}}), "BadRequestError", ""),
     ],
 )
-def test_what_the_sdk_will_make_an_error_of(status, body, kind, code):
+def test_failures_of_the_sdk_are_named_by_status_and_code(status, body, kind, code):
     """Of calls on the drop-in client only status and body are seen."""
     failures = Failures()
     code_said = "" if status is None else refused_with(status, {}, body.encode()).failure.code

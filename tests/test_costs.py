@@ -1,4 +1,4 @@
-"""The ledger as a user holds it: a number where one is wanted, rows where one looks closer."""
+"""The ledger as a user has it: a number where one is wanted, and its rows."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def of(total):
 
 @given(AMOUNTS, st.floats(-1e6, 1e6) | st.integers(-(10**6), 10**6) | AMOUNTS, st.data())
 def test_it_compares_and_computes_as_its_total(total, other, data):
-    """On either side: with a Decimal exactly, with anything else as the float it once was."""
+    """It does so on either side: exactly with a Decimal, as a float with any other number."""
     own = total if isinstance(other, Decimal) else float(total)
     operation = data.draw(st.sampled_from([*COMPARISONS, *ARITHMETIC]))
     for found, expected in (
@@ -69,7 +69,7 @@ def test_two_ledgers_compare_and_compute_by_their_totals(one, other):
 
 
 def test_it_is_used_as_the_number_it_was():
-    """Formats, rounding, sums, truth, and what compares with floats by itself."""
+    """It can be formatted, rounded, summed, tested for truth and compared with floats."""
     cost = of("0.0123456")
     assert float(cost) == 0.0123456
     assert (
@@ -98,14 +98,14 @@ def test_it_is_used_as_the_number_it_was():
 
 @given(LEDGERS, LEDGERS)
 def test_ledgers_are_equal_when_all_is(one, other):
-    """The same total of other rows is another bill."""
+    """The same total of other rows is another ledger."""
     assert one == copy.deepcopy(one)
     assert (one == other) == (one.model_dump() == other.model_dump())
 
 
 @given(LEDGERS)
 def test_it_reads_back_as_it_was(ledger):
-    """From JSON, from a dict and from pickle, to the last digit, also inside the statistics."""
+    """It reads back from JSON, dict and pickle to the last digit, also inside the statistics."""
     assert CostLedger.model_validate_json(ledger.model_dump_json()) == ledger
     assert CostLedger.model_validate(ledger.model_dump()) == ledger
     assert CostLedger.model_validate(json.loads(json.dumps(ledger.model_dump(mode="json")))) == ledger
@@ -123,8 +123,8 @@ def row(model, cost, **more):
     )
 
 
-def test_costs_by_model_take_roads_and_tiers_together():
-    """None where nothing of a model has a price, never 0."""
+def test_costs_by_model_add_up_channels_and_tiers():
+    """A model without any known price costs None, never 0."""
     ledger = CostLedger(
         rows=[
             row("a", Decimal("0.1")),

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openai_eval_client import _stats as _timeline
+from openai_eval_client import _stats
 from openai_eval_client._stats import BINS, Timeline
 
 
 def after(events, start=1000.0):
-    """A timeline after attempts, each so long after the one before, and so long itself."""
+    """A history of attempts, each a pause after the one before, with its seconds and tokens."""
     timeline, now = Timeline(), start
     moments = []
     for pause, seconds, tokens in events:
@@ -31,15 +31,15 @@ steps = st.tuples(st.floats(0, 9), st.floats(0, 500), st.integers(0, 1000))
 
 @given(st.lists(steps, min_size=1, max_size=60))
 def test_nothing_is_lost_however_long_it_takes(events):
-    """Sums over all intervals are what was told; time in flight is the sum of all attempts."""
+    """Sums over all intervals are what was recorded; time in flight is the sum of all attempts."""
     history = after(events)
-    track = history.tracks["m"]
-    assert sum(track.admitted) == len(events)
-    assert sum(track.reserved) == sum(track.used) == sum(tokens for *_, tokens in events)
-    assert track.seconds == pytest.approx(sum(seconds for _, seconds, _ in events))
+    recorded = history.models["m"]
+    assert sum(recorded.admitted) == len(events)
+    assert sum(recorded.reserved) == sum(recorded.used) == sum(tokens for *_, tokens in events)
+    assert recorded.seconds == pytest.approx(sum(seconds for _, seconds, _ in events))
     lengths = [min(history.width, max(history.seconds - n * history.width, 0)) for n in range(BINS)]
     area = sum(mean * length for mean, length in zip(history.in_flight, lengths, strict=True))
-    assert area == pytest.approx(track.seconds, abs=1e-3)
+    assert area == pytest.approx(recorded.seconds, abs=1e-3)
 
 
 @given(st.lists(steps, min_size=1, max_size=60))
@@ -48,30 +48,31 @@ def test_all_of_it_fits_the_intervals(events):
     history = after(events)
     assert history.seconds < BINS * history.width
     assert history.width == 0.25 or history.seconds >= BINS * history.width / 2
-    assert not any(history.tracks["m"].admitted[history.bins :])
+    end = int(history.seconds / history.width) + 1
+    assert not any(history.models["m"].admitted[end:])
 
 
 def test_a_long_run_takes_no_more_memory_than_a_short_one():
     """A million seconds fit the same arrays."""
     short, long = after([(1, 1, 1)] * 3), after([(9, 1, 1)] * 3000)
     sizes = [
-        sum(sys.getsizeof(getattr(h.tracks["m"], name)) for name in _timeline._COUNTS) for h in (short, long)
+        sum(sys.getsizeof(getattr(h.models["m"], name)) for name in _stats._COUNTS) for h in (short, long)
     ]
     assert sizes[0] == sizes[1]
     assert long.seconds > 20_000
 
 
 def test_what_happens_in_an_interval_stays_there():
-    """Before the intervals widen, and after."""
+    """It stays there when the intervals widen."""
     timeline = Timeline()
     for at in (0.0, 1.1, 59.9):
         timeline.admitted("m", at, at, 10)
-    admitted = timeline.history().tracks["m"].admitted
+    admitted = timeline.history().models["m"].admitted
     assert [n for n, count in enumerate(admitted) if count] == [0, 4, 239]
     timeline.admitted("m", 60.0, 60.0, 10)
     history = timeline.history()
     assert history.width == 0.5
-    assert [n for n, count in enumerate(history.tracks["m"].admitted) if count] == [0, 2, 119, 120]
+    assert [n for n, count in enumerate(history.models["m"].admitted) if count] == [0, 2, 119, 120]
 
 
 def test_idle_time_is_left_out_and_waiting_is_not():
@@ -96,7 +97,7 @@ def test_nothing_is_left_out_while_something_is_in_flight():
 
 
 def test_breaks_are_joined_when_intervals_are():
-    """No more of them than intervals."""
+    """There are no more breaks than intervals."""
     timeline, now = Timeline(), 0.0
     for _ in range(2000):
         timeline.admitted("m", now, now, 1)
@@ -110,32 +111,32 @@ def test_breaks_are_joined_when_intervals_are():
 
 
 def test_models_beyond_a_number_are_put_together():
-    """So are what names no model."""
+    """Requests without a model share a timeline, too."""
     timeline = Timeline()
     for number in range(1000):
         timeline.admitted(f"m{number}", 0.0, 0.0, 1)
     timeline.admitted(None, 0.0, 0.0, 0)
-    tracks = timeline.history().tracks
-    assert len(tracks) == 25
-    assert sum(tracks["other models"].admitted) == 1000 - 24 + 1
+    models = timeline.history().models
+    assert len(models) == 25
+    assert sum(models["other models"].admitted) == 1000 - 24 + 1
 
 
 def test_ends_are_told_apart():
-    """Answered, refused for now, failed, and never sent."""
+    """An attempt was answered, rate limited, failed, or never sent."""
     timeline = Timeline()
     for status, used in ((200, 7), (429, None), (500, None), (None, None), (None, 0)):
         timeline.admitted("m", 0.0, 0.0, 1)
         timeline.ended("m", 0.1, 0.1, status, used)
-    track = timeline.history().tracks["m"]
-    assert (sum(track.used), sum(track.rate_limited), sum(track.failed)) == (7, 1, 2)
+    recorded = timeline.history().models["m"]
+    assert (sum(recorded.used), sum(recorded.rate_limited), sum(recorded.failed)) == (7, 1, 2)
     assert timeline._in_flight == 0
 
 
 def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeypatch):
-    """The collector may run at any moment, this one too."""
+    """The garbage collector may run at any moment, this one included."""
     timeline = Timeline()
     timeline.admitted("m", 0.0, 0.0, 1)
-    join = _timeline._joined
+    join = _stats._joined
 
     def collecting(bins):
         if timeline._changing and not timeline._late:
@@ -143,24 +144,24 @@ def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeyp
             monkeypatch.undo()
         return join(bins)
 
-    monkeypatch.setattr(_timeline, "_joined", collecting)
+    monkeypatch.setattr(_stats, "_joined", collecting)
     timeline.admitted("m", 70.0, 70.0, 1)
-    assert sum(timeline.history().tracks["m"].used) == 5
+    assert sum(timeline.history().models["m"].used) == 5
     assert timeline._in_flight == 1
 
 
 def test_events_out_of_order_are_taken_as_of_now():
-    """Threads tell of their events in any order."""
+    """Events of several threads come in any order."""
     timeline = Timeline()
     timeline.admitted("m", 5.0, 5.0, 1)
     timeline.admitted("m", 4.0, 4.0, 1)
     timeline.ended("m", 3.0, 1.0, 200, 1)
     history = timeline.history()
     assert history.seconds == 0.0
-    assert sum(history.tracks["m"].admitted) == 2
+    assert sum(history.models["m"].admitted) == 2
 
 
 def test_before_anything_there_is_nothing():
-    """Not even a beginning."""
+    """A timeline begins with the first admission."""
     history = Timeline().history()
-    assert (history.began_at, history.seconds, history.tracks) == (None, 0.0, {})
+    assert (history.began_at, history.seconds, history.models) == (None, 0.0, {})
