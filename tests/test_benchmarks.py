@@ -42,7 +42,7 @@ def test_the_pacing_benchmark_in_short(case: str, most: float) -> None:
 @pytest.mark.alone
 @pytest.mark.timeout(120)
 async def test_a_short_soak_leaves_nothing_behind() -> None:
-    """With mixed sizes, faults and changing limits all prompts are answered in order, and no task or slot stays."""
+    """With mixed sizes, faults and changing limits all is answered in order; no task or slot stays."""
     soak = load("soak")
     with SimulatedServer(
         rpm=6000, tpm=1_500_000, window=5, latency=0.1, faults=soak.FAULTS, seed=1, process=True
