@@ -1,4 +1,19 @@
-"""Run thousands of prompts against the OpenAI API: paced within its limits, retried, priced, in order."""
+"""Run thousands of prompts against the OpenAI API: paced within its limits, retried, priced, in order.
+
+Public, beside the names below: `client` (`OpenAIClient`), `config` (what users set), `errors`, `models` (what
+users get back), and `testing` (a simulated server).
+
+Private rooms, floor by floor. Imports go down the floors; a folder is entered by its `__init__`.
+    _cli                      the commands
+    _batches                  prompts answered by the Batch API
+    _online                   prompts answered online: one, or many by a pool of workers
+    _sdk, _report             `AsyncOpenAI` and calls of the SDK; a run as page, progress and tables
+    _account, _cache          admits and settles every attempt; answers kept in a file
+    _limits, _cost, _stats    when a request may go; what it costs; what happened
+    _wire                     requests and answers as JSON, and what an answer means
+    _tokens, _validation      how many tokens a request has; refuses bad input
+    _runtime, _format, _log   threads, event loops and files; numbers as text; the log
+"""
 
 from openai_eval_client._report import to_pandas
 from openai_eval_client._sdk import AsyncOpenAI

@@ -30,8 +30,6 @@ _OTHERS, _UNMETERED = "other models", "files and batches"
 _FAILURES, _REASONS = 60, 20  # kinds of failures, and finish reasons, that are told apart
 _OTHER = "other"
 _TOO_MANY_REQUESTS = 429
-_CODE = re.compile(r'"code"\s*:\s*"([a-z_]{1,48})"')
-_LONGEST_BODY = 16_384  # characters of an error's body that are searched for its code
 
 
 def _bins() -> array[float]:

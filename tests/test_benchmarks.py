@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they count is right; how long they take is not judged here."""
+"""The benchmarks run and count correctly; how long they take is not judged here."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def load(name: str):
         ("limits 4x too high, 5 s windows, no headers", 0.12),
     ],
 )
-def test_the_pacing_table_in_short(case: str, most: float) -> None:
-    """Over real sockets: every prompt answered in order, few or no refusals."""
+def test_the_pacing_benchmark_in_short(case: str, most: float) -> None:
+    """Over real sockets every prompt is answered in order, with few or no refusals."""
     pacing = load("pacing")
     (row,) = [row for row in pacing.ROWS if row.name == case]
     figures = pacing.measure(row, share=0.2)
@@ -42,7 +42,7 @@ def test_the_pacing_table_in_short(case: str, most: float) -> None:
 @pytest.mark.alone
 @pytest.mark.timeout(120)
 async def test_a_short_soak_leaves_nothing_behind() -> None:
-    """Mixed sizes, faults and changing limits: all answered in order, nothing kept."""
+    """With mixed sizes, faults and changing limits all is answered in order; no task or slot stays."""
     soak = load("soak")
     with SimulatedServer(
         rpm=6000, tpm=1_500_000, window=5, latency=0.1, faults=soak.FAULTS, seed=1, process=True
@@ -54,7 +54,7 @@ async def test_a_short_soak_leaves_nothing_behind() -> None:
 
 @pytest.mark.timeout(120)
 def test_a_killed_run_pays_only_for_the_rest(tmp_path: Path) -> None:
-    """Killed three times and started anew: all answered, twice at most what was in flight at each kill."""
+    """After three kills all prompts are answered; at most those in flight at a kill are sent twice."""
     resume = load("resume")
     options = resume.parsed(["--prompts", "300", "--kills", "3", "--in-flight", "20", "--latency", "0.1"])
     verdict = resume.measure(options, tmp_path / "runs.sqlite")
@@ -63,7 +63,7 @@ def test_a_killed_run_pays_only_for_the_rest(tmp_path: Path) -> None:
 
 
 async def test_a_warm_cache_sends_nothing(tmp_path: Path) -> None:
-    """The benchmark of the cache in short: every prompt is answered from the file."""
+    """In a second run every prompt is answered from the file."""
     cache = load("cache")
     with SimulatedServer(process=True) as server:
         figures = await cache.measure(server, tmp_path, 300)
@@ -71,8 +71,8 @@ async def test_a_warm_cache_sends_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.002])
-async def test_few_prompts_are_held_however_slow_the_consumer(pause: float) -> None:
-    """Never more than two for each request in flight are taken and not consumed; all are answered."""
+async def test_few_prompts_are_taken_ahead_however_slow_the_consumer(pause: float) -> None:
+    """At most two prompts for each request in flight are taken and not yet consumed; all are answered."""
     memory = load("memory")
     with SimulatedServer(process=True) as server:
         figures = await memory.measure(
@@ -83,8 +83,8 @@ async def test_few_prompts_are_held_however_slow_the_consumer(pause: float) -> N
     assert 10 <= figures.ahead <= 20
 
 
-async def test_estimating_takes_every_prompt() -> None:
-    """And sends none."""
+async def test_an_estimate_reads_every_prompt_and_sends_none() -> None:
+    """The count is that of the generator, and the server sees no call."""
     memory = load("memory")
     with SimulatedServer() as server:
         figures = await memory.measure(server.base_url, "estimate", 5000, warm=20)
@@ -95,7 +95,7 @@ async def test_estimating_takes_every_prompt() -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.usefixtures("no_pauses")
 async def test_a_killed_batch_job_goes_on_from_its_id() -> None:
-    """Two kills: every request answered in its place, no batch twice."""
+    """After two kills every request is answered in its place, and no batch exists twice."""
     verdict = await load("batch_kill").kill(2, count=30, seconds=0.3, seed=1)
     assert verdict.clean, verdict
     assert (verdict.answered, verdict.kills.total()) == (60, 2)
@@ -103,15 +103,15 @@ async def test_a_killed_batch_job_goes_on_from_its_id() -> None:
 
 @pytest.mark.timeout(120)
 def test_a_killed_program_goes_on_from_its_cache() -> None:
-    """Killed at any moment of a batch job: every request answered in its place, no batch twice."""
+    """Killed at any moment of a job, every request is answered in its place, and no batch exists twice."""
     verdict = load("batch_resume").kill(3, count=30, seconds=0.3, seed=1)
     assert verdict.clean, verdict
     assert verdict.kills.total() >= 3
     assert verdict.answered == 10 * verdict.batches
 
 
-def test_a_job_at_size_in_short() -> None:
-    """The benchmark of the Batch API: every request answered in order."""
+def test_the_batch_benchmark_in_short() -> None:
+    """Every request of a job of several files is answered in order."""
     figures = load("batch").measure(600, 250)
     assert figures["in order"]
     assert (figures["answered"], figures["one file"]) == (600, 250)

@@ -1,4 +1,4 @@
-"""The evaluation client end to end, on a real server over real sockets."""
+"""The evaluation client from end to end, on the simulated server over real sockets."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from openai_eval_client.testing import SimulatedServer
 # --- one prompt ------------------------------------------------------------------------------------------
 
 
-async def test_a_response_carries_what_the_specification_names() -> None:
-    """Content, usage with cost, model, request id, latency of the attempt, temperature, finish reason."""
+async def test_a_response_has_all_documented_fields() -> None:
+    """They are content, usage with cost, request id, latency, temperature and finish reason."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response("hello", temperature=0.7, max_tokens=50)
@@ -62,7 +62,7 @@ async def test_a_response_carries_what_the_specification_names() -> None:
 
 
 async def test_what_is_not_given_is_not_sent() -> None:
-    """No temperature, no max_tokens, no None; the temperature reported is then the API's default."""
+    """Neither None nor defaults are sent; the temperature reported is then the API's default."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response("hello", seed=None)
@@ -71,7 +71,7 @@ async def test_what_is_not_given_is_not_sent() -> None:
 
 
 async def test_other_parameters_go_to_the_api() -> None:
-    """System prompt, chat parameters, extra_body and extra_headers arrive; n gives as many choices."""
+    """System prompt, chat parameters, extra_body and extra_headers arrive; n choices come back."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response(
@@ -89,8 +89,8 @@ async def test_other_parameters_go_to_the_api() -> None:
     assert len(response.choices) == 2
 
 
-async def test_messages_are_taken_as_they_are() -> None:
-    """A list of messages, with the SDK's own message objects in it."""
+async def test_a_prompt_may_be_a_list_of_messages() -> None:
+    """The list may contain the SDK's own message objects."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             first = await client.generate_response("hello")
@@ -101,14 +101,14 @@ async def test_messages_are_taken_as_they_are() -> None:
 
 
 class Verdict(BaseModel):
-    """What a grader is to answer."""
+    """The schema of a grader's answer."""
 
     label: str
 
 
 @pytest.mark.parametrize("api", ["chat", "responses"])
 async def test_a_pydantic_class_comes_back_as_its_instance(api: str) -> None:
-    """response_format=Class sends its strict schema and parses the answer."""
+    """`response_format=Class` sends its strict schema and parses the answer."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response("grade", api=api, response_format=Verdict)
@@ -120,7 +120,7 @@ async def test_a_pydantic_class_comes_back_as_its_instance(api: str) -> None:
 
 
 async def test_the_responses_api_answers_the_same_call() -> None:
-    """api="responses": the same parameters under that API's names, the same response."""
+    """`api="responses"` sends the parameters under that API's names and returns the same response."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response(
@@ -135,8 +135,8 @@ async def test_the_responses_api_answers_the_same_call() -> None:
 
 
 @pytest.mark.parametrize("fault", ["null_usage", "no_usage"])
-async def test_missing_usage_is_estimated_and_says_so(fault: str) -> None:
-    """A server without usage: our own counts, marked as such, and a price from them."""
+async def test_missing_usage_is_estimated_and_marked(fault: str) -> None:
+    """If the server sends no usage, tokens are our own count, and the price follows from it."""
     with SimulatedServer(script=[fault]) as server:
         async with connect(server) as client:
             usage = (await client.generate_response("hello there")).usage
@@ -147,7 +147,7 @@ async def test_missing_usage_is_estimated_and_says_so(fault: str) -> None:
 
 
 async def test_an_unknown_model_has_no_price() -> None:
-    """None, not 0; and the statistics say how many there were."""
+    """Its cost is None, not 0, and the statistics count such calls."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response("hello", model="nobody/knows-this")
@@ -162,7 +162,7 @@ TRANSIENT = ["500", "503", "408", "409", "429", "drop", "truncate", "garbage", "
 
 @pytest.mark.parametrize("fault", TRANSIENT)
 async def test_a_transient_failure_is_tried_again(fault: str) -> None:
-    """Each once, then an answer: two attempts, one retry counted, no slot left behind."""
+    """A failure and then an answer are two attempts and one retry, and no slot stays taken."""
     with SimulatedServer(script=[fault]) as server:
         async with connect(server) as client:
             assert (await client.generate_response("hello")).content == "echo: hello"
@@ -181,7 +181,7 @@ async def test_a_transient_failure_is_tried_again(fault: str) -> None:
     ],
 )
 async def test_without_retries_there_is_one_attempt(fault: str, error: type[Exception]) -> None:
-    """max_retries=0: the SDK's own error of the first attempt, which pickles and holds no key."""
+    """With `max_retries=0` the first attempt's SDK error is raised; it can be pickled and has no key."""
     with SimulatedServer(script=[fault] * 9) as server:
         async with connect(server, max_retries=0) as client:
             with pytest.raises(error) as raised:
@@ -197,7 +197,7 @@ async def test_without_retries_there_is_one_attempt(fault: str, error: type[Exce
 
 
 async def test_a_hanging_server_is_a_timeout_after_its_retries() -> None:
-    """The deadline is one attempt's; when all have passed, TimeoutError, ours and Python's."""
+    """The deadline is for one attempt; after the last, our TimeoutError is raised, which is Python's too."""
     with SimulatedServer(script=["hang"] * 2) as server:
         async with connect(server, max_retries=1) as client:
             with pytest.raises(TimeoutError, match=r"no answer within 0.2 s") as raised:
@@ -216,7 +216,7 @@ async def test_a_slow_drip_is_a_timeout_too() -> None:
                 await client.generate_response("hello", timeout=0.3)
 
 
-async def test_a_refused_connection_is_no_timeout() -> None:
+async def test_a_refused_connection_is_not_a_timeout() -> None:
     """Nobody listens: APIConnectionError, retried like one, never called a timeout."""
     with dead_address() as url:
         async with OpenAIClient(OpenAIConfig(api_key=KEY, base_url=url, max_retries=0)) as client:
@@ -236,7 +236,7 @@ async def test_waiting_for_the_limit_is_not_counted_as_latency_or_timeout() -> N
 
 
 def refusing(name: str, body_type: str = "unsupported_parameter"):
-    """A transport that answers 400 for a parameter and echoes the rest, and a list of the bodies it saw."""
+    """Return a client that answers 400 for one parameter, and the list of the bodies that it sees."""
     module, seen = sdk_httpx(), []
 
     def handle(request):
@@ -252,7 +252,7 @@ def refusing(name: str, body_type: str = "unsupported_parameter"):
 
 
 async def test_a_model_that_refuses_max_tokens_gets_max_completion_tokens() -> None:
-    """Learnt from the 400, sent once more, and remembered for that model."""
+    """The client learns it from the 400, sends the request again, and remembers it for that model."""
     http, seen = refusing("max_tokens")
     async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
         for _ in range(2):
@@ -265,8 +265,8 @@ async def test_a_model_that_refuses_max_tokens_gets_max_completion_tokens() -> N
     ]
 
 
-async def test_a_model_that_refuses_temperature_is_asked_without() -> None:
-    """The response then names the API's default."""
+async def test_a_model_that_refuses_temperature_is_asked_without_it() -> None:
+    """The response then has the API's default temperature."""
     http, seen = refusing("temperature", "unsupported_value")
     async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
         response = await client.generate_response("hello", temperature=0)
@@ -274,8 +274,8 @@ async def test_a_model_that_refuses_temperature_is_asked_without() -> None:
     assert ["temperature" in body for body in seen] == [True, False]
 
 
-async def test_a_400_for_anything_else_is_raised() -> None:
-    """No second attempt for a parameter that has no substitute."""
+async def test_any_other_400_is_raised() -> None:
+    """A parameter without a substitute is not sent a second time."""
     http, seen = refusing("seed")
     async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http, rate_limit=WIDE) as client:
         with pytest.raises(openai.BadRequestError):
@@ -287,7 +287,7 @@ async def test_a_400_for_anything_else_is_raised() -> None:
 
 
 async def test_order_is_kept_whatever_finishes_first() -> None:
-    """Latencies vary; the responses do not change places, and concurrency stays within its bound."""
+    """With varying latencies responses keep their places, and concurrency stays within its bound."""
     prompts = [f"number {n}" for n in range(200)]
     with SimulatedServer(latency=0.02, latency_sigma=1.0) as server:
         async with connect(server) as client:
@@ -298,7 +298,7 @@ async def test_order_is_kept_whatever_finishes_first() -> None:
 
 
 async def test_progress_is_monotone_and_ends_with_one() -> None:
-    """One call per finished prompt, failed ones too; sync or async; an exception in it is logged."""
+    """An async callback is called once for each finished prompt, failed ones included."""
     seen: list[float] = []
 
     async def slowly(fraction: float) -> None:
@@ -312,7 +312,7 @@ async def test_progress_is_monotone_and_ends_with_one() -> None:
 
 
 async def test_a_callback_that_raises_does_not_stop_the_run(caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged, and every prompt is answered."""
+    """The exception is logged, and every prompt is answered."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             responses = await client.batch_generate(["x"] * 3, progress_callback=lambda _: 1 / 0)
@@ -321,7 +321,7 @@ async def test_a_callback_that_raises_does_not_stop_the_run(caplog: pytest.LogCa
 
 
 async def test_no_prompts_give_no_responses() -> None:
-    """And one report of being done."""
+    """Progress is reported once, as 1.0."""
     seen: list[float] = []
     with SimulatedServer() as server:
         async with connect(server) as client:
@@ -331,7 +331,7 @@ async def test_no_prompts_give_no_responses() -> None:
 
 
 async def test_some_failures_keep_what_was_answered() -> None:
-    """PartialFailureError carries the responses in order, None where the prompt failed."""
+    """PartialFailureError has the responses in order, with None for each failed prompt."""
     with SimulatedServer(script=["ok", "500", "ok", "500", "ok"], latency=0) as server:
         async with connect(server, max_retries=0) as client:
             with pytest.raises(PartialFailureError, match="2 of 5 prompts failed") as raised:
@@ -343,8 +343,8 @@ async def test_some_failures_keep_what_was_answered() -> None:
     assert answered.count(None) == 2
 
 
-async def test_exceptions_stand_in_the_list_when_asked_for() -> None:
-    """return_exceptions=True: one entry per prompt, response or exception."""
+async def test_return_exceptions_puts_them_in_the_list() -> None:
+    """Each prompt has one entry, a response or an exception."""
     with SimulatedServer(faults={"500": 1.0}) as server:
         async with connect(server, max_retries=0) as client:
             results = await client.batch_generate(["a", "b"], return_exceptions=True)
@@ -361,7 +361,7 @@ async def test_exceptions_stand_in_the_list_when_asked_for() -> None:
     ],
 )
 async def test_an_error_that_meets_every_prompt_stops_the_run(options, error, return_exceptions) -> None:
-    """A wrong key, an unknown model, no credit: raised at once, with what was answered before."""
+    """A wrong key, an unknown model or used-up credit is raised at once, with the answers so far."""
     with SimulatedServer(latency=0.01, **options) as server:
         async with connect(server) as client:
             with pytest.raises(error) as raised:
@@ -372,13 +372,13 @@ async def test_an_error_that_meets_every_prompt_stops_the_run(options, error, re
         assert len(server.calls) < 30
     answered = [response for response in raised.value.responses if response is not None]
     assert len(raised.value.responses) == 300
-    assert len(answered) == server.counts["200"]  # what was in flight, and paid for, was waited for
+    assert len(answered) == server.counts["200"]  # requests in flight are paid for, so they were finished
     assert (len(answered) >= 5) == (error is QuotaError)
     assert KEY not in f"{raised.value!r} {raised.value} {vars(raised.value)}"
 
 
 async def test_a_very_long_pause_stops_the_run() -> None:
-    """The server asks for more than max_wait: RateLimitError with what was answered, nobody waits."""
+    """A pause beyond max_wait raises RateLimitError at once, with the answers so far."""
     module = sdk_httpx()
 
     def handle(request):
@@ -393,7 +393,7 @@ async def test_a_very_long_pause_stops_the_run() -> None:
 
 
 async def test_cancelling_leaves_nothing_behind() -> None:
-    """A cancelled run ends at once: no task, no slot, no request in flight, and the client goes on."""
+    """A cancelled run ends at once, without a task or slot left, and the client can be used again."""
     with SimulatedServer(latency=0.05) as server:
         async with connect(server) as client:
             before = asyncio.all_tasks()
@@ -409,7 +409,7 @@ async def test_cancelling_leaves_nothing_behind() -> None:
 
 
 async def test_a_million_prompts_are_not_a_million_tasks() -> None:
-    """Prompts are taken by a bounded number of workers."""
+    """A bounded number of workers takes the prompts."""
     most = 0
 
     def watch(_: float) -> None:
@@ -421,18 +421,18 @@ async def test_a_million_prompts_are_not_a_million_tasks() -> None:
             await client.batch_generate(
                 (f"p{n}" for n in range(1000)), max_concurrent=10, progress_callback=watch
             )
-    assert most <= 2 * 10 + 15  # its workers, and what aiohttp has for connections
+    assert most <= 2 * 10 + 15  # the workers, and aiohttp's tasks for connections
 
 
-async def test_many_prompts_go_through_the_batch_api_where_that_is_wanted() -> None:
-    """use_batch_api=True below the threshold runs online, from it on as a batch; the answers are the same."""
+async def test_use_batch_api_sends_many_prompts_as_a_batch() -> None:
+    """Fewer prompts than the threshold are sent online; the answers are the same at twice the price."""
     batch = BatchConfig(auto_batch_threshold=4, polling_interval=0.02)
     with SimulatedServer(batch_seconds=0.1) as server:
         async with connect(server, batch=batch) as client:
             few = await client.batch_generate(["a", "b", "c"], use_batch_api=True, max_tokens=5)
             assert server.batches == []
             many = await client.batch_generate(["a", "b", "c", "d"], use_batch_api=True, max_tokens=5)
-            assert [each["request_counts"]["total"] for each in server.batches] == [4]
+            assert [batch["request_counts"]["total"] for batch in server.batches] == [4]
             await client.batch_generate(["a"] * 5, use_batch_api=False)
         assert len(server.batches) == 1
     assert [response.content for response in many[:3]] == [response.content for response in few]
@@ -445,7 +445,7 @@ async def test_many_prompts_go_through_the_batch_api_where_that_is_wanted() -> N
 
 
 async def test_within_its_limits_the_server_refuses_nothing() -> None:
-    """Configured as the server is, with real tokens counted: not one 429, everything answered."""
+    """With the server's limits configured and real tokens counted there is not one 429."""
     prompts = [f"Say the number {n} in words, please." for n in range(150)]
     with SimulatedServer(rpm=1200, tpm=60_000, window=2, latency=0.02) as server:
         limits = RateLimitConfig(
@@ -458,7 +458,7 @@ async def test_within_its_limits_the_server_refuses_nothing() -> None:
 
 
 async def test_limits_set_too_high_still_end_with_every_prompt_answered() -> None:
-    """429s pause the model, and the prompts that met them keep their place."""
+    """429s pause the model, and refused prompts keep their place."""
     with SimulatedServer(rpm=600, window=1, latency=0.02, headers=False) as server:
         async with connect(server, max_retries=8) as client:
             responses = await client.batch_generate([f"{n}" for n in range(30)])
@@ -467,8 +467,8 @@ async def test_limits_set_too_high_still_end_with_every_prompt_answered() -> Non
     assert [response.content for response in responses] == [f"echo: {n}" for n in range(30)]
 
 
-async def test_the_sdk_client_spends_the_same_budget() -> None:
-    """client.openai and generate_response share limits, connections and statistics."""
+async def test_the_sdk_client_has_the_same_limits() -> None:
+    """`client.openai` and `generate_response` share limits, connections and statistics."""
     with SimulatedServer() as server:
         async with connect(server, RateLimitConfig(requests_per_minute=2)) as client:
             await client.generate_response("one")
@@ -487,7 +487,7 @@ async def test_the_sdk_client_spends_the_same_budget() -> None:
 
 
 def test_one_client_works_in_several_runs_of_the_loop() -> None:
-    """`asyncio.run` three times with one client, and its connections are gone after each."""
+    """One client can be used in three `asyncio.run`, one after the other."""
     with SimulatedServer() as server:
         client = connect(server)
         for _ in range(3):
@@ -496,7 +496,7 @@ def test_one_client_works_in_several_runs_of_the_loop() -> None:
 
 
 def test_threads_share_a_client() -> None:
-    """Four threads, each with its own event loop: one budget, one bound, every prompt answered."""
+    """Four threads with event loops of their own share one bound, and every prompt is answered."""
     with SimulatedServer(latency=0.01) as server:
         client = connect(
             server, RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=4)
@@ -519,14 +519,14 @@ def test_threads_share_a_client() -> None:
         assert client.stats.requests == 200
 
 
-async def test_the_key_is_nowhere_to_be_seen(caplog: pytest.LogCaptureFixture) -> None:
-    """Not in the repr, not in a log at DEBUG, not in an error whose message echoes it."""
+async def test_the_key_is_never_shown(caplog: pytest.LogCaptureFixture) -> None:
+    """It is not in a repr, not in the log at DEBUG, and not in an error whose message echoes it."""
     caplog.set_level(logging.DEBUG, "openai_eval_client")
     module = sdk_httpx()
 
     def echo(request):
-        said = request.headers["authorization"]
-        return module.Response(401, json={"error": {"message": f"bad key {said}", "code": "invalid_api_key"}})
+        sent = request.headers["authorization"]
+        return module.Response(401, json={"error": {"message": f"bad key {sent}", "code": "invalid_api_key"}})
 
     http = module.AsyncClient(transport=module.MockTransport(echo))
     async with OpenAIClient(OpenAIConfig(api_key=KEY), http_client=http) as client:
@@ -539,7 +539,7 @@ async def test_the_key_is_nowhere_to_be_seen(caplog: pytest.LogCaptureFixture) -
 
 
 async def test_neither_prompts_nor_answers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Logs tell what happened, not what was asked."""
+    """The log shows what happened, not what was asked."""
     caplog.set_level(logging.DEBUG, "openai_eval_client")
     with SimulatedServer(script=["500", "429", "cut_json"]) as server:
         async with connect(server) as client:
@@ -549,7 +549,7 @@ async def test_neither_prompts_nor_answers_are_logged(caplog: pytest.LogCaptureF
 
 
 async def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With HTTP_PROXY set the client takes the SDK's default transport, which goes through it."""
+    """With HTTP_PROXY set the client uses the SDK's default transport, which goes through the proxy."""
     with SimulatedServer() as proxy:
         monkeypatch.setenv("http_proxy", proxy.base_url.removesuffix("/v1"))
         monkeypatch.delenv("no_proxy", raising=False)
@@ -563,7 +563,7 @@ async def test_proxies_of_the_environment_are_used(monkeypatch: pytest.MonkeyPat
         assert proxy.calls or proxy.counts
 
 
-# --- when things go wrong altogether ---------------------------------------------------------------------
+# --- runs that end early ---------------------------------------------------------------------------------
 
 
 async def test_a_server_that_is_not_there_ends_the_run() -> None:
@@ -577,8 +577,8 @@ async def test_a_server_that_is_not_there_ends_the_run() -> None:
     assert raised.value.responses == [None] * 1000
 
 
-async def test_a_cancelled_run_hands_out_what_was_answered() -> None:
-    """The cancellation carries the responses so far, to whoever catches it: they are paid for."""
+async def test_a_cancelled_run_keeps_the_answers_so_far() -> None:
+    """They are paid for, so the CancelledError has them as `.responses`."""
     kept: list[ModelResponse | None] = []
 
     async def keep(client: OpenAIClient) -> None:
@@ -602,8 +602,8 @@ async def test_a_cancelled_run_hands_out_what_was_answered() -> None:
     assert all(response.content.startswith("echo: ") for response in answered)
 
 
-async def test_a_closed_client_says_so_once() -> None:
-    """Not a failure for each prompt."""
+async def test_a_closed_client_raises_one_error() -> None:
+    """It says that the client is closed; there is no failure for each prompt."""
     with SimulatedServer() as server:
         client = connect(server)
         await client.generate_response("hello")
@@ -614,7 +614,7 @@ async def test_a_closed_client_says_so_once() -> None:
 
 
 async def test_a_callback_of_the_wrong_shape_is_refused() -> None:
-    """Before anything is sent, instead of a traceback for each prompt."""
+    """The error comes before anything is sent, in place of a traceback for each prompt."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             with pytest.raises(ValidationError, match=r"progress_callback=.*one number"):
@@ -631,8 +631,8 @@ async def test_a_callback_of_the_wrong_shape_is_refused() -> None:
         ("progres", "progress"),
     ],
 )
-async def test_a_misspelt_parameter_is_told_its_name(wrong: str, right: str) -> None:
-    """The advice is the right name before extra_body."""
+async def test_the_error_of_a_misspelt_parameter_has_the_right_name(wrong: str, right: str) -> None:
+    """It is suggested in place of `extra_body`."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             with pytest.raises(ValidationError, match=f"{wrong}=5: not a parameter; did you mean {right}?"):
@@ -640,7 +640,7 @@ async def test_a_misspelt_parameter_is_told_its_name(wrong: str, right: str) -> 
 
 
 class Picky(BaseModel):
-    """A class whose validator raises what validators should not."""
+    """A class whose validator raises what pydantic does not expect."""
 
     label: str
 
@@ -648,8 +648,8 @@ class Picky(BaseModel):
         raise KeyError(self.label)
 
 
-async def test_a_validator_that_fails_oddly_does_not_lose_the_answer() -> None:
-    """`parsed` is None; the answer is there."""
+async def test_a_validator_that_raises_does_not_lose_the_answer() -> None:
+    """`parsed` is None, and the content is kept."""
     with SimulatedServer() as server:
         async with connect(server) as client:
             response = await client.generate_response("grade", response_format=Picky)
@@ -658,7 +658,7 @@ async def test_a_validator_that_fails_oddly_does_not_lose_the_answer() -> None:
 
 
 def test_a_forgotten_client_closes_quietly(recwarn) -> None:
-    """Dropped without close() in a living loop: its connections are closed, nothing is printed."""
+    """Dropped without close() while the loop runs, it closes its connections and prints nothing."""
     with SimulatedServer() as server:
 
         async def forget() -> None:
@@ -674,8 +674,8 @@ def test_a_forgotten_client_closes_quietly(recwarn) -> None:
     assert [str(warning.message) for warning in recwarn] == []
 
 
-async def test_an_organisation_set_to_none_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the config says counts, not what the SDK would find in the environment."""
+async def test_an_organisation_of_none_is_not_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config overrides the environment variable that the SDK would read."""
     monkeypatch.setenv("OPENAI_ORG_ID", "org-environment")
     with SimulatedServer() as server:
         async with connect(server, organization_id=None) as client:
@@ -685,7 +685,7 @@ async def test_an_organisation_set_to_none_is_none(monkeypatch: pytest.MonkeyPat
 
 
 async def test_more_than_a_thousand_requests_can_be_in_flight() -> None:
-    """The connection pool is no second bound: max_concurrent is what counts."""
+    """The connection pool sets no bound besides max_concurrent."""
     with SimulatedServer(latency=6, latency_sigma=0) as server:
         async with connect(server) as client:
             await client.batch_generate(["x"] * 1200, max_concurrent=1200, timeout=50)

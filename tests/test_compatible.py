@@ -1,4 +1,4 @@
-"""Servers that are compatible with OpenAI's, more or less: what they leave out, add, and say otherwise."""
+"""Servers that are more or less compatible with OpenAI's: what they leave out, add, and do differently."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def chat(message: object, **fields) -> dict:
 
 
 async def answered(*replies: bytes, **params):
-    """The answer, and how many requests it took."""
+    """Return the answer, and how many requests it took."""
     async with listening(*replies) as (url, seen), connect(url) as client:
         return await client.generate_response("hello", model=MODEL, **params), len(seen)
 
 
 async def failed(answer: bytes, *, attempts: int, **params) -> openai.APIError:
-    """The error that a server's answer is, having been asked so often."""
+    """Return the error that is raised if a server always answers so, after this many attempts."""
     async with listening(*[answer] * 3) as (url, seen), connect(url) as client:
         with pytest.raises(openai.APIError) as raised:
             await client.generate_response("hello", model=MODEL, **params)
@@ -48,11 +48,11 @@ async def failed(answer: bytes, *, attempts: int, **params) -> openai.APIError:
     return raised.value
 
 
-# --- what they are without --------------------------------------------------------------------------------
+# --- what they leave out and add --------------------------------------------------------------------------
 
 
 async def test_without_headers_and_limits_nothing_waits():
-    """An unknown model on a server that sends no rate limits: as fast as asked for, and unpriced."""
+    """On a server that states no limits nothing is slowed down; an unknown model has no price."""
     with SimulatedServer(headers=False) as server:
         config = OpenAIConfig(api_key=KEY, base_url=server.base_url, default_model=MODEL)
         limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
@@ -120,7 +120,7 @@ VLLM = {
 
 @pytest.mark.parametrize("body", [OLLAMA, LLAMA_CPP, VLLM], ids=["Ollama", "llama.cpp", "vLLM"])
 async def test_answers_of_local_servers_are_read(body):
-    """With all that they add, and with their own count of tokens."""
+    """Fields that they add do no harm, and their token counts are used."""
     answer, _ = await answered(reply(body))
     assert (answer.content, answer.finish_reason, answer.model) == ("Hi!", "stop", body["model"])
     assert (answer.usage.total_tokens, answer.usage.estimated, answer.tool_calls) == (29, False, [])
@@ -138,7 +138,7 @@ async def test_answers_of_local_servers_are_read(body):
     ],
 )
 async def test_text_may_come_in_parts(message, content):
-    """And id, model, index, finish_reason and usage not at all; numbers spelt as text are no numbers."""
+    """Its parts are joined; a missing id, model or finish_reason is empty, and counts as text are ignored."""
     answer, _ = await answered(reply(chat(message, usage={"prompt_tokens": "7", "completion_tokens": "9"})))
     assert (answer.content, answer.choices) == (content, [content])
     assert (answer.model, answer.finish_reason, answer.request_id) == (MODEL, "", "")
@@ -147,7 +147,7 @@ async def test_text_may_come_in_parts(message, content):
 
 
 async def test_every_choice_may_come_in_parts():
-    """Not the first alone."""
+    """The texts of all choices are joined, not only the first one's."""
     parts = [{"message": {"content": [{"type": "text", "text": text}]}} for text in ("one", "two")]
     answer, _ = await answered(reply({"choices": parts}), n=2)
     assert answer.choices == ["one", "two"]
@@ -168,7 +168,7 @@ async def test_every_choice_may_come_in_parts():
         ),
         ({"message": "no credit", "type": "insufficient_quota"}, QuotaError, 1),
         ({"message": "no credit", "code": 402}, openai.APIStatusError, 1),
-        ({"message": "who?", "code": 401}, openai.AuthenticationError, 1),
+        ({"message": "wrong key", "code": 401}, openai.AuthenticationError, 1),
         ({"message": "bad", "type": "invalid_request_error", "code": None}, openai.BadRequestError, 1),
         ({"message": "what?", "code": 99999}, openai.APIResponseValidationError, 3),
         ({"message": "what?", "code": 200}, openai.APIResponseValidationError, 3),
@@ -177,21 +177,21 @@ async def test_every_choice_may_come_in_parts():
     ],
 )
 async def test_an_error_in_a_200_is_an_error(error, kind, attempts, no_pauses):
-    """Of the status that it names, tried again where that status is; no KeyError, and no empty answer."""
+    """It is the error of the status that it names, and retried as that status is."""
     raised = await failed(reply({"error": error}), attempts=attempts)
     assert type(raised) is kind
     assert (error if isinstance(error, str) else error["message"]) in str(raised)
 
 
 @pytest.mark.parametrize("rest", [{"choices": []}, {"choices": None}, {"id": "x", "usage": None}])
-async def test_an_error_beside_no_choices_is_one_too(rest, no_pauses):
-    """An empty answer would be worse."""
+async def test_an_error_beside_empty_choices_is_an_error(rest, no_pauses):
+    """It is not taken for an empty answer."""
     raised = await failed(reply({"error": {"message": "bad", "code": 400}, **rest}), attempts=1)
     assert type(raised) is openai.BadRequestError
 
 
-async def test_an_error_without_an_envelope_is_one_too(no_pauses):
-    """As vLLM writes them."""
+async def test_an_error_without_an_envelope_is_an_error(no_pauses):
+    """vLLM puts the fields of an error at the top level."""
     raised = await failed(
         reply({"object": "error", "message": "too long", "type": "BadRequestError", "code": 400}), attempts=1
     )
@@ -202,23 +202,23 @@ async def test_an_error_without_an_envelope_is_one_too(no_pauses):
     assert "no such model" in str(raised)
 
 
-async def test_an_error_in_a_200_heals(no_pauses):
-    """The next attempt counts; a null error is none."""
+async def test_the_attempt_after_an_error_in_a_200_counts(no_pauses):
+    """An answer whose error is null is an answer."""
     wrong = reply({"error": {"message": "upstream", "code": 503}})
     answer, attempts = await answered(wrong, reply({"error": None, **OLLAMA}))
     assert (answer.content, attempts) == ("Hi!", 2)
 
 
 async def test_a_refusal_in_a_200_pauses_the_model(no_pauses):
-    """It is counted as the 429 that it is."""
+    """It is counted as a 429."""
     wrong = reply({"error": {"message": "slow down", "code": 429}})
     async with listening(wrong, reply(OLLAMA)) as (url, _), connect(url) as client:
         await client.generate_response("hello", model=MODEL)
         assert client.stats.rate_limited == 1
 
 
-async def test_the_key_in_such_an_error_is_not_shown(no_pauses):
-    """Wherever the server puts it."""
+async def test_the_key_in_an_error_in_a_200_is_not_shown(no_pauses):
+    """It is taken out wherever the server puts it."""
     for error in ({"message": f"key {KEY} is wrong", "code": 401}, f"key {KEY} is wrong"):
         async with listening(*[reply({"error": error})] * 3) as (url, _), connect(url) as client:
             with pytest.raises(openai.APIError) as raised:
@@ -284,8 +284,8 @@ TOO_LONG = (
     ],
     ids=lambda value: value[:30].decode() if isinstance(value, bytes) else None,
 )
-async def test_any_error_body_makes_the_statuss_error(status, body, kind, attempts, no_pauses):
-    """JSON or not, whatever stands in its fields; what the server said is in the error's body."""
+async def test_any_error_body_gives_the_error_of_its_status(status, body, kind, attempts, no_pauses):
+    """The body may be anything, in JSON or not; it is kept as the error's body."""
     raised = await failed(whole(body, status=status), attempts=attempts, temperature=0.5)
     assert type(raised) is kind
     assert raised.status_code == int(status[:3])
@@ -329,17 +329,17 @@ STREAMS = {
 
 
 @pytest.mark.parametrize(("stream", "usage"), STREAMS.values(), ids=STREAMS)
-@pytest.mark.parametrize("road", ["drop-in", "OpenAIClient.openai"])
-async def test_streams_are_passed_and_settled(road, stream, usage):
-    """All text arrives, the slot is free, the tokens are the server's or none."""
+@pytest.mark.parametrize("via", ["drop-in", "OpenAIClient.openai"])
+async def test_streams_are_passed_on_and_settled(via, stream, usage):
+    """All text arrives, the slot is freed, and tokens are the server's count or none."""
     async with listening(stream, hang_up=True) as (url, _), contextlib.AsyncExitStack() as stack:
-        if road == "drop-in":
+        if via == "drop-in":
             owner = sdk = await stack.enter_async_context(AsyncOpenAI(api_key=KEY, base_url=url))
         else:
             owner = await stack.enter_async_context(connect(url))
             sdk = owner.openai
-        chunks = [each async for each in await sdk.chat.completions.create(**CHAT, stream=True)]
-        assert "".join(each.choices[0].delta.content for each in chunks) == "one two"
+        chunks = [event async for event in await sdk.chat.completions.create(**CHAT, stream=True)]
+        assert "".join(event.choices[0].delta.content for event in chunks) == "one two"
         assert owner.stats.attempts == 1
         assert (owner.stats.prompt_tokens, owner.stats.completion_tokens) == (usage or (0, 0))
         assert (
@@ -353,19 +353,17 @@ async def test_streams_are_passed_and_settled(road, stream, usage):
 
 
 async def test_an_error_in_a_stream_is_the_sdks(no_pauses):
-    """And leaves no slot taken, where the SDK closes the stream and where it forgets to."""
+    """It leaves no slot taken, whether or not the SDK closes the stream."""
 
     async def read(sdk) -> None:
         with pytest.raises(openai.APIError, match="upstream"):
-            [each async for each in await sdk.chat.completions.create(**CHAT, stream=True)]
+            [event async for event in await sdk.chat.completions.create(**CHAT, stream=True)]
 
     wrong = events(chunk("one "), b'data: {"error": {"message": "upstream", "code": 502}}\n\n')
     async with listening(wrong, hang_up=True) as (url, _), AsyncOpenAI(api_key=KEY, base_url=url) as sdk:
         await read(sdk)
-        while (
-            not sdk.stats.attempts
-        ):  # an old SDK leaves closing to the garbage collector, and that to the loop
-            gc.collect()
+        while not sdk.stats.attempts:
+            gc.collect()  # an old SDK leaves closing the stream to the garbage collector
             await asyncio.sleep(0.01)
         assert sdk.stats.attempts == 1
 
@@ -374,25 +372,25 @@ async def test_an_error_in_a_stream_is_the_sdks(no_pauses):
 
 
 @pytest.mark.parametrize("base", ["/v1", "/v1/", "/api/proxy/openai", "/api/proxy/openai/", "", "/"])
-@pytest.mark.parametrize("road", ["ours", "OpenAIClient.openai", "drop-in"])
-async def test_any_base_url_leads_to_the_endpoint(base, road):
-    """With a prefix or none, with a slash at its end or without."""
+@pytest.mark.parametrize("via", ["OpenAIClient", "OpenAIClient.openai", "drop-in"])
+async def test_any_base_url_leads_to_the_endpoint(base, via):
+    """It may have a prefix, and a slash at its end."""
     async with listening(reply(OLLAMA)) as (url, seen):
         address = url.removesuffix("/v1") + base
         async with connect(address) as client, AsyncOpenAI(api_key=KEY, base_url=address) as sdk:
-            if road == "ours":
+            if via == "OpenAIClient":
                 await client.generate_response("hello", model=MODEL)
             else:
-                chosen = sdk if road == "drop-in" else client.openai
+                chosen = sdk if via == "drop-in" else client.openai
                 await chosen.chat.completions.create(**CHAT)
-            counted = sdk.stats if road == "drop-in" else client.stats
-            assert counted.prompt_tokens == 26  # so it was seen to run a model
+            counted = sdk.stats if via == "drop-in" else client.stats
+            assert counted.prompt_tokens == 26  # so the path was recognised as one that runs a model
     expected = f"POST {base.rstrip('/')}/chat/completions HTTP/1.1"
     assert seen[0].partition(b"\r\n")[0].decode() == expected
 
 
-async def test_azures_query_is_sent_along():
-    """`default_query` of the drop-in, `extra_query` of a prompt."""
+async def test_azures_query_is_sent():
+    """It comes from `default_query` of the drop-in, or `extra_query` of a prompt."""
     version = {"api-version": "2024-10-21"}
     prefix = "/openai/deployments/mine"
     async with listening(reply(OLLAMA)) as (url, one), listening(reply(OLLAMA)) as (other, two):
@@ -406,8 +404,8 @@ async def test_azures_query_is_sent_along():
     assert [seen[0].partition(b"\r\n")[0] for seen in (one, two)] == [line, line]
 
 
-async def test_many_at_once_on_a_bare_server():
-    """One odd answer among good ones costs its own prompt alone."""
+async def test_an_error_among_good_answers_fails_its_own_prompt_alone():
+    """The other prompts are answered."""
     replies = [reply(OLLAMA), reply({"error": {"message": "bad", "code": 400}}), reply(OLLAMA)]
     async with listening(*replies) as (url, _), connect(url, default_model=MODEL) as client:
         outcomes = await client.batch_generate(["a", "b", "c"], max_concurrent=1, return_exceptions=True)

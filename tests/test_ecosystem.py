@@ -1,4 +1,4 @@
-"""Frameworks that take an `AsyncOpenAI` run on ours: paced, with their tools, streams and errors."""
+"""Frameworks that take an `AsyncOpenAI` work with this package's: paced, with tools, streams and errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ecosystem
 
 MODEL = "gpt-4o-mini"
 RPM, TPM = 1200, 600_000
-AT_ONCE = 20  # what the server's bucket of one second holds
+AT_ONCE = 20  # requests in the server's bucket of one second
 LOAD = 30
 LIMITS = RateLimitConfig(requests_per_minute=RPM, tokens_per_minute=TPM, burst_seconds=1)
 KEY = "sk-test"
@@ -43,25 +43,19 @@ class City(BaseModel):
 
 @dataclass
 class Paced:
-    """A client of ours on a server that refuses what exceeds its limits.
+    """A paced client and its server, which refuses what exceeds its limits."""
 
-    Attributes:
-        sdk: What a framework is given.
-        stats: What went through our limiter so far.
-        server: What the client talks to.
-    """
-
-    sdk: AsyncOpenAI
+    sdk: AsyncOpenAI  # what the framework gets
     stats: Callable[[], ClientStats]
     server: SimulatedServer
 
     def sent(self, count: int) -> None:
-        """Check that so many requests were sent, all by way of our limiter, and none was refused."""
+        """Check that `count` requests were sent, all through the limiter, and none was refused."""
         assert self.stats().attempts == len(self.server.calls) == count
         assert self.server.counts["429"] == 0
 
     def waited(self) -> None:
-        """Check that it was our limiter that held requests back."""
+        """Check that the limiter held requests back."""
         assert self.stats().wait_seconds_by["requests"] > 0
 
 
@@ -87,7 +81,7 @@ async def paced(request):
 
 @pytest.fixture
 async def failing():
-    """The drop-in client on a server that fails the first request and drops the second."""
+    """Connect the drop-in client to a server that fails the first request and drops the second."""
     with SimulatedServer(script=["500", "drop"]) as server:
         async with drop_in(server, None) as client:
             yield client
@@ -95,14 +89,14 @@ async def failing():
 
 @pytest.fixture
 async def small():
-    """The drop-in client with a limit that no request of the tests fits in."""
+    """Connect the drop-in client with a limit that every request of the tests exceeds."""
     with SimulatedServer() as server:
         async with drop_in(server, RateLimitConfig(tokens_per_minute=1, max_wait=1)) as client:
             yield client
 
 
 async def test_the_same_load_on_the_sdks_own_client_is_refused():
-    """So that no 429 on ours means something."""
+    """Without pacing the server does refuse requests: the other tests could fail."""
     with SimulatedServer(rpm=RPM, tpm=TPM, window=1, latency=0.01) as server:
         async with openai.AsyncOpenAI(api_key=KEY, base_url=server.base_url, max_retries=0) as sdk:
             messages = [{"role": "user", "content": "hello"}]
@@ -124,7 +118,7 @@ def agent(sdk, **options):
 
 
 async def test_pydantic_ai_is_paced(paced):
-    """More runs at once than the server admits: each is answered, none refused."""
+    """With more runs at once than the server admits, each is answered and none refused."""
     asking = agent(paced.sdk)
     results = await asyncio.gather(*[asking.run(f"say {n}") for n in range(LOAD)])
     assert [result.output for result in results] == [f"echo: say {n}" for n in range(LOAD)]
@@ -134,7 +128,7 @@ async def test_pydantic_ai_is_paced(paced):
 
 
 async def test_pydantic_ai_reads_structured_output(paced):
-    """By a schema, and by a tool whose function is called with the arguments."""
+    """Output comes by a schema, and by a tool whose function gets the arguments."""
     pydantic_ai = pytest.importorskip("pydantic_ai")
     native = agent(paced.sdk, output_type=pydantic_ai.NativeOutput(City))
     assert isinstance((await native.run("the largest city")).output, City)
@@ -148,7 +142,7 @@ async def test_pydantic_ai_reads_structured_output(paced):
 
 
 async def test_pydantic_ai_streams(paced):
-    """The text in pieces, and the usage at the end."""
+    """The text comes in pieces, and the usage at the end."""
     async with agent(paced.sdk).run_stream("one two three") as result:
         pieces = [piece async for piece in result.stream_text(delta=True, debounce_by=None)]
     assert "".join(pieces) == "echo: one two three"
@@ -158,7 +152,7 @@ async def test_pydantic_ai_streams(paced):
 
 
 async def test_pydantic_ai_raises_its_own_errors(failing, small):
-    """Its ModelHTTPError for a status, ModelAPIError for no answer, ours for what is never sent."""
+    """A status is its ModelHTTPError, no answer its ModelAPIError, a request never sent our own error."""
     exceptions = pytest.importorskip("pydantic_ai.exceptions")
     with pytest.raises(exceptions.ModelHTTPError) as refused:
         await agent(failing.sdk).run("hello")
@@ -174,14 +168,14 @@ async def test_pydantic_ai_raises_its_own_errors(failing, small):
 
 
 def chat_model(sdk, **options):
-    """`async_client` is for plain calls, `root_async_client` for parsed ones; no key, no unpaced `invoke`."""
+    """Make a chat model: `async_client` is for plain calls, `root_async_client` for parsed ones."""
     langchain_openai = pytest.importorskip("langchain_openai")
     clients = {"async_client": sdk.chat.completions, "root_async_client": sdk}
     return langchain_openai.ChatOpenAI(model=MODEL, **clients, **options)
 
 
 async def test_langchain_is_paced(paced):
-    """A batch larger than the server admits at once: each is answered, none refused."""
+    """With more prompts at once than the server admits, each is answered and none refused."""
     answers = await chat_model(paced.sdk).abatch([f"say {n}" for n in range(LOAD)])
     assert [answer.content for answer in answers] == [f"echo: say {n}" for n in range(LOAD)]
     assert all(answer.usage_metadata["input_tokens"] > 0 for answer in answers)
@@ -190,7 +184,7 @@ async def test_langchain_is_paced(paced):
 
 
 async def test_langchain_reads_structured_output(paced):
-    """By a schema, by a tool, and tools on their own."""
+    """Output comes by a schema and by a tool; tools work on their own, too."""
     llm = chat_model(paced.sdk)
     assert isinstance(await llm.with_structured_output(City).ainvoke("a city"), City)
     by_tool = llm.with_structured_output(City, method="function_calling")
@@ -201,7 +195,7 @@ async def test_langchain_reads_structured_output(paced):
 
 
 async def test_langchain_streams(paced):
-    """The text in pieces; the usage is asked for and settled."""
+    """The text comes in pieces; the usage is requested and settled."""
     chunks = [chunk async for chunk in chat_model(paced.sdk, stream_usage=True).astream("one two three")]
     assert "".join(chunk.content for chunk in chunks) == "echo: one two three"
     (usage,) = [chunk.usage_metadata for chunk in chunks if chunk.usage_metadata]
@@ -210,7 +204,7 @@ async def test_langchain_streams(paced):
 
 
 async def test_langchain_uses_the_responses_api(paced):
-    """Through `root_async_client`."""
+    """It calls the Responses API on `root_async_client`."""
     answer = await chat_model(paced.sdk, use_responses_api=True).ainvoke("hello")
     assert answer.text == "echo: hello"
     assert paced.server.calls[0].path == "/v1/responses"
@@ -218,7 +212,7 @@ async def test_langchain_uses_the_responses_api(paced):
 
 
 async def test_langchain_raises_the_sdks_errors(failing, small):
-    """As they are, and ours for what is never sent."""
+    """A failed call raises the SDK's error, a request never sent our own."""
     with pytest.raises(openai.InternalServerError):
         await chat_model(failing.sdk).ainvoke("hello")
     with pytest.raises(openai.APIConnectionError):
@@ -228,7 +222,7 @@ async def test_langchain_raises_the_sdks_errors(failing, small):
     assert small.server.calls == []
 
 
-# --- autoevals: a judge that answers by a tool ------------------------------------------------------------
+# --- autoevals: a judge that answers by a tool call -------------------------------------------------------
 
 
 def judge(sdk):
@@ -238,7 +232,7 @@ def judge(sdk):
 
 
 async def test_autoevals_is_paced(paced):
-    """More judgements at once than the server admits: each a score from a tool call, none refused."""
+    """With more judgements at once than the server admits, each has a score and none is refused."""
     score = judge(paced.sdk).eval_async
     scores = await asyncio.gather(*[score(output=f"{n}", expected=f"{n}") for n in range(LOAD)])
     assert [each.metadata["choice"] for each in scores] == ["Y"] * LOAD
@@ -248,7 +242,7 @@ async def test_autoevals_is_paced(paced):
 
 
 async def test_autoevals_embeds_through_the_limiter(paced):
-    """Scorers that compare vectors ask for embeddings, and those are counted too."""
+    """Requests for embeddings, by scorers that compare vectors, are paced too."""
     autoevals = pytest.importorskip("autoevals")
     similar = autoevals.EmbeddingSimilarity(client=paced.sdk, model="text-embedding-3-small")
     assert 0 <= (await similar.eval_async(output="one", expected="another")).score <= 1
@@ -256,7 +250,7 @@ async def test_autoevals_embeds_through_the_limiter(paced):
 
 
 async def test_autoevals_raises_the_sdks_errors(failing, small):
-    """As they are, and ours for what is never sent."""
+    """A failed call raises the SDK's error, a request never sent our own."""
     with pytest.raises(openai.InternalServerError):
         await judge(failing.sdk).eval_async(output="a", expected="b")
     with pytest.raises(openai.APIConnectionError):
@@ -267,7 +261,7 @@ async def test_autoevals_raises_the_sdks_errors(failing, small):
 
 
 def test_the_readmes_block_runs_as_it_stands() -> None:
-    """All three on one client."""
+    """All three frameworks work on one client."""
     pytest.importorskip("autoevals")
     pytest.importorskip("langchain_openai")
     pytest.importorskip("pydantic_ai")

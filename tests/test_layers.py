@@ -17,7 +17,7 @@ NAME = package.__name__
 
 
 def dotted(path):
-    """The name by which a file is imported, without the package's own."""
+    """Return the name by which a file is imported, without the package's own."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts) or "__init__"
 
@@ -102,7 +102,7 @@ PUBLIC = [
 
 
 def only_for_types(tree):
-    """The import statements under `if TYPE_CHECKING:`."""
+    """Return the import statements under `if TYPE_CHECKING:`."""
     guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _is_guard(node.test)]
     return {id(inner) for guard in guards for statement in guard.body for inner in ast.walk(statement)}
 
@@ -112,7 +112,7 @@ def _is_guard(test):
 
 
 def imports(tree, *, running=False):
-    """Every module that a module imports, wherever in it; `running` leaves out what is only for types."""
+    """Yield every module that a module imports; `running` leaves out imports that are only for types."""
     skipped = only_for_types(tree) if running else set()
     for node in ast.walk(tree):
         if id(node) in skipped:
@@ -130,18 +130,18 @@ def _imported_from(node):
 
 
 def room_of(name):
-    """The room that a module is in: a folder, or the module itself."""
+    """Return the room of a module: its folder, or the module itself."""
     return name.partition(".")[0]
 
 
 def inner(names):
-    """Those of them that belong to this package, without its name; each as the module that it names."""
+    """Return the names within this package, without the package's own; those of `testing` are left out."""
     own = {name.removeprefix(f"{NAME}.") for name in names if name.startswith(f"{NAME}.")}
     return {name for name in own if room_of(name) != "testing"}
 
 
 def test_every_room_has_a_floor():
-    """A new room is placed before it is used."""
+    """A new room has to be added to FLOORS."""
     assert {room_of(name) for name in MODULES} == set(FLOOR)
     assert sum(map(len, FLOORS)) == len(FLOOR)
 
@@ -194,8 +194,8 @@ def test_no_module_is_long(path):
     assert len(path.read_text("utf-8").splitlines()) <= LONGEST
 
 
-def test_the_simulated_server_stands_apart():
-    """Only the demonstration runs on it, and it knows nothing of the package."""
+def test_the_simulated_server_is_independent():
+    """It imports nothing of the package, and only the demonstration imports it."""
     users = {name for name, tree in TREES.items() if any(f"{NAME}.testing" in used for used in imports(tree))}
     assert users == USES_TESTING
     for path in (ROOT / "testing").rglob("*.py"):
@@ -210,7 +210,7 @@ def test_the_simulated_server_stands_apart():
 
 @pytest.mark.parametrize("library", WRAPPED)
 def test_few_modules_know_each_library(library):
-    """Another version, or another library, is one module's business; for a terminal, the command line's."""
+    """A new version or a replacement of a library concerns one module, or the command line."""
     users = {
         name for name, tree in TREES.items() if library in {used.partition(".")[0] for used in imports(tree)}
     }
@@ -218,14 +218,14 @@ def test_few_modules_know_each_library(library):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_every_public_thing_is_described(name):
-    """Modules, classes, functions and methods have docstrings."""
+def test_everything_public_has_a_docstring(name):
+    """Modules, classes, functions and methods are described."""
     assert ast.get_docstring(TREES[name])
     assert [where for where, node in described(TREES[name]) if not ast.get_docstring(node)] == []
 
 
 def described(node, where=""):
-    """Everything public in a module or class."""
+    """Yield everything public in a module or class."""
     for child in node.body:
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
             yield f"{where}{child.name}", child
@@ -237,19 +237,19 @@ def described(node, where=""):
 
 
 def test_the_public_names():
-    """These and no others, sorted."""
+    """The package exports these and no others, sorted."""
     assert package.__all__ == PUBLIC == sorted(PUBLIC)
 
 
 def test_everything_public_can_be_imported_and_nothing_else():
-    """`__all__` is what the package holds, its modules apart."""
+    """Apart from modules the package has no public name outside `__all__`."""
     held = {name for name, value in vars(package).items() if not isinstance(value, ModuleType)}
     assert {name for name in held if not name.startswith("_")} == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", ["config", "errors", "models"])
-def test_public_modules_declare_what_they_hold(name):
-    """Sorted, and all of it is public in the package."""
+def test_public_modules_have_a_sorted_all(name):
+    """All names in it are public in the package."""
     module = importlib.import_module(f"{package.__name__}.{name}")
     assert module.__all__ == sorted(module.__all__)
     assert {public: getattr(module, public) for public in module.__all__} == {
@@ -258,14 +258,14 @@ def test_public_modules_declare_what_they_hold(name):
 
 
 def test_the_simulated_server_is_public():
-    """Users rehearse on it too."""
+    """`openai_eval_client.testing` exports it."""
     testing = importlib.import_module(f"{package.__name__}.testing")
     assert testing.__all__ == sorted(testing.__all__)
     assert "SimulatedServer" in testing.__all__
 
 
 def test_the_package_is_typed():
-    """Type checkers look for the marker."""
+    """The marker that type checkers look for is there."""
     assert (ROOT / "py.typed").is_file()
 
 
@@ -273,7 +273,7 @@ def test_the_package_is_typed():
 
 
 def loaded_by(statement):
-    """The modules that a fresh interpreter has loaded after a statement, and what it wrote."""
+    """Return the modules that a fresh interpreter has loaded after a statement; it may not print."""
     code = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
     environment = {"PATH": "", "PYTHONPATH": str(ROOT.parent), "PYTHONWARNINGS": "error"}
     run = [sys.executable, "-c", code]
@@ -283,18 +283,18 @@ def loaded_by(statement):
 
 
 def test_an_import_loads_nothing_slow():
-    """Beyond what the SDK itself loads, only small libraries; the rest waits until it is needed."""
+    """Slow libraries that the SDK does not load itself are imported only when they are needed."""
     more = loaded_by(f"import {package.__name__}") - loaded_by("import openai")
     assert more & LATE == set()
 
 
 def test_an_import_needs_no_key_and_writes_nothing():
-    """No environment is read and nothing is printed: an empty one is enough."""
+    """It works with an empty environment and prints nothing."""
     assert package.__name__ in loaded_by(f"from {package.__name__} import *")
 
 
 def test_an_import_adds_no_log_handler():
-    """Where the log goes is for the application to say."""
+    """The application decides where the log goes."""
     code = (
         f"import {package.__name__}, logging; assert not logging.getLogger('{package.__name__}').handlers; "
     )
@@ -302,7 +302,7 @@ def test_an_import_adds_no_log_handler():
 
 
 def test_importing_loads_no_more_of_the_sdk_than_itself():
-    """The SDK loads its resources late, and so their import must not be ours: it would triple the time."""
+    """The SDK loads its resources late; importing them here would triple the time."""
     code = (
         "import sys, openai; before = set(sys.modules); import openai_eval_client;"
         "print(*set(sys.modules) - before)"

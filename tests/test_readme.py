@@ -1,4 +1,4 @@
-"""The README's code runs as it stands, on the simulated server."""
+"""The README's code runs unchanged on the simulated server."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SHELL_BLOCKS = re.findall(r"^([^\n]*)\n```(?:sh|bash)\n(.*?)^```$", README, flag
 REFERENCE = README.partition("\n## API reference\n")[2].partition("\n## ")[0]
 BASH = shutil.which("bash") or "bash"
 OURS = {name: getattr(package, name) for name in package.__all__}
-THEIRS = {"APIError", "RateLimitError", "QuotaError", "TimeoutError"}  # made as the SDK's errors are
+THEIRS = {"APIError", "RateLimitError", "QuotaError", "TimeoutError"}  # with the SDK's own arguments
 
 
 def printed_by(block: str, folder: Path) -> str:
-    """What a block prints, in a process of its own, with the API's address and key in its environment."""
+    """Run a block in a process of its own, with the server's address and a key in its environment."""
     with SimulatedServer() as server:
         environment = {
             **os.environ,
@@ -51,8 +51,8 @@ def printed_by(block: str, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block{n}" for n in range(len(BLOCKS))])
-def test_a_python_block_runs_as_it_stands(block: str, tmp_path: Path) -> None:
-    """As a user would run it; where the text shows what it prints, it prints that."""
+def test_a_python_block_runs_unchanged(block: str, tmp_path: Path) -> None:
+    """If the text shows what it prints, it prints that."""
     if "to_pandas" in block:
         pytest.importorskip("pandas")
     shown = re.search(
@@ -71,7 +71,7 @@ def test_there_are_exactly_two_set_up_commands() -> None:
 
 
 def test_every_name_the_readme_imports_is_public() -> None:
-    """No example reaches for a private module."""
+    """No example imports a private module."""
     for block in BLOCKS + FOR_WORKERS:
         assert not re.search(r"openai_eval_client\._", block)
 
@@ -82,7 +82,7 @@ def test_lines_fit_an_editor() -> None:
 
 
 def test_every_link_within_leads_somewhere() -> None:
-    """As GitHub names headings: small letters, hyphens for spaces, no punctuation."""
+    """Anchors are as GitHub makes them: small letters, hyphens for spaces, no punctuation."""
     plain = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.*)$", plain, flags=re.MULTILINE)
     anchors = [re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings]
@@ -94,14 +94,14 @@ def test_every_link_within_leads_somewhere() -> None:
 
 
 def test_every_shell_block_is_run_somewhere() -> None:
-    """The first two by whoever decides on a change, the next by the tests of their commands, two here."""
+    """`.ci/run` runs set-up, the tests of the commands run batch and run, this file the other two."""
     markers = [marker for marker, _ in SHELL_BLOCKS]
     known = ["set-up", "batch", "run", "simulate", "rehearse"]
     assert sorted(markers) == sorted(f"<!-- {name} -->" for name in known)
 
 
 def test_the_simulated_server_is_served_as_shown() -> None:
-    """In one shell, and asked from another; at any port that is free."""
+    """It is started in one shell and used from another, at any free port."""
     blocks = dict(SHELL_BLOCKS)
     command = [sys.executable, "-m", "openai_eval_client"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -126,7 +126,7 @@ def test_the_simulated_server_is_served_as_shown() -> None:
 
 
 def test_the_reference_has_every_command() -> None:
-    """Those of the jobs too."""
+    """Commands for jobs are included."""
     from typer.main import get_command
 
     from openai_eval_client._cli.app import app
@@ -144,14 +144,14 @@ HOOKS = {"model_config", "model_fields", "model_post_init"}  # pydantic's
 
 
 def own_methods(cls):
-    """The public methods and properties that this package gives a class, by name."""
+    """Return the public methods and properties that this package adds to a class, by name."""
     classes = [base for base in cls.__mro__ if base.__module__.startswith(package.__name__)]
     found = {name: member for base in reversed(classes) for name, member in vars(base).items()}
     return {name: member for name, member in found.items() if name[0] != "_" and name not in HOOKS}
 
 
 def test_the_reference_has_every_public_name() -> None:
-    """Each once, and no other."""
+    """Each is listed once, and no other."""
     assert set(re.findall(r"`(\w+)", REFERENCE)) >= {*OURS, *testing.__all__}
     listed = re.findall(r"^\| `(\w+)", REFERENCE, flags=re.MULTILINE)
     commands_and_extras = {"openai", "cli", "progress", "pandas", "redis", "demo", "test"}
@@ -160,13 +160,13 @@ def test_the_reference_has_every_public_name() -> None:
 
 
 def test_the_reference_has_every_method_of_the_client() -> None:
-    """And calls them by their names."""
+    """Each is listed by its name, and no other."""
     listed = re.findall(r"^\| `\.(\w+)", REFERENCE, flags=re.MULTILINE)
     assert sorted(listed) == sorted(own_methods(package.OpenAIClient))
 
 
 def callables():
-    """Every public function and method, of classes and of the package, by a name to show."""
+    """Yield every public function and method, with the name to show for it."""
     for name, value in {**OURS, **{name: getattr(testing, name) for name in testing.__all__}}.items():
         if inspect.isclass(value):
             for method, member in own_methods(value).items():
@@ -178,22 +178,22 @@ def callables():
 
 @pytest.mark.parametrize(("name", "called"), [pytest.param(*pair, id=pair[0]) for pair in callables()])
 def test_pydoc_tells_what_goes_in_and_what_comes_out(name: str, called) -> None:
-    """Arguments where there are any, and results where there are some."""
+    """Its text has `Args` if there are arguments, and says what is returned if anything is."""
     text = inspect.getdoc(called) or ""
     signature = inspect.signature(called)
     takes = [parameter for parameter in signature.parameters if parameter != "self"]
     assert text
     assert ("Args:" in text) == bool(takes), name
-    told = any(word in text for word in ("Returns:", "Yields:", "Return "))
-    assert told or signature.return_annotation in {"None", "Self"}, name
+    described = any(word in text for word in ("Returns:", "Yields:", "Return "))
+    assert described or signature.return_annotation in {"None", "Self"}, name
 
 
-PLAIN = {"BatchJob", "BatchJobStatus"}  # fields that need no words; nobody makes one
+PLAIN = {"BatchJob", "BatchJobStatus"}  # their fields explain themselves; users do not make them
 DESCRIBED = [name for name in OURS if inspect.isclass(OURS[name]) and name not in THEIRS | PLAIN]
 
 
 @pytest.mark.parametrize("name", DESCRIBED)
 def test_pydoc_tells_what_a_class_holds(name: str) -> None:
-    """Settings and errors say what they take, results what they have."""
+    """Settings and errors describe their arguments, results their attributes."""
     text = inspect.getdoc(OURS[name]) or ""
     assert "Args:" in text or "Attributes:" in text

@@ -1,4 +1,4 @@
-"""Many processes on one quota, over real sockets and a real Redis: each test takes some seconds."""
+"""Many processes on one quota, with real sockets and a real Redis; each test takes some seconds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BLOCK = r"<!-- scale: {} -->\n```python\n(.*?)^```$"
 
 @pytest.fixture
 def own_redis() -> Iterator[LocalRedis]:
-    """A Redis server that may be stopped."""
+    """Start a Redis server that the test may stop."""
     from conftest import started_redis
 
     with started_redis() as server:
@@ -57,7 +57,7 @@ def benchmark(name: str):
     ids=["one killed", "redis lost"],
 )
 def test_four_processes_on_one_quota(options: dict, most: float) -> None:
-    """Few or no refusals, and every prompt of those alive answered."""
+    """Every prompt of the living processes is answered, with few or no refusals."""
     shared = benchmark("shared")
     figures = shared.measure(shared.Row("", window=5, **options))
     assert figures["failed"] == 0
@@ -65,10 +65,10 @@ def test_four_processes_on_one_quota(options: dict, most: float) -> None:
     assert figures.get("full_again", 0) <= 10
 
 
-async def test_a_lost_redis_is_said_once_and_so_is_its_return(
+async def test_a_lost_redis_and_its_return_are_each_logged_once(
     own_redis: LocalRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Stopped, hanging, started again: every prompt is answered, and the log has one line for each."""
+    """While Redis is stopped or hangs, every prompt is answered."""
     limits = RateLimitConfig(
         requests_per_minute=6000, tokens_per_minute=None, max_concurrent=8, redis_url=own_redis.url
     )
@@ -92,15 +92,15 @@ async def test_a_lost_redis_is_said_once_and_so_is_its_return(
                     bring_back()
                     await until(alone=False)
         assert client.stats.failures == client.stats.rate_limited == 0
-    said = [record.message for record in caplog.records if "redis://" in record.message]
-    assert [re.sub(r" \(.*\)", "", line.partition(" is ")[2]) for line in said] == [
+    logged = [record.message for record in caplog.records if "redis://" in record.message]
+    assert [re.sub(r" \(.*\)", "", line.partition(" is ")[2]) for line in logged] == [
         "gone: going on with 1/1 of the limits",
         "back: sharing the limits again",
     ] * 2
 
 
-async def test_a_cluster_keeps_each_quota_whole() -> None:
-    """Two nodes, and models on both of them: both keys of each are on one."""
+async def test_a_cluster_keeps_each_quota_on_one_node() -> None:
+    """With models on both nodes, the two keys of a model are on the same node."""
     from conftest import started_redis
 
     first, second = started_redis().as_node(), started_redis().as_node()
@@ -120,7 +120,7 @@ async def test_a_cluster_keeps_each_quota_whole() -> None:
 
 
 def run_block(name: str, server: SimulatedServer, redis: LocalRedis, folder: str, **environment: str) -> str:
-    """Run one of the README's blocks for workers and return what it prints."""
+    """Run one of the README's recipes and return what it prints."""
     (block,) = re.findall(BLOCK.format(name), README, flags=re.MULTILINE | re.DOTALL)
     program = Path(folder) / f"{name}_recipe.py"
     program.write_text(block)
@@ -144,7 +144,7 @@ def run_block(name: str, server: SimulatedServer, redis: LocalRedis, folder: str
 
 
 def test_the_recipe_for_multiprocessing(redis_server: LocalRedis, tmp_path: Path) -> None:
-    """Four processes share quota and cache; the second run is answered from the file alone."""
+    """Four processes share quota and cache; a second run sends nothing."""
     with SimulatedServer(process=True) as server:
         for _ in range(2):
             assert "100 answers" in run_block("multiprocessing", server, redis_server, str(tmp_path))
@@ -152,7 +152,7 @@ def test_the_recipe_for_multiprocessing(redis_server: LocalRedis, tmp_path: Path
 
 
 def test_the_recipe_for_ray(redis_server: LocalRedis) -> None:
-    """One client in each actor, all on one quota."""
+    """The clients of all actors share one quota."""
     if not os.environ.get("OPENAI_EVAL_CLIENT_SKIP_NOTHING"):
         pytest.importorskip("ray")
     offline = {
@@ -160,15 +160,15 @@ def test_the_recipe_for_ray(redis_server: LocalRedis) -> None:
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     }
     with tempfile.TemporaryDirectory(dir="/tmp") as folder, SimulatedServer(process=True) as server:
-        # the paths of Ray's sockets have to be short
+        # in /tmp, since the paths of Ray's sockets have to be short
         printed = run_block("ray", server, redis_server, folder, RAY_TMPDIR=folder, **offline)
         assert "100 answers" in printed
         assert server.counts == {"200": 100}
 
 
 @pytest.mark.usefixtures("redis_server")
-def test_a_thousand_workers_on_paper_in_short(redis_server: LocalRedis) -> None:
-    """The simulation counts what it says: nothing beyond the limit, with Redis and without."""
+def test_the_simulation_of_many_workers_in_short(redis_server: LocalRedis) -> None:
+    """Fifty workers stay within the limit, with Redis and while it is lost."""
     paper = benchmark("shared_paper")
     with redis_server.client() as client:
         figures = paper.figures(client, 50, seconds=90)

@@ -1,4 +1,4 @@
-"""The parts at work together, as installed: runs from a wheel alone, with nothing but pytest besides."""
+"""The installed parts together: needs only the wheel and pytest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def connect(server: SimulatedServer, **options) -> OpenAIClient:
 
 
 def test_many_prompts_with_a_cache_and_a_report(server, tmp_path: Path) -> None:
-    """Answered in order, kept, priced, and told of."""
+    """Prompts are answered in order, cached, and reported on."""
 
     async def run() -> list[str]:
         async with connect(server, cache=tmp_path / "cache.sqlite") as client:
@@ -42,7 +42,7 @@ def test_many_prompts_with_a_cache_and_a_report(server, tmp_path: Path) -> None:
 
 
 def test_the_drop_in_and_the_batch_api(server) -> None:
-    """Both roads."""
+    """A call on the drop-in client and a run by the Batch API are both answered."""
 
     async def run() -> tuple[str | None, str]:
         async with AsyncOpenAI(api_key="k", base_url=server.base_url) as client:
@@ -58,11 +58,11 @@ def test_the_drop_in_and_the_batch_api(server) -> None:
 
 
 def test_the_command_line(server, tmp_path: Path) -> None:
-    """It is there, says which version it is, and answers a file."""
+    """It shows its version and answers a file."""
     (tmp_path / "in.jsonl").write_text('"one"\n{"prompt": "two"}\n')
     command = [sys.executable, "-m", "openai_eval_client"]
-    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-    assert version("openai-eval-client") in said.stdout
+    shown = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    assert version("openai-eval-client") in shown.stdout
     more = ["--base-url", server.base_url, "--model", "gpt-4o-mini", "--output", "out.jsonl", "--no-progress"]
     environment = {
         "OPENAI_API_KEY": "k",
@@ -74,7 +74,7 @@ def test_the_command_line(server, tmp_path: Path) -> None:
     assert sorted(row["response"]["content"] for row in rows) == ["echo: one", "echo: two"]
 
 
-def test_all_files_are_there() -> None:
-    """Also those that are no Python."""
+def test_data_files_are_installed() -> None:
+    """The wheel has the files that are not Python."""
     root = Path(openai_eval_client.__file__).parent
     assert all((root / name).is_file() for name in ("py.typed", "_report/report.css", "_limits/shared.lua"))

@@ -19,7 +19,7 @@ from openai_eval_client.testing import SimulatedServer
 PACKAGE = str(Path(openai_eval_client.__file__).parent)
 MODEL = "gpt-4o-mini"
 IN_FLIGHT = 50
-OWN_CALLS = 400  # of functions of this package for one request, which takes 180 to 260 by road
+OWN_CALLS = 400  # of functions of this package for one request, which takes 180 to 260
 KEPT = 8  # objects that the garbage collector walks over, for one response
 
 
@@ -40,7 +40,7 @@ def texts(count: int) -> list[str]:
 
 
 def by_hand(client):
-    """What an evaluator writes by hand."""
+    """Return what users write without `batch_generate`: `gather` and a semaphore."""
 
     async def run(prompts: list[str]) -> None:
         room = asyncio.Semaphore(IN_FLIGHT)
@@ -60,7 +60,7 @@ async def streamed(client: OpenAIClient, prompts: list[str]) -> None:
         assert not isinstance(outcome, Exception)
 
 
-ROADS = {
+METHODS = {
     "batch_generate": lambda client: lambda prompts: client.batch_generate(prompts, max_tokens=9),
     "as_completed": lambda client: lambda prompts: streamed(client, prompts),
     "client.openai": lambda client: by_hand(client.openai),
@@ -68,7 +68,7 @@ ROADS = {
 
 
 async def calls(run, count: int) -> Counter[str]:
-    """Calls of Python functions for one of `count` prompts: of this package, and of all."""
+    """Count calls of Python functions for one of `count` prompts: of this package, and of all code."""
     counted: Counter[str] = Counter()
 
     def look(frame, event, _) -> None:
@@ -86,35 +86,35 @@ async def calls(run, count: int) -> Counter[str]:
     return Counter({name: round(number / count) for name, number in counted.items()})
 
 
-@pytest.mark.parametrize("road", ROADS)
-async def test_a_request_takes_few_function_calls(server, road: str) -> None:
-    """Should the path double, this fails."""
+@pytest.mark.parametrize("method", METHODS)
+async def test_a_request_takes_few_function_calls(server, method: str) -> None:
+    """The number is far from its bound; it would be exceeded if the work doubled."""
     async with connect(server) as client:
-        counted = await calls(ROADS[road](client), 200)
+        counted = await calls(METHODS[method](client), 200)
     assert 50 < counted["own"] < OWN_CALLS
 
 
 async def test_a_request_takes_far_fewer_calls_than_the_raw_sdk_does(server) -> None:
-    """Limits, counting, cost and the typed response included."""
+    """The count includes limits, token counts, cost and the typed response."""
     async with openai.AsyncOpenAI(api_key="k", base_url=server.base_url) as raw:
         theirs = await calls(by_hand(raw), 200)
     async with connect(server) as client:
-        ours = await calls(ROADS["batch_generate"](client), 200)
-        governed = await calls(ROADS["client.openai"](client), 200)
+        ours = await calls(METHODS["batch_generate"](client), 200)
+        paced = await calls(METHODS["client.openai"](client), 200)
     assert ours["all"] < 0.4 * theirs["all"]
-    assert governed["all"] < 0.9 * theirs["all"]
+    assert paced["all"] < 0.9 * theirs["all"]
 
 
 async def test_a_request_costs_the_same_however_many_there_are(server) -> None:
-    """Nothing grows with the number of prompts."""
+    """With ten times the prompts, each takes about as many calls."""
     async with connect(server) as client:
-        run = ROADS["batch_generate"](client)
+        run = METHODS["batch_generate"](client)
         few, many = await calls(run, 200), await calls(run, 2000)
     assert many["all"] < 1.15 * few["all"]
 
 
 async def test_a_response_keeps_few_objects(server) -> None:
-    """What is kept of the server's answer are its bytes."""
+    """Of the server's answer only the bytes are kept; objects are made when they are asked for."""
     async with connect(server) as client:
         await client.batch_generate(texts(100), max_tokens=9)
         gc.collect()
@@ -127,7 +127,7 @@ async def test_a_response_keeps_few_objects(server) -> None:
 
 
 async def test_the_same_system_prompt_is_counted_once(server) -> None:
-    """A bounded cache remembers how many tokens it has."""
+    """A bounded cache keeps the token count of repeated texts."""
     system = "You answer questions about numbers, and give reasons. " * 20
     async with connect(server) as client:
         await client.batch_generate(texts(1), system="Be brief.", max_tokens=9)
@@ -136,5 +136,5 @@ async def test_the_same_system_prompt_is_counted_once(server) -> None:
         await client.batch_generate(texts(100), system=system, max_tokens=9)
         after = fit.vocabulary._remembered.cache_info()
     assert after.misses - before.misses == 1
-    assert after.hits - before.hits >= 99  # and roles
+    assert after.hits - before.hits >= 99  # and those of roles
     assert after.maxsize is not None

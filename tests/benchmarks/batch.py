@@ -1,4 +1,4 @@
-"""The Batch API at size: memory of a job of 120,000 requests, CPU of its lines beside plain JSON.
+"""A large batch job: memory of 120,000 requests, and CPU of their lines beside plain JSON.
 
     python tests/benchmarks/batch.py
 
@@ -33,7 +33,7 @@ MEGABYTE = 1e6
 
 
 def peak() -> float:
-    """Return the most memory this process ever had, in MB."""
+    """Return the peak memory of this process, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MEGABYTE
 
 
@@ -47,7 +47,7 @@ async def memory(count: int, per_file: int) -> dict[str, float]:
     with SimulatedServer(batch_seconds=1, process=True) as server:
         config = OpenAIConfig(api_key="any", base_url=server.base_url, default_model="gpt-4o-mini")
         async with OpenAIClient(config, batch=BatchConfig(max_batch_size=per_file)) as client:
-            await client.generate_response("warm")  # so that all is imported
+            await client.generate_response("warm")  # so that late imports are done
             base = peak()
             job = await client.submit_batch_job(requests(count))
             figures = {"submitted": peak() - base}
@@ -88,8 +88,8 @@ def build_ratio(count: int) -> tuple[float, float]:
 async def read_ratios(count: int) -> tuple[float, float, float]:
     """Return the CPU seconds of reading results into responses, and their ratios to plain json.loads.
 
-    The first ratio is to lines that are read and kept, as the responses are; the second to lines read and
-    thrown away, where the garbage collector has nothing to do.
+    The first ratio is to lines that are kept, as the responses are; the second to lines that are thrown away,
+    with which the garbage collector has nothing to do.
     """
     with SimulatedServer(batch_seconds=0.5, process=True) as server:
         config = OpenAIConfig(api_key="any", base_url=server.base_url, default_model="gpt-4o-mini")

@@ -1,10 +1,10 @@
-"""A batch job whose program is killed, again and again: is anything lost, or created twice?
+"""Kill a program that waits for a batch job, again and again: is anything lost, or created twice?
 
     python tests/benchmarks/batch_kill.py --kills 20
 
 Each time a process submits a job, notes its job_id, waits for its end and collects the results; it is killed
 with SIGKILL at a random moment after the job_id came back. Another process goes on from the job_id. The
-server drops connections and cuts downloads short meanwhile. Prints where each kill struck; exit code 1 if a
+server drops connections and cuts downloads short meanwhile. Prints where the kills hit; exit code 1 if a
 request was not answered in its place, or the server has more than one batch for the same requests.
 """
 
@@ -39,7 +39,7 @@ PARTS = 3
 
 @dataclass
 class Verdict:
-    """What the kills came to."""
+    """The result of all kills."""
 
     kills: Counter[str] = field(default_factory=Counter)
     answered: int = 0
@@ -52,13 +52,13 @@ class Verdict:
 
 
 def connect(url: str, count: int) -> OpenAIClient:
-    """Return a client that cuts a job of so many requests into several batches."""
+    """Return a client that splits a job of `count` requests into several batches."""
     config = OpenAIConfig(api_key="any", base_url=url, default_model="gpt-4o-mini", max_retries=8)
     return OpenAIClient(config, batch=BatchConfig(max_batch_size=-(-count // PARTS)))
 
 
 async def settled(client: OpenAIClient, job_id: str, note: Path | None = None) -> list[ModelResponse]:
-    """Wait for the end of a job and return its responses, noting how far it is."""
+    """Wait for the end of a job and return its responses; leave a file at each step."""
     while (await client.get_batch_status(job_id)).status not in ENDED:
         await asyncio.sleep(0.02)
     if note:
@@ -70,7 +70,7 @@ async def settled(client: OpenAIClient, job_id: str, note: Path | None = None) -
 
 
 async def work(url: str, count: int, note: Path) -> None:
-    """What the killed process does."""
+    """Run as the process that is killed."""
     async with connect(url, count) as client:
         requests = [BatchRequest(prompt=f"p{n}", temperature=n % 7 / 10) for n in range(count)]
         job = await client.submit_batch_job(requests)
@@ -88,7 +88,7 @@ def struck(note: Path) -> str:
 
 
 async def kill_once(server: SimulatedServer, note: Path, count: int, moment: float) -> str:
-    """Run the process and kill it so many seconds after it noted the job_id; return where that was."""
+    """Run the process and kill it `moment` seconds after it noted the job_id; return where it was."""
     command = [
         sys.executable,
         __file__,
@@ -131,17 +131,7 @@ async def trial(server: SimulatedServer, note: Path, count: int, moment: float, 
 
 
 async def kill(kills: int, *, count: int = 300, seconds: float = 1.0, seed: int = 0) -> Verdict:
-    """Kill so many times.
-
-    Args:
-        kills: How often.
-        count: Requests of each job.
-        seconds: What a batch takes; a process is killed in thrice that time.
-        seed: Of the server's faults and the moments.
-
-    Returns:
-        What it came to.
-    """
+    """Kill `kills` processes, each within three times the `seconds` that a batch takes."""
     verdict = Verdict()
     moments = random.Random(seed)  # noqa: S311
     server = SimulatedServer(process=True, batch_seconds=seconds, endpoint_faults=FAULTS, seed=seed)

@@ -1,12 +1,12 @@
-"""A program that uses the Batch API with a cache, killed at any moment: is anything lost, or created twice?
+"""Kill a program that uses the Batch API with a cache, at any moment: is anything lost, or created twice?
 
     python tests/benchmarks/batch_resume.py --kills 20
 
-The program is killed with SIGKILL again and again, each time a random moment after it set out, and started
-anew without being told anything: the cache alone says what was begun. Half of the trials call
+The program is killed with SIGKILL again and again, each time a random moment after its start, and started
+again with the same arguments: only the cache knows what was begun. Half of the trials call
 `batch_generate(use_batch_api=True)`, half `submit_batch_job`. The server drops connections, cuts downloads
-short and does what it then does not confirm. Prints where the kills struck; exit code 1 if a request was not
-answered in its place, or the server has more than one batch for the same requests.
+short and does not confirm some batches that it creates. Prints where the kills hit; exit code 1 if a request
+was not answered in its place, or the server has more than one batch for the same requests.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ FAULTS = {
     "upload": {"500": 0.1},
 }
 PARTS = 3
-ROADS = ("generate", "submit")
+METHODS = ("generate", "submit")
 
 
 @dataclass
 class Verdict:
-    """What the kills came to."""
+    """The result of all kills."""
 
     kills: Counter[str] = field(default_factory=Counter)
     answered: int = 0
@@ -54,16 +54,16 @@ class Verdict:
 
 
 def connect(url: str, cache: Path, count: int) -> OpenAIClient:
-    """Return a client that cuts a job of so many requests into several batches."""
+    """Return a client that splits a job of `count` requests into several batches."""
     config = OpenAIConfig(api_key="any", base_url=url, default_model="gpt-4o-mini", max_retries=8)
     batch = BatchConfig(max_batch_size=-(-count // PARTS), polling_interval=0.05, auto_batch_threshold=1)
     return OpenAIClient(config, batch=batch, cache=cache)
 
 
-async def answers(road: str, client: OpenAIClient, count: int) -> list[ModelResponse]:
-    """Answer so many prompts by batches."""
+async def answers(method: str, client: OpenAIClient, count: int) -> list[ModelResponse]:
+    """Answer `count` prompts by the Batch API."""
     prompts = [f"p{n}" for n in range(count)]
-    if road == "generate":
+    if method == "generate":
         return await client.batch_generate(prompts, use_batch_api=True)
     job = await client.submit_batch_job([BatchRequest(prompt=prompt) for prompt in prompts])
     while not (await client.get_batch_status(job.job_id)).has_ended:
@@ -71,20 +71,20 @@ async def answers(road: str, client: OpenAIClient, count: int) -> list[ModelResp
     return await client.retrieve_batch_results(job.job_id)
 
 
-async def work(url: str, road: str, cache: Path, count: int) -> None:
-    """What the killed process does."""
+async def work(url: str, method: str, cache: Path, count: int) -> None:
+    """Run as the process that is killed."""
     cache.with_suffix(".started").touch()
     async with connect(url, cache, count) as client:
-        responses = await answers(road, client, count)
+        responses = await answers(method, client, count)
     wrong = sum(response.content != f"echo: p{n}" for n, response in enumerate(responses))
     cache.with_suffix(".wrong").write_text(str(wrong + abs(count - len(responses))))
 
 
-def start(url: str, road: str, cache: Path, count: int) -> subprocess.Popen[bytes]:
-    """Start the process, and return once it has set out."""
+def start(url: str, method: str, cache: Path, count: int) -> subprocess.Popen[bytes]:
+    """Start the process, and return once it is running."""
     begun = cache.with_suffix(".started")
     begun.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--url", url, "--road", road]
+    command = [sys.executable, __file__, "--url", url, "--method", method]
     child = subprocess.Popen([*command, "--cache", str(cache), "--requests", str(count)])
     while not begun.exists() and child.poll() is None:
         time.sleep(0.005)
@@ -99,11 +99,11 @@ def struck(server: SimulatedServer, before: int) -> str:
     return "polling" if any(batch["status"] != "completed" for batch in batches) else "collecting"
 
 
-def trial(server: SimulatedServer, road: str, cache: Path, count: int, moments: list[float]) -> Verdict:
-    """Kill at each of these moments, let it end, and check."""
+def trial(server: SimulatedServer, method: str, cache: Path, count: int, moments: list[float]) -> Verdict:
+    """Kill the process at each of these moments, let the last one end, and check the answers."""
     verdict, before = Verdict(), len(server.batches)
     for moment in moments:
-        child = start(server.base_url, road, cache, count)
+        child = start(server.base_url, method, cache, count)
         try:
             child.wait(moment)
         except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ def trial(server: SimulatedServer, road: str, cache: Path, count: int, moments: 
         if cache.with_suffix(".wrong").exists():
             break
     else:
-        child = start(server.base_url, road, cache, count)
+        child = start(server.base_url, method, cache, count)
         if child.wait(60):
             raise RuntimeError(f"the process ended with code {child.returncode}")
     verdict.wrong = int(cache.with_suffix(".wrong").read_text())
@@ -127,17 +127,7 @@ def trial(server: SimulatedServer, road: str, cache: Path, count: int, moments: 
 
 
 def kill(kills: int, *, count: int = 300, seconds: float = 1.0, seed: int = 0) -> Verdict:
-    """Kill so many times.
-
-    Args:
-        kills: How often at least.
-        count: Requests of each job.
-        seconds: What a batch takes.
-        seed: Of the server's faults and the moments.
-
-    Returns:
-        What it came to.
-    """
+    """Run trials until at least `kills` processes were killed; a batch takes that many `seconds`."""
     total, moments = Verdict(), random.Random(seed)  # noqa: S311
     server = SimulatedServer(
         process=True, batch_seconds=seconds, endpoint_faults=FAULTS, file_lag=0.05, seed=seed
@@ -146,8 +136,8 @@ def kill(kills: int, *, count: int = 300, seconds: float = 1.0, seed: int = 0) -
         number = 0
         while total.kills.total() < kills:
             some = [moments.uniform(0, 2.5 * seconds) * moments.random() for _ in range(4)]
-            road = ROADS[number % len(ROADS)]
-            one = trial(server, road, Path(folder) / f"{number}.sqlite", count, some)
+            method = METHODS[number % len(METHODS)]
+            one = trial(server, method, Path(folder) / f"{number}.sqlite", count, some)
             number += 1
             total.kills += one.kills
             total.answered += one.answered
@@ -164,11 +154,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url")
-    parser.add_argument("--road", choices=ROADS)
+    parser.add_argument("--method", choices=METHODS)
     parser.add_argument("--cache", type=Path)
     options = parser.parse_args()
     if options.cache:
-        asyncio.run(work(options.url, options.road, options.cache, options.requests))
+        asyncio.run(work(options.url, options.method, options.cache, options.requests))
         return 0
     started = time.monotonic()
     verdict = kill(options.kills, count=options.requests, seed=options.seed)

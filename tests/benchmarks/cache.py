@@ -1,4 +1,4 @@
-"""How fast answers come out of a warm cache, and how fast the store takes them in.
+"""The cache: answers read from a warm file, and commits, a second; memory of numbered requests.
 
     python tests/benchmarks/cache.py                   # 20,000 prompts: about a minute
 
@@ -30,8 +30,8 @@ WORDS = "Think about it carefully. " * 5
 
 
 @dataclass
-class ProgressSnapshot:
-    """All rates are per second."""
+class Figures:
+    """The figures of the benchmark; rates are per second."""
 
     prompts: int
     sent: int
@@ -49,7 +49,7 @@ def connect(url: str, cache: Path, in_flight: int = 50) -> OpenAIClient:
 
 
 async def warm(url: str, cache: Path, prompts: list[str], in_flight: int) -> float:
-    """Answer all prompts at once, all from the cache."""
+    """Return prompts answered a second, all at once and from the cache."""
     async with connect(url, cache, in_flight) as client:
         began = time.perf_counter()
         responses = await client.batch_generate(prompts, max_tokens=20)
@@ -59,7 +59,7 @@ async def warm(url: str, cache: Path, prompts: list[str], in_flight: int) -> flo
 
 
 async def one_by_one(url: str, cache: Path, prompts: list[str]) -> float:
-    """Answer one after the other, all from the cache."""
+    """Return prompts answered a second, one after the other and from the cache."""
     async with connect(url, cache) as client:
         began = time.perf_counter()
         for prompt in prompts:
@@ -68,7 +68,7 @@ async def one_by_one(url: str, cache: Path, prompts: list[str]) -> float:
 
 
 async def puts(path: Path, count: int) -> float:
-    """Commit values of a usual size, a hundred waiting at a time."""
+    """Return commits a second of values of a usual size, with a hundred waiting at a time."""
     store, keys = Store(path), iter(range(count))
 
     async def worker() -> None:
@@ -83,7 +83,7 @@ async def puts(path: Path, count: int) -> float:
 
 
 def samples_mb(count: int) -> float:
-    """Return the megabytes that so many different numbered requests take."""
+    """Return the megabytes that the occurrences of `count` different requests take."""
     keys = [Occurrence(b"", number, sampled=True).key for number in range(count)]
     samples, call = Occurrences(), object()
     tracemalloc.start()
@@ -94,12 +94,12 @@ def samples_mb(count: int) -> float:
     return round(size / 1e6, 1)
 
 
-async def measure(server: SimulatedServer, folder: Path, count: int) -> ProgressSnapshot:
+async def measure(server: SimulatedServer, folder: Path, count: int) -> Figures:
     cache, prompts = folder / "runs.sqlite", [f"{n} {WORDS}" for n in range(count)]
     async with connect(server.base_url, cache) as client:
         await client.batch_generate(prompts, max_tokens=20)
     asked = server.counts["200"]
-    return ProgressSnapshot(
+    return Figures(
         prompts=count,
         hits_at_10=await warm(server.base_url, cache, prompts, 10),
         hits_at_50=await warm(server.base_url, cache, prompts, 50),

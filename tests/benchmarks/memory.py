@@ -1,12 +1,12 @@
-"""How much memory prompts from a generator take: 20,000 beside 200,000, answered or only estimated.
+"""Memory of prompts from a generator: 20,000 beside 200,000, answered or only estimated.
 
     python tests/benchmarks/memory.py            # the longest run takes about 5 minutes
     python tests/benchmarks/memory.py --quick    # a tenth of the prompts
 
 Each run is a process of its own, and the simulated server another. The peak is the resident memory of the
-whole process (VmHWM: unlike `ru_maxrss` it does not begin with that of the parent). "kept" is what Python
-allocated after a warm-up of 2,000 prompts and holds in the end, by tracemalloc in a run of its own with a
-tenth of the prompts, for it slows everything down. "ahead" is the most prompts that were taken and not yet
+whole process (VmHWM, which unlike `ru_maxrss` does not include the parent's). "kept" is what Python
+allocated after a warm-up of 2,000 prompts and still holds at the end, measured by tracemalloc in a run of its
+own with a tenth of the prompts, since it is slow. "ahead" is the most prompts that were taken and not yet
 consumed. Exit code 1 if the larger run's peak is above 1.1 times the smaller's, or 50 bytes or more are kept
 of each prompt.
 """
@@ -37,35 +37,29 @@ if TYPE_CHECKING:
 MODEL = "gpt-4o-mini"
 TEXT = "Write a function that returns the sum of all even numbers below its argument. " * 4
 WARM = 2000
-LATENCY = 0.1  # seconds; so that as many are in flight as may be
-FIRST_PAUSE = 1.0  # seconds of the consumer, at the first outcome; so that as many are taken as may be
+LATENCY = 0.1  # seconds; long enough that as many are in flight as allowed
+FIRST_PAUSE = 1.0  # seconds of the consumer at the first outcome; as many are taken ahead as allowed
 SIZES = (20_000, 200_000)
 MOST = 1.1  # times the memory of the smaller run
 KEPT = 50  # bytes of a prompt
-TRACED = 10  # a traced run has so many times fewer prompts
+TRACED = 10  # a traced run has a tenth of the prompts
 
 
 @dataclass
-class ProgressSnapshot:
-    """What one run came to.
+class Figures:
+    """The figures of one run."""
 
-    Attributes:
-        ahead: Most prompts taken and not yet consumed.
-        peak: Resident memory, in MB.
-        kept: What Python allocated since the warm-up and holds, in KB; 0 where it was not traced.
-    """
-
-    road: str
+    method: str
     prompts: int
     answered: int = 0
-    ahead: int = 0
+    ahead: int = 0  # most prompts taken and not yet consumed
     seconds: float = 0.0
-    peak: float = 0.0
-    kept: float = 0.0
+    peak: float = 0.0  # MB of resident memory
+    kept: float = 0.0  # KB allocated since the warm-up and still held; 0 if not traced
 
 
 class Source:
-    """A generator of prompts that knows how far it is ahead of its consumer."""
+    """Prompts from a generator, and how far it is ahead of its consumer."""
 
     def __init__(self, prompts: int) -> None:
         self.prompts = prompts
@@ -79,10 +73,10 @@ class Source:
 
 
 def peak() -> float:
-    """Return the most resident memory this process ever had, in MB."""
+    """Return the peak of this process's resident memory, in MB."""
     status = Path("/proc/self/status")
     if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, where there is no /proc
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes, on systems without /proc
     (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -99,22 +93,22 @@ async def answer(client: OpenAIClient, source: Source, pause: float) -> int:
 
 async def measure(
     base_url: str,
-    road: str,
+    method: str,
     prompts: int,
     *,
     traced: bool = False,
     in_flight: int = 100,
     warm: int = WARM,
     pause: float = 0.0,
-) -> ProgressSnapshot:
-    """Run so many prompts in this process."""
-    figures = ProgressSnapshot(road, prompts)
+) -> Figures:
+    """Run `prompts` prompts in this process."""
+    figures = Figures(method, prompts)
     limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=in_flight)
     config = OpenAIConfig(api_key="sk-memory", base_url=base_url, default_model=MODEL)
     async with OpenAIClient(config, rate_limit=limits) as client:
         for count in (warm, prompts):
             source, began = Source(count), time.perf_counter()
-            if road == "estimate":
+            if method == "estimate":
                 figures.answered = (await client.estimate(source, max_tokens=20)).requests
             else:
                 figures.answered = await answer(client, source, pause)
@@ -128,15 +122,15 @@ async def measure(
     return figures
 
 
-def in_a_process(base_url: str, road: str, prompts: int, *, traced: bool = False) -> ProgressSnapshot:
-    """Run so many prompts in a process of its own."""
-    command = [sys.executable, __file__, "--worker", json.dumps([base_url, road, prompts, traced])]
-    return ProgressSnapshot(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+def in_a_process(base_url: str, method: str, prompts: int, *, traced: bool = False) -> Figures:
+    """Run `prompts` prompts in a new process."""
+    command = [sys.executable, __file__, "--worker", json.dumps([base_url, method, prompts, traced])]
+    return Figures(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
 
 
-def row(figures: ProgressSnapshot) -> str:
+def row(figures: Figures) -> str:
     cells = (
-        figures.road,
+        figures.method,
         figures.prompts,
         figures.answered,
         figures.ahead or "",
@@ -156,23 +150,23 @@ def main() -> None:
         *run, traced = json.loads(options.worker)
         print(json.dumps(asdict(asyncio.run(measure(*run, traced=traced)))))
         return
-    print("| road | prompts | right | ahead | s | peak MB | kept KB |\n| - | - | - | - | - | - | - |")
+    print("| method | prompts | right | ahead | s | peak MB | kept KB |\n| - | - | - | - | - | - | - |")
     flat = True
-    for road in ("estimate", "as_completed"):
+    for method in ("estimate", "as_completed"):
         both = []
         for size in SIZES:
             prompts = size // (10 if options.quick else 1)
             with SimulatedServer(process=True, record=100, latency=LATENCY) as server:
-                figures = in_a_process(server.base_url, road, prompts)
-                traced = in_a_process(server.base_url, road, prompts // TRACED, traced=True)
+                figures = in_a_process(server.base_url, method, prompts)
+                traced = in_a_process(server.base_url, method, prompts // TRACED, traced=True)
             figures.kept = traced.kept
             both.append(figures)
             print(row(figures), flush=True)
         small, large = both
         ratio = large.peak / small.peak
-        each = (large.kept - small.kept) * 1e3 / ((large.prompts - small.prompts) / TRACED)
-        flat = flat and ratio <= MOST and each < KEPT and all(run.answered == run.prompts for run in both)
-        print(f"{road}: {ratio:.3f} x the peak, {each:.1f} bytes more for each prompt", flush=True)
+        of_each = (large.kept - small.kept) * 1e3 / ((large.prompts - small.prompts) / TRACED)
+        flat = flat and ratio <= MOST and of_each < KEPT and all(run.answered == run.prompts for run in both)
+        print(f"{method}: {ratio:.3f} x the peak, {of_each:.1f} bytes more for each prompt", flush=True)
     sys.exit(0 if flat else 1)
 
 

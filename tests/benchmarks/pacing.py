@@ -1,10 +1,10 @@
-"""How close to the least possible time, with how many refusals: ours beside the raw SDK, over real sockets.
+"""Pacing: wall time over the least possible time, and 429s, of this package and of the raw SDK.
 
     python tests/benchmarks/pacing.py            # every row: about 20 minutes
     python tests/benchmarks/pacing.py --quick    # a fifth of the prompts
     python tests/benchmarks/pacing.py --rows "4x" --json figures.json
 
-The simulated server runs in a process of its own, on another processor than the clients where there are two.
+The simulated server runs in a process of its own, on another core than the clients if there are two.
 Its token buckets refill continuously; tokens bind at 20 requests of 400 tokens a second, the latency is
 0.5 s lognormal, 64 requests are in flight. T* = (prompts - what the server's full bucket admits at once) /
 rate + one latency: no client can be faster. Each client first makes one call to warm up.
@@ -43,7 +43,7 @@ class Row:
     headers: bool = True
     in_flight: int = 64
     clients: int = 1
-    road: str = "ours"
+    client: str = "OpenAIClient"
 
     @property
     def prompts(self) -> int:
@@ -59,13 +59,13 @@ ROWS = [
     Row("no limits configured, 5 s windows", factor=None, window=5),
     Row("two processes, one quota", clients=2),
     Row("four processes, one quota", clients=4),
-    Row("raw AsyncOpenAI + gather, 5 s windows", window=5, road="raw"),
-    Row("raw AsyncOpenAI + gather, full-minute bucket", road="raw"),
+    Row("raw AsyncOpenAI + gather, 5 s windows", window=5, client="raw"),
+    Row("raw AsyncOpenAI + gather, full-minute bucket", client="raw"),
 ]
 
 
 def prompt(index: int) -> str:
-    """A prompt that costs 400 tokens with its answer, by the server's count and nearly so by tiktoken's."""
+    """Return a prompt of 400 tokens with its answer, by the server's count and about so by tiktoken's."""
     return f"{index:08d}" + " the" * (TOKENS - OUTPUT - 6 - 2)
 
 
@@ -105,7 +105,7 @@ async def raw(base_url: str, row: Row, indexes: range) -> tuple[float, float, in
 
 
 def ready() -> None:
-    """Tell the parent, and wait for its word."""
+    """Tell the parent process, and wait until it says go."""
     print("ready", flush=True)
     sys.stdin.readline()
 
@@ -124,14 +124,14 @@ def measure(row: Row, share: float) -> dict:
         rpm=RPM, tpm=TPM, window=row.window, headers=row.headers, latency=LATENCY, process=True, cpu=cores - 1
     )
     with server:
-        each = prompts // row.clients
+        share_of_one = prompts // row.clients
         workers = [
             subprocess.Popen(
                 [
                     sys.executable,
                     __file__,
                     "--worker",
-                    json.dumps([server.base_url, dataclasses.asdict(row), i, each]),
+                    json.dumps([server.base_url, dataclasses.asdict(row), i, share_of_one]),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -159,12 +159,12 @@ def measure(row: Row, share: float) -> dict:
 
 
 def work(base_url: str, row: dict, number: int, count: int) -> None:
-    """Be one client process."""
+    """Run as one client process."""
     if hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1:
         os.sched_setaffinity(0, {0})
-    shape = Row(**row)
-    road = ours if shape.road == "ours" else raw
-    print(json.dumps(asyncio.run(road(base_url, shape, range(number * count, (number + 1) * count)))))
+    options = Row(**row)
+    run = raw if options.client == "raw" else ours
+    print(json.dumps(asyncio.run(run(base_url, options, range(number * count, (number + 1) * count)))))
 
 
 def main() -> None:

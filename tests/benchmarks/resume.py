@@ -1,4 +1,4 @@
-"""Kill a run again and again, start it anew each time: is every prompt answered, and what is paid twice?
+"""Kill a run with a cache again and again: is every prompt answered, and what is paid for twice?
 
     python tests/benchmarks/resume.py                       # 2,000 prompts, killed ten times: a minute
     python tests/benchmarks/resume.py --prompts 300 --kills 3
@@ -30,7 +30,7 @@ from openai_eval_client.testing import SimulatedServer
 
 @dataclass
 class Verdict:
-    """What it came to; `twice`: served beyond once for each prompt, `begun_twice`: sent beyond that."""
+    """The result of all kills."""
 
     prompts: int
     kills: int
@@ -38,8 +38,8 @@ class Verdict:
     answered: int
     wrong: int
     from_cache: int
-    twice: int
-    begun_twice: int
+    twice: int  # answers served beyond the first for each prompt
+    begun_twice: int  # requests sent beyond the first for each prompt
     max_in_flight: int
     seconds: float
 
@@ -50,12 +50,12 @@ class Verdict:
 
 
 def prompts(count: int) -> list[str]:
-    """Return the prompts; every tenth of them is asked twice, and wants two answers."""
+    """Return the prompts; every tenth of them comes twice, and has two answers."""
     return [f"prompt {n - 1 if n % 10 == 9 else n}" for n in range(count)]
 
 
 async def run(url: str, cache: str, count: int, in_flight: int) -> None:
-    """Answer all prompts, and say how many were answered rightly, and from the cache."""
+    """Answer all prompts, and print how many were answered, answered wrongly, and answered from the cache."""
     config = OpenAIConfig(api_key="sk-resume", base_url=url, default_model="gpt-4o-mini")
     limits = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=in_flight)
     async with OpenAIClient(config, rate_limit=limits, cache=cache) as client:
@@ -74,7 +74,7 @@ def start(url: str, cache: Path, options: argparse.Namespace) -> subprocess.Pope
 
 
 def measure(options: argparse.Namespace, cache: Path) -> Verdict:
-    """Run, kill, run again, until the last run is let through."""
+    """Run and kill as often as the options say, then run to the end."""
     chance, began = random.Random(options.seed), time.monotonic()  # noqa: S311
     moments = sorted(chance.sample(range(1, options.prompts), options.kills))
     with SimulatedServer(latency=options.latency, process=True, seed=options.seed) as server:
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, cache: Path) -> Verdict:
             child.wait()
             child.stdout.close()
         with start(server.base_url, cache, options) as child:
-            said = json.loads(child.communicate()[0])
+            printed = json.loads(child.communicate()[0])
         counted = Counter(call.body["messages"][0]["content"] for call in server.calls if call.served)
         wanted = Counter(prompts(options.prompts))
         return Verdict(
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, cache: Path) -> Verdict:
             begun_twice=len(server.calls) - options.prompts,
             max_in_flight=server.max_in_flight,
             seconds=round(time.monotonic() - began, 1),
-            **said,
+            **printed,
         )
 
 

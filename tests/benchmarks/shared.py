@@ -1,11 +1,11 @@
-"""One quota, four processes, one Redis: how close to the least possible time, and what befalls on the way.
+"""Four processes on one quota and one Redis: wall time over the least possible time, also through failures.
 
     python tests/benchmarks/shared.py                # every row: about 7 minutes
     python tests/benchmarks/shared.py --rows kill
 
 Needs redis-server. Server, load and T* are those of pacing.py; each process has a quarter of the prompts and
-64 in flight. "least share" is what the slowest process had been served when the first was done, of an equal
-part. After a kill, "full again" is the time until the others use 95% of the quota over 3 s.
+64 in flight. "least share" is what the slowest process had been served when the first was done, relative to
+an equal part. After a kill, "full again" is the time until the others use 95% of the quota over 3 s.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from local_redis import LocalRedis
@@ -38,7 +38,12 @@ class Row:
     """One row of the table."""
 
     name: str
-    factors: tuple[float, ...] = (1, 1, 1, 1)  # each process's configured limits, of the server's
+    factors: tuple[float, ...] = (
+        1,
+        1,
+        1,
+        1,
+    )  # each process's configured limits, as a multiple of the server's
     window: float = 60.0
     headers: bool = True
     prompts: int = 2000
@@ -61,7 +66,7 @@ ROWS = [
 
 
 async def work(url: str, base_url: str, factor: float, number: int, count: int) -> None:
-    """Be one of the processes."""
+    """Run as one of the processes."""
     limits = RateLimitConfig(
         requests_per_minute=int(RPM * factor),
         tokens_per_minute=int(TPM * factor),
@@ -86,8 +91,8 @@ def start(arguments: list) -> subprocess.Popen:
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def befall(row: Row, redis: LocalRedis, victim: subprocess.Popen) -> None:
-    """Let happen what the row is about."""
+def disturb(row: Row, redis: LocalRedis, victim: subprocess.Popen) -> None:
+    """Kill a process, or stop or hang Redis for a while, as the row says."""
     time.sleep(row.after)
     if row.event == "kill":
         victim.send_signal(signal.SIGKILL)
@@ -113,7 +118,7 @@ def measure(row: Row) -> dict:
             worker.stdin.write("go\n")
             worker.stdin.flush()
         if row.event:
-            befall(row, redis, workers[-1])
+            disturb(row, redis, workers[-1])
         outputs = [worker.communicate(timeout=600)[0] for worker in workers]
         calls = server.calls[before[1] :]
         questions = redis.questions() - (before[0] if row.event != "stop" else 0)
@@ -141,7 +146,7 @@ def worker_of(call, count: int) -> int:
 
 
 def least_share(served: list, count: int, workers: list) -> float:
-    """Return what the slowest had got of an equal part when the first was done."""
+    """Return how much of an equal part the slowest process had been served when the first was done."""
     got: Counter = Counter()
     for call in served:
         got[worker_of(call, count)] += 1
@@ -170,7 +175,7 @@ def main() -> None:
     if options.worker:
         asyncio.run(work(*json.loads(options.worker)))
         return
-    print("| case | prompts | wall s | wall / T* | 429s | failed | least share | questions a request |")
+    print("| case | prompts | wall s | wall / T* | 429s | failed | least share | Redis calls a request |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in ROWS:
         if options.rows in row.name:

@@ -1,12 +1,12 @@
-"""What a shared quota comes to with many workers: on a virtual clock, with the real script in a real Redis.
+"""Many workers on one shared quota, on a virtual clock, with the real script in a real Redis.
 
     python tests/benchmarks/shared_paper.py                    # about a minute
     python tests/benchmarks/shared_paper.py --workers 10
 
 Needs redis-server. The quota is 20 requests of 400 tokens a second; the server keeps a full minute of it and
-sends headers, the latency is 0.5 s, a round trip to Redis takes 2 ms. Workers want to send as much as they
-can, 64 at once each. "overshoot" is the most that was sent in any 60 s, of what the limit lets through in
-them (a full bucket and a minute's quota). In the second run Redis is lost for 60 s and comes back empty.
+sends headers, the latency is 0.5 s, a round trip to Redis takes 2 ms. Each worker sends as much as it can, 64
+requests at once. "overshoot" is the most that was sent in any 60 s, relative to what the limit allows in that
+time (a full bucket and a minute's quota). In the second run Redis is lost for 60 s and comes back empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from local_redis import LocalRedis
 from shared_quota import Fleet, VirtualRedis
@@ -31,7 +31,7 @@ LOST, BACK = 70.0, 130.0  # seconds into the run
 
 
 def measure(client, workers: int, *, seconds: float, lost: bool) -> Fleet:
-    """Run that many workers for about so long."""
+    """Run that many workers for about that many seconds."""
     loop = VirtualLoop()
     limits = RateLimitConfig(requests_per_minute=RPM, tokens_per_minute=TPM, max_concurrent=64)
     fleet = Fleet(VirtualRedis(client, loop), VirtualServer(RPM, TPM), [limits] * workers)
@@ -52,13 +52,13 @@ def measure(client, workers: int, *, seconds: float, lost: bool) -> Fleet:
 
 
 def figures(client, workers: int, *, seconds: float = 240.0) -> dict:
-    """Return what both runs come to."""
+    """Return the figures of both runs."""
     calm = measure(client, workers, seconds=seconds, lost=False)
     script = client.info("commandstats")["cmdstat_evalsha"]
     stormy = measure(client, workers, seconds=seconds, lost=True)
     return {
         "workers": workers,
-        "questions/s": round(calm.redis.asked / calm.wall, 1),
+        "Redis calls/s": round(calm.redis.asked / calm.wall, 1),
         "of Redis's time": script["usec"] / 1e6 / calm.wall,
         "wall / T*": round(calm.ratio, 3),
         "s between two requests of a worker": round(workers / RATE, 1),

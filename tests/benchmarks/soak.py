@@ -37,7 +37,7 @@ SIZES = (5, 20, 100, 400, 2000)  # words
 
 @dataclass
 class Verdict:
-    """What the soak came to."""
+    """The result of the run."""
 
     seconds: float
     answered: int
@@ -65,14 +65,14 @@ def memory() -> float:
 
 
 async def soak(server: SimulatedServer, seconds: float, *, batch: int = 200, seed: int = 0) -> Verdict:
-    """Send batch after batch for that long; the server's limits change eight times on the way."""
+    """Run list after list of prompts for that long; the server's limits change eight times meanwhile."""
     generator = random.Random(seed)  # noqa: S311
     config = OpenAIConfig(
         api_key="sk-soak", base_url=server.base_url, default_model="gpt-4o-mini", max_retries=10, timeout=3.0
     )
     limits = RateLimitConfig(requests_per_minute=9000, tokens_per_minute=1_500_000, max_concurrent=100)
     before = len(asyncio.all_tasks())
-    began, said, number = time.monotonic(), 0.0, 0
+    began, printed_at, number = time.monotonic(), 0.0, 0
     answered = failed = out_of_order = 0
     early = None
     async with OpenAIClient(config, rate_limit=limits) as client:
@@ -89,8 +89,8 @@ async def soak(server: SimulatedServer, seconds: float, *, batch: int = 200, see
             answered = number - failed
             if passed > seconds / 4 and early is None:
                 early = memory()
-            if passed - said >= 10:
-                said = passed
+            if passed - printed_at >= 10:
+                printed_at = passed
                 stats = client.stats
                 print(
                     f"{passed:6.0f} s  {answered:7d} answered  {failed} failed  {stats.rate_limited} x 429  "

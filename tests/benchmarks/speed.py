@@ -1,4 +1,4 @@
-"""What a request costs in CPU, beside the raw SDK and others: each in a process of its own, interleaved.
+"""CPU of a request, beside the raw SDK and other clients: each in a process of its own, in turns.
 
     python tests/benchmarks/speed.py                     # 100 and 1,000 in flight, medians of 5; 5 minutes
     python tests/benchmarks/speed.py --quick             # 500 prompts, once
@@ -9,8 +9,8 @@
 The simulated server runs on the last core, the clients one after the other on the first. A client warms up
 with as many prompts as are in flight, and is measured over the next ones: the CPU time of its process, the
 wall time, and in the end its peak of resident memory. Where they are installed, lm-deluge, litellm and
-langchain-openai are measured too. With --growth, a request's CPU is not to depend on how many there are; with
---latency, the wall time is to be that of the waves and of the CPU. Exit code 1 if a bar is missed.
+langchain-openai are measured too. With --growth, a request's CPU must not depend on how many there are; with
+--latency, the wall time must be that of the waves and of the CPU. Exit code 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import openai
@@ -50,8 +50,8 @@ BARS = {  # times the CPU of the raw SDK, by requests in flight
     "generate_response": {100: 0.35, 1000: 0.20},
     "client.openai": {100: 0.70, 1000: 0.35},
 }
-GROWTH = 0.15  # of a request's CPU, between the sizes
-SIZES = {1_000: 6, 10_000: 3, 100_000: 2}  # prompts, and how often they are measured, in turns
+GROWTH = 0.15  # largest difference of a request's CPU between the sizes
+SIZES = {1_000: 6, 10_000: 3, 100_000: 2}  # prompts: rounds
 WAVES = 1.10  # times the latency of the waves and the CPU
 
 
@@ -71,7 +71,7 @@ def work(name: str, url: str, prompts: int, in_flight: int) -> dict[str, float]:
         figures["per_second"] = prompts / figures["seconds"]
 
     asyncio.run(CLIENTS[name][0](url, in_flight, measured))
-    status = Path("/proc/self/status")  # `ru_maxrss` begins with that of the parent
+    status = Path("/proc/self/status")  # `ru_maxrss` would include the parent's
     peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     figures["peak_mb"] = int(peak[1]) / 1024 if peak else 0.0
     return figures
@@ -95,7 +95,7 @@ def measure_one(name: str, url: str, prompts: int, in_flight: int) -> dict[str, 
 
 
 def measure(names: list[str], prompts: int, in_flight: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Measure clients in turns; return the medians, also of what each took of the raw SDK in its round."""
+    """Measure clients in turns; return medians, among them the ratio to the raw SDK in the same round."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with server() as running:
         for _ in range(rounds):
@@ -157,17 +157,17 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, nargs="*", default=[100, 1000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="500 prompts, once")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="these clients alone, and raw")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
-    parser.add_argument("--growth", action="store_true", help="more and more prompts")
-    parser.add_argument("--latency", action="store_true", help="waves of 1,000")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="only these clients, and raw")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--growth", action="store_true", help="1,000, 10,000 and 100,000 prompts")
+    parser.add_argument("--latency", action="store_true", help="5,000 prompts, 1,000 in flight, 1 s each")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Run what the command line says."""
+    """Run as a script."""
     options = parsed()
     if options.work:
         print(json.dumps(work(options.work, options.url, options.prompts, options.in_flight[0])))

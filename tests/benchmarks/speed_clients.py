@@ -1,4 +1,4 @@
-"""The clients that speed.py measures: the raw SDK, ours by each of their roads, and others'."""
+"""The clients that speed.py measures: the raw SDK, each method of this package, and other libraries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def texts(count: int) -> list[str]:
 
 
 def each(call: Callable[[str], Awaitable[Any]], in_flight: int) -> Run:
-    """Return what an evaluator writes by hand: `gather` and a semaphore."""
+    """Return what users write without `batch_generate`: `gather` and a semaphore."""
 
     async def run(prompts: list[str]) -> None:
         room = asyncio.Semaphore(in_flight)
@@ -51,13 +51,13 @@ def creating(client: Any) -> Callable[[str], Awaitable[Any]]:
 
 
 async def raw(url: str, in_flight: int, measured: Measured) -> None:
-    """The SDK as it is."""
+    """The plain SDK."""
     async with openai.AsyncOpenAI(api_key=KEY, base_url=url) as client:
         await measured(each(creating(client), in_flight))
 
 
 async def raw_aiohttp(url: str, in_flight: int, measured: Measured) -> None:
-    """The SDK on the aiohttp transport that it has as an extra."""
+    """The SDK on its optional aiohttp transport."""
     http = openai.DefaultAioHttpClient()
     async with openai.AsyncOpenAI(api_key=KEY, base_url=url, http_client=http) as client:
         await measured(each(creating(client), in_flight))
@@ -85,13 +85,13 @@ def _client(url: str, in_flight: int) -> OpenAIClient:
 
 
 async def batch_generate(url: str, in_flight: int, measured: Measured) -> None:
-    """Ours, all at once."""
+    """`batch_generate`, all prompts in one call."""
     async with _client(url, in_flight) as client:
         await measured(lambda prompts: client.batch_generate(prompts, max_tokens=20))
 
 
 async def as_completed(url: str, in_flight: int, measured: Measured) -> None:
-    """Ours, one after the other."""
+    """`as_completed`, each outcome as soon as it is known."""
     async with _client(url, in_flight) as client:
 
         async def run(prompts: list[str]) -> None:
@@ -104,7 +104,7 @@ async def as_completed(url: str, in_flight: int, measured: Measured) -> None:
 
 
 async def generate_response(url: str, in_flight: int, measured: Measured) -> None:
-    """Ours, gathered by hand: the client bounds what is in flight."""
+    """`generate_response`, gathered; the client bounds what is in flight."""
     async with _client(url, in_flight) as client:
 
         async def run(prompts: list[str]) -> None:
@@ -114,7 +114,7 @@ async def generate_response(url: str, in_flight: int, measured: Measured) -> Non
 
 
 async def client_openai(url: str, in_flight: int, measured: Measured) -> None:
-    """The SDK's calls on our client's limits and connections."""
+    """`client.openai`: the SDK's calls on the client's limits and connections."""
     async with _client(url, in_flight) as client:
         await measured(each(creating(client.openai), in_flight))
 

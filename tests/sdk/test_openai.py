@@ -1,4 +1,4 @@
-"""The drop-in client: the SDK's behaviour kept, every attempt paced."""
+"""The drop-in client behaves as the SDK's does, and every attempt is paced."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def connect(server: SimulatedServer, **options: object) -> AsyncOpenAI:
 
 
 def granted(client: AsyncOpenAI) -> int:
-    """How many attempts were admitted, settled or not."""
+    """Return how many attempts were admitted, settled or not."""
     return client.stats.attempts + in_flight(client)
 
 
 def eventually(holds, seconds: float = 10) -> bool:
-    """Whether something that another thread is about to do comes true."""
+    """Wait for another thread to make a condition true, and return whether it is."""
     ends = time.monotonic() + seconds
     while not holds() and time.monotonic() < ends:
         threading.Event().wait(0.01)
@@ -55,7 +55,7 @@ def in_flight(client: AsyncOpenAI) -> int:
 
 
 async def test_it_answers_as_the_sdk_does(server) -> None:
-    """The same call on both gives the same object."""
+    """The same call on both clients gives the same object."""
     async with connect(server) as ours, openai.AsyncOpenAI(api_key="k", base_url=server.base_url) as theirs:
         mine, raw = await ours.chat.completions.create(**CHAT), await theirs.chat.completions.create(**CHAT)
     assert type(mine) is type(raw)
@@ -64,7 +64,7 @@ async def test_it_answers_as_the_sdk_does(server) -> None:
 
 
 class Answer(BaseModel):
-    """A schema to be answered in."""
+    """The schema of an answer."""
 
     text: str
 
@@ -153,8 +153,8 @@ ROADS = [
 
 
 @pytest.mark.parametrize("road", ROADS, ids=lambda road: road.__name__)
-async def test_every_road_passes_the_limiter_once(server, road) -> None:
-    """One permit for one HTTP request, whatever the resource, and its slot is free afterwards."""
+async def test_every_kind_of_call_passes_the_limiter_once(server, road) -> None:
+    """An HTTP request of any resource has one permit, and its slot is free afterwards."""
     async with connect(server) as client:
         await road(client)
         assert client.stats.attempts == len(server.calls) == 1
@@ -165,7 +165,7 @@ async def test_every_road_passes_the_limiter_once(server, road) -> None:
     "road", [plain, iterated, response_stream, responded], ids=lambda road: road.__name__
 )
 async def test_usage_settles_what_was_reserved(server, road) -> None:
-    """Plain answers, and streams that end with their usage, are accounted with the server's own counts."""
+    """Plain answers, and streams that end with usage, are settled by the server's own counts."""
     async with connect(server) as client:
         if road is iterated:
             stream = await client.chat.completions.create(
@@ -180,12 +180,12 @@ async def test_usage_settles_what_was_reserved(server, road) -> None:
 
 
 async def test_a_stream_holds_its_slot_until_it_is_closed(server) -> None:
-    """With one slot, a second request waits for the first stream's end, read to it or not."""
+    """With one slot, a second request waits until the first stream is closed, read to its end or not."""
     async with connect(server, rate_limit=RateLimitConfig(max_concurrent=1)) as client:
         stream = await client.chat.completions.create(**CHAT, stream=True)
         await anext(stream)
         second = asyncio.create_task(client.chat.completions.create(**CHAT))
-        await asyncio.sleep(0.05)  # time to arrive, were it not held back
+        await asyncio.sleep(0.05)  # time enough for it to arrive, if it were sent
         assert len(server.calls) == 1
         await stream.close()
         await second
@@ -193,7 +193,7 @@ async def test_a_stream_holds_its_slot_until_it_is_closed(server) -> None:
 
 
 async def test_a_stream_that_is_dropped_unread_gives_its_slot_back(server) -> None:
-    """Forgetting to close a stream does not cost a slot for ever."""
+    """A stream that is never closed does not keep its slot for ever."""
     async with connect(server, rate_limit=RateLimitConfig(max_concurrent=1)) as client:
         stream = await client.chat.completions.create(**CHAT, stream=True)
         response = stream.response
@@ -205,7 +205,7 @@ async def test_a_stream_that_is_dropped_unread_gives_its_slot_back(server) -> No
 
 
 async def test_the_sdks_own_retries_are_paced_too() -> None:
-    """Each of the SDK's attempts is admitted anew."""
+    """Each of the SDK's attempts has a permit of its own."""
     with SimulatedServer(script=["500", "drop", "ok"]) as server:
         async with connect(server, max_retries=2) as client:
             await plain(client)
@@ -215,7 +215,7 @@ async def test_the_sdks_own_retries_are_paced_too() -> None:
 
 @pytest.mark.parametrize("fault", ["500", "drop", "truncate", "garbage", "408"])
 async def test_a_failed_attempt_frees_its_slot(fault) -> None:
-    """Whatever comes of an attempt, nothing stays behind; the error is the SDK's own."""
+    """After any failure no slot stays taken; the error is the SDK's own."""
     with SimulatedServer(script=[fault]) as server:
         async with connect(server, max_retries=0) as client:
             with contextlib.suppress(openai.APIError, ValueError):
@@ -225,7 +225,7 @@ async def test_a_failed_attempt_frees_its_slot(fault) -> None:
 
 
 async def test_a_cancelled_call_frees_its_slot() -> None:
-    """Cancelled while the server hangs."""
+    """The call is cancelled while the server hangs."""
     with SimulatedServer(script=["hang"]) as server:
         async with connect(server) as client:
             call = asyncio.create_task(client.chat.completions.create(**CHAT))
@@ -237,8 +237,8 @@ async def test_a_cancelled_call_frees_its_slot() -> None:
             assert in_flight(client) == 0
 
 
-async def test_copies_share_the_budget(server) -> None:
-    """with_options and copy spend the same requests per minute."""
+async def test_copies_share_the_limits(server) -> None:
+    """`with_options` and `copy` spend the same requests per minute."""
     async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=3)) as client:
         for _ in range(3):
             await plain(client.with_options(timeout=9).copy(max_retries=1))
@@ -246,15 +246,15 @@ async def test_copies_share_the_budget(server) -> None:
             await asyncio.wait_for(plain(client), 0.2)
 
 
-async def test_a_copy_with_another_http_client_shares_the_budget(server) -> None:
-    """The budget is the account's, not the connection's."""
+async def test_a_copy_with_another_http_client_shares_the_limits(server) -> None:
+    """Limits belong to the account, not to the connection."""
     async with connect(server) as client, openai.DefaultAsyncHttpxClient() as other:
         await plain(client.with_options(http_client=other))
         assert client.stats.attempts == 1
 
 
-async def test_a_copy_for_another_account_has_a_budget_of_its_own(server) -> None:
-    """Another key or organisation has limits of its own: the same ones, with nothing spent."""
+async def test_a_copy_for_another_account_has_limits_of_its_own(server) -> None:
+    """For another key or organisation the same limits hold, with nothing spent."""
     async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=1)) as client:
         await plain(client)
         other = client.with_options(api_key="sk-other")
@@ -268,8 +268,8 @@ def family(name: str):
 
 
 @pytest.mark.parametrize("name", ["httpx", "httpx2"])
-async def test_a_http_client_of_the_users_own_is_governed(server, name) -> None:
-    """Either family's client, with its mock transport, mounts and hooks; what it does is kept."""
+async def test_an_http_client_of_the_users_own_is_paced(server, name) -> None:
+    """A client of either family keeps its mock transport and hooks."""
     if name == "httpx2" and sdk_httpx().__name__ == "httpx":
         pytest.skip("this SDK knows httpx alone")
     module = family(name)
@@ -293,8 +293,8 @@ async def test_a_http_client_of_the_users_own_is_governed(server, name) -> None:
     assert server.calls == []
 
 
-async def test_the_sdks_aiohttp_client_is_governed(server) -> None:
-    """`DefaultAioHttpClient()` is passed as to the SDK, streams included."""
+async def test_the_sdks_aiohttp_client_is_paced(server) -> None:
+    """`DefaultAioHttpClient()` works as in the SDK, streams included."""
     async with connect(server, http_client=openai.DefaultAioHttpClient()) as client:
         for road in (plain, iterated, raw_response, response_stream):
             await road(client)
@@ -303,13 +303,13 @@ async def test_the_sdks_aiohttp_client_is_governed(server) -> None:
 
 
 def test_a_synchronous_http_client_is_refused_by_the_sdk() -> None:
-    """The SDK's own TypeError, unchanged."""
+    """The error is the SDK's own TypeError."""
     with sdk_httpx().Client() as client, pytest.raises(TypeError, match="Invalid `http_client`"):
         AsyncOpenAI(api_key="k", http_client=client)
 
 
 def test_one_client_works_across_event_loops(server) -> None:
-    """Three `asyncio.run` one after the other, streams and connections kept open or not."""
+    """One client can be used in three `asyncio.run`, one after the other."""
     client = connect(server)
 
     async def use() -> None:
@@ -322,8 +322,8 @@ def test_one_client_works_across_event_loops(server) -> None:
     assert eventually(lambda: server.connections == 0)
 
 
-def test_closing_closes_for_good(server) -> None:
-    """After close() the SDK's own error, which differs by version; is_closed() says so."""
+def test_a_closed_client_cannot_be_used(server) -> None:
+    """It raises the SDK's own error, which differs by version, and `is_closed()` is true."""
 
     async def use() -> None:
         client = connect(server)
@@ -339,7 +339,7 @@ def test_closing_closes_for_good(server) -> None:
 
 
 async def test_limits_are_learnt_from_the_headers() -> None:
-    """Without rate_limit the first answer's headers set the pace: nothing is refused after it."""
+    """Without rate_limit the first answer's headers set the pace, and nothing is refused after it."""
     with SimulatedServer(rpm=600, tpm=None, window=1, latency=0.02) as server:
         async with connect(server, max_retries=0) as client:
             await plain(client)
@@ -348,14 +348,14 @@ async def test_limits_are_learnt_from_the_headers() -> None:
 
 
 async def test_without_limits_anywhere_nothing_waits(server) -> None:
-    """No rate_limit and no headers: as fast as the SDK."""
+    """Without rate_limit and headers no request is held back."""
     async with connect(server) as client:
         await asyncio.gather(*[plain(client) for _ in range(200)])
         assert client.stats.wait_seconds_by == {}
 
 
 def test_the_constructor_takes_what_the_sdks_takes() -> None:
-    """Every keyword of the installed SDK's constructor reaches it."""
+    """Every keyword of the installed SDK's constructor is passed on."""
     ours = AsyncOpenAI(
         api_key="k", organization="o", project="p", max_retries=7, timeout=3, default_headers={"a": "b"}
     )
@@ -370,7 +370,7 @@ def test_the_constructor_takes_what_the_sdks_takes() -> None:
 
 
 async def test_environment_proxies_go_on_working(server, monkeypatch) -> None:
-    """The default transport reads HTTP_PROXY as the SDK's does: requests arrive there."""
+    """The default transport reads HTTP_PROXY as the SDK's does, so requests arrive at the proxy."""
     proxy = SimulatedServer().start()
     try:
         address = proxy.base_url.removesuffix("/v1")
@@ -388,18 +388,18 @@ async def test_environment_proxies_go_on_working(server, monkeypatch) -> None:
 
 
 def test_the_key_is_in_no_repr() -> None:
-    """Neither the client's nor its HTTP client's."""
+    """Neither the client's repr nor its HTTP client's shows it."""
     client = AsyncOpenAI(api_key="sk-very-secret")
     assert "very-secret" not in f"{client!r}{client._client!r}{client._account!r}"
 
 
-def test_its_module_is_where_users_import_it_from() -> None:
-    """`from openai_eval_client import AsyncOpenAI` is the whole migration."""
+def test_it_is_imported_from_the_package() -> None:
+    """`from openai_eval_client import AsyncOpenAI` is all that users change."""
     assert importlib.import_module("openai_eval_client").AsyncOpenAI is AsyncOpenAI
 
 
 async def test_an_answer_that_a_mock_has_already_read_frees_its_slot() -> None:
-    """`Response(content=...)` is never closed by anybody: it settles at once, usage included."""
+    """`Response(content=...)` is never closed, so it settles at once, usage included."""
     module = sdk_httpx()
     usage = {"prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11}
     lines = [
@@ -409,7 +409,7 @@ async def test_an_answer_that_a_mock_has_already_read_frees_its_slot() -> None:
     body = "".join(f"data: {json.dumps(line) if line else '[DONE]'}\n\n" for line in lines)
 
     class Recorded(module.Response):
-        """A user's own kind of response."""
+        """A response class of a user's own."""
 
     def reply(request):
         return Recorded(200, content=body.encode(), headers={"content-type": "text/event-stream"})
@@ -423,8 +423,8 @@ async def test_an_answer_that_a_mock_has_already_read_frees_its_slot() -> None:
         assert client.stats.completion_tokens == 18
 
 
-async def test_our_own_errors_reach_the_caller_as_they_are(server) -> None:
-    """Every version of the SDK lets them through, also the one that wraps what its HTTP client raises."""
+async def test_our_own_errors_reach_the_caller_unchanged(server) -> None:
+    """No version of the SDK wraps them in an error of its own."""
     limits = RateLimitConfig(tokens_per_minute=100, max_wait=1)
     async with connect(server, rate_limit=limits) as client:
         with pytest.raises(RequestTooLargeError, match="gpt-4o-mini"):
@@ -432,15 +432,15 @@ async def test_our_own_errors_reach_the_caller_as_they_are(server) -> None:
     assert server.calls == []
 
 
-async def test_naming_the_same_account_again_keeps_the_budget(server) -> None:
-    """with_options(api_key=the same) is no other account."""
+async def test_naming_the_same_account_again_keeps_its_limits(server) -> None:
+    """`with_options` with the same key and server means the same account."""
     async with connect(server) as client:
         same = client.with_options(api_key="sk-test", base_url=server.base_url)
         assert same._account is client._account
         assert client.with_options(organization="org-other")._account is not client._account
 
 
-def test_the_limits_must_be_limits() -> None:
+def test_rate_limit_must_be_a_rate_limit_config() -> None:
     """A number or a dict is refused by name."""
     for wrong in (5, {"requests_per_minute": 5}):
         with pytest.raises(ValidationError, match="rate_limit: must be of class RateLimitConfig"):
@@ -448,7 +448,7 @@ def test_the_limits_must_be_limits() -> None:
 
 
 async def test_the_servers_counts_correct_our_estimates(server, empty_vocabularies) -> None:
-    """Without a vocabulary the drop-in learns from usage too."""
+    """Without a vocabulary the drop-in corrects its estimates by the server's usage."""
     async with connect(server) as client:
         long = [{"role": "user", "content": "a" * 400}]
         for _ in range(30):
@@ -459,7 +459,7 @@ async def test_the_servers_counts_correct_our_estimates(server, empty_vocabulari
 
 
 def test_closing_does_not_wait_for_another_threads_loop(server) -> None:
-    """A client used in two threads closes at once, whatever the other loop is doing."""
+    """A client used in two threads closes at once, even if the other loop is blocked."""
     client = connect(server)
     used, leave = threading.Event(), threading.Event()
 
@@ -467,7 +467,7 @@ def test_closing_does_not_wait_for_another_threads_loop(server) -> None:
         async def use() -> None:
             await plain(client)
             used.set()
-            leave.wait(30)  # the loop stands still
+            leave.wait(30)  # the loop is blocked
 
         asyncio.run(use())
 

@@ -207,7 +207,7 @@ def test_delays_without_a_word_grow_and_vary():
 
 
 def test_after_a_rate_limit_the_pause_is_not_waited_here():
-    """The whole model pauses once; the request queues for it."""
+    """The request waits in the model's queue, which pauses once for all."""
     waits = delays()
     next(waits)
     assert waits.send(made(429, retry_after="30")) == 0.0
@@ -218,7 +218,7 @@ def test_after_a_rate_limit_the_pause_is_not_waited_here():
 
 
 class Attempts:
-    """One attempt after another, each failing as told, the last succeeding."""
+    """Attempts that fail with the given errors in turn, and then succeed."""
 
     def __init__(self, *errors_):
         self.errors = list(errors_)
@@ -238,12 +238,12 @@ class Attempts:
 
 
 def soon(status=503):
-    """An error that asks for next to no wait."""
+    """Return an error that asks for a wait of 1 ms."""
     return made(status, retry_after_ms="1")
 
 
 async def test_success_is_one_attempt():
-    """What works is not tried again, and its value is handed through."""
+    """A success is not tried again, and its value is returned."""
     attempts = Attempts()
     assert await attempts.retried(3)("value") == "value"
     assert (attempts.count, attempts.retries) == (1, 0)
@@ -251,7 +251,7 @@ async def test_success_is_one_attempt():
 
 @pytest.mark.parametrize("max_retries", [0, 1, 2, 5])
 async def test_there_are_max_retries_attempts_after_the_first(max_retries):
-    """N + 1 in all, and the last one's error is raised as it is."""
+    """After `max_retries` + 1 attempts the last error is raised unchanged."""
     raised = [soon() for _ in range(max_retries + 1)]
     attempts = Attempts(*raised)
     with pytest.raises(openai.APIStatusError) as caught:
@@ -262,14 +262,14 @@ async def test_there_are_max_retries_attempts_after_the_first(max_retries):
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
 async def test_a_success_in_time_is_returned(failures):
-    """The last attempt may be the one that works."""
+    """Even the last attempt may succeed."""
     attempts = Attempts(*(soon() for _ in range(failures)))
     assert await attempts.retried(3)("value") == "value"
     assert (attempts.count, attempts.retries) == (failures + 1, failures)
 
 
 async def test_a_rate_limit_is_tried_again_at_once():
-    """Its wait is the account's to keep."""
+    """The account waits for it, not the retry."""
     attempts = Attempts(made(429, retry_after="500"), rate_limited("paused", 500))
     assert await attempts.retried(3)("value") == "value"
     assert attempts.count == 3
@@ -292,7 +292,7 @@ async def test_a_rate_limit_is_tried_again_at_once():
     ids=lambda error: f"{type(error).__name__}{getattr(error, 'status_code', '')}",
 )
 async def test_it_gives_up_at_once(error):
-    """On a refusal, on what is no API error, and on a wait beyond max_wait."""
+    """Refusals, errors not of the API, and waits beyond max_wait are not retried."""
     attempts = Attempts(error)
     with pytest.raises(type(error)) as caught:
         await attempts.retried(5)("value")
@@ -301,7 +301,7 @@ async def test_it_gives_up_at_once(error):
 
 
 async def test_two_callers_do_not_share_their_attempts():
-    """Each call counts its own."""
+    """Each call counts its own attempts."""
     attempts = Attempts()
     call = attempts.retried(1)
     for _ in range(3):
@@ -311,7 +311,7 @@ async def test_two_callers_do_not_share_their_attempts():
 
 
 async def test_the_log_says_why_and_how_long(caplog):
-    """One line at INFO for each further attempt: its number, the reason, the seconds."""
+    """Each retry has one line at INFO with its number, the reason and the seconds."""
     attempts = Attempts(soon(503), made(429, retry_after="9"), made(409, retry_after_ms="1"))
     with caplog.at_level(logging.DEBUG):
         await attempts.retried(3)(PROMPT)
@@ -326,7 +326,7 @@ async def test_the_log_says_why_and_how_long(caplog):
 
 
 async def test_the_log_names_an_error_without_a_status_by_its_class(caplog):
-    """As a connection that failed has none."""
+    """A failed connection, for example, has no status."""
     error = made(503, retry_after_ms="1", x_should_retry="true")
     error.status_code = None
     with caplog.at_level(logging.INFO):
@@ -343,7 +343,7 @@ def client_of(server, **options):
 
 
 def speaking(*answers):
-    """An HTTP client that gets these answers in turn, then a good one."""
+    """Return an HTTP client that gets these answers in turn, then good ones."""
     httpx, left = sdk_httpx(), list(answers)
     good = {"id": "x", "model": "m", "choices": [{"message": {"content": "yes"}, "finish_reason": "stop"}]}
 
@@ -355,7 +355,7 @@ def speaking(*answers):
 
 
 async def test_the_log_of_a_run_holds_neither_prompt_nor_key(caplog):
-    """At INFO, the level that the package writes at, through failures of every kind that needs no waiting."""
+    """The log at INFO shows failures, but not what was sent."""
     script = ["503", "ok", "503", "503", "ok"]
     with (
         caplog.at_level(logging.INFO),
@@ -371,7 +371,7 @@ async def test_the_log_of_a_run_holds_neither_prompt_nor_key(caplog):
 
 
 async def test_a_too_large_request_is_refused_once():
-    """Sending it again would only be refused again."""
+    """It would only be refused again."""
     body = {"error": {"message": TOO_LARGE, "type": "tokens", "param": None, "code": "rate_limit_exceeded"}}
     refusals = [(429, {"retry-after-ms": "1"}, body)] * 2
     config = OpenAIConfig(api_key=KEY, base_url="http://test/v1", default_model="m")
@@ -383,7 +383,7 @@ async def test_a_too_large_request_is_refused_once():
 
 @pytest.mark.parametrize("wait", ["1e15", "1e300", "Fri, 31 Dec 9999 23:59:59 GMT"])
 async def test_an_absurd_wait_is_a_rate_limit_error(wait):
-    """However far away the server says, the error is the one that callers handle."""
+    """A wait of any length raises the error that callers handle."""
     body = {"error": {"message": "Rate limit reached", "type": "requests", "code": "rate_limit_exceeded"}}
     config = OpenAIConfig(api_key=KEY, base_url="http://test/v1", default_model="m")
     async with OpenAIClient(config, http_client=speaking((429, {"retry-after": wait}, body))) as client:

@@ -58,7 +58,7 @@ def text(content, **fields):
 
 
 def served(api, **body):
-    """What the simulated server really sends to such a request."""
+    """Return what the simulated server sends to such a request."""
     with SimulatedServer() as server:
         request = urllib.request.Request(  # noqa: S310
             server.base_url + PATHS[api],
@@ -76,8 +76,8 @@ CALL = {"type": "function", "function": {"name": "find", "parameters": {"type": 
 # --- real shapes ------------------------------------------------------------------------------------------
 
 
-def test_a_chat_answer_is_read_whole():
-    """Every field of the specification, from what the API sends."""
+def test_a_chat_answer_is_read_completely():
+    """Every field of a response is filled from what the API sends."""
     body = served("chat", **HELLO)
     answer = read(body)
     assert answer.content == "echo: hello there"
@@ -97,8 +97,8 @@ def test_a_chat_answer_is_read_whole():
     assert answer.raw.choices[0].message.content == "echo: hello there"
 
 
-def test_a_responses_answer_says_the_same():
-    """The two APIs differ in their words only."""
+def test_a_responses_answer_gives_the_same():
+    """Answers of the two APIs differ only in names."""
     one, other = read(served("chat", **HELLO)), read(served("responses", input="hello there"), "responses")
     assert other.usage.completion_tokens == one.usage.completion_tokens == 3
     same = {"usage", "logprobs"}
@@ -107,7 +107,7 @@ def test_a_responses_answer_says_the_same():
 
 
 def test_several_choices_are_all_there():
-    """With n > 1 the first is the content."""
+    """With n > 1 the first one is the content."""
     answer = read(served("chat", n=3, **HELLO))
     assert answer.choices == ["echo: hello there"] * 3
     assert answer.content == answer.choices[0]
@@ -115,7 +115,7 @@ def test_several_choices_are_all_there():
 
 
 def test_a_tool_call_has_no_content():
-    """None in the API is "" here, and the call is worded as the API does."""
+    """The content is "", and the call is as the API sends it."""
     answer = read(served("chat", tools=[CALL], tool_choice="required", **HELLO))
     assert answer.content == ""
     assert answer.choices == [""]
@@ -124,7 +124,7 @@ def test_a_tool_call_has_no_content():
 
 
 def test_a_tool_call_of_the_responses_api():
-    """The item of the output, and the finish reason in the words of chat completions."""
+    """The call is the item of the output; the finish reason is that of chat completions."""
     tool = {"type": "function", **CALL["function"]}
     answer = read(served("responses", input="hello", tools=[tool], tool_choice="required"), "responses")
     assert answer.content == ""
@@ -138,14 +138,14 @@ def test_a_tool_call_of_the_responses_api():
     [("chat", {"max_tokens": 1, **HELLO}), ("responses", {"input": "hello there", "max_output_tokens": 1})],
 )
 def test_a_cut_answer_ends_with_length(api, body):
-    """Whatever the API calls its limit."""
+    """Each API has its own name for the limit."""
     answer = read(served(api, **body), api)
     assert answer.finish_reason == "length"
     assert answer.content == "echo: "
 
 
 def test_logprobs_are_the_first_choices():
-    """As the API words them."""
+    """They are as the API sends them."""
     answer = read(served("chat", logprobs=True, **HELLO))
     assert [entry["token"] for entry in answer.logprobs["content"]] == ["echo: ", "hello ", "there"]
 
@@ -165,7 +165,7 @@ BARE = {
 
 @pytest.mark.parametrize("body", BARE.values(), ids=BARE)
 def test_what_is_missing_is_empty(body):
-    """No content is "", no reason is ""."""
+    """Without content or finish reason both are ""."""
     answer = read(body)
     assert answer.content == ""
     assert (answer.tool_calls, answer.refusal, answer.logprobs, answer.parsed) == ([], None, None, None)
@@ -186,15 +186,15 @@ BARE_RESPONSES = {
 
 @pytest.mark.parametrize("body", BARE_RESPONSES.values(), ids=BARE_RESPONSES)
 def test_what_is_missing_in_a_response_is_empty(body):
-    """Likewise."""
+    """Without content or status both are ""."""
     answer = read(body, "responses")
     assert answer.content == ""
     assert answer.finish_reason == "stop"
     assert ModelResponse.model_validate_json(answer.model_dump_json()) == answer
 
 
-def test_names_fall_back():
-    """The model asked for where none is named, and the body's id where no header has one."""
+def test_model_and_request_id_have_fallbacks():
+    """They are the model that was asked, and the id of the body."""
     nameless = read(chat(model=None), request_id=None, temperature=0.5)
     assert nameless.model == "asked"
     assert nameless.request_id == "chatcmpl-1"
@@ -202,8 +202,8 @@ def test_names_fall_back():
     assert read(chat(id=None), request_id="").request_id == ""
 
 
-def test_a_refusal_is_no_content():
-    """In both APIs."""
+def test_a_refusal_is_not_content():
+    """In both APIs it has a field of its own."""
     refused = read(chat({"role": "assistant", "content": None, "refusal": "No."}))
     assert (refused.content, refused.refusal) == ("", "No.")
     refused = read(said({"type": "refusal", "refusal": "No."}), "responses")
@@ -211,7 +211,7 @@ def test_a_refusal_is_no_content():
 
 
 def test_parts_of_a_response_are_joined():
-    """Several texts in several messages are one content, their probabilities one list."""
+    """The texts of several messages are one content, and their log probabilities one list."""
     body = said(text("one ", logprobs=[{"token": "one "}]), text("two", logprobs=[{"token": "two"}]))
     body["output"] = [{"type": "reasoning"}, *body["output"], *copy.deepcopy(body["output"])]
     answer = read(body, "responses")
@@ -236,7 +236,7 @@ def test_parts_of_a_response_are_joined():
     ],
 )
 def test_the_finish_reasons_of_a_response(fields, reason):
-    """In the words of chat completions, where those have one."""
+    """They are those of chat completions, if there is one with the same meaning."""
     assert read(said(text("yes"), **fields), "responses").finish_reason == reason
 
 
@@ -248,7 +248,7 @@ def test_the_finish_reasons_of_a_response(fields, reason):
     [None, {}, [], "many", 7, {"prompt_tokens": None}, {"prompt_tokens": "11"}, {"total_tokens": 33}],
 )
 def test_missing_usage_is_marked(usage):
-    """So that the caller can put an estimate in its place."""
+    """The caller then puts an estimate in its place."""
     read_usage = read(chat(usage=usage)).usage
     assert read_usage.estimated is True
     assert (read_usage.prompt_tokens, read_usage.completion_tokens, read_usage.total_tokens) == (0, 0, 0)
@@ -290,7 +290,7 @@ def test_missing_usage_is_marked(usage):
     ],
 )
 def test_usage_is_read(usage, counts):
-    """Input, output, both, cached and reasoning tokens."""
+    """There are input, output, total, cached and reasoning tokens."""
     made = read(chat(usage=usage)).usage
     names = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
     assert tuple(getattr(made, name) for name in names) == counts
@@ -298,7 +298,7 @@ def test_usage_is_read(usage, counts):
 
 
 def test_the_price_depends_on_input_output_and_cached_tokens():
-    """Cached input is cheaper."""
+    """Cached input costs less."""
     usage = Usage(10, 20)
     cached = Usage(10, 20, cached_tokens=10)
     pricer = Pricer()
@@ -307,7 +307,7 @@ def test_the_price_depends_on_input_output_and_cached_tokens():
 
 @pytest.mark.parametrize("fault", ["null_usage", "no_usage"])
 async def test_a_server_without_usage_gets_an_estimate(fault):
-    """The counts are ours, and said to be."""
+    """The counts are ours, and marked as estimated."""
     with SimulatedServer(script=[fault]) as server:
         config = OpenAIConfig(api_key="sk-test", base_url=server.base_url, default_model="gpt-4o")
         async with OpenAIClient(config, rate_limit=RateLimitConfig(tokens_per_minute=None)) as client:
@@ -328,12 +328,12 @@ def parsing(content, **message):
 
 
 def test_an_answer_that_fits_is_parsed():
-    """The object is an instance of the class given."""
+    """The object is an instance of the given class."""
     assert parsing('{"name": "Paris", "people": 2}').parsed == City(name="Paris", people=2)
 
 
 def test_an_answer_of_the_responses_api_is_parsed():
-    """Likewise."""
+    """The object is an instance of the given class."""
     answer = read(said(text('{"name": "Paris", "people": 2}')), "responses", response_format=City)
     assert answer.parsed == City(name="Paris", people=2)
 
@@ -341,8 +341,8 @@ def test_an_answer_of_the_responses_api_is_parsed():
 @pytest.mark.parametrize(
     "content", ["Paris", "{", '{"name": "Paris"}', '{"name": "Paris", "people": "many"}', "[]"]
 )
-def test_an_answer_that_does_not_fit_is_none_and_said(caplog, content):
-    """The content is kept, and the log tells which answer, not what it said."""
+def test_an_answer_that_does_not_fit_is_not_parsed_and_logged(caplog, content):
+    """The content is kept; the log has the request id, not the content."""
     with caplog.at_level(logging.WARNING):
         answer = parsing(content)
     assert answer.parsed is None
@@ -354,20 +354,20 @@ def test_an_answer_that_does_not_fit_is_none_and_said(caplog, content):
 
 
 @pytest.mark.parametrize("message", [{"content": None}, {"content": ""}, {"content": None, "refusal": "No."}])
-def test_no_answer_is_not_parsed(caplog, message):
-    """A refusal or a tool call is no broken answer."""
+def test_an_answer_without_content_is_not_parsed(caplog, message):
+    """A refusal or a tool call is not logged as an answer that does not fit."""
     assert parsing(**message).parsed is None
     assert caplog.records == []
 
 
 def test_without_a_class_nothing_is_parsed():
-    """A JSON schema of one's own gives text."""
+    """A JSON schema gives text."""
     body = chat({"content": '{"name": "Paris", "people": 2}'})
     assert read(body, response_format={"type": "json_object"}).parsed is None
 
 
-async def test_the_class_is_asked_for_and_answered():
-    """Through the client and back, in both APIs."""
+async def test_the_client_sends_the_schema_and_parses_the_answer():
+    """This works with both APIs."""
     with SimulatedServer() as server:
         config = OpenAIConfig(api_key="sk-test", base_url=server.base_url)
         async with OpenAIClient(config) as client:
@@ -376,7 +376,7 @@ async def test_the_class_is_asked_for_and_answered():
                 assert isinstance(answer.parsed, City)
 
 
-# --- what is no valid text or of an odd type ----------------------------------------------------------------
+# --- invalid text and wrong types ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ async def test_the_class_is_asked_for_and_answered():
     ],
 )
 def test_half_an_emoji_is_replaced(sent, shown):
-    """A cut answer may end within a surrogate pair; its JSON can be written all the same."""
+    """An answer may be cut inside a surrogate pair; it can still be written as JSON."""
     for answer in (
         read(chat({"content": sent})),
         read(said(text(sent)), "responses"),
@@ -419,7 +419,7 @@ HALVES = {
 
 @pytest.mark.parametrize(("api", "body"), HALVES.values(), ids=HALVES)
 def test_half_an_emoji_anywhere_can_be_written_as_json(api, body):
-    """The tokens of `logprobs` are cut within characters quite regularly."""
+    """The tokens of `logprobs` often end inside a character."""
     answer = read(body, api, request_id=None)
     assert ModelResponse.model_validate_json(answer.model_dump_json()) == answer
 
@@ -448,7 +448,7 @@ ODD = {
 
 @pytest.mark.parametrize(("api", "body"), ODD.values(), ids=ODD)
 def test_odd_types_are_read_as_missing(api, body):
-    """A server that gets a field wrong costs that field, not the answer."""
+    """A field of the wrong type is lost, but not the answer."""
     answer = read(body, api)
     assert answer.request_id == "req_1"
     assert ModelResponse.model_validate_json(answer.model_dump_json()) == answer
@@ -466,7 +466,7 @@ JSON = st.recursive(
 
 
 def places(value, path=()):
-    """The path of everything in a body."""
+    """Yield the path of every value in a body."""
     yield path
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
@@ -503,7 +503,7 @@ ENTRY = {"chat": "choices", "responses": "output"}
 @pytest.mark.parametrize("api", PATHS)
 @given(data=st.data())
 def test_anything_in_place_of_anything_is_read(api, data):
-    """Whatever JSON stands wherever in an answer, it is read, and what was read can be written."""
+    """With any JSON in place of any value an answer is read, and the response can be written."""
     path = data.draw(st.sampled_from([p for p in places(FULL[api]) if p and p != (ENTRY[api],)]))
     body = with_odd(FULL[api], path, data.draw(JSON))
     answer = read(body, api)
@@ -512,8 +512,8 @@ def test_anything_in_place_of_anything_is_read(api, data):
 
 @pytest.mark.parametrize("api", PATHS)
 @given(body=JSON)
-def test_what_is_no_answer_is_known(api, body):
-    """Only an object with the list that the API's answers have is one."""
+def test_only_an_object_with_the_apis_list_is_an_answer(api, body):
+    """The list is `choices` or `output`."""
     expected = isinstance(body, dict) and isinstance(body.get(ENTRY[api]), list)
     assert is_answer(body, api) is expected
     assert is_answer(FULL[api], api)
@@ -523,5 +523,5 @@ def test_what_is_no_answer_is_known(api, body):
     "body", [None, [], "text", 5, {}, {"choices": None}, {"choices": {}}, {"output": []}]
 )
 def test_what_is_no_chat_answer(body):
-    """An error page, an error object, the other API's answer."""
+    """Other JSON, an error object or the other API's answer is none."""
     assert not is_answer(body, "chat")

@@ -1,4 +1,4 @@
-"""What the server says in its headers: durations, waits and quotas, and nonsense in every place."""
+"""The server's headers: durations, waits and limits, and nonsense in each of them."""
 
 import math
 import time
@@ -39,7 +39,7 @@ from openai_eval_client.errors import sdk_httpx
     ],
 )
 def test_durations_are_read(text, seconds):
-    """Units from milliseconds to days, alone and after one another."""
+    """A duration has one or several units, from milliseconds to days."""
     assert duration(text) == pytest.approx(seconds, rel=1e-12)
 
 
@@ -50,21 +50,21 @@ def test_durations_are_read(text, seconds):
                "inf", "soon", "1s2", "1,5s", "1w", "1us", "1s\n", "\n1s", "x1s", "9" * 400 + "s",
     ],
 )  # fmt: skip
-def test_what_is_no_duration_is_none(text):
-    """Anything the grammar does not hold is unknown, never nought and never endless."""
+def test_a_text_that_is_not_a_duration_is_none(text):
+    """It is unknown, never zero and never infinite."""
     assert duration(text) is None
 
 
 @given(st.text())
 def test_a_duration_is_finite_or_none(text):
-    """No text raises."""
+    """Any text can be read without an exception."""
     seconds = duration(text)
     assert seconds is None or 0 <= seconds < math.inf
 
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59_999))
 def test_a_duration_is_the_sum_of_its_parts(hours, minutes, milliseconds):
-    """Hours, minutes and seconds add up."""
+    """Hours, minutes and seconds are added up."""
     seconds = duration(f"{hours}h{minutes}m{milliseconds / 1000}s")
     assert seconds == pytest.approx(hours * 3600 + minutes * 60 + milliseconds / 1000)
 
@@ -101,31 +101,31 @@ def test_a_duration_is_the_sum_of_its_parts(hours, minutes, milliseconds):
     ],
 )
 def test_the_wait_that_the_server_asks_for(headers, seconds):
-    """Milliseconds before seconds, a past date is now, and nonsense is no word at all."""
+    """`retry-after-ms` comes before `retry-after`, a past date is now, and nonsense is ignored."""
     assert retry_after(headers) == seconds
     assert retry_after(sdk_httpx().Headers(headers)) == seconds
 
 
 def test_an_http_date_in_the_future_is_the_time_until_then():
-    """Of RFC 9110's formats the one in use."""
+    """The format is the preferred one of RFC 9110."""
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=90), usegmt=True)
     assert 88 <= retry_after({"retry-after": date}) <= 90
 
 
-def test_the_last_date_there_is_can_be_read():
-    """Far, but a number."""
+def test_the_last_possible_date_can_be_read():
+    """The wait is very long, but finite."""
     seconds = retry_after({"retry-after": "Fri, 31 Dec 9999 23:59:59 GMT"})
     assert seconds == pytest.approx(253_402_300_799 - time.time(), abs=5)
 
 
-def test_headers_are_looked_up_without_regard_to_case():
-    """As the SDK's own headers are."""
+def test_header_names_ignore_case():
+    """The SDK's header objects do so too."""
     assert retry_after(sdk_httpx().Headers({"Retry-After-MS": "1500"})) == 1.5
 
 
 @given(st.text(), st.text())
 def test_a_wait_is_finite_or_none(milliseconds, seconds):
-    """No text raises, in either header."""
+    """Any text in either header can be read without an exception."""
     asked = retry_after({"retry-after-ms": milliseconds, "retry-after": seconds})
     assert asked is None or 0 <= asked < math.inf
 
@@ -151,7 +151,7 @@ WORDS = [
 
 @given(st.lists(st.sampled_from(WORDS)).map(" ".join))
 def test_what_looks_like_a_date_is_finite_or_none(text):
-    """The date parser of the standard library is not trusted to raise only what it says."""
+    """The standard library's date parser may raise other errors than documented."""
     asked = retry_after({"retry-after": text})
     assert asked is None or 0 <= asked < math.inf
 
@@ -164,12 +164,12 @@ def quota(limit=None, remaining=None, reset=None, dimension="tokens"):
 
 @pytest.mark.parametrize("dimension", ["requests", "tokens"])
 def test_a_quota_is_read(dimension):
-    """Limit, remaining and reset of the dimension asked for."""
+    """Limit, remaining and reset are those of the dimension asked for."""
     assert quota("500", "499", "120ms", dimension) == StatedLimit(500, 499, 0.12)
 
 
 def test_the_other_dimension_is_not_mistaken_for_it():
-    """Requests are not tokens."""
+    """Headers about requests do not count for tokens."""
     headers = {"x-ratelimit-limit-requests": "500", "x-ratelimit-remaining-requests": "499"}
     assert read_stated_limit(headers, "requests") == StatedLimit(500, 499, None)
     assert read_stated_limit(headers, "tokens") is None
@@ -200,13 +200,13 @@ def test_the_other_dimension_is_not_mistaken_for_it():
     ],
 )
 def test_a_quota_that_makes_no_sense_is_none(limit, remaining, reset, expected):
-    """Nothing is learnt from nonsense, and nobody has more left than the limit."""
+    """Nonsense is ignored, and no more can remain than the limit."""
     assert quota(limit, remaining, reset) == expected
 
 
 @given(st.text(), st.text(), st.text())
 def test_a_quota_is_within_its_limit_or_none(limit, remaining, reset):
-    """No text raises."""
+    """Any text can be read without an exception."""
     names = ("limit", "remaining", "reset")
     headers = {
         f"x-ratelimit-{name}-tokens": text
@@ -216,8 +216,8 @@ def test_a_quota_is_within_its_limit_or_none(limit, remaining, reset):
     assert read is None or (read.limit > 0 and 0 <= read.remaining <= read.limit)
 
 
-def test_a_projects_own_limit_counts_where_it_is_lower():
-    """Beside the organisation's, as the API sends both; plain seconds are read too, as Azure sends them."""
+def test_the_lower_of_project_and_organisation_limit_counts():
+    """The API sends both; a reset in plain seconds, as Azure sends it, is read too."""
     headers = {
         "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "900",
         "x-ratelimit-reset-tokens": "6", "x-ratelimit-limit-project-tokens": "500",
@@ -232,7 +232,7 @@ def test_a_projects_own_limit_counts_where_it_is_lower():
 
 @pytest.mark.parametrize("reset", ["1795361825", "1795361825000", "2026-11-22T17:00:00Z", "-5"])
 def test_a_reset_that_is_a_date_is_not_taken_for_seconds(reset):
-    """Some servers send the moment; the quota counts, the moment does not."""
+    """Some servers send the moment of the reset: limit and remaining count, the reset is unknown."""
     assert quota("500", "400", reset) == StatedLimit(500, 400, None)
 
 
@@ -248,7 +248,7 @@ def test_a_reset_that_is_a_date_is_not_taken_for_seconds(reset):
     ],
 )
 def test_the_limit_that_a_refusal_names(message, dimension):
-    """In the API's words and in Azure's."""
+    """It is read from the messages of the API and of Azure."""
     assert refused_dimension(message) == dimension
 
 
@@ -265,5 +265,5 @@ def test_the_limit_that_a_refusal_names(message, dimension):
     ],
 )
 def test_the_wait_that_a_refusal_states(headers, message, seconds):
-    """The headers first, then the message."""
+    """The headers come before the message."""
     assert stated_wait(headers, message) == (None if seconds is None else pytest.approx(seconds))

@@ -1,4 +1,4 @@
-"""What is read from the JSON on the wire: what is metered, what it may use, what it used."""
+"""Requests and answers as JSON: which requests are metered, what they may use, what they used."""
 
 import json
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI
 from openai_eval_client._wire.endpoints import is_metered, max_output
-from openai_eval_client._wire.usage import Tail, Usage, _TAIL, read_usage, usage_of
+from openai_eval_client._wire.usage import _TAIL, Tail, Usage, read_usage, usage_of
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -58,13 +58,13 @@ def test_what_runs_a_model_is_metered(method, path, metered):
 
 @pytest.mark.parametrize("prefix", ["files", "admin", "organization", "threads"])
 def test_a_gateway_may_have_any_address(prefix):
-    """What stands before the API's own path says nothing about the request."""
+    """A prefix before the API's own path does not matter."""
     assert is_metered("POST", f"/{prefix}/v1/chat/completions")
 
 
 @pytest.mark.parametrize("call", ["responses", "batches", "uploads"])
 async def test_a_request_without_a_body_passes(call):
-    """Some of the API's POSTs, as a cancellation, have none."""
+    """Some POSTs of the API, such as a cancellation, have none."""
     httpx = sdk_httpx()
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"id": request.url.path}))
     http = httpx.AsyncClient(transport=transport)
@@ -95,13 +95,13 @@ async def test_a_request_without_a_body_passes(call):
     ],
 )
 def test_the_most_output_a_request_may_use(body, path, tokens):
-    """By whichever name, for all choices together; None where nothing bounds it."""
+    """It is for all choices together, under any of the names; None if there is no bound."""
     assert max_output(body, path) == tokens
 
 
 @given(st.integers(), st.none() | st.integers() | st.booleans())
-def test_no_request_reserves_less_than_nothing(limit, choices):
-    """What makes no sense is for the API to reject_input, not a credit."""
+def test_no_request_reserves_less_than_zero(limit, choices):
+    """A negative bound is for the API to refuse; it gives no credit."""
     assert (max_output({"max_tokens": limit, "n": choices}) or 0) >= 0
 
 
@@ -126,13 +126,13 @@ def test_no_request_reserves_less_than_nothing(limit, choices):
     ],
 )
 def test_usage_of_any_endpoint(usage, counts):
-    """Chat and completions, responses, embeddings; None where the counts are not there."""
+    """It is read of chat, completions, responses and embeddings; None if there are no counts."""
     used = usage_of({"usage": usage})
     assert (used and (used.prompt_tokens, used.completion_tokens)) == counts
 
 
 def counts_in(tail):
-    """Input and output tokens."""
+    """Return input and output tokens."""
     used = read_usage(tail)
     return used and (used.prompt_tokens, used.completion_tokens)
 
@@ -180,7 +180,7 @@ def chunks(*events):
     ],
 )
 def test_usage_at_the_end_of_a_body_or_stream(tail, counts):
-    """The last one that is whole, wherever it stands; what is inside a text is not one."""
+    """The last complete one counts, wherever it is; one inside a text does not."""
     assert counts_in(tail) == counts
 
 
@@ -193,14 +193,14 @@ TEXTS = st.text(alphabet='"\\usage: {}1,') | st.just(json.dumps({"usage": USAGE}
     )
 )
 def test_no_text_is_mistaken_for_usage(content):
-    """Whatever an answer says, the usage after it is the one that is read."""
+    """Whatever the answer's text is, the usage after it is read."""
     body = json.dumps({"content": content, "usage": USAGE}).encode()
     assert counts_in(body) == (11, 22)
 
 
 @given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
 def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
-    """At whatever byte the connection broke."""
+    """The connection may break at any byte."""
     usage = {"prompt_tokens": given_, "completion_tokens": made}
     body = json.dumps({"content": content, "usage": usage}).encode()
     for end in range(len(body)):
@@ -209,7 +209,7 @@ def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
 
 @given(st.binary())
 def test_garbage_has_no_usage(garbage):
-    """No bytes raise."""
+    """Any bytes can be read without an exception."""
     assert counts_in(garbage) is None
 
 
@@ -232,7 +232,7 @@ def test_how_a_stream_is_cut_does_not_matter(data, padding, later):
 
 @given(st.integers(0, 12), st.lists(st.integers(0, 300_000), max_size=8))
 def test_a_long_stream_ends_with_its_usage(length, cuts):
-    """However long the answer before it, and in bounded memory."""
+    """The answer before it may have any length; memory is bounded."""
     stream = chunks({"text": "\N{SNOWMAN} " * 2_000 * length}, {"usage": USAGE})
     tail = fed(stream, [cut for cut in cuts if cut < len(stream)])
     assert counts_in(tail.read()) == (11, 22)
@@ -240,7 +240,7 @@ def test_a_long_stream_ends_with_its_usage(length, cuts):
 
 
 def test_usage_out_of_reach_is_unknown():
-    """Only the end is remembered, whatever the chunks were."""
+    """Only the end of a stream is kept, however it is cut into chunks."""
     stream = chunks({"usage": USAGE}, {"text": "x" * _TAIL})
     assert counts_in(fed(stream, []).read()) is None
     assert counts_in(fed(stream, range(0, len(stream), 100)).read()) is None
@@ -280,14 +280,14 @@ OF_RESPONSE = Usage(11, 22, 5, 3, 0, 0, 6, "gpt-5", "priority")
         ),
     ],
 )
-def test_who_answered_stands_beside_the_usage(tail, used):
-    """Model, tier and kinds of tokens, of a body and of a stream of either API."""
+def test_model_and_tier_are_read_with_the_usage(tail, used):
+    """They are read from bodies and streams of both APIs, with all kinds of tokens."""
     assert read_usage(tail) == used
 
 
 @pytest.mark.parametrize("size", [0, 100, 2 * _TAIL])
-def test_a_long_answer_is_of_the_model_that_was_asked(size):
-    """Its head is out of reach, or costly to read; no tool's model is mistaken for its own."""
+def test_a_long_answer_names_no_model(size):
+    """Its head is not read, and the model of a tool is not mistaken for its own."""
     item = {"type": "message", "content": [{"text": "x" * (2 * _TAIL)}]}
     tools = [{"type": "image_generation", "model": "gpt-image-1", "description": "y" * size}]
     long = {**RESPONSE, "output": [item], "tools": tools}
@@ -300,15 +300,15 @@ def test_a_long_answer_is_of_the_model_that_was_asked(size):
 
 
 def test_large_embeddings_name_their_model():
-    """It stands right before the usage."""
+    """The name is right before the usage."""
     body = {"data": ["x" * (2 * _TAIL)], "model": "text-embedding-3-small", "usage": {"prompt_tokens": 9}}
     for indent in (None, 2):
         used = read_usage(json.dumps(body, indent=indent).encode())
         assert used == Usage(9, 0, model="text-embedding-3-small")
 
 
-def test_transcriptions_name_details_in_the_singular():
-    """As the API reference has it."""
+def test_the_details_of_transcriptions_are_read():
+    """The API names them `input_token_details`, in the singular."""
     usage = {
         "type": "tokens",
         "input_tokens": 14,
@@ -318,15 +318,15 @@ def test_transcriptions_name_details_in_the_singular():
     assert usage_of({"text": "hello", "usage": usage}) == Usage(14, 45, audio_input_tokens=13)
 
 
-def test_an_empty_stream_has_no_end():
-    """Nothing was fed."""
+def test_an_empty_stream_has_an_empty_tail():
+    """Without chunks there are no bytes."""
     assert Tail().read() == b""
 
 
 @pytest.mark.parametrize("api", ["chat", "responses", "completions"])
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_real_answers_report_their_usage(api, streamed):
-    """Of every endpoint, whole and streamed, the governed client counts what the server did."""
+    """For every endpoint, streamed or not, the drop-in client counts the same tokens as the server."""
     with SimulatedServer() as server:
         async with AsyncOpenAI(api_key="sk-test", base_url=server.base_url) as client:
             calls = {
@@ -347,8 +347,8 @@ async def test_real_answers_report_their_usage(api, streamed):
     assert stats.completion_tokens > 0
 
 
-async def test_a_non_streamed_answer_that_is_no_json_passes():
-    """The SDK judges it, not the limiter."""
+async def test_an_answer_that_is_not_json_is_passed_on():
+    """The SDK deals with it, not the limiter."""
     with SimulatedServer(script=["garbage"]) as server:
         async with (
             AsyncOpenAI(api_key="sk-test", base_url=server.base_url, max_retries=0) as client,
