@@ -13,7 +13,7 @@ from openai_eval_client._report.progress import (
     report,
     write_above,
 )
-from openai_eval_client._report.rows import to_pandas
+from openai_eval_client._report.rows import outcomes_of, row_of, to_pandas
 
 __all__ = [
     "Display",
@@ -25,7 +25,9 @@ __all__ = [
     "clock",
     "html",
     "meaning",
+    "outcomes_of",
     "report",
+    "row_of",
     "to_pandas",
     "write_above",
     "write_report",

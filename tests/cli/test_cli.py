@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from openai_eval_client._cli.demo import human_eval_prompts
+from openai_eval_client._cli.app import human_eval_prompts
 from openai_eval_client.testing import SimulatedServer
 
 COMMAND = [sys.executable, "-m", "openai_eval_client"]

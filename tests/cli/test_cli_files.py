@@ -122,7 +122,7 @@ async def test_a_pipe_is_not_read_far_ahead():
 def test_a_row_reads_back_as_it_was(data):
     """All that it carried is there, and its fingerprint tells it from what it is not."""
     for outcome in (RESPONSE, ValueError("x\ud800")):
-        line = line_of(Row(3, 4, data, "p"), outcome)
+        line = line_of({**carried(data), "index": 3}, outcome)
         assert line.endswith(b"\n")
         assert line.count(b"\n") == 1
         row = json.loads(line)
@@ -137,7 +137,7 @@ def test_a_row_reads_back_as_it_was(data):
 def test_a_torn_last_line_is_taken_off(tmp_path_factory, cut):
     """Wherever a crash has cut it: what was whole stays, and what follows is whole."""
     path = tmp_path_factory.mktemp("torn") / "out"
-    lines = [line_of(Row(n, n, {"prompt": "é"}, "é"), RESPONSE if n else ValueError("v")) for n in range(3)]
+    lines = [line_of({"prompt": "é", "index": n}, RESPONSE if n else ValueError("v")) for n in range(3)]
     whole = b"".join(lines)
     path.write_bytes(whole[: max(len(whole) - cut, 0)])
     output = Output(str(path))
@@ -153,11 +153,11 @@ def test_failed_rows_are_dropped(tmp_path):
     """And what is written then is in the file of that name."""
     output = Output(str(tmp_path / "out"))
     for index, outcome in enumerate([ValueError("v"), RESPONSE]):
-        output.write(line_of(Row(index, 1, {"prompt": "a"}, "a"), outcome))
+        output.write(line_of({"prompt": "a", "index": index}, outcome))
     assert set(output.done(without_errors=False)) == {0, 1}
     assert output.failed == 1
     assert set(output.done(without_errors=True)) == {1}
-    output.write(line_of(Row(0, 1, {"prompt": "a"}, "a"), RESPONSE))
+    output.write(line_of({"prompt": "a", "index": 0}, RESPONSE))
     output.close()
     assert [json.loads(line)["index"] for line in (tmp_path / "out").read_text().split("\n")[:-1]] == [1, 0]
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]

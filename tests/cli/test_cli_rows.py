@@ -12,18 +12,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import BatchError, BatchRequest, ModelResponse, TokenUsage, ValidationError
-from openai_eval_client._cli.rows import by_lines, read_requests, row_of
+from openai_eval_client._cli.batch import by_lines, read_requests
+from openai_eval_client._cli.rows import Source, line_of
 from openai_eval_client._runtime.files import replacing
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-def read(*lines, **defaults):
-    return read_requests(lines, defaults)
+@pytest.fixture(scope="module")
+def read(tmp_path_factory):
+    """Reads requests from lines."""
+    path = tmp_path_factory.mktemp("requests") / "in.jsonl"
+
+    def from_lines(*lines, **defaults):
+        path.write_bytes(b"".join(lines))
+        return read_requests(Source(str(path), form="jsonl"), defaults)
+
+    return from_lines
 
 
 @given(st.lists(TEXTS, min_size=1), st.booleans())
-def test_a_text_a_line(texts, raw):
+def test_a_text_a_line(read, texts, raw):
     """Every text comes out as it went in, whatever line breaks of Unicode it holds."""
     lines = [json.dumps(text, ensure_ascii=not raw).encode() + b"\n" for text in texts]
     requests, numbers = read(*lines)
@@ -32,9 +41,9 @@ def test_a_text_a_line(texts, raw):
 
 
 @given(st.lists(st.sampled_from([b"\n", b"  \r\n", b'"a"\r\n']), max_size=20))
-def test_lines_keep_their_numbers(lines):
+def test_lines_keep_their_numbers(read, lines):
     """Blank ones hold no request, but count."""
-    assert read(b'\xef\xbb\xbf"first"', *lines)[1] == [
+    assert read(b'\xef\xbb\xbf"first"\n', *lines)[1] == [
         1,
         *(number for number, line in enumerate(lines, start=2) if line.strip()),
     ]
@@ -59,20 +68,20 @@ def test_lines_keep_their_numbers(lines):
     ],
     ids=lambda value: value[:20],
 )
-def test_what_no_request_is_made_of(line, said):
+def test_what_no_request_is_made_of(read, line, said):
     """The line is named, and the key with its value."""
     with pytest.raises(ValidationError) as caught:
-        read(b'"a"', line)
-    assert str(caught.value).startswith(said)
+        read(b'"a"\n', line)
+    assert "in.jsonl, " + said in str(caught.value)
 
 
-def test_nothing_to_ask():
+def test_nothing_to_ask(read):
     """An input of blank lines holds no request."""
     with pytest.raises(ValidationError, match="empty"):
         read(b"\n", b"")
 
 
-def test_defaults_fill_what_a_line_leaves_out():
+def test_defaults_fill_what_a_line_leaves_out(read):
     """A parameter under its other name, or a system message of its own, is not left out; null is."""
     lines = [
         {"prompt": "a", "max_tokens": None},
@@ -80,7 +89,7 @@ def test_defaults_fill_what_a_line_leaves_out():
         {"prompt": [{"role": "system", "content": "s"}]},
         {"prompt": "a", "instructions": "i"},
     ]
-    requests, _ = read(*(json.dumps(line).encode() for line in lines), max_tokens=5, system="be brief")
+    requests, _ = read(*(json.dumps(line).encode() + b"\n" for line in lines), max_tokens=5, system="be brief")
     assert [request.max_tokens for request in requests] == [5, None, 5, 5]
     assert [(request.model_extra or {}).get("system") for request in requests] == [
         "be brief", "be brief", None, None,
@@ -90,15 +99,15 @@ def test_defaults_fill_what_a_line_leaves_out():
 @pytest.mark.parametrize(
     ("message", "index", "expected"),
     [
-        ("requests[1]: n=0: must be", 1, "line 4: n=0: must be"),
-        ("requests[1].custom_id='x': as that of requests[0]", 1, "line 4: custom_id='x': as that of line 2"),
+        ("requests[1]: n=0: must be", 1, "in, line 4: n=0: must be"),
+        ("requests[1].custom_id='x': as that of requests[0]", 1, "in, line 4: custom_id='x': as that of line 2"),
         ("completion_window='x': must be", None, "completion_window='x': must be"),
-        ("requests[0]: prompt='requests[7]': must be", 0, "line 2: prompt='requests[7]': must be"),
+        ("requests[0]: prompt='requests[7]': must be", 0, "in, line 2: prompt='requests[7]': must be"),
     ],
 )
 def test_indexes_become_lines(message, index, expected):
     """A user of the command line sees lines, not lists."""
-    assert by_lines(ValidationError(message, index=index), [2, 4]) == expected
+    assert by_lines(ValidationError(message, index=index), "in", [2, 4]) == expected
 
 
 def test_a_row_of_each_kind():
@@ -113,16 +122,16 @@ def test_a_row_of_each_kind():
         temperature=1,
         finish_reason="",
     )
-    line = row_of(3, response)
+    line = line_of({"index": 3}, response, only_ascii=True)
     assert line.endswith(b"\n")
     assert line.count(b"\n") == 1
     row = json.loads(line)
     assert row["index"] == 3
     assert ModelResponse.model_validate(row["response"]) == response
     expected = {"type": "BatchError", "message": "m\n", "code": "c"}
-    assert json.loads(row_of(0, BatchError("m\n", code="c"))) == {"index": 0, "error": expected}
+    assert json.loads(line_of({"index": 0}, BatchError("m\n", code="c"))) == {"index": 0, "error": expected}
     expected = {"type": "ValueError", "message": "v", "code": None}
-    assert json.loads(row_of(0, ValueError("v"))) == {"index": 0, "error": expected}
+    assert json.loads(line_of({"index": 0}, ValueError("v"))) == {"index": 0, "error": expected}
 
 
 # --- the output -------------------------------------------------------------------------------------------

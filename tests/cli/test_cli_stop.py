@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from openai_eval_client._cli import work as _cli_stop
+from openai_eval_client._cli import exits
 from openai_eval_client.testing import SimulatedServer
 
 ROOT = Path(__file__).parents[2]
@@ -164,7 +164,7 @@ def interrupting(is_time):
 
 def test_what_takes_too_long_is_not_waited_for(cli, folder, monkeypatch):
     """After the time it is given, the run ends as if it had finished."""
-    monkeypatch.setattr(_cli_stop, "GRACE", 0.05)
+    monkeypatch.setattr(exits, "GRACE", 0.05)
     before = signal.getsignal(signal.SIGINT)
     with (
         SimulatedServer(api_key=KEY, latency=30, latency_sigma=0) as server,
@@ -259,7 +259,7 @@ def test_a_signal_ends_the_work_whatever_task_it_meets(number):
         await asyncio.sleep(30)
 
     with pytest.raises(KeyboardInterrupt):
-        _cli_stop.complete(work())
+        exits.complete(work())
     assert tasks[0].cancelled()
     assert signal.getsignal(number) is before
 
@@ -271,7 +271,7 @@ def test_a_cancellation_of_its_own_is_not_taken_for_a_signal():
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        _cli_stop.complete(work())
+        exits.complete(work())
 
 
 def test_the_second_signal_ends_even_the_clearing_up():
@@ -291,7 +291,7 @@ def test_the_second_signal_ends_even_the_clearing_up():
                 steps.append("interrupted")
 
     with pytest.raises(KeyboardInterrupt):
-        _cli_stop.complete(work())
+        exits.complete(work())
     assert steps == ["cancelled", "interrupted"]
 
 
@@ -305,7 +305,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert _cli_stop.complete(work()) == "done"
+        assert exits.complete(work()) == "done"
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
