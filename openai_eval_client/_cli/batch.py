@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 import sys
-from pathlib import Path  # noqa: TC003  # typer reads the annotations
 from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import openai
@@ -36,7 +35,6 @@ from openai_eval_client._report import outcomes_of
 from openai_eval_client._runtime import replacing
 from openai_eval_client._validation import check_number, shown
 from openai_eval_client._wire import is_transient
-from openai_eval_client.config import BatchConfig
 from openai_eval_client.errors import PartialFailureError, ValidationError
 from openai_eval_client.models import BatchRequest
 
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
 
 batch_app = typer.Typer(no_args_is_help=True)
 
-_DEFAULTS = BatchConfig()
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
 
@@ -95,47 +92,25 @@ def submit(
         ),
     ],
     *,
-    model: Annotated[
-        str | None, typer.Option(help=f"The model for lines that name none. (default: {opt.DEFAULT_MODEL})")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="The temperature for lines that give none. (default: the API's)"),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            metavar="N",
-            help="Output tokens of one answer at most, for lines that give no number. (default: the API's)",
-        ),
-    ] = None,
-    system: Annotated[
-        str | None,
-        typer.Option(metavar="TEXT", help="The system prompt for lines that have none. (default: none)"),
-    ] = None,
+    model: opt.Model = None,
+    temperature: opt.Temperature = None,
+    max_tokens: opt.MaxTokens = None,
+    system: opt.System = None,
     api: opt.ApiOption = opt.Api.chat,
-    window: Annotated[
-        str, typer.Option(help="The time that the provider may take, such as 24h or 7d.")
-    ] = _DEFAULTS.completion_window,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Note the batches in this file: the same requests, submitted again, go on with them. "
-            "(default: no cache)",
-        ),
-    ] = None,
+    window: opt.Window = opt.DEFAULT_WINDOW,
+    cache: opt.Cache = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="A note that the provider keeps with the job; may be repeated up to 14 times. "
-            "(default: none)",
+            help="A note that the provider keeps with the job; up to 14 of them. (default: none)",
         ),
     ] = None,
 ) -> None:
-    """Submit requests as a job and print its id, which is all that the other commands need."""
+    """Submit requests as a job and print its id, which is all that the other commands need.
+
+    A line's own model, temperature, max_tokens or system prompt wins over the option.
+    """
     given = {"temperature": temperature, "max_tokens": max_tokens, "system": system}
     defaults = {name: value for name, value in given.items() if value is not None}
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
@@ -211,12 +186,8 @@ def status(
     ctx: typer.Context,
     job: Job,
     *,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="Look again until the job has ended. (default: look once)")
-    ] = False,
-    interval: Annotated[
-        float, typer.Option(metavar="SECONDS", help="With --wait: how often to look.")
-    ] = _DEFAULTS.polling_interval,
+    wait: Annotated[bool, typer.Option("--wait", help="Look every --interval until it has ended.")] = False,
+    interval: opt.Interval = opt.DEFAULT_INTERVAL,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show how far a job is.
@@ -262,15 +233,7 @@ def _exit_code(found: BatchJobStatus) -> int:
 
 
 @batch_app.command()
-def results(
-    ctx: typer.Context,
-    job: Job,
-    *,
-    output: Annotated[
-        str,
-        typer.Option("--output", "-o", metavar="FILE", help="The file for the rows; - is standard output."),
-    ] = "-",
-) -> None:
+def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> None:
     """Write a job's results as JSON lines, one for each request, in the order of the input.
 
     A line has the index, counted from 0, and the response or the error. A file
@@ -322,7 +285,7 @@ def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None
 def list_jobs(
     ctx: typer.Context,
     *,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Show the N newest jobs at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="How many at most.")] = 20,
     as_json: opt.AsJson = False,
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""

@@ -25,7 +25,6 @@ from openai_eval_client.errors import BatchError, BudgetExceededError, QuotaErro
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterator
-    from types import TracebackType
 
     from typing_extensions import Self
 
@@ -188,9 +187,7 @@ class Interrupts:
             self._before = {number: signal.signal(number, self._on_signal) for number in handled}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._restore()

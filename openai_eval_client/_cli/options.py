@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from openai_eval_client.config import OpenAIConfig, RateLimitConfig
+from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-_LIMITS = RateLimitConfig()
+_LIMITS, _BATCH = RateLimitConfig(), BatchConfig()
 DEFAULT_RPM, DEFAULT_TPM = _LIMITS.requests_per_minute or 0, _LIMITS.tokens_per_minute or 0
 DEFAULT_CONCURRENT = _LIMITS.max_concurrent
+DEFAULT_WINDOW, DEFAULT_INTERVAL = _BATCH.completion_window, _BATCH.polling_interval
 DEFAULT_MODEL = OpenAIConfig.model_fields["default_model"].default
 
 
@@ -48,34 +49,26 @@ Input = Annotated[
 ]
 PromptColumn = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="The key or column that holds the prompt. (default: prompt or messages)"
-    ),
+    typer.Option(metavar="NAME", help="The key or column of the prompt. (default: prompt or messages)"),
 ]
 FormOption = Annotated[
-    Form | None,
-    typer.Option("--format", help="The input's format. (default: by the file's ending, else jsonl)"),
+    Form | None, typer.Option("--format", help="The input's format. (default: by its ending, else jsonl)")
 ]
-Limit = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Take the first N rows only. (default: all rows)")
-]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows. (default: all)")]
 Model = Annotated[str | None, typer.Option(help=f"The model to ask. (default: {DEFAULT_MODEL})")]
 System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="A system prompt for every row. (default: none)")
+    str | None, typer.Option(metavar="TEXT", help="A system prompt for all rows. (default: none)")
 ]
 Schema = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE",
-        help="A file with the JSON schema that answers must fit: structured outputs. (default: none)",
+        metavar="FILE", help="The JSON schema that answers must fit: structured outputs. (default: none)"
     ),
 ]
-Temperature = Annotated[
-    float | None, typer.Option(min=0, help="The sampling temperature. (default: the API's)")
-]
+Temperature = Annotated[float | None, typer.Option(min=0, help="Sampling temperature. (default: the API's)")]
 MaxTokens = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Output tokens of one answer at most. (default: the API's)"),
+    typer.Option(min=1, metavar="N", help="Output tokens of an answer at most. (default: the API's)"),
 ]
 ApiOption = Annotated[Api, typer.Option("--api", help="Chat completions, or the Responses API.")]
 Params = Annotated[
@@ -83,8 +76,7 @@ Params = Annotated[
     typer.Option(
         "--param",
         metavar="KEY=JSON",
-        help="Any other parameter of the API, such as seed=7 or stop='[\"END\"]'; may be repeated. "
-        "(default: none)",
+        help="Any other parameter of the API, such as seed=7; may be repeated. (default: none)",
     ),
 ]
 Rpm = Annotated[
@@ -96,18 +88,23 @@ Tpm = Annotated[
 MaxConcurrent = Annotated[int, typer.Option(min=1, metavar="N", help="Requests in flight at most.")]
 BaseUrl = Annotated[
     str | None,
-    typer.Option(
-        metavar="URL", help="The API's address, up to /v1. (default: OPENAI_BASE_URL, else that of OpenAI)"
-    ),
+    typer.Option(metavar="URL", help="The API's address, up to /v1. (default: OPENAI_BASE_URL, or OpenAI's)"),
 ]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
-        "--api-key-file",
-        metavar="FILE",
-        help="A file that holds the API key. (default: the key is in OPENAI_API_KEY)",
+        "--api-key-file", metavar="FILE", help="A file with the API key. (default: the key in OPENAI_API_KEY)"
     ),
 ]
+OutputFile = Annotated[
+    str, typer.Option("--output", "-o", metavar="FILE", help="The rows' file; - is standard output.")
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Keep answers and batches here, and use those in it. (default: none)"),
+]
+Window = Annotated[str, typer.Option(metavar="TIME", help="The time limit of a batch, such as 24h or 7d.")]
+Interval = Annotated[float, typer.Option(metavar="SECONDS", help="Time between two looks at a batch.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

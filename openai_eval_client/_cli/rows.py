@@ -85,10 +85,13 @@ class Source:
 
     def _texts(self, file: IO[bytes]) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
+            yield self._decoded(line, number)
+
+    def _decoded(self, line: bytes, number: int) -> str:
+        try:
+            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
 
     def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, text in enumerate(self._texts(file), start=1):
@@ -261,47 +264,38 @@ class Output:
 
     def done(self, *, without_errors: bool, only_look: bool = False) -> dict[int, bytes]:
         """Return the fingerprint of each row there is, by its index; remove a line that a crash tore."""
-        if not only_look:
-            self._mend()
-        rows = {}
+        rows: dict[int, bytes] = {}
         self.failed = 0
         self.models.clear()
-        for number, _, row in self._rows():
+        end, line = 0, b"\n"
+        for number, line, row in self._rows():
+            end += len(line)
             if row["index"] in rows:
                 self._reject(number, f"index {row['index']} is there twice")
-            if "error" in row:
-                self.failed += 1
-                if without_errors:
-                    continue
-            self.models.update(_model_of(row))
-            rows[row["index"]] = fingerprint(row)
-        if without_errors and self.failed and not only_look:
-            self._drop_errors()
-            self.failed = 0
+            self.failed += "error" in row
+            if "response" in row or not without_errors:
+                self.models.update(_model_of(row))
+                rows[row["index"]] = fingerprint(row)
+        if not only_look:
+            os.ftruncate(self._file, end)  # what follows was not written whole
+            if not line.endswith(b"\n"):
+                self.write(b"\n")
+            if without_errors and self.failed:
+                self._drop_errors()
         return rows
 
     def _rows(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+        """Yield the number of each line, the line and its row, but for a last line that is no row."""
         with open(self._file, "rb", closefd=False) as file:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 row = _parsed(line)
-                if not line.endswith(b"\n") and row is None:
-                    return  # torn
+                if row is None and not line.endswith(b"\n"):
+                    return
                 index = None if row is None else row.get("index")
                 if row is None or not isinstance(index, int) or ("response" in row) == ("error" in row):
                     self._reject(number, "not a row that this command has written")
                 yield number, line, row
-
-    def _mend(self) -> None:
-        """Remove a last line that was not written whole."""
-        with open(self._file, "rb", closefd=False) as file:
-            start = _start_of_last_line(file, os.fstat(self._file).st_size)
-            file.seek(start)
-            last = file.read()
-        if last and _parsed(last) is not None:
-            os.write(self._file, b"\n")
-        elif last:
-            os.ftruncate(self._file, start)
 
     def _drop_errors(self) -> None:
         """Replace the file by a copy without the rows that failed."""
@@ -312,6 +306,7 @@ class Output:
         os.close(self._file)
         self._file = os.open(str(self.path), os.O_RDWR | os.O_APPEND)
         self._lock()
+        self.failed = 0
 
     def _lock(self) -> None:
         """Keep other runs from the file, on systems that can."""
@@ -333,19 +328,6 @@ def _model_of(row: Mapping[str, Any]) -> list[str]:
     response = row.get("response")
     model = response.get("model") if isinstance(response, dict) else None
     return [model] if isinstance(model, str) else []
-
-
-def _start_of_last_line(file: IO[bytes], size: int) -> int:
-    """Return the position after the last line break."""
-    step, at = 65_536, size
-    while at > 0:
-        start = max(0, at - step)
-        file.seek(start)
-        found = file.read(at - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        at = start
-    return 0
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:

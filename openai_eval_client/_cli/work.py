@@ -11,7 +11,6 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +34,7 @@ from openai_eval_client._cli.rows import carried, fingerprint, line_of, read_in_
 from openai_eval_client._format import count, duration
 from openai_eval_client._wire import is_fatal
 from openai_eval_client.client import OpenAIClient
+from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from openai_eval_client._cli.exits import Kind
     from openai_eval_client._cli.rows import Output, Row, Source
     from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
-    from openai_eval_client.models import ClientStats, CostEstimate, ModelResponse
+    from openai_eval_client.models import ModelResponse
 
 T = TypeVar("T")
 
@@ -58,10 +58,16 @@ class FileRun:
     limits: RateLimitConfig
     params: dict[str, Any]  # what the client is asked with every row
     output: str = "-"  # the file of the rows, or "-" for standard output
+    resume: bool = False  # whether to go on with it
+    retry_failed: bool = False  # whether to ask again for its rows that failed
+    overwrite: bool = False  # whether to empty it first
     cache: Path | None = None
-    batch: BatchConfig | None = None  # None: online
+    by_batch: bool = False  # whether to use the Batch API, and how
+    batch: BatchConfig | None = None
     report: Path | None = None  # the page about the run
     progress: bool = False  # whether to show it
+    quiet: bool = False  # whether to say errors only
+    as_json: bool = False  # whether to sum up as JSON
     done: dict[int, bytes] = field(default_factory=dict)  # rows in the output: index and fingerprint
     total: int = 0  # rows to answer; not known for a stream
 
@@ -79,10 +85,6 @@ class FileRun:
         """Return what `take` makes of each row, in the form that the client needs."""
         taken = map(take, self.rows())
         return read_in_thread(taken) if self.source.is_stream else _Sized(taken, self.total)
-
-    def client(self) -> OpenAIClient:
-        """Return a client for it."""
-        return OpenAIClient(self.config, rate_limit=self.limits, batch=self.batch, cache=self.cache)
 
 
 class _Sized:
@@ -107,7 +109,7 @@ class Result:
     kinds: Counter[Kind] = field(default_factory=Counter)  # of those errors
     cached: int = 0  # answers from the cache
     seconds: float = 0.0  # wall time
-    stats: ClientStats | None = None
+    stats: ClientStats = field(default_factory=ClientStats)
     error: Exception | None = None  # what ended the run early
     interrupted: bool = False  # whether a signal did
     jobs: str | None = None  # batches that go on
@@ -137,9 +139,10 @@ async def answer(run: FileRun, output: Output) -> Result:
     """Answer the rows, write their outcomes, and then the report, however the run ended."""
     result, began = Result(), time.monotonic()
     last_words = "" if run.output == "-" else f"to go on: {resume_command()}"
-    work = _answer_online if run.batch is None else _answer_by_batch
-    async with run.client() as client:
-        with Interrupts(at_once=run.batch is not None, last_words=last_words) as signals:
+    work = _answer_by_batch if run.by_batch else _answer_online
+    client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
+    async with client:
+        with Interrupts(at_once=run.by_batch, last_words=last_words) as signals:
             try:
                 await work(run, client, output, result, signals.event)
             except asyncio.CancelledError:
@@ -218,21 +221,14 @@ def _line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
     return line_of({**carried(row.data), "index": row.index}, outcome)
 
 
-async def estimate(run: FileRun) -> CostEstimate:
-    """Estimate what the rows would need; nothing is sent."""
-    params = {name: value for name, value in run.params.items() if name != "max_cost"}
-    async with run.client() as client:
-        return await client.estimate(run.each(attrgetter("prompt")), **params)
-
-
 # --- what is said in the end ------------------------------------------------------------------------------
 
 
-def sum_up(run: FileRun, result: Result, code: int, *, quiet: bool, as_json: bool) -> None:
+def sum_up(run: FileRun, result: Result, code: int) -> None:
     """Say what a run came to, and how to go on."""
     reader_left = isinstance(result.error, BrokenPipeError)
-    quiet = quiet or reader_left or (code == BAD_INPUT and not result.answered + result.failed)
-    if as_json:
+    quiet = run.quiet or reader_left or (code == BAD_INPUT and not result.answered + result.failed)
+    if run.as_json:
         print_to = sys.stderr if run.output == "-" else sys.stdout
         typer.echo(json.dumps(_summary(run, result, code)), file=print_to)
     elif not quiet:
@@ -253,9 +249,7 @@ def sum_up(run: FileRun, result: Result, code: int, *, quiet: bool, as_json: boo
 
 
 def _summary(run: FileRun, result: Result, code: int) -> dict[str, Any]:
-    stats = result.stats
-    if stats is None:
-        return {}
+    stats = ("unpriced", "prompt_tokens", "completion_tokens", "rate_limited", "retries")
     return {
         "exit_code": code,
         "input": run.source.name,
@@ -265,12 +259,8 @@ def _summary(run: FileRun, result: Result, code: int) -> dict[str, Any]:
         "failed": result.failed,
         "skipped": len(run.done),
         "cached": result.cached,
-        "cost": float(stats.cost),
-        "unpriced": stats.unpriced,
-        "prompt_tokens": stats.prompt_tokens,
-        "completion_tokens": stats.completion_tokens,
-        "rate_limited": stats.rate_limited,
-        "retries": stats.retries,
+        "cost": float(result.stats.cost),
+        **{name: getattr(result.stats, name) for name in stats},
         "seconds": round(result.seconds, 3),
         "interrupted": result.interrupted,
         "error": None if result.error is None else str(result.error),
@@ -284,9 +274,8 @@ def _counts(run: FileRun, result: Result) -> str:
     parts += [f"{count(result.failed)} failed"] if result.failed else []
     parts += [f"{count(len(run.done))} there before"] if run.done else []
     parts += [f"{count(result.cached)} from the cache"] if result.cached else []
-    if stats is not None:
-        parts.append(cost_text(stats.cost, stats.unpriced))
-        parts += [f"{count(stats.rate_limited)} x 429"] if stats.rate_limited else []
+    parts.append(cost_text(stats.cost, stats.unpriced))
+    parts += [f"{count(stats.rate_limited)} x 429"] if stats.rate_limited else []
     return ", ".join([*parts, duration(result.seconds)])
 
 
