@@ -16,19 +16,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from openai_eval_client._cli import exits
 from openai_eval_client._cli import options as opt
-from openai_eval_client._cli.exits import (
-    BAD_INPUT,
-    REFUSED,
-    SOME_FAILED,
-    cost_text,
-    exit_codes,
-    fail,
-    is_refusal,
-    say,
-    show_log,
-    with_client,
-)
+from openai_eval_client._cli.exits import exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Source, line_of
 from openai_eval_client._format import count, duration
 from openai_eval_client._report import outcomes_of
@@ -46,7 +36,6 @@ if TYPE_CHECKING:
     from openai_eval_client.models import BatchJobStatus
 
 batch_app = typer.Typer(no_args_is_help=True)
-
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
 
@@ -130,7 +119,7 @@ def submit(
                 cache=cache,
             )
         except ValidationError as error:
-            fail(BAD_INPUT, by_lines(error, lines.name, numbers))
+            exits.fail(exits.BAD_INPUT, by_lines(error, lines.name, numbers))
         sent = count(job.request_count)
         say(f"requests submitted: {sent}, to {config.base_url}, to be answered within {window}")
         typer.echo(job.job_id)
@@ -228,8 +217,8 @@ async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJob
 
 def _exit_code(found: BatchJobStatus) -> int:
     if found.status == "failed" and not found.completed_count:
-        return REFUSED
-    return 0 if found.completed_count == found.request_count else SOME_FAILED
+        return exits.REFUSED
+    return 0 if found.completed_count == found.request_count else exits.SOME_FAILED
 
 
 @batch_app.command()
@@ -248,8 +237,8 @@ def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> No
             file.write(line_of({"index": index, **named}, outcome, only_ascii=True))
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if failures:
-        refused = len(failures) == len(outcomes) and all(map(is_refusal, failures))
-        sys.exit(REFUSED if refused else SOME_FAILED)
+        refused = len(failures) == len(outcomes) and all(map(exits.is_refusal, failures))
+        sys.exit(exits.REFUSED if refused else exits.SOME_FAILED)
 
 
 async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
@@ -259,7 +248,7 @@ async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
         say(str(error), style="red")
         return outcomes_of(error)
     costs = [response.usage.estimated_cost for response in responses]
-    cost = cost_text(sum(amount or 0 for amount in costs), costs.count(None))
+    cost = exits.cost_text(sum(amount or 0 for amount in costs), costs.count(None))
     say(f"requests answered: {count(len(responses))}, {cost}")
     return responses
 
@@ -285,7 +274,7 @@ def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None
 def list_jobs(
     ctx: typer.Context,
     *,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="How many at most.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Show N jobs at most.")] = 20,
     as_json: opt.AsJson = False,
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""

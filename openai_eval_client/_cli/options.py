@@ -52,7 +52,8 @@ PromptColumn = Annotated[
     typer.Option(metavar="NAME", help="The key or column of the prompt. (default: prompt or messages)"),
 ]
 FormOption = Annotated[
-    Form | None, typer.Option("--format", help="The input's format. (default: by its ending, else jsonl)")
+    Form | None,
+    typer.Option("--format", help="The input's format. (default: as the file's name ends, else jsonl)"),
 ]
 Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows. (default: all)")]
 Model = Annotated[str | None, typer.Option(help=f"The model to ask. (default: {DEFAULT_MODEL})")]
@@ -97,7 +98,7 @@ KeyFile = Annotated[
     ),
 ]
 OutputFile = Annotated[
-    str, typer.Option("--output", "-o", metavar="FILE", help="The rows' file; - is standard output.")
+    str, typer.Option("--output", "-o", metavar="FILE", help="Where to write rows; - is standard output.")
 ]
 Cache = Annotated[
     Path | None,

@@ -17,19 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import openai
 import typer
 
-from openai_eval_client._cli.exits import (
-    BAD_INPUT,
-    INTERRUPTED,
-    SOME_FAILED,
-    Interrupts,
-    cost_text,
-    exit_code_of,
-    explain,
-    kind_of,
-    message_of,
-    say,
-    what_to_check,
-)
+from openai_eval_client._cli import exits
+from openai_eval_client._cli.exits import cost_text, say
 from openai_eval_client._cli.rows import carried, fingerprint, line_of, read_in_thread
 from openai_eval_client._format import count, duration
 from openai_eval_client._wire import is_fatal
@@ -39,7 +28,6 @@ from openai_eval_client.models import ClientStats
 if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Callable, Iterable, Iterator
 
-    from openai_eval_client._cli.exits import Kind
     from openai_eval_client._cli.rows import Output, Row, Source
     from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
     from openai_eval_client.models import ModelResponse
@@ -62,8 +50,8 @@ class FileRun:
     retry_failed: bool = False  # whether to ask again for its rows that failed
     overwrite: bool = False  # whether to empty it first
     cache: Path | None = None
-    by_batch: bool = False  # whether to use the Batch API, and how
-    batch: BatchConfig | None = None
+    by_batch: bool = False  # whether to use the Batch API
+    batch: BatchConfig | None = None  # how to use it
     report: Path | None = None  # the page about the run
     progress: bool = False  # whether to show it
     quiet: bool = False  # whether to say errors only
@@ -106,7 +94,7 @@ class Result:
 
     answered: int = 0  # rows with a response
     failed: int = 0  # rows with an error
-    kinds: Counter[Kind] = field(default_factory=Counter)  # of those errors
+    kinds: Counter[exits.Kind] = field(default_factory=Counter)  # of those errors
     cached: int = 0  # answers from the cache
     seconds: float = 0.0  # wall time
     stats: ClientStats = field(default_factory=ClientStats)
@@ -119,7 +107,7 @@ class Result:
         """Count the outcome of a row."""
         if isinstance(outcome, Exception):
             self.failed += 1
-            self.kinds[kind_of(outcome)] += 1
+            self.kinds[exits.kind_of(outcome)] += 1
         else:
             self.answered += 1
             self.cached += outcome.cached
@@ -127,24 +115,24 @@ class Result:
     def exit_code(self, failed_before: int) -> int:
         """Return the exit code, given the rows of the output that had failed before."""
         if self.interrupted:
-            return INTERRUPTED
+            return exits.INTERRUPTED
         if self.error is not None:
-            return exit_code_of(self.error)
+            return exits.exit_code_of(self.error)
         if self.failed or failed_before:
-            return SOME_FAILED
-        return BAD_INPUT if self.report_error else 0
+            return exits.SOME_FAILED
+        return exits.BAD_INPUT if self.report_error else 0
 
 
 async def answer(run: FileRun, output: Output) -> Result:
     """Answer the rows, write their outcomes, and then the report, however the run ended."""
     result, began = Result(), time.monotonic()
     last_words = "" if run.output == "-" else f"to go on: {resume_command()}"
-    work = _answer_by_batch if run.by_batch else _answer_online
+    answer_all = _answer_by_batch if run.by_batch else _answer_online
     client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
     async with client:
-        with Interrupts(at_once=run.by_batch, last_words=last_words) as signals:
+        with exits.Interrupts(at_once=run.by_batch, last_words=last_words) as signals:
             try:
-                await work(run, client, output, result, signals.event)
+                await answer_all(run, client, output, result, signals.event)
             except asyncio.CancelledError:
                 if not signals.event.is_set():
                     raise
@@ -189,13 +177,9 @@ async def _answer_online(
 
 
 async def _answer_by_batch(
-    run: FileRun,
-    client: OpenAIClient,
-    output: Output,
-    result: Result,
-    _stop: asyncio.Event,  # a signal cancels the task
+    run: FileRun, client: OpenAIClient, output: Output, result: Result, _: asyncio.Event
 ) -> None:
-    """Write the outcomes in the end, in order."""
+    """Write the outcomes in the end, in order; a signal cancels the task."""
     rows = [row async for row in read_in_thread(run.rows())]
     outcomes: list[Any] = []
     try:
@@ -227,20 +211,20 @@ def _line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
 def sum_up(run: FileRun, result: Result, code: int) -> None:
     """Say what a run came to, and how to go on."""
     reader_left = isinstance(result.error, BrokenPipeError)
-    quiet = run.quiet or reader_left or (code == BAD_INPUT and not result.answered + result.failed)
+    quiet = run.quiet or reader_left or (code == exits.BAD_INPUT and not result.answered + result.failed)
     if run.as_json:
         print_to = sys.stderr if run.output == "-" else sys.stdout
         typer.echo(json.dumps(_summary(run, result, code)), file=print_to)
     elif not quiet:
         say(_counts(run, result))
         for kind, times in result.kinds.most_common(_REASONS):
-            say(f"  {count(times)} x {explain(kind)}")
+            say(f"  {count(times)} x {exits.explain(kind)}")
     if result.report_error is not None:
         say(f"no report: {run.report}: {result.report_error.strerror}", style="red")
     elif run.report is not None and not quiet:
         say(f"report: {run.report}")
     if isinstance(result.error, openai.OpenAIError):
-        say(message_of(result.error), style="red")
+        say(exits.message_of(result.error), style="red")
     hint = _hint(run, result, code)
     if hint and not quiet:
         say(hint)
@@ -285,11 +269,11 @@ def _hint(run: FileRun, result: Result, code: int) -> str:
         results = f"their results: openai-eval-client batch results {result.jobs}"
         waiting = f"to wait for them: {resume_command()}"
         return f"the batches go on; {results if run.cache is None else waiting}"
-    if code == SOME_FAILED and run.output != "-":
+    if code == exits.SOME_FAILED and run.output != "-":
         return f"to ask again for what failed: {resume_command()} --retry-failed"
-    if code == 0 or (code == BAD_INPUT and not result.answered):
+    if code == 0 or (code == exits.BAD_INPUT and not result.answered):
         return ""
-    check = what_to_check(result.error, answered=bool(result.answered))
+    check = exits.what_to_check(result.error, answered=bool(result.answered))
     if check:
         resumable = run.output != "-" and (result.answered or run.done)
         return f"{check}; then: {resume_command()}" if resumable else check
