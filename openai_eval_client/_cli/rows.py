@@ -195,7 +195,7 @@ def carried(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(row: Mapping[str, Any]) -> bytes:
-    """Return what tells an output row's input from another one."""
+    """Return a hash of a row's input, as it stands in the output."""
     text = json.dumps({key: value for key, value in row.items() if key not in _OURS}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 

@@ -1,4 +1,4 @@
-"""The work of `run`: a file of prompts answered, online or by batch, and what is said of it in the end."""
+"""The work of `run`: a file of prompts answered, online or by batch, and summed up."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
     return line_of({**carried(row.data), "index": row.index}, outcome)
 
 
-# --- what is said in the end ------------------------------------------------------------------------------
+# --- the summary ------------------------------------------------------------------------------------------
 
 
 def sum_up(run: FileRun, result: Result, code: int) -> None:
