@@ -40,7 +40,7 @@ FLOORS = [
     {"__main__"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-USES_TESTING = {"_cli.demo"}
+USES_TESTING = {"_cli.app"}
 TYPES_ONLY = {("errors", "models")}  # an error carries the answers that there were before it
 LONGEST = 600  # lines of a module
 
@@ -53,10 +53,10 @@ WRAPPED = {
     "imagesize": {"_tokens.body"},
     "redis": {"_limits.redis"},
     "tqdm": {"_report.progress"},
-    "rich": {"_cli.app", "_cli.batch", "_cli.options"},
+    "rich": {"_cli.app", "_cli.batch", "_cli.exits"},
     "tiktoken": {"_tokens.counter"},
     "pandas": {"_report.rows"},
-    "typer": {"_cli.app", "_cli.batch", "_cli.options", "_cli.run"},
+    "typer": {"_cli.app", "_cli.batch", "_cli.options", "_cli.run", "_cli.work"},
 }
 LATE = {
     "aiohttp",

@@ -1,4 +1,4 @@
-"""Rows in and out: prompts read from files, answers written to them."""
+"""Rows in and out: JSON lines and tables read, outcomes appended as JSON lines."""
 
 from __future__ import annotations
 
@@ -10,122 +10,27 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import stat
 import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path  # typer reads the annotations
-from typing import IO, TYPE_CHECKING, Any, NoReturn
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
-import pydantic
-
+from openai_eval_client._report import row_of
 from openai_eval_client._runtime import replacing
 from openai_eval_client._validation import not_json, shown
 from openai_eval_client._wire import check_prompt
 from openai_eval_client.errors import ValidationError
-from openai_eval_client.models import BatchRequest, ModelResponse
+from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 
+T = TypeVar("T")
 
-_BOM = b"\xef\xbb\xbf"
-_OTHER = re.compile(r"that of requests\[(\d+)\]")
-_OWN = re.compile(r"\Arequests\[\d+\][.:]? ?")
-# The names under which a line may say itself what an option is the default of.
-_NAMES = {
-    "temperature": {"temperature"},
-    "max_tokens": {"max_tokens", "max_completion_tokens", "max_output_tokens"},
-    "system": {"system", "instructions"},
-}
-_SYSTEM_ROLES = frozenset({"system", "developer"})
-
-
-def read_requests(
-    lines: Iterable[bytes],
-    defaults: Mapping[str, Any],
-) -> tuple[list[BatchRequest], list[int]]:
-    """Read one request from each line that is not blank."""
-    requests: list[BatchRequest] = []
-    numbers: list[int] = []
-    for number, line in enumerate(lines, start=1):
-        text = line.removeprefix(_BOM) if number == 1 else line
-        if text.strip():
-            requests.append(_request(_row(text, number), defaults, number))
-            numbers.append(number)
-    if not requests:
-        raise ValidationError("the input is empty: give a request a line", field="requests")
-    return requests, numbers
-
-
-def by_lines(error: ValidationError, numbers: Sequence[int]) -> str:
-    """Return an error's message with the lines of the input in place of the indexes of the requests."""
-    message = str(error)
-    if error.index is None:
-        return message
-    own = f"line {numbers[error.index]}: {_OWN.sub('', message)}"
-    return _OTHER.sub(lambda found: f"that of line {numbers[int(found[1])]}", own)
-
-
-def row_of(index: int, outcome: ModelResponse | Exception) -> bytes:
-    """Return the line of one outcome."""
-    head: dict[str, Any] = {"index": index}
-    name = getattr(outcome, "custom_id", None)
-    if name is not None:
-        head["custom_id"] = name
-    if isinstance(outcome, ModelResponse):
-        start = json.dumps(head, separators=(",", ":"))[:-1]
-        return f'{start},"response":{outcome.model_dump_json()}}}\n'.encode()
-    return json.dumps({**head, "error": error_of(outcome)}, separators=(",", ":")).encode() + b"\n"
-
-
-def error_of(error: Exception) -> dict[str, Any]:
-    """Return how an error stands in a row."""
-    return {
-        "type": type(error).__name__,
-        "message": getattr(error, "message", str(error)),
-        "code": getattr(error, "code", None),
-    }
-
-
-def _row(line: bytes, number: int) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        _refuse(number, f"not UTF-8: {error.reason} at byte {error.start}")
-    except (ValueError, RecursionError) as error:
-        _refuse(number, not_json(line.decode().strip(), error))
-    if isinstance(row, str):
-        return {"prompt": row}
-    if not isinstance(row, dict):
-        _refuse(number, f'{shown(row)}: must be a text, or an object with "prompt" or "messages"')
-    return {key: value for key, value in row.items() if value is not None}
-
-
-def _request(row: dict[str, Any], defaults: Mapping[str, Any], number: int) -> BatchRequest:
-    added = {name: value for name, value in defaults.items() if not _NAMES[name] & row.keys()}
-    if _has_system_message(row):
-        added.pop("system", None)
-    try:
-        return BatchRequest.model_validate({**added, **row}, strict=True)
-    except pydantic.ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        why = problem["msg"].removeprefix("Value error, ")
-        _refuse(number, f"{problem['loc'][0]}={shown(problem['input'])}: {why}" if problem["loc"] else why)
-
-
-def _has_system_message(row: Mapping[str, Any]) -> bool:
-    messages = row.get("messages", row.get("prompt"))
-    return isinstance(messages, list) and any(
-        isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES for message in messages
-    )
-
-
-def _refuse(number: int, why: str) -> NoReturn:
-    raise ValidationError(f"line {number}: {why}", field="requests")
-
+# --- in ---------------------------------------------------------------------------------------------------
 
 _PROMPT_KEYS = ("prompt", "messages")
 _READ_AHEAD = 100  # rows of a pipe
@@ -143,9 +48,11 @@ class Row:
 
 
 class Source:
-    """Where rows come from."""
+    """A file of rows, or standard input."""
 
-    def __init__(self, name: str, *, column: str | None, form: str | None, limit: int | None) -> None:
+    def __init__(
+        self, name: str, *, column: str | None = None, form: str | None = None, limit: int | None = None
+    ) -> None:
         self.name = "standard input" if name == "-" else name
         self.path = None if name == "-" else Path(name).expanduser()
         self._column = column
@@ -157,39 +64,50 @@ class Source:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), name)
         self.is_stream = not stat.S_ISREG(mode)
 
-    def is_file(self, name: str) -> bool:
-        """Return whether another name is that of the same file."""
-        other = Path(name).expanduser()
-        return not self.is_stream and self.path is not None and other.exists() and other.samefile(self.path)
-
     def rows(self) -> Iterator[Row]:
-        """Yield the rows."""
-        with self._opened() as file:
-            read = self._of_lines(file) if self._form == "jsonl" else self._of_table(file)
-            for index, (line, data) in enumerate(itertools.islice(read, self._limit)):
-                yield Row(index, line, data, self._prompt(data, index, line))
+        """Yield the rows, each with its prompt."""
+        for index, (line, data) in enumerate(itertools.islice(self.objects(), self._limit)):
+            yield Row(index, line, data, self._prompt(data, index, line))
 
-    def _opened(self) -> IO[bytes]:
+    def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each row as an object, with its line; a text is an object with a prompt."""
+        with self._open() as file:
+            yield from self._of_json(file) if self._form == "jsonl" else self._of_table(file)
+
+    def reject_input(self, line: int, why: str) -> NoReturn:
+        """Raise the error of a line."""
+        raise ValidationError(f"{self.name}, line {line}: {why}", field="input")
+
+    def _open(self) -> IO[bytes]:
         if self.path is None:
             return open(sys.stdin.fileno(), "rb", closefd=False)
         return self.path.open("rb")
 
-    def _of_lines(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _texts(self, file: IO[bytes]) -> Iterator[str]:
         for number, line in enumerate(file, start=1):
-            text = self._text(line, number)
+            yield self._decoded(line, number)
+
+    def _decoded(self, line: bytes, number: int) -> str:
+        try:
+            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
+
+    def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for number, text in enumerate(self._texts(file), start=1):
             if text.strip():
                 yield number, self._object(text, number)
 
-    def _object(self, line: str, number: int) -> dict[str, Any]:
+    def _object(self, text: str, line: int) -> dict[str, Any]:
         try:
-            row = json.loads(line, parse_constant=_no_json)
+            value = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
-            self.reject_input(number, not_json(line.strip(), error))
-        if isinstance(row, str):
-            return {self._column or "prompt": row}
-        if not isinstance(row, dict):
-            self.reject_input(number, f"{shown(row)}: must be a text or an object, one a line")
-        return row
+            self.reject_input(line, not_json(text.strip(), error))
+        if isinstance(value, str):
+            return {self._column or "prompt": value}
+        if not isinstance(value, dict):
+            self.reject_input(line, f"{shown(value)}: must be a text, or an object that has the prompt")
+        return value
 
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(_LONGEST_FIELD)
@@ -199,16 +117,6 @@ class Source:
             yield from self._records(reader)
         except csv.Error as error:
             self.reject_input(reader.line_num, f"not CSV: {error}")
-
-    def _texts(self, file: IO[bytes]) -> Iterator[str]:
-        for number, line in enumerate(file, start=1):
-            yield self._text(line, number)
-
-    def _text(self, line: bytes, number: int) -> str:
-        try:
-            return line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
 
     def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
         header: list[str] = next(reader, [])
@@ -236,26 +144,26 @@ class Source:
             self.reject_input(line, str(error).replace(f"prompts[{index}]", keys[0], 1))
         return prompt  # type: ignore[no-any-return]
 
-    def reject_input(self, line: int, why: str) -> NoReturn:
-        """Raise the error of a line."""
-        raise ValidationError(f"{self.name}, line {line}: {why}", field="input")
+
+def _reject_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
 
 
-async def read_in_thread(rows: Iterable[Row]) -> AsyncIterator[Row]:
-    """Yield what a thread of its own reads: a pipe may have nothing to say for hours."""
+async def read_in_thread(items: Iterable[T]) -> AsyncIterator[T]:
+    """Yield what a thread reads: a pipe may bring nothing for hours."""
     loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[Row | BaseException | None] = asyncio.Queue()
+    queue: asyncio.Queue[T | BaseException | None] = asyncio.Queue()
     room = threading.Semaphore(_READ_AHEAD)
 
-    def put(item: Row | BaseException | None) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
+    def put(item: T | BaseException | None) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits for it any more
             loop.call_soon_threadsafe(queue.put_nowait, item)
 
     def read() -> None:
         try:
-            for row in rows:
+            for item in items:
                 room.acquire()
-                put(row)
+                put(item)
             put(None)
         except BaseException as error:  # noqa: BLE001  # raised where the rows are taken
             put(error)
@@ -268,9 +176,7 @@ async def read_in_thread(rows: Iterable[Row]) -> AsyncIterator[Row]:
         yield item
 
 
-def _no_json(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
-
+# --- out --------------------------------------------------------------------------------------------------
 
 _OURS = ("index", "response", "error")
 
@@ -289,17 +195,28 @@ def carried(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(row: Mapping[str, Any]) -> bytes:
-    """Return what tells an output row's input from another one."""
+    """Return a hash of a row's input, as it stands in the output."""
     text = json.dumps({key: value for key, value in row.items() if key not in _OURS}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
-def line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
-    """Return the output line of a row."""
-    head = _json({**carried(row.data), "index": row.index})[:-1]
-    if isinstance(outcome, ModelResponse):
-        return head + b',"response":' + outcome.model_dump_json().encode() + b"}\n"
-    return head + b',"error":' + _json(error_of(outcome)) + b"}\n"
+def line_of(
+    head: Mapping[str, Any], outcome: ModelResponse | Exception | None, *, only_ascii: bool = False
+) -> bytes:
+    """Return a row as a line of JSON: what it begins with, and then the outcome."""
+    line = _to_json(head, only_ascii=only_ascii)[:-1]
+    for name, value in row_of(outcome).items():
+        is_response = isinstance(value, ModelResponse)
+        text = value.model_dump_json().encode() if is_response else _to_json(value, only_ascii=only_ascii)
+        line += b',"' + name.encode() + b'":' + text
+    return line + b"}\n"
+
+
+def _to_json(value: object, *, only_ascii: bool) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=only_ascii, separators=(",", ":")).encode()
+    except UnicodeEncodeError:  # half a surrogate pair: escaped, it can be written
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 class Output:
@@ -307,8 +224,8 @@ class Output:
 
     def __init__(self, name: str) -> None:
         self.path = None if name == "-" else Path(name).expanduser()
-        self.failed = 0
-        self.models: Counter[str] = Counter()
+        self.failed = 0  # rows with an error, of those that `done` found
+        self.models: Counter[str] = Counter()  # of the responses that `done` found
         self._is_new = self.path is not None and not self.path.exists()
         if self.path is None:
             self._file = sys.stdout.fileno()
@@ -316,7 +233,7 @@ class Output:
             self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         self.is_regular = self.path is not None and stat.S_ISREG(os.fstat(self._file).st_mode)
         if self.is_regular:
-            self._claim()
+            self._lock()
 
     @property
     def is_empty(self) -> bool:
@@ -339,7 +256,7 @@ class Output:
             raise OSError(error.errno, error.strerror, str(self.path or "standard output")) from None
 
     def close(self) -> None:
-        """Close it; one that was made and holds nothing is removed."""
+        """Close it; a new file that holds nothing is removed."""
         if self.path is not None:
             if self._is_new and self.is_regular and self.is_empty:
                 self.path.unlink(missing_ok=True)
@@ -347,61 +264,52 @@ class Output:
 
     def done(self, *, without_errors: bool, only_look: bool = False) -> dict[int, bytes]:
         """Return the fingerprint of each row there is, by its index; remove a line that a crash tore."""
-        if not only_look:
-            self._mend()
-        rows = {}
+        rows: dict[int, bytes] = {}
         self.failed = 0
         self.models.clear()
-        for number, _, row in self._rows():
+        end, line = 0, b"\n"
+        for number, line, row in self._rows():
+            end += len(line)
             if row["index"] in rows:
-                self._refuse(number, f"index {row['index']} is there twice")
-            if "error" in row:
-                self.failed += 1
-                if without_errors:
-                    continue
-            self.models.update(_model_of(row))
-            rows[row["index"]] = fingerprint(row)
-        if without_errors and self.failed and not only_look:
-            self._drop_errors()
-            self.failed = 0
+                self._reject(number, f"index {row['index']} is there twice")
+            self.failed += "error" in row
+            if "response" in row or not without_errors:
+                self.models.update(_model_of(row))
+                rows[row["index"]] = fingerprint(row)
+        if not only_look:
+            os.ftruncate(self._file, end)  # what follows was not written whole
+            if not line.endswith(b"\n"):
+                self.write(b"\n")
+            if without_errors and self.failed:
+                self._drop_errors()
         return rows
 
     def _rows(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+        """Yield the number of each line, the line and its row, but for a last line that is no row."""
         with open(self._file, "rb", closefd=False) as file:
             file.seek(0)
             for number, line in enumerate(file, start=1):
-                row = _read(line)
-                if not line.endswith(b"\n") and not isinstance(row, dict):
-                    return  # torn
-                index = row.get("index") if isinstance(row, dict) else None
-                if not isinstance(index, int) or ("response" in row) == ("error" in row):
-                    self._refuse(number, "not a row of this program's output")
+                row = _parsed(line)
+                if row is None and not line.endswith(b"\n"):
+                    return
+                index = None if row is None else row.get("index")
+                if row is None or not isinstance(index, int) or ("response" in row) == ("error" in row):
+                    self._reject(number, "not a row that this command has written")
                 yield number, line, row
 
-    def _mend(self) -> None:
-        """Take off a last line that was not written whole."""
-        size = os.fstat(self._file).st_size
-        with open(self._file, "rb", closefd=False) as file:
-            end = _last_line(file, size)
-            file.seek(end)
-            torn = file.read()
-        if torn and isinstance(_read(torn), dict):
-            os.write(self._file, b"\n")
-        elif torn:
-            os.ftruncate(self._file, end)
-
     def _drop_errors(self) -> None:
-        """Put a copy without the rows that failed in the file's place."""
+        """Replace the file by a copy without the rows that failed."""
         with replacing(str(self.path)) as copy:
             for _, line, row in self._rows():
                 if "error" not in row:
                     copy.write(line)
         os.close(self._file)
         self._file = os.open(str(self.path), os.O_RDWR | os.O_APPEND)
-        self._claim()
+        self._lock()
+        self.failed = 0
 
-    def _claim(self) -> None:
-        """Keep other runs from the file, where the system knows how."""
+    def _lock(self) -> None:
+        """Keep other runs from the file, on systems that can."""
         with contextlib.suppress(ImportError):
             import fcntl  # not everywhere
 
@@ -412,7 +320,7 @@ class Output:
                     return  # a file system without locks
                 raise ValidationError(f"{self.path}: another run writes to it", field="output") from None
 
-    def _refuse(self, line: int, why: str) -> None:
+    def _reject(self, line: int, why: str) -> NoReturn:
         raise ValidationError(f"{self.path}, line {line}: {why}", field="output")
 
 
@@ -422,28 +330,10 @@ def _model_of(row: Mapping[str, Any]) -> list[str]:
     return [model] if isinstance(model, str) else []
 
 
-def _last_line(file: Any, size: int) -> int:
-    """Return where what follows the last line break begins."""
-    step, at = 65_536, size
-    while at > 0:
-        start = max(0, at - step)
-        file.seek(start)
-        found = file.read(at - start).rfind(b"\n")
-        if found >= 0:
-            return int(start + found + 1)
-        at = start
-    return 0
-
-
-def _read(line: bytes) -> Any:
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """Return the object in a line; None if there is none."""
     try:
-        return json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return None
-
-
-def _json(value: object) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # half a surrogate pair
-        return json.dumps(value, separators=(",", ":")).encode()
+    return value if isinstance(value, dict) else None

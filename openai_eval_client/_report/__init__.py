@@ -15,7 +15,7 @@ from openai_eval_client._report.progress import (
     report,
     write_above,
 )
-from openai_eval_client._report.rows import to_pandas
+from openai_eval_client._report.rows import outcomes_of, row_of, to_pandas
 
 if TYPE_CHECKING:
     import os
@@ -31,8 +31,9 @@ __all__ = [
     "ProgressSnapshot",
     "bar_is_open",
     "both",
-    "meaning",
+    "outcomes_of",
     "report",
+    "row_of",
     "to_pandas",
     "write_above",
     "write_report",
@@ -44,10 +45,3 @@ def write_report(path: str | os.PathLike[str], account: Account, base_url: str, 
     from openai_eval_client._report import page  # not needed at the start
 
     return page.write_report(path, account, base_url, title)
-
-
-def meaning(failure: Failure) -> str:
-    """Return what a kind of failure means."""
-    from openai_eval_client._report import page  # not needed at the start
-
-    return page.meaning(failure)

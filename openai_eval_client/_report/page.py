@@ -13,6 +13,7 @@ from openai_eval_client._format import clock, count, dollars, duration, percent
 from openai_eval_client._report.charts import chart_sections
 from openai_eval_client._report.html import Markup, cost_text, escape, name, section, table
 from openai_eval_client._runtime import replacing
+from openai_eval_client._wire import meaning_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -36,43 +37,6 @@ _FIELDS = {"requests": "requests_per_minute", "tokens": "tokens_per_minute"}
 # --- what failures mean -----------------------------------------------------------------------------------
 
 _SERVER_ERROR = 500
-_BY_CODE = {
-    "insufficient_quota": "the account's credit is used up: waiting does not help",
-    "context_length_exceeded": "the prompt and max_tokens do not fit the model",
-    "content_policy_violation": "the provider refuses the content",
-    "model_not_found": "no such model, or not for this key",
-    "invalid_api_key": "the key is wrong or was withdrawn",
-}
-_BY_STATUS = {
-    400: "the server refuses the request itself",
-    401: "the key is wrong or was withdrawn",
-    403: "this key may not do that",
-    404: "no such model or address",
-    408: "the server gave up waiting; sent again",
-    409: "in the way of another request; sent again",
-    413: "the request is too large for the server",
-    422: "the server refuses the request itself",
-    429: "the server's limit was reached; sent again after the wait that it asked for",
-}
-_BY_KIND = {
-    "TimeoutError": "no answer within timeout; sent again",
-    "APIConnectionError": "the connection failed, or the answer was cut short; sent again",
-    "APIResponseValidationError": "what came was no answer; sent again",
-    "BudgetExceededError": "max_cost left too little; not sent",
-    "RequestTooLargeError": "more tokens than the limit can ever admit; not sent",
-    "ValidationError": "the input is wrong; not sent",
-}
-
-
-def meaning(failure: Failure) -> str:
-    """Return what a kind of failure means."""
-    if failure.code in _BY_CODE:
-        return _BY_CODE[failure.code]
-    if failure.status is not None and failure.status >= _SERVER_ERROR:
-        return "the server failed; sent again"
-    return _BY_STATUS.get(failure.status or 0) or _BY_KIND.get(failure.kind) or "see the exception"
-
-
 # --- what bound the run -----------------------------------------------------------------------------------
 
 
@@ -388,7 +352,10 @@ def _failures(stats: ClientStats, failures: Sequence[Failure]) -> Markup:
     rows = []
     for each in failures:
         error = name(" ".join(str(part) for part in (each.kind, each.status, each.code) if part))
-        wide = (Markup(f'<span class="wide">{escape(text)}</span>') for text in (error, meaning(each)))
+        wide = (
+            Markup(f'<span class="wide">{escape(text)}</span>')
+            for text in (error, meaning_of(each.kind, each.status, each.code))
+        )
         times = (Markup(clock(at).replace(" ", "<br>")) for at in (each.first, each.last))
         rows.append((name(each.model), *wide, count(each.attempts), count(each.prompts), *times))
     head = ("model", "error", "what it means", "attempts", "prompts lost", "first", "last")

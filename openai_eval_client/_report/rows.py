@@ -1,4 +1,4 @@
-"""Outcomes as rows: for a data frame, a file, a table."""
+"""Outcomes as rows: for a file, a data frame, a table."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ if TYPE_CHECKING:
 
     Outcome = ModelResponse | BaseException | None
 
-_COLUMNS = {  # and what each is in pandas, where some rows have none
+_FIELDS = (
+    "content",
+    "finish_reason",
+    "model",
+    "latency_ms",
+    "temperature",
+    "cached",
+    "request_id",
+    "refusal",
+)
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
+_COLUMNS = {  # in their order, with types that allow for rows without a value
     "index": "int64",
     "content": "object",
     "finish_reason": "object",
     "model": "object",
-    "prompt_tokens": "Int64",
-    "completion_tokens": "Int64",
-    "total_tokens": "Int64",
-    "cached_tokens": "Int64",
-    "reasoning_tokens": "Int64",
+    **dict.fromkeys(_COUNTS, "Int64"),
     "cost": "Float64",
     "latency_ms": "Float64",
     "temperature": "Float64",
@@ -37,10 +44,26 @@ _COLUMNS = {  # and what each is in pandas, where some rows have none
 }
 
 
+def row_of(outcome: object) -> dict[str, Any]:
+    """Return the `response` of an outcome, or its `error` as plain data, or neither for None."""
+    if isinstance(outcome, ModelResponse):
+        return {"response": outcome}
+    if isinstance(outcome, BaseException):
+        message, code = getattr(outcome, "message", str(outcome)), getattr(outcome, "code", None)
+        return {"error": {"type": type(outcome).__name__, "message": message, "code": code}}
+    if outcome is not None:
+        message = f"responses: must be ModelResponses, exceptions or None, not {type(outcome).__name__}"
+        raise TypeError(message)
+    return {}
+
+
+def outcomes_of(error: PartialFailureError) -> list[Outcome]:
+    """Return a response or an exception for each prompt of a run that failed in part."""
+    return [error.failures.get(index, response) for index, response in enumerate(error.responses)]
+
+
 def to_pandas(
-    responses: Iterable[Outcome | tuple[int, Outcome]] | PartialFailureError,
-    *,
-    parsed: bool = False,
+    responses: Iterable[Outcome | tuple[int, Outcome]] | PartialFailureError, *, parsed: bool = False
 ) -> pd.DataFrame:
     """Return answers as a data frame, a row for each prompt.
 
@@ -72,55 +95,25 @@ def to_pandas(
 
 
 def rows(
-    responses: Iterable[Outcome | tuple[int, Outcome]] | PartialFailureError,
-    *,
-    parsed: bool = False,
+    responses: Iterable[Outcome | tuple[int, Outcome]] | PartialFailureError, *, parsed: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each prompt, as plain data."""
+    """Yield the cells of each prompt's row, those that are known."""
     if isinstance(responses, PartialFailureError):
-        failures = responses.failures
-        responses = [failures.get(index, answer) for index, answer in enumerate(responses.responses)]
+        responses = outcomes_of(responses)
     for position, item in enumerate(responses):
         index, outcome = item if isinstance(item, tuple) else (position, item)
-        yield {"index": index, **_cells(outcome, parsed=parsed)}
+        yield {"index": index, **_cells(row_of(outcome), parsed=parsed)}
 
 
-def _cells(outcome: object, *, parsed: bool) -> dict[str, Any]:
-    if isinstance(outcome, ModelResponse):
-        return {**_answer(outcome), **(_parsed(outcome) if parsed else {})}
-    if isinstance(outcome, BaseException):
-        return {"error": str(outcome), "error_type": type(outcome).__name__}
-    if outcome is not None:
-        message = f"responses: must be ModelResponses, exceptions or None, not {type(outcome).__name__}"
-        raise TypeError(message)
-    return {}
-
-
-def _answer(response: ModelResponse) -> dict[str, Any]:
-    fields = (
-        "content",
-        "finish_reason",
-        "model",
-        "latency_ms",
-        "temperature",
-        "cached",
-        "request_id",
-        "refusal",
-    )
-    counts = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
-    usage = response.usage
-    return {
-        **{name: getattr(response, name) for name in fields},
-        **{name: getattr(usage, name) for name in counts},
-        "cost": usage.estimated_cost,
-    }
-
-
-def _parsed(response: ModelResponse) -> dict[str, Any]:
-    """Return the fields of the parsed object, as far as there is one."""
-    made = response.parsed
-    return (
-        {f"parsed_{name}": value for name, value in made.model_dump().items()}
-        if isinstance(made, BaseModel)
-        else {}
-    )
+def _cells(row: dict[str, Any], *, parsed: bool) -> dict[str, Any]:
+    if "error" in row:
+        return {"error": row["error"]["message"], "error_type": row["error"]["type"]}
+    if not row:
+        return {}
+    response: ModelResponse = row["response"]
+    cells = {name: getattr(response, name) for name in _FIELDS}
+    cells |= {name: getattr(response.usage, name) for name in _COUNTS}
+    cells["cost"] = response.usage.estimated_cost
+    if parsed and isinstance(response.parsed, BaseModel):
+        cells |= {f"parsed_{name}": value for name, value in response.parsed.model_dump().items()}
+    return cells

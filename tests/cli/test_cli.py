@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from openai_eval_client._cli.demo import human_eval_prompts
+from openai_eval_client._cli.app import human_eval_prompts
 from openai_eval_client.testing import SimulatedServer
 
 COMMAND = [sys.executable, "-m", "openai_eval_client"]
@@ -40,7 +40,7 @@ def test_live_runs_the_same_on_the_api() -> None:
         done = run("demo", "--live", OPENAI_API_KEY="sk-live-0123456789", OPENAI_BASE_URL=server.base_url)
         assert server.counts["200"] == 164
     assert done.returncode == 0, done.stderr
-    for said in (
+    for message in (
         "prompts answered",
         "164",
         "retries",
@@ -50,23 +50,23 @@ def test_live_runs_the_same_on_the_api() -> None:
         "wall time",
         "p50 / p95",
     ):
-        assert said in done.stdout
+        assert message in done.stdout
     assert "share of the limit used" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("environment", "code", "said"),
+    ("environment", "code", "message"),
     [
         ({}, 2, "OPENAI_API_KEY"),
         ({"OPENAI_API_KEY": "sk-wrong-0123456789"}, 4, "Incorrect API key"),
     ],
 )
-def test_errors_of_the_user_are_said_in_a_line(environment, code, said) -> None:
+def test_errors_of_the_user_are_said_in_a_line(environment, code, message) -> None:
     """No key, a wrong key: an exit code and a sentence, no traceback."""
     with SimulatedServer(api_key="sk-right-0123456789") as server:
         done = run("demo", "--live", OPENAI_BASE_URL=server.base_url, **environment)
     assert done.returncode == code
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "sk-wrong-0123456789" not in done.stderr
 
@@ -81,9 +81,9 @@ def test_interrupting_ends_with_130() -> None:
         while not server.in_flight:
             assert running.poll() is None
         running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=30)
+        _, message = running.communicate(timeout=30)
     assert running.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in message
 
 
 def test_help_names_the_commands() -> None:

@@ -72,7 +72,7 @@ def submitted(server, *prompts):
 def ended(server):
     """Wait until the server has no batch under way."""
     terminal = {"completed", "failed", "expired", "cancelled"}
-    while not all(each["status"] in terminal for each in server.batches):
+    while not all(made["status"] in terminal for made in server.batches):
         time.sleep(0.01)
 
 
@@ -115,8 +115,8 @@ def test_a_job_from_submit_to_its_results(tmp_path):
         found = rows(shown.stdout)
         assert [(row["index"], row.get("custom_id")) for row in found] == [(0, None), (1, None), (2, "third")]
         responses = [ModelResponse.model_validate(row["response"]) for row in found]
-        assert [each.content for each in responses] == ["echo: one é", "echo: two", "echo: three"]
-        assert [each.temperature for each in responses] == [1.0, 0.0, 1.0]
+        assert [response.content for response in responses] == ["echo: one é", "echo: two", "echo: three"]
+        assert [response.temperature for response in responses] == [1.0, 0.0, 1.0]
         assert "USD" in shown.stderr
 
         written = batch(server, "results", job, "--output", str(tmp_path / "results.jsonl"))
@@ -156,7 +156,7 @@ def test_options_are_for_lines_that_say_nothing_of_it(api):
         {"prompt": "bare", "temperature": None},
         {"prompt": "own", "temperature": 0.5, "max_tokens": 9, "system": "mine", "model": "own-model"},
         {"prompt": "long", limit: 8},
-        {"messages": [{"role": "developer", "content": "told"}, {"role": "user", "content": "hello"}]},
+        {"messages": [{"role": "developer", "content": "given"}, {"role": "user", "content": "hello"}]},
     ]
     options = [
         "--model", "m", "--temperature", "0.25", "--max-tokens", "5", "--system", "be brief", "--api", api
@@ -168,14 +168,14 @@ def test_options_are_for_lines_that_say_nothing_of_it(api):
         assert len(done.stdout.strip().split("+")) == 2  # a batch for each model
         ended(server)
     texts = [json.dumps(body.get("messages", body.get("input"))) for body in sent]
-    bare, own, long, told = (
+    bare, own, long, given = (
         next(body for body, text in zip(sent, texts, strict=True) if word in text)
-        for word in ("bare", "own", "long", "told")
+        for word in ("bare", "own", "long", "given")
     )
-    assert [(body["model"], body["temperature"], body[limit]) for body in (bare, own, long, told)] == [
+    assert [(body["model"], body["temperature"], body[limit]) for body in (bare, own, long, given)] == [
         ("m", 0.25, 5), ("own-model", 0.5, 9), ("m", 0.25, 8), ("m", 0.25, 5),
     ]  # fmt: skip
-    systems = [("be brief" in json.dumps(body), "mine" in json.dumps(body)) for body in (bare, own, told)]
+    systems = [("be brief" in json.dumps(body), "mine" in json.dumps(body)) for body in (bare, own, given)]
     assert systems == [(True, False), (False, True), (False, False)]
 
 
@@ -198,13 +198,13 @@ def test_a_running_job_is_cancelled():
 
 
 def test_jobs_are_listed_the_newest_first():
-    """As many as asked for; a batch that somebody else made is none of them."""
+    """As many as asked for; batches that others made are not listed."""
     with SimulatedServer(api_key=KEY) as server:
         jobs = [submitted(server, "a"), submitted(server, "b", "c")]
         done = batch(server, "list", "--json")
-        found = [BatchJobStatus.model_validate(each) for each in json.loads(done.stdout)]
+        found = [BatchJobStatus.model_validate(job) for job in json.loads(done.stdout)]
         assert done.returncode == 0
-        assert [(each.job_id, each.request_count) for each in found] == [(jobs[1], 2), (jobs[0], 1)]
+        assert [(job.job_id, job.request_count) for job in found] == [(jobs[1], 2), (jobs[0], 1)]
         table = batch(server, "list", "--limit", "1").stdout
         assert jobs[1] in table
         assert jobs[0] not in table
@@ -300,7 +300,7 @@ def test_no_such_job():
     assert "batch_nobody_made" in done.stderr
 
 
-def test_nobody_listens():
+def test_no_server_at_the_address():
     """4, and a sentence."""
     with SimulatedServer() as server:
         gone = environment(server)
@@ -311,7 +311,7 @@ def test_nobody_listens():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "given", "said"),
+    ("arguments", "given", "message"),
     {
         "a key that the API does not have": (
             ["submit", "-"],
@@ -336,13 +336,13 @@ def test_nobody_listens():
         "no command": (["sumbit"], "", "sumbit"),
     }.values(),
 )
-def test_bad_input(arguments, given, said):
+def test_bad_input(arguments, given, message):
     """2, and a sentence that names it; nothing was created."""
     with SimulatedServer(api_key=KEY) as server:
         done = batch(server, *arguments, given=given)
         assert server.batches == []
     assert (done.returncode, done.stdout) == (2, "")
-    assert said in done.stderr
+    assert message in done.stderr
 
 
 def test_no_key():
@@ -362,15 +362,15 @@ def test_interrupting(tmp_path, arguments):
     with SimulatedServer(api_key=KEY, **options) as server:
         names = {"JOB": submitted(server, "a"), "PROMPTS": str(prompts)}
         calls = len(server.calls)
-        with started(server, *(names.get(each, each) for each in arguments)) as running:
+        with started(server, *(names.get(word, word) for word in arguments)) as running:
             while len(server.calls) == calls:
                 assert running.poll() is None
             running.send_signal(signal.SIGINT)
-            shown, said = running.communicate(timeout=30)
-        assert [each["status"] in {"validating", "in_progress"} for each in server.batches] == [True]
+            shown, message = running.communicate(timeout=30)
+        assert [made["status"] in {"validating", "in_progress"} for made in server.batches] == [True]
     assert (running.returncode, shown) == (130, "")
-    assert "interrupted" in said
-    assert "Traceback" not in said
+    assert "interrupted" in message
+    assert "Traceback" not in message
 
 
 def test_a_reader_that_leaves_is_no_fault_of_ours():
@@ -380,9 +380,9 @@ def test_a_reader_that_leaves_is_no_fault_of_ours():
         ended(server)
         with started(server, "results", job) as reading:
             reading.stdout.close()
-            said = reading.stderr.read()
-    assert "Error" not in said
-    assert "Exception" not in said
+            message = reading.stderr.read()
+    assert "Error" not in message
+    assert "Exception" not in message
 
 
 def test_every_command_explains_itself():

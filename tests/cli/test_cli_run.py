@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from cli import KEY, rows_of
 
-from openai_eval_client import ModelResponse
+from openai_eval_client import ModelResponse, OpenAIClient
 from openai_eval_client.testing import SimulatedServer
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -44,7 +44,7 @@ def written(path):
 
 
 def test_a_row_is_the_input_its_index_and_the_response(cli, prompts, tmp_path):
-    """Keys are carried; one that would be ours is renamed; the summary is said, and 0 is the exit code."""
+    """Keys are carried; one that would be ours is renamed; a summary is shown, and 0 is the exit code."""
     out = tmp_path / "out.jsonl"
     with SimulatedServer(api_key=KEY) as server:
         assert cli("run", prompts, "-o", out, "--model", "gpt-4o-mini", server=server) == 0
@@ -99,8 +99,8 @@ def test_the_summary_for_machines(cli, prompts, tmp_path):
     assert len(rows_of(cli.out)) == 5
 
 
-def test_progress_is_told(cli, prompts, tmp_path):
-    """Where no terminal is, in lines of standard error; --no-progress and --quiet tell nothing."""
+def test_progress_is_shown(cli, prompts, tmp_path):
+    """In lines of standard error if there is no terminal; --no-progress shows none."""
     with SimulatedServer(api_key=KEY) as server:
         assert cli("run", prompts, "-o", tmp_path / "a", server=server) == 0
         assert "5/5 (100%)" in cli.err
@@ -134,6 +134,88 @@ def test_a_cache_answers_again(cli, prompts, tmp_path, monkeypatch):
         assert len(server.calls) == 5
     assert "5 from the cache" in cli.err
     assert (tmp_path / "c.sqlite").is_file()
+
+
+# --- the report -------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_written_when_the_run_ends(cli, prompts, tmp_path):
+    """It names the model, replaces an older page, and leaves input and output alone."""
+    page = tmp_path / "run.html"
+    page.write_text("of yesterday")
+    with SimulatedServer(api_key=KEY) as server:
+        options = ["-o", tmp_path / "out", "--model", "gpt-4o-mini", "--report", page]
+        assert cli("run", prompts, *options, server=server) == 0
+    assert "gpt-4o-mini" in page.read_text()
+    assert f"report: {page}" in cli.err
+    assert len(written(tmp_path / "out")) == 5
+
+
+@pytest.mark.parametrize(
+    ("server_options", "options", "code"),
+    [
+        ({"script": ["500"]}, ["--max-retries", "0"], 1),
+        ({"output_tokens": 50}, ["--max-tokens", "50", "--max-cost", "0.0001"], 3),
+        ({"quota_exhausted_after": 1}, [], 4),
+        ({}, ["--batch", "--interval", "0.05"], 0),
+    ],
+    ids=["some failed", "budget", "refused", "batch"],
+)
+def test_a_report_is_written_however_the_run_ends(cli, prompts, server_options, options, code):
+    """The exit code is what it is without one."""
+    folder = prompts.parent
+    options = ["--model", "gpt-4o-mini", "--max-concurrent", "1", *options]
+    for number, report in enumerate([[], ["--report", folder / "run.html"]]):
+        with SimulatedServer(api_key=KEY, **server_options) as server:
+            assert cli("run", prompts, "-o", folder / f"{number}", *options, *report, server=server) == code
+    assert "gpt-4o-mini" in (folder / "run.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ("nowhere/run.html", "nowhere/run.html: No such file or directory"),
+        ("prompts.jsonl/run.html", "prompts.jsonl/run.html: Not a directory"),
+        (".", ": Is a directory"),
+        ("prompts.jsonl", "prompts.jsonl: is the input as well"),
+        ("sub/../out", "out: is the output as well"),
+        ("cache.sqlite", "cache.sqlite: is the cache as well"),
+    ],
+)
+def test_a_report_that_cannot_be_written(cli, prompts, tmp_path, report, message):
+    """2, before anything is sent or lost."""
+    out = tmp_path / "out"
+    out.write_text("precious\n")
+    (tmp_path / "sub").mkdir()
+    before = prompts.read_bytes()
+    options = ["-o", out, "--overwrite", "--cache", tmp_path / "cache.sqlite"]
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, *options, "--report", tmp_path / report, server=server) == 2
+        assert server.calls == []
+    assert "--report" in cli.err
+    assert message in cli.err
+    assert (out.read_text(), prompts.read_bytes()) == ("precious\n", before)
+
+
+def test_a_dry_run_has_no_report(cli, prompts, tmp_path):
+    """There was no run."""
+    assert cli("run", prompts, "--dry-run", "--report", tmp_path / "run.html") == 0
+    assert not (tmp_path / "run.html").exists()
+
+
+def test_a_report_that_fails_in_the_end(cli, prompts, tmp_path, monkeypatch):
+    """The rows are there; the error is shown, and 0 becomes 2."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(OpenAIClient, "report", full)
+    with SimulatedServer(api_key=KEY) as server:
+        options = ["-o", tmp_path / "out", "--report", tmp_path / "run.html"]
+        assert cli("run", prompts, *options, server=server) == 2
+    assert "no report: " in cli.err
+    assert "No space left on device" in cli.err
+    assert len(written(tmp_path / "out")) == 5
 
 
 # --- resuming ---------------------------------------------------------------------------------------------
@@ -254,7 +336,7 @@ def test_the_budget_is_reached(cli, prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"api_key": "sk-another-0123456789"}, ("Incorrect API key", "check OPENAI_API_KEY")),
         ({"models": ["another"]}, ("does not exist", "check --model")),
@@ -262,12 +344,12 @@ def test_the_budget_is_reached(cli, prompts, tmp_path):
     ],
     ids=["key", "model", "quota"],
 )
-def test_the_server_refuses_all(cli, prompts, tmp_path, options, said):
-    """4, and no row: it is no row's fault. What to look at is said, not how to meet it again."""
+def test_the_server_refuses_all(cli, prompts, tmp_path, options, message):
+    """4, and no row: it is no row's fault. What to check is shown, not a command that would fail again."""
     with SimulatedServer(**{"api_key": KEY, **options}) as server:
         assert cli("run", prompts, "-o", tmp_path / "out", server=server) == 4
-    assert said[0] in cli.err
-    assert cli.err.splitlines()[-1].startswith(said[1])
+    assert message[0] in cli.err
+    assert cli.err.splitlines()[-1].startswith(message[1])
     assert "--resume" not in cli.err
     assert not (tmp_path / "out").exists()
 
@@ -281,15 +363,15 @@ def test_an_address_without_its_path(cli, prompts):
 
 
 def test_the_cost_of_a_run_in_the_summary(cli, prompts, tmp_path):
-    """As many digits as say something; nothing is said to be free that has no price."""
+    """A small one has two digits; a model without a price is not free."""
     with SimulatedServer(api_key=KEY) as server:
-        for model, said in (("gpt-4o-mini", r" 0\.00000\d\d USD,"), ("no-such-model", " cost unknown,")):
+        for model, message in (("gpt-4o-mini", r" 0\.00000\d\d USD,"), ("no-such-model", " cost unknown,")):
             options = ["--model", model, "--limit", "1", "--no-progress"]
             assert cli("run", prompts, "-o", tmp_path / model, *options, server=server) == 0
-            assert re.search(said, cli.err)
+            assert re.search(message, cli.err)
 
 
-def test_nobody_listens(cli, prompts, tmp_path):
+def test_no_server_at_the_address(cli, prompts, tmp_path):
     """4 as well: port 9 is that of no API."""
     assert cli("run", prompts, "-o", tmp_path / "out", "--max-retries", "0") == 4
     assert "connect" in cli.err.lower()
@@ -299,7 +381,7 @@ def test_nobody_listens(cli, prompts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "lines", "said"),
+    ("options", "lines", "message"),
     {
         "not JSON": ([], "{", "prompts.jsonl, line 3: not JSON"),
         "a bare text": ([], "What is it?", 'a text stands in JSON quotes: "..."'),
@@ -318,14 +400,14 @@ def test_nobody_listens(cli, prompts, tmp_path):
         "an address": (["--base-url", "nowhere"], "", "base_url='nowhere'"),
     }.values(),
 )
-def test_bad_input_and_usage(cli, tmp_path, options, lines, said):
+def test_bad_input_and_usage(cli, tmp_path, options, lines, message):
     """2, and a sentence that names what is wrong; nothing was sent."""
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'"one"\n{{"prompt": "two"}}\n{lines}')
     with SimulatedServer(api_key=KEY) as server:
         assert cli("run", path, *options, server=server) == 2
         assert server.calls == []
-    assert said in cli.err
+    assert message in cli.err
     assert cli.out == ""
 
 
@@ -352,7 +434,7 @@ def test_a_full_disk(cli, prompts):
 
 
 def test_a_key_of_a_row_that_looks_like_a_parameter(cli, tmp_path):
-    """It is carried, and that is said."""
+    """It is copied to the output, and a warning says so."""
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a", "temperature": 0}')
     with SimulatedServer(api_key=KEY) as server:
@@ -397,7 +479,7 @@ def test_limits_are_asked_for(cli):
 
 
 def test_limits_that_are_not_stated(cli):
-    """That is said; a wrong key is 4."""
+    """A line says so; a wrong key is 4."""
     with SimulatedServer(api_key=KEY, headers=False) as server:
         assert cli("limits", server=server) == 0
         assert "states no limits" in cli.err

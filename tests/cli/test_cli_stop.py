@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from openai_eval_client._cli import work as _cli_stop
+from openai_eval_client._cli import exits
 from openai_eval_client.testing import SimulatedServer
 
 ROOT = Path(__file__).parents[2]
@@ -68,17 +68,17 @@ class Terminal:
             stderr=inside,
         )
         os.close(inside)
-        self.said = ""
+        self.shown = ""
 
     def read(self):
         """Take what is written next; False at the end."""
         try:
             ready, _, _ = select.select([self.screen], [], [], 30)
-            assert ready, self.said
+            assert ready, self.shown
             text = os.read(self.screen, 65536)
         except OSError:  # how a terminal says that its program has ended
             return False
-        self.said += text.decode()
+        self.shown += text.decode()
         return bool(text)
 
     def type(self, text):
@@ -98,7 +98,7 @@ def started(server, terminal, answered):
     while server.counts["200"] < answered:
         ready, _, _ = select.select([terminal.screen], [], [], 0.01)
         if ready:
-            assert terminal.read(), terminal.said
+            assert terminal.read(), terminal.shown
 
 
 def test_ctrl_c_and_resume(folder):
@@ -111,11 +111,11 @@ def test_ctrl_c_and_resume(folder):
         assert terminal.ended() == 130
         before, sent = rows(out), len(server.calls)
         assert 6 <= len(before) == sent < ROWS
-        assert "Traceback" not in terminal.said
-        assert "may finish" in terminal.said
-        assert f"of {ROWS} answered" in terminal.said
-        assert "run in.jsonl -o out.jsonl --max-concurrent 2 --resume" in " ".join(terminal.said.split())
-        assert "%|" in terminal.said
+        assert "Traceback" not in terminal.shown
+        assert "may finish" in terminal.shown
+        assert f"of {ROWS} answered" in terminal.shown
+        assert "run in.jsonl -o out.jsonl --max-concurrent 2 --resume" in " ".join(terminal.shown.split())
+        assert "%|" in terminal.shown
 
         again = Terminal(server, folder, "-o", "out.jsonl", "--max-concurrent", "20", "--resume")
         assert again.ended() == 0
@@ -131,14 +131,14 @@ def test_a_second_ctrl_c_ends_at_once(folder):
         while not server.in_flight:
             ready, _, _ = select.select([terminal.screen], [], [], 0.01)
             if ready:
-                assert terminal.read(), terminal.said
+                assert terminal.read(), terminal.shown
         terminal.type(b"\x03")
-        while "may finish" not in terminal.said:
+        while "may finish" not in terminal.shown:
             assert terminal.read()
         terminal.type(b"\x03")
         assert terminal.ended() == 130
-    assert "Traceback" not in terminal.said
-    assert "run in.jsonl -o out.jsonl --resume" in terminal.said
+    assert "Traceback" not in terminal.shown
+    assert "run in.jsonl -o out.jsonl --resume" in terminal.shown
     assert rows(folder / "out.jsonl") == []
 
 
@@ -164,21 +164,23 @@ def interrupting(is_time):
 
 def test_what_takes_too_long_is_not_waited_for(cli, folder, monkeypatch):
     """After the time it is given, the run ends as if it had finished."""
-    monkeypatch.setattr(_cli_stop, "GRACE", 0.05)
+    monkeypatch.setattr(exits, "GRACE", 0.05)
     before = signal.getsignal(signal.SIGINT)
     with (
         SimulatedServer(api_key=KEY, latency=30, latency_sigma=0) as server,
         interrupting(lambda: server.in_flight),
     ):
-        assert cli("run", folder / "in.jsonl", "-o", folder / "out.jsonl", "--json", server=server) == 130
+        options = ["-o", folder / "out.jsonl", "--json", "--report", folder / "run.html"]
+        assert cli("run", folder / "in.jsonl", *options, server=server) == 130
     assert json.loads(cli.out)["interrupted"] is True
+    assert "gpt-3.5-turbo" in (folder / "run.html").read_text()
     assert "--resume" in cli.err
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_batches_go_on(cli, folder, cached):
-    """How to have their results is said; with a cache, the same command waits for the same batches."""
+    """The command for their results is shown; with a cache, the same command waits for the same batches."""
     options = ["-o", folder / "out.jsonl", "--batch", "--interval", "0.05"]
     options += ["--cache", folder / "cache.sqlite"] if cached else []
     with SimulatedServer(api_key=KEY, batch_seconds=1.0) as server:
@@ -238,16 +240,16 @@ def test_rows_are_piped(folder):
         running.stdout.close()
         running.stdin.write(b'"second"\n"third"\n')
         running.stdin.flush()
-        said = running.stderr.read().decode()
+        errors = running.stderr.read().decode()
         running.stdin.close()
     assert running.returncode == 1
-    assert "Traceback" not in said
-    assert "Exception" not in said
+    assert "Traceback" not in errors
+    assert "Exception" not in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_the_work_whatever_task_it_meets(number):
-    """A command without rows is cancelled as a whole: no task is left with an error that nobody reads."""
+    """A command without rows is cancelled as a whole: no task is left with an error that is not read."""
     tasks, before = [], signal.getsignal(number)
 
     async def busy():
@@ -259,7 +261,7 @@ def test_a_signal_ends_the_work_whatever_task_it_meets(number):
         await asyncio.sleep(30)
 
     with pytest.raises(KeyboardInterrupt):
-        _cli_stop.complete(work())
+        exits.complete(work())
     assert tasks[0].cancelled()
     assert signal.getsignal(number) is before
 
@@ -271,11 +273,11 @@ def test_a_cancellation_of_its_own_is_not_taken_for_a_signal():
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        _cli_stop.complete(work())
+        exits.complete(work())
 
 
 def test_the_second_signal_ends_even_the_clearing_up():
-    """Whoever does not want to wait for that need not; what is entered is still left."""
+    """It is not waited for any more; what is entered is still left."""
     steps = []
 
     async def work():
@@ -291,7 +293,7 @@ def test_the_second_signal_ends_even_the_clearing_up():
                 steps.append("interrupted")
 
     with pytest.raises(KeyboardInterrupt):
-        _cli_stop.complete(work())
+        exits.complete(work())
     assert steps == ["cancelled", "interrupted"]
 
 
@@ -305,7 +307,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert _cli_stop.complete(work()) == "done"
+        assert exits.complete(work()) == "done"
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
