@@ -20,7 +20,7 @@ from batches import (
     cut_json,
     ended,
     html,
-    intents,
+    places,
     refusal,
 )
 
@@ -139,7 +139,7 @@ async def test_an_unclear_batch_is_found_among_many() -> None:
             job = await client.submit_batch_job(asked(2))
         assert len(server.batches) == before + 121
         assert job.job_id in {batch["id"] for batch in server.batches}
-        assert [pair for pair in intents(server) if pair].count(intents(server)[before]) == 1
+        assert [pair for pair in places(server) if pair].count(places(server)[before]) == 1
         lists = [call for call in server.calls if (call.method, call.path) == ("GET", "/v1/batches")]
         assert len(lists) == 2
 

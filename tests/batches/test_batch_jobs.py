@@ -36,8 +36,8 @@ from openai_eval_client import (
     PartialFailureError,
     QuotaError,
 )
-from openai_eval_client._batches import files as _batch_lines
-from openai_eval_client._batches.status import INTENT, read_job_metadata
+from openai_eval_client._batches import files as _files
+from openai_eval_client._batches.status import JOB_KEY, read_job_metadata
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
@@ -108,7 +108,7 @@ async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, inde
     assert [[int(each["custom_id"].split("-")[1]) for each in lines] for lines in sent] == indexes
     assert [response.content for response in responses] == [f"echo: p{n}" for n in range(7)]
     assert (job.request_count, status.request_count, status.completed_count) == (7, 7, 7)
-    assert len({placement.record for placement in placements}) == 1
+    assert len({placement.job for placement in placements}) == 1
     assert [placement.first for placement in placements] == [
         sum(map(len, indexes[:n])) for n in range(len(indexes))
     ]
@@ -117,7 +117,7 @@ async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, inde
 
 async def test_a_job_is_cut_by_bytes(monkeypatch) -> None:
     """A file holds no more than it may."""
-    monkeypatch.setattr(_batch_lines.write_parts, "__kwdefaults__", {"most_bytes": 400})
+    monkeypatch.setattr(_files.write_files, "__kwdefaults__", {"most_bytes": 400, "numbered": True})
     with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(asked(7))
@@ -402,7 +402,7 @@ async def test_jobs_are_listed_the_newest_first() -> None:
             for count in (1, 5, 3):
                 jobs.append((await client.submit_batch_job(asked(count))).job_id)
                 await by_hand(client, [line("a", "p")], metadata={"mine": "x"})
-                await by_hand(client, [line("a", "p")], metadata={INTENT: "x"})
+                await by_hand(client, [line("a", "p")], metadata={JOB_KEY: "x"})
             found = await listed(client)
             for job_id in jobs:
                 await ended(client, job_id)

@@ -13,11 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import BatchRequest, ValidationError
-from openai_eval_client._batches import files as _batch_lines
-from openai_eval_client._batches.files import InputFile, checked, naming, recut, write_parts
-from openai_eval_client._batches.files import close_files as close
-from openai_eval_client._batches.files import cut_lines as cut
-from openai_eval_client._batches.files import even_parts as even
+from openai_eval_client._batches import files as _files
+from openai_eval_client._batches.files import (
+    InputFile,
+    check_requests,
+    close_files,
+    custom_ids,
+    cut_file,
+    even_counts,
+    recut,
+    write_files,
+)
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates")
@@ -25,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("few_certificates")
 
 def parts_of(requests: list[BatchRequest], **limits: Any) -> list[InputFile]:
     given_limits = {"most_lines": 50_000, **limits}
-    return write_parts(checked(requests, api="chat", default_model=MODEL), **given_limits)
+    return write_files(check_requests(requests, api="chat", default_model=MODEL), **given_limits)
 
 
 def lines_in(part: InputFile) -> list[dict[str, Any]]:
@@ -49,7 +55,7 @@ def test_a_line_is_what_the_api_documents() -> None:
     }
     part.file.seek(0)
     assert "naïve 🦄".encode() in part.file.read()  # four bytes, not twelve
-    close([part])
+    close_files([part])
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(lambda t: t.strip())
@@ -84,12 +90,12 @@ def test_parts_hold_every_request_once_within_the_limits(
         more = len(after.file.readline())
         full = before.count == most_lines or before.size + more > most_bytes
         assert full or before.model != after.model
-    close(parts)
+    close_files(parts)
 
 
 async def test_a_line_larger_than_a_file_may_be_is_refused(monkeypatch) -> None:
     """With its index; nothing is sent, and no file is left open."""
-    monkeypatch.setattr(_batch_lines, "MOST_BYTES", 1000)
+    monkeypatch.setattr(_files, "MOST_BYTES", 1000)
     requests = [*asked(2), BatchRequest(prompt="x" * 1000), *asked(2)]
     with SimulatedServer() as server:
         async with connect(server) as client:
@@ -102,7 +108,7 @@ async def test_a_line_larger_than_a_file_may_be_is_refused(monkeypatch) -> None:
 @patient
 @given(st.integers(1, 200), st.integers(-3, 300))
 def test_an_even_cut_adds_up(count: int, pieces: int) -> None:
-    sizes = even(count, pieces)
+    sizes = even_counts(count, pieces)
     assert sum(sizes) == count
     assert len(sizes) == max(1, min(pieces, count))
     assert max(sizes) - min(sizes) <= 1
@@ -116,8 +122,8 @@ def test_a_part_that_is_cut_keeps_its_lines(count: int, pieces: int, again: int,
     requests = [BatchRequest(prompt=f"p{n}", temperature=n % 2) for n in range(count)]
     cut_up: list[InputFile] = []
     for part in parts_of(requests, most_lines=most):
-        for piece in cut(part, even(part.count, pieces)):
-            cut_up += cut(piece, even(piece.count, again))
+        for piece in cut_file(part, even_counts(part.count, pieces)):
+            cut_up += cut_file(piece, even_counts(piece.count, again))
         assert part.file.closed
     spans = [(part.first, part.count) for part in cut_up]
     renewed = recut(parts_of(requests, most_lines=most), spans)
@@ -127,7 +133,7 @@ def test_a_part_that_is_cut_keeps_its_lines(count: int, pieces: int, again: int,
         assert [line["custom_id"] for line in lines_in(one)] == [f"request-{n}" for n in one.indexes]
         assert (one.indexes, one.size, one.key) == (other.indexes, other.size, other.key)
     assert [index for part in cut_up for index in part.indexes] == list(range(count))
-    close([*cut_up, *renewed])
+    close_files([*cut_up, *renewed])
 
 
 def test_spans_of_other_parts_are_not_cut_by() -> None:
@@ -135,19 +141,19 @@ def test_spans_of_other_parts_are_not_cut_by() -> None:
     parts = parts_of(asked(10), most_lines=5)
     renewed = recut(parts, [(0, 3), (3, 3), (5, 5), (40, 2)])
     assert [(part.first, part.count) for part in renewed] == [(0, 5), (5, 5)]
-    close(renewed)
+    close_files(renewed)
 
 
 def test_names() -> None:
     """Own ones, made ones; with several models an own one is followed by the index."""
-    assert list(naming([None, None], several_models=False)) == ["request-0", "request-1"]
-    assert list(naming(["a", None], several_models=False)) == ["a", "request-1"]
-    assert list(naming(["a", None, "b"], several_models=True)) == ["a#0", "request-1", "b#2"]
+    assert list(custom_ids([None, None], several_models=False)) == ["request-0", "request-1"]
+    assert list(custom_ids(["a", None], several_models=False)) == ["a", "request-1"]
+    assert list(custom_ids(["a", None, "b"], several_models=True)) == ["a#0", "request-1", "b#2"]
 
 
 def test_a_file_has_fifty_thousand_lines() -> None:
     """The API's limits are the defaults: https://platform.openai.com/docs/guides/batch."""
     parts = parts_of([BatchRequest(prompt="x")] * 50_001)
     assert [(part.first, part.count) for part in parts] == [(0, 50_000), (50_000, 1)]
-    assert _batch_lines.MOST_BYTES == 200_000_000
-    close(parts)
+    assert _files.MOST_BYTES == 200_000_000
+    close_files(parts)

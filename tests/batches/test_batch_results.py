@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -12,16 +13,17 @@ import pytest
 from batches import patient
 from hypothesis import example, given
 from hypothesis import strategies as st
+from openai.types import Batch
 
 from openai_eval_client import BatchError, ModelResponse, QuotaError
 from openai_eval_client._batches.files import (
     RequestIndex,
-    guess_manifest,
+    guess_index,
     index_in,
     read_bodies,
-    read_manifest,
+    read_index,
 )
-from openai_eval_client._batches.results import Reader, is_curable
+from openai_eval_client._batches.results import BatchResults, LineReader, explain_missing, is_curable
 
 if TYPE_CHECKING:
     from openai_eval_client._wire.usage import Usage
@@ -29,8 +31,12 @@ if TYPE_CHECKING:
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
-def price(model: str, usage: Usage) -> float:
-    return 0.5
+class HalfADollar:
+    """A pricer: every answer costs the same."""
+
+    def cost(self, model: str, usage: Usage, *, batch: bool) -> Decimal:
+        assert batch
+        return Decimal("0.5")
 
 
 def body_of(text: str) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def unrun(name: Any, error: Any) -> bytes:
 
 
 def read(*files: list[bytes], count: int = 1, api: str = "chat") -> Any:
-    return Reader(api, None, price).read(files, RequestIndex(range(count), temperature=0.5))
+    return LineReader(api, None, HalfADollar()).read(files, RequestIndex(range(count), temperature=0.5))
 
 
 # --- one line ----------------------------------------------------------------------------------------------
@@ -248,7 +254,7 @@ def asked(name: Any, **body: Any) -> bytes:
 def test_the_manifest_of_an_input_file() -> None:
     """Order and temperatures; empty lines are none of the requests, but count as lines of the file."""
     lines = [b"\n", asked("b", temperature=0.5), b" \n", asked("a"), asked("c", temperature=0)]
-    manifest = read_manifest(lines, numbered=False, start=10)
+    manifest = read_index(lines, numbered=False, start=10)
     assert list(manifest.indexes) == [10, 11, 12]
     assert [manifest.index_of(name) for name in ("b", "a", "c", "d", None)] == [10, 11, 12, None, None]
     assert [manifest.temperature_of(n) for n in (10, 11, 12)] == [0.5, None, 0]
@@ -258,7 +264,7 @@ def test_the_manifest_of_an_input_file() -> None:
 
 def test_the_manifest_of_numbered_lines() -> None:
     """The index is the name's, not the line's."""
-    manifest = read_manifest([asked("x#4"), asked("request-9")], numbered=True, start=0)
+    manifest = read_index([asked("x#4"), asked("request-9")], numbered=True, start=0)
     assert list(manifest.indexes) == [4, 9]
     assert (manifest.index_at(1), manifest.index_at(2), manifest.index_at(-1)) == (4, 9, None)
 
@@ -266,14 +272,27 @@ def test_the_manifest_of_numbered_lines() -> None:
 def test_a_guessed_manifest() -> None:
     """In the order of the results, or by their numbers; the files are at their start again."""
     files = [io.BytesIO(answer("b") + answer("a")), io.BytesIO(unrun("c", None) + answer("a"))]
-    manifest = guess_manifest(files, numbered=False, start=5, count=4)
+    manifest = guess_index(files, numbered=False, start=5, count=4)
     assert list(manifest.indexes) == [5, 6, 7, 8]
     assert [manifest.index_of(name) for name in "bac"] == [5, 6, 7]
     assert [file.tell() for file in files] == [0, 0]
     files = [io.BytesIO(answer("b#7") + answer("nobody") + answer("a#2"))]
-    manifest = guess_manifest(files, numbered=True, start=0, count=9)
+    manifest = guess_index(files, numbered=True, start=0, count=9)
     assert list(manifest.indexes) == [2, 7]
     assert manifest.index_of("nobody") is None
+
+
+def test_a_request_without_a_result_has_the_reason_of_its_line() -> None:
+    """Where the batch's errors name the line; else the first reason of the batch."""
+    errors = [{"code": "c", "message": "m", "line": 3}, {"code": "d", "message": "n"}]
+    failed = Batch.construct(
+        id="batch_1", status="failed", metadata=None, request_counts=None, errors={"data": errors}
+    )
+    results = BatchResults()
+    explain_missing(failed, results, RequestIndex(range(10, 14)))
+    assert results.outcomes[12] == BatchError("m", code="c", line=13)
+    assert results.outcomes[10] == BatchError("batch batch_1 failed: m", code="c", line=11)
+    assert sorted(results.outcomes) == [10, 11, 12, 13]
 
 
 # --- anything at all ---------------------------------------------------------------------------------------
@@ -340,6 +359,6 @@ def test_the_order_of_the_lines_does_not_matter(lines: list[bytes]) -> None:
 @given(st.lists(lines | st.builds(asked, names, temperature=values), max_size=6), st.booleans())
 def test_any_input_file_gives_a_manifest(lines: list[bytes], numbered: bool) -> None:
     """As many indexes as lines that are not empty; guessing from it does not fail either."""
-    manifest = read_manifest(lines, numbered=numbered, start=0)
+    manifest = read_index(lines, numbered=numbered, start=0)
     assert len(manifest.indexes) == sum(not line.isspace() for line in lines)
-    guess_manifest([io.BytesIO(b"".join(lines))], numbered=numbered, start=0, count=3)
+    guess_index([io.BytesIO(b"".join(lines))], numbered=numbered, start=0, count=3)

@@ -14,18 +14,18 @@ from openai.types import Batch
 
 from openai_eval_client import BatchError, BatchJobStatus
 from openai_eval_client._batches.status import (
-    INTENT,
-    PART,
+    JOB_KEY,
+    LINES_KEY,
     Grouping,
     JobMetadata,
-    Reasons,
+    enqueued_refusal,
     failure_of,
     has_ended,
     is_enqueued_limit,
     job_status,
+    missing_error,
     request_counts,
     stated_errors,
-    was_refused,
 )
 
 RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
@@ -52,9 +52,11 @@ def batch(status: str = "completed", name: str = "batch_1", **fields: Any) -> Ba
     return Batch.construct(**given_fields)
 
 
-def placed(first: int, count: int, total: int, record: str = "i", **fields: Any) -> Batch:
-    placement = JobMetadata(record, total, first, count, first, numbered=True, temperature=None)
-    return batch(metadata=placement.metadata(), **fields)
+def placed(first: int, count: int, total: int, job: str = "i", **fields: Any) -> Batch:
+    place = JobMetadata(
+        job=job, total=total, first=first, count=count, start=first, numbered=True, temperature=None, model=""
+    )
+    return batch(metadata=place.metadata(), **fields)
 
 
 counts = st.none() | st.tuples(*[st.none() | st.integers(0, 9)] * 3)
@@ -142,18 +144,16 @@ def test_a_message_with_half_an_emoji_can_be_written() -> None:
     assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
 
 
-def test_the_reason_of_a_request() -> None:
-    """That of its line, else the first, else what the status says."""
+def test_the_reason_of_a_missing_result() -> None:
+    """The first that a failed batch states, else what its status says."""
     failed = with_errors({"code": "c", "message": "m", "line": 3}, {"code": "d", "message": "n"})
-    reasons = Reasons(failed, lambda number: number + 10)
-    assert reasons.of(13) == BatchError("m", code="c", line=14)
-    assert reasons.of(0) == BatchError("batch batch_1 failed: m", code="c", line=1)
+    assert missing_error(failed) == BatchError("batch batch_1 failed: m", code="c")
     codes = {"expired": "batch_expired", "cancelled": "batch_cancelled", "completed": "missing_result"}
     for status, code in codes.items():
-        error = Reasons(batch(status), lambda number: number).of(4)
-        assert (error.code, error.index) == (code, 4)
+        error = missing_error(batch(status))
+        assert (error.code, error.index) == (code, None)
         assert "batch_1" in str(error)
-    assert Reasons(batch("failed"), lambda number: number).of(0).code == "batch_failed"
+    assert missing_error(batch("failed")).code == "batch_failed"
 
 
 def test_the_failure_of_a_job() -> None:
@@ -169,10 +169,10 @@ def test_the_failure_of_a_job() -> None:
 def test_a_refusal_for_enqueued_tokens_is_known() -> None:
     """By its code, or by its text; only of a batch that failed."""
     said = {"code": "token_limit_exceeded", "message": "m"}
-    assert was_refused(with_errors({"code": "x", "message": "y"}, said)).code == "token_limit_exceeded"
-    assert was_refused(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
-    assert was_refused(with_errors({"code": "x", "message": "y"})) is None
-    assert was_refused(with_errors(said, status="completed")) is None
+    assert enqueued_refusal(with_errors({"code": "x", "message": "y"}, said)).code == "token_limit_exceeded"
+    assert enqueued_refusal(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
+    assert enqueued_refusal(with_errors({"code": "x", "message": "y"})) is None
+    assert enqueued_refusal(with_errors(said, status="completed")) is None
     assert not is_enqueued_limit(None, "")
 
 
@@ -204,7 +204,7 @@ def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, 
     assert grouping.incomplete() == []
     assert len(jobs) == len({record for record, *_ in account})
     for job in jobs:
-        records = {each.metadata[INTENT] for each in job}
+        records = {each.metadata[JOB_KEY] for each in job}
         assert len(records) == 1
         (record,) = records
         places = [account[int(each.id[1:])] for each in job]
@@ -229,13 +229,21 @@ def test_a_job_without_one_of_its_batches_is_incomplete(
         job for n, (i, f, c, t) in enumerate(left) if (job := grouping.add(placed(f, c, t, i, name=f"b{n}")))
     ]
     found = whole + grouping.incomplete()
-    names = [{each.metadata[INTENT] for each in job} for job in found]
+    names = [{each.metadata[JOB_KEY] for each in job} for job in found]
     assert sorted(name for (name,) in names) == sorted({entry[0] for entry in left})
     assert len(grouping.incomplete()) == (lost[0] in {entry[0] for entry in left})
 
 
 def test_batches_of_others_are_no_jobs() -> None:
     grouping = Grouping()
-    odd = [None, {}, {"mine": "x"}, {INTENT: "x"}, {PART: "{}"}, {INTENT: "x", PART: "no"}, "text"]
+    odd = [
+        None,
+        {},
+        {"mine": "x"},
+        {JOB_KEY: "x"},
+        {LINES_KEY: "{}"},
+        {JOB_KEY: "x", LINES_KEY: "no"},
+        "text",
+    ]
     assert [grouping.add(batch(metadata=metadata)) for metadata in odd] == [[]] * len(odd)
     assert grouping.incomplete() == []

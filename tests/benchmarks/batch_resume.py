@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, ModelResponse, OpenAIClient, OpenAIConfig
-from openai_eval_client._batches.status import INTENT, PART
+from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 FAULTS = {
@@ -120,7 +120,7 @@ def trial(server: SimulatedServer, road: str, cache: Path, count: int, moments: 
     verdict.wrong = int(cache.with_suffix(".wrong").read_text())
     verdict.answered = count - verdict.wrong
     made = server.batches[before:]
-    places = Counter((batch["metadata"][INTENT], batch["metadata"][PART]) for batch in made)
+    places = Counter((batch["metadata"][JOB_KEY], batch["metadata"][LINES_KEY]) for batch in made)
     verdict.batches = len(made)
     verdict.batches_twice = len(made) - len(places) + abs(len(places) - PARTS)
     return verdict

@@ -118,7 +118,7 @@ def creations(server: SimulatedServer) -> list[Any]:
     return [call for call in server.calls if (call.method, call.path) == ("POST", "/v1/batches")]
 
 
-def intents(server: SimulatedServer) -> list[tuple[str, str]]:
+def places(server: SimulatedServer) -> list[tuple[str, str]]:
     """Return intent and placement of every batch on the server."""
     return [tuple((batch["metadata"] or {}).values())[-2:] for batch in server.batches]
 
