@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
     from decimal import Decimal
 
-    from openai_eval_client._batches.results import BatchReservation
+    from openai_eval_client._cost import Reservation
     from openai_eval_client._wire import Parameters
 
 
@@ -76,7 +76,7 @@ class InputFile:
     tokens: int | None = None  # once they are counted
     done: int = 0  # how many of its requests have ended, when its batch was last looked at
     costs: Sequence[Decimal] = ()  # USD that each line can cost at most; empty where there is no budget
-    reservation: BatchReservation | None = None
+    reservation: Reservation | None = None  # of what all lines can cost
 
     @property
     def count(self) -> int:

@@ -159,12 +159,10 @@ class Batches:
 
     async def status(self, job_id: str) -> BatchJobStatus:
         """Look at every batch of a job."""
-        self._check_open()
         return await self._status_of(await self._all(job_id))
 
     async def results(self, job_id: str, *, return_exceptions: bool) -> list[Any]:
         """Settle every batch of a job that has ended."""
-        self._check_open()
         batches = await self._all(job_id)
         running = [batch for batch in batches if not has_ended(batch)]
         if running:
@@ -176,7 +174,6 @@ class Batches:
 
     async def cancel(self, job_id: str) -> BatchJobStatus:
         """Cancel what still runs of a job."""
-        self._check_open()
         batches = await self._all(job_id)
         after = [batch if has_ended(batch) else await self._api.cancel(batch.id) for batch in batches]
         return await self._status_of(after)
@@ -194,6 +191,7 @@ class Batches:
             yield await self._status_of(job)
 
     async def _all(self, job_id: str) -> list[Batch]:
+        self._check_open()
         ids = job_id.split(SEPARATOR) if isinstance(job_id, str) else []
         if not ids or any(not name or not name.isascii() or not name.isprintable() for name in ids):
             reject_input("job_id", job_id, "must be the job_id of a BatchJob, or the id of a batch")

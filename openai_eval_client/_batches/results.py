@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from openai_eval_client._account import Account
     from openai_eval_client._batches.api import BatchApi
     from openai_eval_client._batches.files import InputFile, Temperature
-    from openai_eval_client._cost import CostBudget, Payments, Pricer, Reservation
+    from openai_eval_client._cost import CostBudget, Payments, Pricer
     from openai_eval_client._tokens import TokenCounter
 
     Outcome = ModelResponse | Exception
@@ -209,7 +209,9 @@ class BatchSettler:
         self._ledger = account.ledger
         self._recorder = account.recorder
         self._booked: set[str] = set()
-        self.reserved: dict[str, BatchReservation | None] = {}  # for each batch not settled, by its id
+        self.unsettled: dict[
+            str, InputFile
+        ] = {}  # what is reserved is settled with them; by their batch's id
 
     async def settle(
         self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, schema: Any = None
@@ -240,9 +242,9 @@ class BatchSettler:
             self._booked.add(batch.id)
             self._ledger.book_batch(reader.prices)
             self._recorder.settled(*results.counts())
-        reservation = self.reserved.pop(batch.id, None)
-        if reservation is not None:
-            reservation.settle(batch, results.outcomes)
+        submitted = self.unsettled.pop(batch.id, file)
+        if submitted is not None:
+            _settle_reservation(submitted, batch, results.outcomes)
         return results
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
@@ -257,8 +259,7 @@ class BatchSettler:
 
     async def _index(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked; None where its input file is gone and its metadata do not tell."""
-        job = read_job_metadata(batch.metadata)
-        start = offset if job is None or job.start is None else job.start
+        job, start = read_job_metadata(batch.metadata), _start_of(batch, offset)
         stated = None
         if job is not None and job.start is not None and job.numbered:
             indexes = range(start, start + job.count)
@@ -356,16 +357,20 @@ def _index_of_file(file: InputFile) -> RequestIndex:
     return RequestIndex(file.indexes, temperature=_one_temperature(file.temperature))
 
 
+def _start_of(batch: Batch, offset: int) -> int:
+    """Return the index of a batch's first request; `offset` where its metadata do not say it."""
+    job = read_job_metadata(batch.metadata)
+    return offset if job is None or job.start is None else job.start
+
+
 def _guessed_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
     """Return what a batch was asked whose input file is gone, as far as its results tell."""
     job, count = read_job_metadata(batch.metadata), request_counts(batch)[0]
-    if job is not None and job.numbered:
-        index = guess_index(files, numbered=True, start=0, count=count)
-    else:
+    numbered = job is not None and job.numbered
+    if not numbered:
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
-        start = offset if job is None or job.start is None else job.start
-        index = guess_index(files, numbered=False, start=start, count=count)
+    index = guess_index(files, numbered=numbered, start=_start_of(batch, offset), count=count)
     index.temperature = None if job is None else _one_temperature(job.temperature)
     return index
 
@@ -376,30 +381,16 @@ _NOTHING = Decimal(0)
 _UNKNOWN = frozenset({MISSING, NO_ANSWER, UNREADABLE})  # what became of the request, and so what it cost
 
 
-@dataclass(frozen=True, slots=True)
-class BatchReservation:
-    """What is reserved for the requests of one batch."""
-
-    indexes: Sequence[int]
-    costs: Sequence[Decimal]  # USD that each can cost at most
-    reservation: Reservation  # for all of them
-
-    def settle(self, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
-        """Replace it by what the answers cost; a request whose answer is lost counts with the most."""
-        known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
-        certain = request_counts(batch)[1] <= known  # that no other request was answered
-        with exact():
-            lines = zip(self.indexes, self.costs, strict=True)
-            costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
-            self.reservation.settle(sum(costs, _NOTHING))
-
-    def refund(self) -> None:
-        """Give it back: nothing ran."""
-        self.reservation.settle(_NOTHING)
-
-    def keep(self) -> None:
-        """Keep it, but let no other request wait for its settling, which may never come."""
-        self.reservation.keep_reserved()
+def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
+    """Replace what is reserved by what the answers cost; a request whose answer is lost counts in full."""
+    if file.reservation is None:
+        return
+    known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
+    certain = request_counts(batch)[1] <= known  # that no other request was answered
+    with exact():
+        lines = zip(file.indexes, file.costs, strict=True)
+        costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+        file.reservation.settle(sum(costs, _NOTHING))
 
 
 def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
@@ -439,8 +430,7 @@ class BatchBudget:
             reservation = reserve_now(self._budgets, _sum(file.costs))
         except BudgetExceededError:
             return False
-        if reservation is not None:
-            file.reservation = BatchReservation(file.indexes, file.costs, reservation)
+        file.reservation = reservation
         return reservation is not None
 
     async def reserve_all(self, files: Sequence[InputFile]) -> None:
@@ -450,13 +440,20 @@ class BatchBudget:
         amounts = [_sum(file.costs) for file in files]
         whole = await reserve(self._budgets, _sum(amounts))
         for file, reservation in zip(files, whole.split(amounts), strict=True):
-            file.reservation = BatchReservation(file.indexes, file.costs, reservation)
+            file.reservation = reservation
 
     def commit(self, file: InputFile) -> None:
         """Reserve what a file can cost whose batch there is already, whether there is room or not."""
         if self._budgets:
-            reservation = commit(self._budgets, _sum(file.costs))
-            file.reservation = BatchReservation(file.indexes, file.costs, reservation)
+            file.reservation = commit(self._budgets, _sum(file.costs))
+
+    def release(self, file: InputFile, *, keep: bool = False) -> None:
+        """Give back what is reserved for a file; or keep it, though no request waits for its settling."""
+        if file.reservation is not None and keep:
+            file.reservation.keep_reserved()
+        elif file.reservation is not None:
+            file.reservation.settle(_NOTHING)
+            file.reservation = None
 
     def fitting(self, file: InputFile) -> int | None:
         """Return how many of a file's first lines there is room for; None: there may be more room later."""

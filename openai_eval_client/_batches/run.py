@@ -98,8 +98,9 @@ class Submission:
                 batches = await self._submit_whole(job.recover(saved[0]), files)
                 if are_of_use(batches):
                     return batches
-                for batch in batches:
-                    self._refund(batch.id)
+                for batch, file in zip(batches, files, strict=True):  # it is submitted anew
+                    self.settler.unsettled.pop(batch.id, None)
+                    self.budget.release(file)
             return await self._submit_whole(job, files)
 
     async def _submit_whole(self, job: JobRecord, files: Sequence[InputFile]) -> list[Batch]:
@@ -108,7 +109,6 @@ class Submission:
             for file in files:
                 if file.key in job.made:
                     self.budget.commit(file)  # it costs that anyway
-                    self.settler.reserved[job.made[file.key]] = file.reservation
             await self.budget.reserve_all([file for file in files if file.key not in job.made])
             await self._save()
             try:
@@ -139,7 +139,6 @@ class Submission:
         self.batches.append(batch)
         self.job.made[file.key] = batch.id
         self.job.unclear.discard(file.key)
-        self.settler.reserved[batch.id] = file.reservation
 
     async def _save(self) -> None:
         """Record which batches there are, and how the files are cut."""
@@ -153,9 +152,12 @@ class Submission:
         try:
             batch = await self._look_for(file)
         except openai.APIError as error:
-            self._not_found_now(error)
+            self._pause_for(error)
             return None
         if batch is not None:
+            kept = self.settler.unsettled.pop(batch.id, None)
+            if kept is not None:  # from an earlier call: it is reserved anew
+                self.budget.release(kept)
             if not self.budget.reserve(file):
                 self.budget.commit(file)  # it costs that anyway
             about = {"batch_id": batch.id, "batch_status": batch.status}
@@ -178,7 +180,7 @@ class Submission:
                 file.file_id = await self.api.upload(file)
             batch = await self.api.create(self.job, file)
         except openai.OpenAIError as error:
-            await self._not_created(error)
+            await self._refused(error)
             return None
         about = {"batch_id": batch.id, "model": file.model, "requests": file.count}
         text = "batch %s created: %d requests of %s"
@@ -193,12 +195,12 @@ class Submission:
         """Return whether what a file may cost is reserved."""
         return self.budget.reserve(file)
 
-    def _not_found_now(self, error: openai.APIError) -> None:
-        """React where it cannot be told whether there is a batch of the first file that waits."""
+    def _pause_for(self, error: openai.APIError) -> None:
+        """React to a failure that leaves it open whether the first file that waits has a batch."""
         raise error
 
-    async def _not_created(self, error: openai.OpenAIError) -> None:
-        """React where the batch of the first file that waits was not created."""
+    async def _refused(self, error: openai.OpenAIError) -> None:
+        """React to a failure to create the batch of the first file that waits."""
         raise error
 
     async def _undo(self) -> bool:
@@ -228,21 +230,11 @@ class Submission:
     def _end(self) -> None:
         """Keep what batches may still cost reserved, though no request waits for that; give back the rest."""
         for file in [*self.running.values(), *self.waiting]:
-            self._release(file, keep=file.key in self.job.made or self.job.recovered)
-
-    def _release(self, file: InputFile, *, keep: bool = False) -> None:
-        """Give back what is reserved for a file; keep it where there may be a batch of it."""
-        reservation, file.reservation = file.reservation, None
-        if reservation is not None and (keep or file.key in self.job.unclear):
-            reservation.keep()
-        elif reservation is not None:
-            reservation.refund()
-
-    def _refund(self, batch_id: str) -> None:
-        """Give back what is reserved for a batch that never ran."""
-        reservation = self.settler.reserved.pop(batch_id, None)
-        if reservation is not None:
-            reservation.refund()
+            batch_id = self.job.made.get(file.key)
+            if batch_id is not None and file.reservation is not None:
+                self.settler.unsettled[batch_id] = file
+            may_run = batch_id is not None or file.key in self.job.unclear or self.job.recovered
+            self.budget.release(file, keep=may_run)
 
 
 # --- prompts answered by batches --------------------------------------------------------------------------
@@ -323,11 +315,10 @@ class BatchRun(Submission):
         lines = (BatchLine(n, numbered_id(n), adapted, self.prompts[n]) for n in job.indexes)
         files = recut(await write_in_thread(lines, most_lines=job.most_lines), job.spans)
         self.jobs.append(job)
-        self.waiting.extend(files)
+        self.waiting = deque(sorted(files, key=lambda file: file.key not in job.made))
         self._give_up_at = time.monotonic() + window_seconds(job.window)
         try:
             await self.budget.estimate(files, job.endpoint)
-            self.waiting = deque(sorted(files, key=lambda file: file.key not in job.made))
             await self._save()
             while True:
                 await self._submit_waiting()
@@ -366,7 +357,7 @@ class BatchRun(Submission):
         self._drop(self.broke)
         return False
 
-    def _not_found_now(self, error: openai.APIError) -> None:
+    def _pause_for(self, error: openai.APIError) -> None:
         """Let what waits wait for the next poll; raise what no waiting cures."""
         if not is_transient(error) or not self._is_patient():
             raise error
@@ -374,28 +365,29 @@ class BatchRun(Submission):
         warn(text, self.waiting[0].count, about["error_type"], event="batch_not_submitted", **about)
         self._paused = True
 
-    async def _not_created(self, error: openai.OpenAIError) -> None:
+    async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first file back, or give it up."""
         file = self.waiting[0]
         code, message = getattr(error, "code", None), getattr(error, "message", str(error))
         is_limit = is_enqueued_limit(code, message)
         if is_limit or not is_transient(error):
-            self._release(file)
+            self.budget.release(file, keep=file.key in self.job.unclear)
         if is_limit:
             await self._hold(message, error)
             return
         left = sum(file.count for file in self.waiting)
         has_begun = left < self.job.total or file.key in self.job.unclear  # else nothing would be lost
         if isinstance(error, openai.APIError) and has_begun and is_transient(error) and self._is_patient():
-            self._not_found_now(error)
+            self._pause_for(error)
         else:
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         """Give the first file up, which was never run."""
-        self._release(self.waiting[0])
+        file = self.waiting[0]
+        self.budget.release(file, keep=file.key in self.job.unclear)
         self.failed = self.failed or error
-        self.never_ran += self.waiting[0].count
+        self.never_ran += file.count
         self._drop(error)
 
     def _drop(self, error: Exception) -> None:
@@ -456,14 +448,14 @@ class BatchRun(Submission):
 
     async def _look(self, batch_id: str, file: InputFile) -> None:
         try:
-            await self._heed(await self.api.get(batch_id), file)
+            await self._update(await self.api.get(batch_id), file)
         except openai.APIError as error:
             if not is_transient(error):
                 raise
             text, about = "batch %s could not be read (%s): later again", of_error(error)
             warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)
 
-    async def _heed(self, batch: Batch, file: InputFile) -> None:
+    async def _update(self, batch: Batch, file: InputFile) -> None:
         """Take in what a batch has become."""
         if not has_ended(batch):
             _, completed, failed = request_counts(batch)
@@ -488,8 +480,8 @@ class BatchRun(Submission):
     async def _submit_again(self, batch: Batch, file: InputFile, refusal: BatchError) -> None:
         """Let a file wait again whose batch was created, and refused when it was validated."""
         self.running.pop(batch.id)
-        self._refund(batch.id)
-        file.reservation, file.done = None, 0
+        self.budget.release(file)
+        file.done = 0
         self.waiting.appendleft(file)
         self.job.made.pop(file.key, None)
         await self._hold(refusal.message, refusal)

@@ -224,18 +224,21 @@ def failure_of(batches: Sequence[Batch]) -> BatchError:
     """Return why batches failed of which no line ran."""
     reasons = [reason for batch in batches for reason in stated_errors(batch)]
     names = ", ".join(batch.id for batch in batches)
-    first = reasons[0] if reasons else BatchError("no reason given", code="batch_failed")
+    first = _first(reasons)
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     message = f"{names} failed: {first.message}{more}"
     return BatchError(message, code=first.code, line=first.line, param=first.param)
+
+
+def _first(reasons: Sequence[BatchError]) -> BatchError:
+    return reasons[0] if reasons else BatchError("no reason given", code="batch_failed")
 
 
 def missing_error(batch: Batch) -> BatchError:
     """Return why requests of a batch that has ended have no line in any of its files."""
     state = state_of(batch)
     if state == "failed":
-        reasons = stated_errors(batch)
-        first = reasons[0] if reasons else BatchError("no reason given", code="batch_failed")
+        first = _first(stated_errors(batch))
         return BatchError(f"batch {batch.id} failed: {first.message}", code=first.code, param=first.param)
     if state == "expired":
         return BatchError(f"batch {batch.id} expired before this request was answered", code=EXPIRED)

@@ -34,7 +34,7 @@ USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 class HalfADollar:
     """A pricer: every answer costs the same."""
 
-    def cost(self, model: str, usage: Usage, *, batch: bool) -> Decimal:
+    def cost(self, _model: str, _usage: Usage, *, batch: bool) -> Decimal:
         assert batch
         return Decimal("0.5")
 

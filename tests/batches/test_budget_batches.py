@@ -323,6 +323,30 @@ async def test_batches_of_a_killed_run_are_reserved_again(tmp_path) -> None:
     assert budget["spent"] == nearly(by_batch(server))
 
 
+async def test_batches_of_a_cancelled_run_are_not_reserved_twice(tmp_path) -> None:
+    """A second call of the same client goes on with them, and settles them."""
+    path, prompts = tmp_path / "answers.sqlite", questions(10, 14)
+    with simulated(batch_seconds=0.2) as server:
+        async with connect(server, cache=path, max_cost=1) as client:
+            whole = sum(await most(client, prompts))
+            run = asyncio.ensure_future(client.batch_generate(prompts, use_batch_api=True, max_tokens=MOST))
+            while not server.batches:
+                await asyncio.sleep(SOON)
+            run.cancel()
+            await asyncio.gather(run, return_exceptions=True)
+            seen = {client.stats.budget["reserved"]}
+            await client.batch_generate(
+                prompts,
+                use_batch_api=True,
+                max_tokens=MOST,
+                progress_callback=lambda _: seen.add(client.stats.budget["reserved"]),
+            )
+            budget = client.stats.budget
+    assert max(seen) == whole
+    assert len(server.batches) == 1
+    assert (budget["reserved"], budget["spent"]) == (0, nearly(by_batch(server)))
+
+
 async def test_what_runs_already_is_reserved_before_what_waits(tmp_path) -> None:
     """A part that was refused, and waits again, stands before one whose batch is running."""
     path, prompts = tmp_path / "answers.sqlite", [f"number {n}" for n in range(16)]
