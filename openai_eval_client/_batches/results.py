@@ -209,9 +209,7 @@ class BatchSettler:
         self._ledger = account.ledger
         self._recorder = account.recorder
         self._booked: set[str] = set()
-        self.unsettled: dict[
-            str, InputFile
-        ] = {}  # what is reserved is settled with them; by their batch's id
+        self.unsettled: dict[str, InputFile] = {}  # with a reservation, by the id of their batch
 
     async def settle(
         self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, schema: Any = None

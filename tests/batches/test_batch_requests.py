@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from openai_eval_client import BatchRequest, ValidationError
-from openai_eval_client._batches.files import check_requests, is_numbered, write_files
-from openai_eval_client._batches.status import JOB_KEY, LINES_KEY, JobMetadata, read_job_metadata
+from openai_eval_client._batches.files import check_requests, is_numbered
+from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates")
@@ -314,68 +314,6 @@ def test_names_on_the_wire_tell_all_requests_apart(pairs: list[tuple[str, str]])
         assert [int(name.rpartition("#" if "#" in name else "-")[2]) for name in names] == list(
             range(len(names))
         )
-
-
-@patient
-@given(
-    st.lists(st.tuples(st.sampled_from("mno"), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=30),
-    st.integers(1, 7),
-)
-def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]], most: int) -> None:
-    """What a batch's metadata say, read back, is where its lines stand; and it fits the API's limits."""
-    requests = [BatchRequest(prompt="x", model=model, temperature=value) for model, value in pairs]
-    parts = write_files(check_requests(requests, api="chat", default_model=MODEL), most_lines=most)
-    seen: list[int] = []
-    for part in parts:
-        placement = JobMetadata.of(part, "a" * 32, len(pairs))
-        metadata = placement.metadata()
-        assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
-        assert read_job_metadata(metadata) == placement
-        assert placement.key == ("a" * 32, part.first, part.count)
-        assert placement.first == len(seen)
-        assert {pairs[index][0] for index in part.indexes} == {part.model}
-        seen += part.indexes
-        if placement.start is not None:
-            assert list(part.indexes) == list(range(placement.start, placement.start + placement.count))
-        values = {pairs[index][1] for index in part.indexes}
-        assert placement.temperature == (values.pop() if len(values) == 1 else "mixed")
-        part.file.close()
-    assert sorted(seen) == list(range(len(pairs)))
-
-
-odd = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
-    max_leaves=4,
-)
-fields = st.sampled_from(["total", "first", "count", "start", "numbered", "temperature"])
-
-
-@patient
-@given(st.dictionaries(fields, odd), odd)
-def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], record: Any) -> None:
-    """Whatever stands under our keys: a sound placement, or None."""
-    import json
-
-    right = {
-        "total": 5,
-        "first": 0,
-        "count": 2,
-        "start": 0,
-        "numbered": True,
-        "temperature": None,
-        "model": "m",
-    }
-    for text in (json.dumps({**right, **values}), json.dumps(values), "[" * 100_000, "", "7"):
-        placement = read_job_metadata({JOB_KEY: record, LINES_KEY: text})
-        if placement is not None:
-            assert placement.first + placement.count <= placement.total
-            assert isinstance(placement.job, str)
-            assert (
-                read_job_metadata(placement.metadata()) == placement
-                or placement.temperature != placement.temperature
-            )
-    assert read_job_metadata(values) is None
 
 
 def test_requests_may_come_from_a_generator() -> None:

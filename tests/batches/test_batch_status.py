@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timezone
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from batches import patient
+from batches import MODEL, patient
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from openai.types import Batch
 
-from openai_eval_client import BatchError, BatchJobStatus
+from openai_eval_client import BatchError, BatchJobStatus, BatchRequest
+from openai_eval_client._batches.files import check_requests, write_files
 from openai_eval_client._batches.status import (
     JOB_KEY,
     LINES_KEY,
@@ -24,6 +26,7 @@ from openai_eval_client._batches.status import (
     is_enqueued_limit,
     job_status,
     missing_error,
+    read_job_metadata,
     request_counts,
     stated_errors,
 )
@@ -60,16 +63,16 @@ def placed(first: int, count: int, total: int, job: str = "i", **fields: Any) ->
 
 
 counts = st.none() | st.tuples(*[st.none() | st.integers(0, 9)] * 3)
-parts = st.lists(st.tuples(st.sampled_from(RUNNING + ENDED + NEW), counts), min_size=1, max_size=5)
+stated_batches = st.lists(st.tuples(st.sampled_from(RUNNING + ENDED + NEW), counts), min_size=1, max_size=5)
 
 
 @patient
-@given(parts)
-def test_any_parts_have_a_status(given_parts: list[tuple[str, Any]]) -> None:
-    """Never ended while a part runs, completed if any part is; the counts add up; it survives JSON."""
-    batches = [batch(status, f"b{n}", counts=said) for n, (status, said) in enumerate(given_parts)]
+@given(stated_batches)
+def test_any_batches_have_a_status(given_batches: list[tuple[str, Any]]) -> None:
+    """Never ended while a batch runs, completed if any is; the counts add up; it survives JSON."""
+    batches = [batch(status, f"b{n}", counts=stated) for n, (status, stated) in enumerate(given_batches)]
     status = job_status(batches, ())
-    states = [state if state in RUNNING + ENDED else "in_progress" for state, _ in given_parts]
+    states = [state if state in RUNNING + ENDED else "in_progress" for state, _ in given_batches]
     running = [state for state in states if state in RUNNING]
     if running:
         assert status.status == min(running, key=RUNNING.index)
@@ -78,7 +81,7 @@ def test_any_parts_have_a_status(given_parts: list[tuple[str, Any]]) -> None:
         assert status.status == min(states, key=ENDED.index)
         assert status.completed_count + status.failed_count == status.request_count
     assert 0 <= status.completed_count + status.failed_count <= status.request_count
-    assert status.request_count == sum((said[0] or 0) if said else 0 for _, said in given_parts)
+    assert status.request_count == sum((stated[0] or 0) if stated else 0 for _, stated in given_batches)
     assert status.job_id == "+".join(each.id for each in batches)
     assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
 
@@ -99,8 +102,8 @@ def test_times() -> None:
 @pytest.mark.parametrize("status", RUNNING)
 def test_what_was_submitted_counts_while_the_api_says_nothing(status: str) -> None:
     """A batch that is being validated has a total of 0, or none."""
-    for said in ((0, 0, 0), (None, None, None), None):
-        each = placed(0, 7, 7, status=status, counts=said)
+    for stated in ((0, 0, 0), (None, None, None), None):
+        each = placed(0, 7, 7, status=status, counts=stated)
         assert request_counts(each) == (7, 0, 0)
 
 
@@ -168,11 +171,11 @@ def test_the_failure_of_a_job() -> None:
 
 def test_a_refusal_for_enqueued_tokens_is_known() -> None:
     """By its code, or by its text; only of a batch that failed."""
-    said = {"code": "token_limit_exceeded", "message": "m"}
-    assert enqueued_refusal(with_errors({"code": "x", "message": "y"}, said)).code == "token_limit_exceeded"
+    stated = {"code": "token_limit_exceeded", "message": "m"}
+    assert enqueued_refusal(with_errors({"code": "x", "message": "y"}, stated)).code == "token_limit_exceeded"
     assert enqueued_refusal(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
     assert enqueued_refusal(with_errors({"code": "x", "message": "y"})) is None
-    assert enqueued_refusal(with_errors(said, status="completed")) is None
+    assert enqueued_refusal(with_errors(stated, status="completed")) is None
     assert not is_enqueued_limit(None, "")
 
 
@@ -247,3 +250,63 @@ def test_batches_of_others_are_no_jobs() -> None:
     ]
     assert [grouping.add(batch(metadata=metadata)) for metadata in odd] == [[]] * len(odd)
     assert grouping.incomplete() == []
+
+
+# --- the metadata of a batch --------------------------------------------------------------------------------
+
+
+@patient
+@given(
+    st.lists(st.tuples(st.sampled_from("mno"), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=30),
+    st.integers(1, 7),
+)
+def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]], most: int) -> None:
+    """What a batch's metadata say, read back, is where its lines stand; and it fits the API's limits."""
+    requests = [BatchRequest(prompt="x", model=model, temperature=value) for model, value in pairs]
+    files = write_files(check_requests(requests, api="chat", default_model=MODEL), most_lines=most)
+    seen: list[int] = []
+    for file in files:
+        place = JobMetadata.of(file, "a" * 32, len(pairs))
+        metadata = place.metadata()
+        assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
+        assert read_job_metadata(metadata) == place
+        assert place.key == ("a" * 32, file.first, file.count)
+        assert place.first == len(seen)
+        assert {pairs[index][0] for index in file.indexes} == {file.model}
+        seen += file.indexes
+        if place.start is not None:
+            assert list(file.indexes) == list(range(place.start, place.start + place.count))
+        values = {pairs[index][1] for index in file.indexes}
+        assert place.temperature == (values.pop() if len(values) == 1 else "mixed")
+        file.file.close()
+    assert sorted(seen) == list(range(len(pairs)))
+
+
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+fields = st.sampled_from(["total", "first", "count", "start", "numbered", "temperature"])
+
+
+@patient
+@given(st.dictionaries(fields, odd), odd)
+def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], record: Any) -> None:
+    """Whatever stands under our keys: a sound place in a job, or None."""
+    right = {
+        "total": 5,
+        "first": 0,
+        "count": 2,
+        "start": 0,
+        "numbered": True,
+        "temperature": None,
+        "model": "m",
+    }
+    for text in (json.dumps({**right, **values}), json.dumps(values), "[" * 100_000, "", "7"):
+        place = read_job_metadata({JOB_KEY: record, LINES_KEY: text})
+        if place is not None:
+            assert place.first + place.count <= place.total
+            assert isinstance(place.job, str)
+            assert read_job_metadata(place.metadata()) == place or place.temperature != place.temperature
+    assert read_job_metadata(values) is None

@@ -76,10 +76,10 @@ def build_ratio(count: int) -> tuple[float, float]:
     """Return the CPU seconds of checking and building lines, and their ratio to plain json.dumps."""
     given = requests(count)
     items = check_requests(given, api="chat", default_model="gpt-4o-mini")
-    ours, parts = cpu(write_files, items, most_lines=count)
-    parts[0].file.seek(0)
-    objects = [json.loads(line) for line in parts[0].file]
-    close_files(parts)
+    ours, files = cpu(write_files, items, most_lines=count)
+    files[0].file.seek(0)
+    objects = [json.loads(line) for line in files[0].file]
+    close_files(files)
     plain, _ = cpu(lambda: collections.deque(map(json.dumps, objects), maxlen=0))
     return ours, ours / plain
 
@@ -102,10 +102,10 @@ async def read_ratios(count: int) -> tuple[float, float, float]:
             file: IO[bytes] = await api.download(str(batch.output_file_id))
             reader = LineReader("chat", None, client._account.ledger.pricer_for(None))
     with file:
-        ours, settlement = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
-        if settlement.answered != count:
-            raise SystemExit(f"{settlement.answered} of {count} results were read")
-        del settlement
+        ours, results = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
+        if results.answered != count:
+            raise SystemExit(f"{results.answered} of {count} results were read")
+        del results
         file.seek(0)
         kept, _ = cpu(lambda: list(map(json.loads, file)))
         file.seek(0)

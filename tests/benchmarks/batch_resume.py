@@ -35,7 +35,7 @@ FAULTS = {
     "upload": {"500": 0.1},
 }
 PARTS = 3
-ROADS = ("generate", "submit")
+WAYS = ("generate", "submit")
 
 
 @dataclass
@@ -60,10 +60,10 @@ def connect(url: str, cache: Path, count: int) -> OpenAIClient:
     return OpenAIClient(config, batch=batch, cache=cache)
 
 
-async def answers(road: str, client: OpenAIClient, count: int) -> list[ModelResponse]:
+async def answers(way: str, client: OpenAIClient, count: int) -> list[ModelResponse]:
     """Answer so many prompts by batches."""
     prompts = [f"p{n}" for n in range(count)]
-    if road == "generate":
+    if way == "generate":
         return await client.batch_generate(prompts, use_batch_api=True)
     job = await client.submit_batch_job([BatchRequest(prompt=prompt) for prompt in prompts])
     while not (await client.get_batch_status(job.job_id)).has_ended:
@@ -71,20 +71,20 @@ async def answers(road: str, client: OpenAIClient, count: int) -> list[ModelResp
     return await client.retrieve_batch_results(job.job_id)
 
 
-async def work(url: str, road: str, cache: Path, count: int) -> None:
+async def work(url: str, way: str, cache: Path, count: int) -> None:
     """What the killed process does."""
     cache.with_suffix(".started").touch()
     async with connect(url, cache, count) as client:
-        responses = await answers(road, client, count)
+        responses = await answers(way, client, count)
     wrong = sum(response.content != f"echo: p{n}" for n, response in enumerate(responses))
     cache.with_suffix(".wrong").write_text(str(wrong + abs(count - len(responses))))
 
 
-def start(url: str, road: str, cache: Path, count: int) -> subprocess.Popen[bytes]:
+def start(url: str, way: str, cache: Path, count: int) -> subprocess.Popen[bytes]:
     """Start the process, and return once it has set out."""
     begun = cache.with_suffix(".started")
     begun.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--url", url, "--road", road]
+    command = [sys.executable, __file__, "--url", url, "--way", way]
     child = subprocess.Popen([*command, "--cache", str(cache), "--requests", str(count)])
     while not begun.exists() and child.poll() is None:
         time.sleep(0.005)
@@ -99,11 +99,11 @@ def struck(server: SimulatedServer, before: int) -> str:
     return "polling" if any(batch["status"] != "completed" for batch in batches) else "collecting"
 
 
-def trial(server: SimulatedServer, road: str, cache: Path, count: int, moments: list[float]) -> Verdict:
+def trial(server: SimulatedServer, way: str, cache: Path, count: int, moments: list[float]) -> Verdict:
     """Kill at each of these moments, let it end, and check."""
     verdict, before = Verdict(), len(server.batches)
     for moment in moments:
-        child = start(server.base_url, road, cache, count)
+        child = start(server.base_url, way, cache, count)
         try:
             child.wait(moment)
         except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ def trial(server: SimulatedServer, road: str, cache: Path, count: int, moments: 
         if cache.with_suffix(".wrong").exists():
             break
     else:
-        child = start(server.base_url, road, cache, count)
+        child = start(server.base_url, way, cache, count)
         if child.wait(60):
             raise RuntimeError(f"the process ended with code {child.returncode}")
     verdict.wrong = int(cache.with_suffix(".wrong").read_text())
@@ -146,8 +146,8 @@ def kill(kills: int, *, count: int = 300, seconds: float = 1.0, seed: int = 0) -
         number = 0
         while total.kills.total() < kills:
             some = [moments.uniform(0, 2.5 * seconds) * moments.random() for _ in range(4)]
-            road = ROADS[number % len(ROADS)]
-            one = trial(server, road, Path(folder) / f"{number}.sqlite", count, some)
+            way = WAYS[number % len(WAYS)]
+            one = trial(server, way, Path(folder) / f"{number}.sqlite", count, some)
             number += 1
             total.kills += one.kills
             total.answered += one.answered
@@ -164,11 +164,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url")
-    parser.add_argument("--road", choices=ROADS)
+    parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--cache", type=Path)
     options = parser.parse_args()
     if options.cache:
-        asyncio.run(work(options.url, options.road, options.cache, options.requests))
+        asyncio.run(work(options.url, options.way, options.cache, options.requests))
         return 0
     started = time.monotonic()
     verdict = kill(options.kills, count=options.requests, seed=options.seed)
