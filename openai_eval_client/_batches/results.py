@@ -1,4 +1,4 @@
-"""From the output files of a batch to one outcome for each request; what it may cost, and what it did."""
+"""From the output files of a batch to one outcome for each request; what it may cost, and what it cost."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import time
 import uuid
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 _RECORDED = ("name", "since", "refused", "most_lines", "made", "spans")
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class JobRecord:
     """A job, recorded before each call that costs, so that a killed run goes on with the same batches."""
 
@@ -48,7 +49,7 @@ class JobRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as it is recorded."""
-        return {"indexes": _spans(self.indexes), **{name: getattr(self, name) for name in _RECORDED}}
+        return {"indexes": self._spans, **{name: getattr(self, name) for name in _RECORDED}}
 
     def recover(self, saved: Mapping[str, Any]) -> JobRecord:
         """Return it as an earlier program recorded it."""
@@ -56,16 +57,16 @@ class JobRecord:
         indexes = [index for first, count in saved["indexes"] for index in range(first, first + count)]
         return dataclasses.replace(self, **known, indexes=indexes, recovered=True)
 
-
-def _spans(indexes: Sequence[int]) -> list[tuple[int, int]]:
-    """Return rising numbers as spans of consecutive ones: first and count of each."""
-    found: list[tuple[int, int]] = []
-    for index in indexes:
-        if found and index == sum(found[-1]):
-            found[-1] = (found[-1][0], found[-1][1] + 1)
-        else:
-            found.append((index, 1))
-    return found
+    @functools.cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        """The indexes as spans of consecutive ones: first and count of each."""
+        found: list[tuple[int, int]] = []
+        for index in self.indexes:
+            if found and index == sum(found[-1]):
+                found[-1] = (found[-1][0], found[-1][1] + 1)
+            else:
+                found.append((index, 1))
+        return found
 
 
 class Journal:

@@ -251,7 +251,7 @@ def asked(name: Any, **body: Any) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def test_the_manifest_of_an_input_file() -> None:
+def test_the_index_of_an_input_file() -> None:
     """Order and temperatures; empty lines are none of the requests, but count as lines of the file."""
     lines = [b"\n", asked("b", temperature=0.5), b" \n", asked("a"), asked("c", temperature=0)]
     index = read_index(lines, numbered=False, start=10)
@@ -262,7 +262,7 @@ def test_the_manifest_of_an_input_file() -> None:
     assert read_bodies(lines, {0: 10, 2: 12}) == {10: {"temperature": 0.5}, 12: {"temperature": 0}}
 
 
-def test_the_manifest_of_numbered_lines() -> None:
+def test_the_index_of_numbered_lines() -> None:
     """The index is the name's, not the line's."""
     index = read_index([asked("x#4"), asked("request-9")], numbered=True, start=0)
     assert list(index.indexes) == [4, 9]
