@@ -214,7 +214,7 @@ def custom_ids(given: Sequence[str | None], *, several_models: bool) -> Iterator
     for index, own in enumerate(given):
         name = numbered_id(index) if own is None else own
         if named and seen.setdefault(name, index) != index:
-            why = f"the same as that of requests[{seen[name]}]: each must be another"
+            why = f"requests[{seen[name]}] has the same: each custom_id must be unique"
             reject_input(f"requests[{index}].custom_id", name, why, field="custom_id", index=index)
         yield f"{own}#{index}" if several_models and own is not None else name
 
@@ -368,9 +368,11 @@ def refuse_online_only(params: Mapping[str, Any]) -> None:
     """Refuse parameters that no line of a batch can carry."""
     for name in _ONLINE_ONLY:
         if params.get(name) is not None:
-            reject_input(name, params[name], "a request in a batch has none of its own")
+            reject_input(name, params[name], "not possible for a request in a batch: leave it out")
     if params.get("service_tier") not in _TIERS:
-        reject_input("service_tier", params["service_tier"], "a batch is a tier of its own")
+        reject_input(
+            "service_tier", params["service_tier"], "a batch is a service tier of its own: leave it out"
+        )
 
 
 def _has_several_models(requests: Iterable[BatchRequest], default_model: str) -> bool:

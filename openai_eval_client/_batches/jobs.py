@@ -199,7 +199,7 @@ class Batches:
 
     async def _settle_all(self, batches: list[Batch]) -> list[Any]:
         if len(batches) > 1 and any(read_job_metadata(batch.metadata) is None for batch in batches):
-            text = "job of %d batches that do not say where they stand: theirs is the order"
+            text = "job of %d batches without our metadata: their results are in the order of the ids"
             warn(text, len(batches), event="batch_order_unknown")
         outcomes: dict[int, Any] = {}
         unplaced: list[BatchError] = []

@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True, eq=False)
 class Submission:
-    """Makes the batches of jobs from their input files, each once; this one, all batches of a job or none."""
+    """Makes the batches of a job from its input files, each once: all of them or none."""
 
     api: BatchApi
     settler: BatchSettler

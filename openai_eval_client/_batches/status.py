@@ -85,7 +85,7 @@ def check_metadata(metadata: object) -> dict[str, str]:
     check_mapping(metadata, "metadata")
     pairs: Mapping[str, Any] = metadata  # type: ignore[assignment]  # just checked
     if len(pairs) > _PAIRS - 2:
-        why = f"has {len(pairs)} pairs; a batch takes {_PAIRS}, and two are ours"
+        why = f"has {len(pairs)} pairs; a batch takes {_PAIRS}, of which the package sets two"
         reject_input("metadata", metadata, why)
     for key, value in pairs.items():
         _check_pair(key, value)
@@ -96,7 +96,7 @@ def _check_pair(key: str, value: object) -> None:
     name = f"metadata[{key!r}]"
     check_text(key, "metadata")
     if key in {JOB_KEY, LINES_KEY}:
-        reject_input(name, value, "this key is ours", field="metadata")
+        reject_input(name, value, "this key is set by the package: choose another", field="metadata")
     if len(key) > _KEY:
         reject_input(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
     if not isinstance(value, str):

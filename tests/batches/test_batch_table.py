@@ -203,7 +203,7 @@ EVERY_WARNED = (
     UNREADABLE,
 )
 INPUT_GONE = "batch: its input file is gone"
-UNPLACED = "job of 2 batches that do not say where they stand: theirs is the order"
+UNPLACED = "job of 2 batches without our metadata: their results are in the order of the ids"
 UNORDERED = "batch: the order of its requests is not known any more"
 RESULT_GONE = "batch: its result file is gone"
 
