@@ -1,4 +1,4 @@
-"""The Batch API's calls: upload, create, list, download, each safe to repeat."""
+"""The Batch API's calls: upload, create, look up, list, cancel, download, each safe to repeat."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import contextlib
 import functools
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.status import JobMetadata, is_enqueued_limit, read_job_metadata, was_refused
+from openai_eval_client._batches.status import (
+    JobMetadata,
+    enqueued_refusal,
+    is_enqueued_limit,
+    read_job_metadata,
+)
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
 from openai_eval_client._validation import shown
 from openai_eval_client._wire import forget_key, read_failure
@@ -24,137 +28,70 @@ if TYPE_CHECKING:
     from openai.types import Batch
 
     from openai_eval_client._batches.files import InputFile
+    from openai_eval_client._batches.resume import JobRecord
     from openai_eval_client.config import OpenAIConfig
 
 
 _URL = "https://client.invalid/"  # of the request that an error names
-_NOT_THERE = frozenset({400, 404})
+_FILE_LAG = 60.0  # seconds for which a new file may be unknown
+_LATE = 2.0  # seconds after which a batch may still come about whose creation failed
+_SLOWEST = 50_000  # bytes a second: the deadline of an upload
+_BAD_REQUEST, _NOT_FOUND = 400, 404
+_PARTIAL, _NO_SUCH_RANGE = 206, 416
+_CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
 
 
-class Calls:
-    """Makes calls, and makes them again where that may help."""
+class BatchApi:
+    """The endpoints of files and batches; a call is made again where that may help."""
 
-    def __init__(self, config: OpenAIConfig, max_wait: float) -> None:
+    def __init__(self, sdk: openai.AsyncOpenAI, config: OpenAIConfig, max_wait: float) -> None:
+        self._sdk = sdk
         self._key = config.api_key
         self._timeout = config.timeout
         self._retries = config.max_retries
         self._max_wait = max_wait
 
-    async def repeated(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None = 0.0) -> Any:
-        """Make the attempts."""
-        limit = None if seconds is None else self._timeout + seconds
-        once = functools.partial(self._attempted, attempt, limit)
-        return await retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)()
-
-    async def _attempted(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
-        try:
-            return await call_sdk(attempt(), seconds=seconds, url=_URL)
-        except openai.APIError as error:
-            forget_key(error, self._key)
-            if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error.code, error.message):
-                raise QuotaError(error.message, response=error.response, body=error.body) from None
-            raise
-
-
-def object_of(answer: Any) -> Any:
-    """Return an object of the API; not the garbage of something in between, which the SDK returns as text."""
-    if not isinstance(getattr(answer, "id", None), str):
-        raise no_object(answer)
-    return answer
-
-
-def no_object(answer: object) -> openai.APIConnectionError:
-    """Return the error for an answer that is no object of the API."""
-    return openai.APIConnectionError(message=f"no object of the API: {shown(answer)}", request=_request())
-
-
-async def once_known(file_id: str, action: Callable[[], Awaitable[Any]], seconds: float) -> Any:
-    """Do something with a file, again for so many seconds while the server does not know of it yet."""
-    unknown = functools.partial(_is_unknown_file, file_id=file_id)
-    return await retry_for(action, is_worth=unknown, seconds=seconds)()
-
-
-def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
-    said = error.message.lower()
-    return (
-        error.status_code in _NOT_THERE
-        and "file" in said
-        and (file_id.lower() in said or "no such" in said or "not found" in said)
-    )
-
-
-def _request() -> Any:
-    return sdk_httpx().Request("POST", _URL)
-
-
-_FILE_LAG = 60.0  # seconds for which a new file may be unknown
-_LATE = 2.0  # seconds after which a batch may still come about whose creation failed
-_SLOWEST = 50_000  # bytes a second: the deadline of an upload
-_PARTIAL, _NO_SUCH_RANGE = 206, 416
-_CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
-
-
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What a batch is created with, besides its file."""
-
-    placement: JobMetadata  # where its lines stand in the job
-    endpoint: str  # such as "/v1/chat/completions"
-    window: str  # the completion window, such as "24h"
-    metadata: dict[str, str]  # the caller's own
-
-
-class BatchApi:
-    """Uploads, creates, looks up, cancels, downloads."""
-
-    def __init__(self, sdk: openai.AsyncOpenAI, config: OpenAIConfig, max_wait: float) -> None:
-        self._sdk = sdk
-        self._timeout = config.timeout
-        self._repeated = Calls(config, max_wait).repeated
-
-    async def upload(self, part: InputFile) -> str:
-        """Upload the lines of a part and return the file's id, once the server knows it."""
-        file = ("requests.jsonl", part.file, "application/jsonl")
+    async def upload(self, input_file: InputFile) -> str:
+        """Upload an input file and return its id, once the server knows it."""
 
         async def attempt() -> Any:
-            part.file.seek(0)
-            return object_of(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
+            file = ("requests.jsonl", input_file.lines(), "application/jsonl")
+            return _checked(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
 
-        uploaded = await self._repeated(attempt, part.size / _SLOWEST)
+        uploaded = await self._repeat(attempt, self._timeout + input_file.size / _SLOWEST)
         look = functools.partial(self._sdk.files.retrieve, uploaded.id, timeout=None)
         with contextlib.suppress(openai.APIError):  # some servers have no such endpoint
-            await once_known(uploaded.id, functools.partial(self._repeated, look), _FILE_LAG)
+            await _once_known(uploaded.id, functools.partial(self._repeat, look, self._timeout), _FILE_LAG)
         return str(uploaded.id)
 
-    async def create(self, order: Order, file_id: str, *, since: float, unclear: set[str]) -> Batch:
-        """Create a batch, once: after an unclear failure it is looked for before it is created again."""
-        key = order.placement.part_key
+    async def create(self, job: JobRecord, file: InputFile) -> Batch:
+        """Create the batch of an uploaded file, once: after an unclear failure it is looked for first."""
 
         async def attempt() -> Any:
-            if key in unclear:
+            if file.key in job.unclear:
                 await asyncio.sleep(min(_LATE, self._timeout / 4))
-                found = await self.find(order.placement, since=since)
+                found = await self.find(job, file)
                 if found is not None:
                     return found
-            unclear.add(key)
+            job.unclear.add(file.key)
             try:
-                batch = await self._create(order, file_id)
+                return await self._create(job, file)
             except (openai.APIStatusError, ValidationError) as error:
                 if not read_failure(error).retry or isinstance(error, openai.RateLimitError):
-                    unclear.discard(key)
+                    job.unclear.discard(file.key)
                 raise
-            return batch
 
-        made: Batch = await once_known(file_id, functools.partial(self._repeated, attempt), _FILE_LAG)
-        unclear.discard(key)
-        return made
+        create = functools.partial(self._repeat, attempt, self._timeout)
+        batch: Batch = await _once_known(str(file.file_id), create, _FILE_LAG)
+        return batch
 
-    async def find(self, placement: JobMetadata, *, since: float) -> Batch | None:
-        """Return the newest batch with this placement, None where there is none."""
-        async with contextlib.aclosing(self.all_batches(since=since)) as batches:
+    async def find(self, job: JobRecord, file: InputFile) -> Batch | None:
+        """Return the newest batch that was made of a file, None where there is none."""
+        wanted = (job.name, file.first, file.count)
+        async with contextlib.aclosing(self.all_batches(since=job.since)) as batches:
             async for batch in batches:
                 known = read_job_metadata(batch.metadata)
-                if known is not None and known.key == placement.key and not was_refused(batch):
+                if known is not None and known.key == wanted and not enqueued_refusal(batch):
                     return batch
         return None
 
@@ -162,7 +99,7 @@ class BatchApi:
         """Yield the account's batches, the newest first, back to a time (seconds since the epoch)."""
         after: dict[str, Any] = {}
         while True:
-            page = await self._repeated(functools.partial(self._page, after))
+            page = await self._repeat(functools.partial(self._page, after), self._timeout)
             for batch in page.data:
                 if batch.created_at < since - _CLOCKS_APART:
                     return
@@ -171,20 +108,13 @@ class BatchApi:
                 return
             after = {"after": page.data[-1].id}
 
-    async def _page(self, after: dict[str, Any]) -> Any:
-        try:
-            page = await self._sdk.batches.list(limit=100, timeout=None, **after)
-        except AttributeError as error:  # the SDK takes the page of something in between for a list
-            raise no_object(error) from error
-        return page if isinstance(page.data, list) else object_of(None)
-
     async def get(self, batch_id: str) -> Batch:
         """Look a batch up."""
 
         async def attempt() -> Any:
-            return object_of(await self._sdk.batches.retrieve(batch_id, timeout=None))
+            return _checked(await self._sdk.batches.retrieve(batch_id, timeout=None))
 
-        batch: Batch = await self._repeated(attempt)
+        batch: Batch = await self._repeat(attempt, self._timeout)
         return batch
 
     async def cancel(self, batch_id: str) -> Batch:
@@ -192,45 +122,92 @@ class BatchApi:
 
         async def attempt() -> Any:
             try:
-                return object_of(await self._sdk.batches.cancel(batch_id, timeout=None))
+                return _checked(await self._sdk.batches.cancel(batch_id, timeout=None))
             except (openai.BadRequestError, openai.ConflictError):  # it has ended
                 return None
 
-        cancelled: Batch | None = await self._repeated(attempt)
+        cancelled: Batch | None = await self._repeat(attempt, self._timeout)
         return cancelled or await self.get(batch_id)
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start."""
-        # As long as more of it arrives, drops are not counted as retries.
         file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
+        patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
+        fetch = functools.partial(self._repeat, functools.partial(self._fetch, file_id, file), None)
         try:
-            await self._fill(file, file_id, patience=max(0.0, _FILE_LAG - abs(time.time() - made_at)))
+            while True:
+                before = file.tell()
+                try:
+                    await _once_known(file_id, fetch, patience)
+                    break
+                except openai.APIConnectionError:
+                    if file.tell() <= before:  # as long as more of it arrives, drops are not counted
+                        raise
         except BaseException:
             file.close()
             raise
         file.seek(0)
         return file
 
-    async def _fill(self, file: IO[bytes], file_id: str, *, patience: float) -> None:
-        fetch = functools.partial(self._fetch, file_id, file)
-        while True:
-            had = file.tell()
-            try:
-                await once_known(file_id, functools.partial(self._repeated, fetch, None), patience)
-            except openai.APIConnectionError:
-                if file.tell() <= had:
-                    raise
-            else:
-                return
+    async def _repeat(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
+        """Make a call with so many seconds for each attempt, again where that may help."""
+        once = functools.partial(self._attempt, attempt, seconds)
+        return await retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)()
+
+    async def _attempt(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
+        try:
+            return await call_sdk(attempt(), seconds=seconds, url=_URL)
+        except openai.APIError as error:
+            forget_key(error, self._key)
+            if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error.code, error.message):
+                raise QuotaError(error.message, response=error.response, body=error.body) from None
+            raise
+
+    async def _create(self, job: JobRecord, file: InputFile) -> Any:
+        try:
+            return _checked(
+                await self._sdk.batches.create(
+                    completion_window=job.window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
+                    endpoint=job.endpoint,  # type: ignore[arg-type]
+                    input_file_id=str(file.file_id),
+                    metadata={**job.metadata, **JobMetadata.of(file, job.name, job.total).metadata()},
+                    timeout=None,
+                ),
+            )
+        except openai.APIStatusError as error:
+            if error.param == "completion_window" or (
+                isinstance(error, openai.BadRequestError) and "completion_window" in error.message
+            ):
+                why = f"completion_window={job.window!r}: the server refuses it: {error.message}"
+                raise ValidationError(why, field="completion_window") from None
+            raise
+
+    async def _page(self, after: dict[str, Any]) -> Any:
+        try:
+            page = await self._sdk.batches.list(limit=100, timeout=None, **after)
+        except AttributeError as error:  # the SDK takes the page of something in between for a list
+            raise _garbled(error) from error
+        if not isinstance(page.data, list):
+            raise _garbled(page.data)
+        return page
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
-        had = file.tell()
+        """Append what is missing of a file; the answer may be the whole of it."""
+        start = file.tell()
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
+        content = self._sdk.files.with_streaming_response.content
         async with contextlib.AsyncExitStack() as stack:
-            async with deadline(self._timeout):
-                response = await stack.enter_async_context(self._rest(file_id, file, had))
+            try:
+                async with deadline(self._timeout):
+                    answer = content(file_id, extra_headers=headers, timeout=None)
+                    response = await stack.enter_async_context(answer)
+            except openai.APIStatusError as error:
+                if error.status_code == _NO_SUCH_RANGE:  # all of it was there, or never was
+                    raise _from_the_start(file, error.request) from error
+                raise
             if response.status_code != _PARTIAL:
                 _empty(file)
-            elif not response.headers.get("content-range", "").startswith(f"bytes {had}-"):
+            elif not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
                 raise _from_the_start(file, response.http_request)
             chunks = response.iter_bytes()
             while True:
@@ -240,40 +217,29 @@ class BatchApi:
                     return
                 file.write(chunk)
 
-    @contextlib.asynccontextmanager
-    async def _rest(self, file_id: str, file: IO[bytes], had: int) -> AsyncGenerator[Any, None]:
-        """Ask for what is missing of a file; the answer may be the whole of it."""
-        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={had}-"} if had else {})}
-        content = self._sdk.files.with_streaming_response.content
-        try:
-            async with content(file_id, extra_headers=headers, timeout=None) as response:
-                yield response
-        except openai.APIStatusError as error:
-            if error.status_code == _NO_SUCH_RANGE:  # all of it was there, or never was
-                raise _from_the_start(file, error.request) from error
-            raise
 
-    async def _create(self, order: Order, file_id: str) -> Batch:
-        metadata = {**order.metadata, **order.placement.metadata()}
-        window, endpoint = order.window, order.endpoint
-        try:
-            made: Batch = object_of(
-                await self._sdk.batches.create(
-                    completion_window=window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
-                    endpoint=endpoint,  # type: ignore[arg-type]
-                    input_file_id=file_id,
-                    metadata=metadata,
-                    timeout=None,
-                ),
-            )
-        except openai.APIStatusError as error:
-            if error.param == "completion_window" or (
-                isinstance(error, openai.BadRequestError) and "completion_window" in error.message
-            ):
-                why = f"completion_window={window!r}: the server refuses it: {error.message}"
-                raise ValidationError(why, field="completion_window") from None
-            raise
-        return made
+def _checked(answer: Any) -> Any:
+    """Return an object of the API; refuse a page of something in between, which the SDK returns as text."""
+    if not isinstance(getattr(answer, "id", None), str):
+        raise _garbled(answer)
+    return answer
+
+
+def _garbled(answer: object) -> openai.APIConnectionError:
+    request = sdk_httpx().Request("POST", _URL)
+    return openai.APIConnectionError(message=f"no object of the API: {shown(answer)}", request=request)
+
+
+async def _once_known(file_id: str, action: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+    """Do something with a file, again for so many seconds while the server does not know of it yet."""
+    is_unknown = functools.partial(_is_unknown_file, file_id=file_id)
+    return await retry_for(action, is_worth=is_unknown, seconds=seconds)()
+
+
+def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
+    message = error.message.lower()
+    names_it = file_id.lower() in message or "no such" in message or "not found" in message
+    return error.status_code in {_BAD_REQUEST, _NOT_FOUND} and "file" in message and names_it
 
 
 def _from_the_start(file: IO[bytes], request: Any) -> openai.APIConnectionError:

@@ -1,4 +1,4 @@
-"""The input files of batches: checked requests, one line each, cut to the size that the API takes."""
+"""The input files of batches: requests checked, written one a line, cut to the size that the API takes."""
 
 from __future__ import annotations
 
@@ -11,48 +11,72 @@ import threading
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 from openai_eval_client._validation import check_text, reject_input
-from openai_eval_client._wire import check_parameters, check_prompt, read_json
+from openai_eval_client._wire import PATHS, check_parameters, check_prompt, read_json
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+    from decimal import Decimal
 
+    from openai_eval_client._cost import Reservation
     from openai_eval_client._wire import Parameters
 
 
-ENDPOINTS = {"chat": "/v1/chat/completions", "responses": "/v1/responses"}
+ENDPOINTS = {api: f"/v1{path}" for api, path in PATHS.items()}
 MOST_BYTES = 200_000_000  # of one input file: https://platform.openai.com/docs/guides/batch
-MIXED = "mixed"  # the temperature of a part whose requests differ in it
+MIXED: Literal["mixed"] = "mixed"
+Temperature = float | Literal["mixed"] | None  # of all requests; None: none was given; "mixed": they differ
 
 
 @dataclass(frozen=True, slots=True)
 class BatchLine:
-    """One request of a job."""
+    """One request of a job, checked."""
 
     index: int  # its position in the caller's list
     custom_id: str  # its name on the wire
-    parameters: Parameters  # what is asked, checked
-    prompt: str | Sequence[Any]  # the prompt, checked
+    parameters: Parameters
+    prompt: str | Sequence[Any]
+
+    def to_bytes(self) -> bytes:
+        """Return the line of an input file."""
+        line = {
+            "custom_id": self.custom_id,
+            "method": "POST",
+            "url": ENDPOINTS[self.parameters.api],
+            "body": self.parameters.with_prompt(self.prompt),
+        }
+        data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        if len(data) > MOST_BYTES:
+            why = f"{len(data):,} bytes as a line of a batch, whose file may have {MOST_BYTES:,}"
+            reject_input(f"requests[{self.index}]", self.prompt, why, field="prompt", index=self.index)
+        return data
+
+
+def _unnamed_file() -> IO[bytes]:
+    return tempfile.TemporaryFile(prefix="openai_eval_client-")  # deleted when it is closed
 
 
 @dataclass(slots=True, eq=False)
 class InputFile:
-    """The requests of one input file, of one model."""
+    """The lines of one batch, all of one model, and what is known of them."""
 
-    file: IO[bytes]  # its lines; an unnamed file that goes when it is closed
-    model: str  # the model of all of them
-    temperature: float | str | None = None  # what all of them ask; None: nothing; "mixed": they differ
+    model: str
     first: int = 0  # the position of its first line among all lines of the job
-    # the position of each line's request in the caller's list
-    indexes: array[int] = field(default_factory=lambda: array("L"))
-    size: int = 0  # bytes
     numbered: bool = True  # whether each custom_id ends with the request's index
-    digest: Any = field(default_factory=hashlib.sha256)  # A hash of the lines
-    file_id: str | None = None  # the uploaded file, once there is one
+    temperature: Temperature = None
+    indexes: array[int] = field(default_factory=lambda: array("L"))  # of each line's request, rising
+    size: int = 0  # bytes
+    digest: Any = field(default_factory=hashlib.sha256)
+    file: IO[bytes] = field(default_factory=_unnamed_file)
+    file_id: str | None = None  # once it is uploaded
+    tokens: int | None = None  # once they are counted
+    done: int = 0  # how many of its requests have ended, when its batch was last looked at
+    costs: Sequence[Decimal] = ()  # USD that each line can cost at most; empty where there is no budget
+    reservation: Reservation | None = None  # of what all lines can cost
 
     @property
     def count(self) -> int:
@@ -61,10 +85,10 @@ class InputFile:
 
     @property
     def key(self) -> str:
-        """What tells it from the other parts of its job."""
-        return part_key(self.first, self.count)
+        """What tells it from the other files of its job."""
+        return f"{self.first}+{self.count}"
 
-    def add(self, line: bytes, index: int, temperature: float | None) -> None:
+    def add(self, line: bytes, index: int, temperature: Temperature) -> None:
         """Append one line."""
         if not self.indexes:
             self.temperature = temperature
@@ -75,58 +99,42 @@ class InputFile:
         self.indexes.append(index)
         self.size += len(line)
 
-
-def part_key(first: int, count: int) -> str:
-    """Return what tells a part from the others of its job: its first line, and how many it has."""
-    return f"{first}+{count}"
-
-
-def number(index: int) -> str:
-    """Return the custom_id of a request to which the caller gave none."""
-    return f"request-{index}"
+    def lines(self) -> IO[bytes]:
+        """Return the file, at its start."""
+        self.file.seek(0)
+        return self.file
 
 
-def line_of(item: BatchLine) -> bytes:
-    """Return a request as a line of an input file."""
-    parameters = item.parameters
-    line = {
-        "custom_id": item.custom_id,
-        "method": "POST",
-        "url": ENDPOINTS[parameters.api],
-        "body": parameters.with_prompt(item.prompt),
-    }
-    data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-    if len(data) > MOST_BYTES:
-        why = f"{len(data):,} bytes as a line of a batch, whose file may have {MOST_BYTES:,}"
-        reject_input(f"requests[{item.index}]", item.prompt, why, field="prompt", index=item.index)
-    return data
-
-
-def write_parts(
-    items: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES
+def write_files(
+    lines: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES, numbered: bool = True
 ) -> list[InputFile]:
     """Write all requests to files on disk: one or several of each model, in the order of the requests."""
     by_model: dict[str, list[InputFile]] = {}
     try:
-        for item in items:
-            line = line_of(item)
-            parts = by_model.setdefault(item.parameters.model, [])
-            if not parts or parts[-1].count >= most_lines or parts[-1].size + len(line) > most_bytes:
-                parts.append(InputFile(_unnamed_file(), item.parameters.model))
-            parts[-1].add(line, item.index, item.parameters.body.get("temperature"))
+        for line in lines:
+            data, model = line.to_bytes(), line.parameters.model
+            files = by_model.setdefault(model, [])
+            if not files or files[-1].count >= most_lines or files[-1].size + len(data) > most_bytes:
+                files.append(InputFile(model, numbered=numbered))
+            files[-1].add(data, line.index, line.parameters.body.get("temperature"))
     except BaseException:
-        close_files(part for parts in by_model.values() for part in parts)
+        close_files(file for files in by_model.values() for file in files)
         raise
-    return _in_a_row([part for parts in by_model.values() for part in parts])
+    first = 0
+    written = [file for files in by_model.values() for file in files]
+    for file in written:
+        file.first = first
+        first += file.count
+    return written
 
 
-async def write_aside(items: Iterable[BatchLine], *, most_lines: int) -> list[InputFile]:
-    """Do `write_parts` in a thread; nobody is left with its files where the wait for it is cancelled."""
+async def write_in_thread(lines: Iterable[BatchLine], **options: Any) -> list[InputFile]:
+    """Do `write_files` in a thread; where the wait for it is cancelled, no file stays open."""
     written: list[InputFile] = []
     abandoned = threading.Event()
 
     def write() -> None:
-        written.extend(write_parts(items, most_lines=most_lines))
+        written.extend(write_files(lines, **options))
         if abandoned.is_set():
             close_files(written)
 
@@ -139,107 +147,127 @@ async def write_aside(items: Iterable[BatchLine], *, most_lines: int) -> list[In
     return written
 
 
-def cut_lines(part: InputFile, counts: Sequence[int]) -> list[InputFile]:
-    """Cut a part into several with so many lines each, and close it."""
-    part.file.seek(0)
-    smaller: list[InputFile] = []
+def cut_file(file: InputFile, counts: Sequence[int]) -> list[InputFile]:
+    """Cut a file into several with so many lines each, and close it."""
+    lines = file.lines()
+    pieces: list[InputFile] = []
     first = 0
     for count in counts:
-        piece = InputFile(_unnamed_file(), part.model, first=part.first + first, numbered=part.numbered)
-        for position in range(first, first + count):
-            piece.add(part.file.readline(), part.indexes[position], None)
-        piece.temperature = part.temperature
-        smaller.append(piece)
+        costs = file.costs[first : first + count]
+        piece = InputFile(file.model, first=file.first + first, numbered=file.numbered, costs=costs)
+        for index in file.indexes[first : first + count]:
+            piece.add(lines.readline(), index, file.temperature)
+        pieces.append(piece)
         first += count
-    part.file.close()
-    return smaller
-
-
-def recut(parts: Iterable[InputFile], spans: Iterable[tuple[int, int]]) -> list[InputFile]:
-    """Cut parts as they were cut before, by the first line and the count of each piece."""
-    counts = dict(spans)
-    pieces: list[InputFile] = []
-    for part in parts:
-        firsts = [first for first in counts if part.first <= first < part.first + part.count]
-        exact = sum(counts[first] for first in firsts) == part.count
-        pieces += (
-            cut_lines(part, [counts[first] for first in sorted(firsts)])
-            if len(firsts) > 1 and exact
-            else [part]
-        )
+    file.file.close()
     return pieces
 
 
-def even_parts(count: int, pieces: int) -> list[int]:
+def recut(files: Iterable[InputFile], spans: Iterable[tuple[int, int]]) -> list[InputFile]:
+    """Cut files as they were cut before, by the first line and the count of each piece."""
+    counts = dict(spans)
+    pieces: list[InputFile] = []
+    for file in files:
+        sizes = [counts[first] for first in sorted(counts) if file.first <= first < file.first + file.count]
+        is_cut = len(sizes) > 1 and sum(sizes) == file.count
+        pieces += cut_file(file, sizes) if is_cut else [file]
+    return pieces
+
+
+def even_counts(count: int, pieces: int) -> list[int]:
     """Return `count` as a sum of so many whole numbers of about the same size, none of them 0."""
     pieces = max(1, min(pieces, count))
     return [count * (n + 1) // pieces - count * n // pieces for n in range(pieces)]
 
 
-def close_files(parts: Iterable[InputFile]) -> None:
+def close_files(files: Iterable[InputFile]) -> None:
     """Delete the files."""
-    for part in parts:
-        part.file.close()
+    for file in files:
+        file.file.close()
 
 
-def _unnamed_file() -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="openai_eval_client-")  # closed with its part
+# --- custom_ids -------------------------------------------------------------------------------------------
+
+_CUSTOM_ID = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')  # in a line that is cut short
+_DIGITS = 19  # more than any index has
 
 
-def _in_a_row(parts: list[InputFile]) -> list[InputFile]:
-    first = 0
-    for part in parts:
-        part.first = first
-        first += part.count
-        part.file.flush()
-    return parts
+def numbered_id(index: int) -> str:
+    """Return the custom_id of a request to which the caller gave none."""
+    return f"request-{index}"
 
 
-def naming(custom_ids: Sequence[str | None], *, several_models: bool) -> Iterator[str]:
+def index_in(custom_id: str) -> int | None:
+    """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
+    name = custom_id.rstrip("0123456789")
+    digits = custom_id[len(name) :]
+    ours = name == "request-" or name.endswith("#")
+    return int(digits) if ours and 0 < len(digits) < _DIGITS else None
+
+
+def custom_ids(given: Sequence[str | None], *, several_models: bool) -> Iterator[str]:
     """Yield the custom_id of each request on the wire."""
-    # The caller's own names stay as they are, but for jobs of several models: those are sorted into files by
+    # The caller's own stay as they are, but for jobs of several models: those are sorted into files by
     # model, and an appended `#index` then keeps the order.
     seen: dict[str, int] = {}
-    named = any(name is not None for name in custom_ids)
-    for index, own in enumerate(custom_ids):
-        name = number(index) if own is None else own
+    named = any(name is not None for name in given)
+    for index, own in enumerate(given):
+        name = numbered_id(index) if own is None else own
         if named and seen.setdefault(name, index) != index:
-            why = f"the same as that of requests[{seen[name]}]: each must be another"
+            why = f"requests[{seen[name]}] has the same: each custom_id must be unique"
             reject_input(f"requests[{index}].custom_id", name, why, field="custom_id", index=index)
         yield f"{own}#{index}" if several_models and own is not None else name
 
 
-_NAME = re.compile(rb'"custom_id"\s*:\s*("(?:[^"\\]|\\.)*")')  # in a line that is cut short
+def custom_id_of(line: dict[str, Any] | None, raw: bytes) -> str | None:
+    """Return the custom_id of a line, also of one that is cut short."""
+    if line is None:
+        found = _CUSTOM_ID.search(raw)
+        line = parse_line(b'{"custom_id":%b}' % found[1]) or {} if found else {}
+    name = line.get("custom_id")
+    return name if isinstance(name, str) else None
+
+
+def parse_line(raw: bytes) -> dict[str, Any] | None:
+    """Return a line as an object; None where it is none, or cut short."""
+    try:
+        line = read_json(raw)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
+
+
+# --- what a file asked ------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
 class RequestIndex:
-    """What a batch was asked, as far as it is known."""
+    """What a batch was asked, as far as it is known: which line and which custom_id is which request."""
 
-    indexes: Any  # a sequence of int
+    indexes: Any  # a sequence of int: of the request of each line that is not empty
     by_name: dict[str, int] | None = None  # the index of each custom_id; None where it ends with the index
-    temperatures: dict[int, float | None] | None = None  # what each request asked, where they differ
-    temperature: float | None = None  # what all of them asked; None: nothing
-    empty: Sequence[int] = ()  # the numbers of the empty lines between them, rising
+    temperatures: dict[int, float | None] | None = None  # of each request, where they differ
+    temperature: float | None = None  # of all requests; None: none was given
+    empty: Sequence[int] = ()  # the numbers of the empty lines, rising
 
     def index_at(self, line: int) -> int | None:
-        """Return whose request a line of the input file is, counted from 1; None where it is nobody's."""
+        """Return the index of the request in a line of the file, counted from 1; None for no request."""
         position = line - 1 - bisect_left(self.empty, line)
         known = 0 <= position < len(self.indexes) and line not in self.empty
         return int(self.indexes[position]) if known else None
 
     def index_of(self, custom_id: str | None) -> int | None:
-        """Return whose result a line is; None where nobody's here."""
+        """Return the index of the request with this custom_id; None for a custom_id that is not ours."""
         if custom_id is None:
             return None
         return index_in(custom_id) if self.by_name is None else self.by_name.get(custom_id)
 
     def temperature_of(self, index: int) -> float | None:
-        """Return what a request asked."""
+        """Return the temperature that a request asks."""
         return self.temperature if self.temperatures is None else self.temperatures.get(index)
 
 
-def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> RequestIndex:
+def read_index(lines: Iterable[bytes], *, numbered: bool, start: int) -> RequestIndex:
     """Read what a batch was asked from its input file."""
     indexes, by_name, temperatures = array("L"), dict[str, int](), dict[int, float | None]()
     empty = array("L")
@@ -247,7 +275,7 @@ def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Requ
         if raw.isspace():
             empty.append(number)
             continue
-        line = parsed(raw) or {}
+        line = parse_line(raw) or {}
         name, body = str(line.get("custom_id")), line.get("body")
         known = index_in(name) if numbered else None
         index = start + len(indexes) if known is None else known
@@ -257,12 +285,12 @@ def read_manifest(lines: Iterable[bytes], *, numbered: bool, start: int) -> Requ
     return RequestIndex(indexes, by_name, temperatures, empty=empty)
 
 
-def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> RequestIndex:
-    """Make up the manifest of a batch whose input file is gone, from its results."""
+def guess_index(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> RequestIndex:
+    """Guess what a batch was asked from its results: its input file is gone."""
     names: dict[str, int] = {}
     for file in files:
         for raw in file:
-            name = name_of(parsed(raw), raw)
+            name = custom_id_of(parse_line(raw), raw)
             index = None if name is None else index_in(name) if numbered else start + len(names)
             if name is not None and index is not None:
                 names.setdefault(name, index)
@@ -272,34 +300,18 @@ def guess_manifest(files: Iterable[IO[bytes]], *, numbered: bool, start: int, co
 
 
 def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, Any]:
-    """Return the bodies of some requests of an input file."""
+    """Return the bodies of some requests of an input file, by index; `wanted` has the index of each line."""
     present = (raw for raw in lines if not raw.isspace())
-    found = {wanted[position]: parsed(raw) for position, raw in enumerate(present) if position in wanted}
+    found = {wanted[position]: parse_line(raw) for position, raw in enumerate(present) if position in wanted}
     return {
         index: line["body"] for index, line in found.items() if line and isinstance(line.get("body"), dict)
     }
 
 
-def parsed(raw: bytes) -> dict[str, Any] | None:
-    """Return a line as an object; None where it is none, or cut short."""
-    try:
-        line = read_json(raw)
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
-
-
-def name_of(line: dict[str, Any] | None, raw: bytes) -> str | None:
-    """Return the custom_id of a line, also of one that is cut short."""
-    if line is None:
-        found = _NAME.search(raw)
-        line = parsed(b'{"custom_id":%b}' % found[1]) or {} if found else {}
-    name = line.get("custom_id")
-    return name if isinstance(name, str) else None
-
+# --- requests checked -------------------------------------------------------------------------------------
 
 _ONLINE_ONLY = ("extra_headers", "extra_query", "timeout")
-_TIERS = frozenset({None, "auto", "default"})  # a batch is a tier of its own
+_TIERS = frozenset({None, "auto", "default"})
 
 
 def endpoint_of(api: object) -> str:
@@ -309,7 +321,7 @@ def endpoint_of(api: object) -> str:
     return ENDPOINTS[api]
 
 
-def listed(requests: object) -> list[BatchRequest]:
+def list_requests(requests: object) -> list[BatchRequest]:
     """Return the requests as a list."""
     if isinstance(requests, str | bytes | dict) or not hasattr(requests, "__iter__"):
         reject_input("requests", requests, f"must be a list of BatchRequest, not {type(requests).__name__}")
@@ -323,18 +335,18 @@ def listed(requests: object) -> list[BatchRequest]:
     return found
 
 
-def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
-    """Yield each request, checked, by the name it has on the wire."""
+def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
+    """Yield each request, checked, as a line."""
     for index, request in enumerate(requests):
         if request.custom_id is not None:
             name = f"requests[{index}].custom_id"
             check_text(request.custom_id, name, field="custom_id", index=index)
-    models = {_model_of(request) or default_model for request in requests}
-    names = naming([request.custom_id for request in requests], several_models=len(models) > 1)
-    known: dict[Hashable, Parameters] = {}
+    several = _has_several_models(requests, default_model)
+    names = custom_ids([request.custom_id for request in requests], several_models=several)
+    known: dict[Hashable, Parameters] = {}  # most requests of a job share theirs
     for index, (request, name) in enumerate(zip(requests, names, strict=True)):
         try:
-            key = _key(request)
+            key = _parameters_key(request)
             parameters = known.get(key)
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
@@ -348,17 +360,23 @@ def checked(requests: Sequence[BatchRequest], *, api: str, default_model: str) -
 
 def is_numbered(requests: Sequence[BatchRequest], *, default_model: str) -> bool:
     """Return whether every custom_id on the wire ends with the request's index."""
-    several = len({_model_of(request) or default_model for request in requests}) > 1
-    return several or all(request.custom_id is None for request in requests)
+    unnamed = all(request.custom_id is None for request in requests)
+    return unnamed or _has_several_models(requests, default_model)
 
 
 def refuse_online_only(params: Mapping[str, Any]) -> None:
     """Refuse parameters that no line of a batch can carry."""
     for name in _ONLINE_ONLY:
         if params.get(name) is not None:
-            reject_input(name, params[name], "a request in a batch has none of its own")
+            reject_input(name, params[name], "not possible for a request in a batch: leave it out")
     if params.get("service_tier") not in _TIERS:
-        reject_input("service_tier", params["service_tier"], "a batch is a tier of its own")
+        reject_input(
+            "service_tier", params["service_tier"], "a batch is a service tier of its own: leave it out"
+        )
+
+
+def _has_several_models(requests: Iterable[BatchRequest], default_model: str) -> bool:
+    return len({_model_of(request) or default_model for request in requests}) > 1
 
 
 def _model_of(request: BatchRequest) -> str | None:
@@ -366,12 +384,11 @@ def _model_of(request: BatchRequest) -> str | None:
     extra = (request.model_extra or {}).get("extra_body")
     named = extra.get("model") if isinstance(extra, dict) else None
     given = named if isinstance(named, str) else request.model
-    return given if isinstance(given, str) else None  # refused by and by
+    return given if isinstance(given, str) else None  # refused when its parameters are checked
 
 
 def _prompt_of(request: BatchRequest) -> Any:
-    """Return its prompt or messages; a request may have been changed since it was made."""
-    if request.prompt is not None and request.messages is not None:
+    if request.prompt is not None and request.messages is not None:  # it was changed since it was made
         reject_input("messages", request.messages, "give either prompt or messages")
     return request.messages if request.prompt is None else request.prompt
 
@@ -390,13 +407,13 @@ def _parameters(request: BatchRequest, api: str, default_model: str) -> Paramete
     )
 
 
-def _key(request: BatchRequest) -> Hashable:
-    """Return what tells the parameters of two requests apart; most of a job share theirs."""
+def _parameters_key(request: BatchRequest) -> Hashable:
+    """Return what tells the parameters of two requests apart, types included."""
     named = (request.model, request.temperature, type(request.temperature), request.max_tokens)
     extra = request.model_extra
     try:
         hash(named)
-    except TypeError:  # refused by and by
+    except TypeError:  # refused when its parameters are checked
         return id(request)
     return (*named, _frozen(extra)) if extra else named
 
@@ -409,16 +426,5 @@ def _frozen(value: Any) -> Hashable:
     try:
         hash(value)
     except TypeError:
-        return id(value)  # alive as long as its request
+        return id(value)  # it lives as long as its request
     return type(value), value
-
-
-_DIGITS = 19  # more than any index has
-
-
-def index_in(custom_id: str) -> int | None:
-    """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
-    name = custom_id.rstrip("0123456789")
-    digits = custom_id[len(name) :]
-    ours = name == "request-" or name.endswith("#")
-    return int(digits) if ours and 0 < len(digits) < _DIGITS else None

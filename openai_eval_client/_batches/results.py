@@ -1,4 +1,4 @@
-"""From the output files of a job to one outcome for each request."""
+"""From the output files of a batch to one outcome for each request; what it may cost, and what it cost."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
@@ -15,23 +16,25 @@ from openai_eval_client._batches.files import (
     ENDPOINTS,
     MIXED,
     RequestIndex,
-    guess_manifest,
-    name_of,
-    number,
-    parsed,
+    custom_id_of,
+    guess_index,
+    numbered_id,
+    parse_line,
     read_bodies,
-    read_manifest,
+    read_index,
 )
 from openai_eval_client._batches.status import (
     EXPIRED,
     MISSING,
-    Reasons,
     ended_at,
+    missing_error,
     read_job_metadata,
     request_counts,
+    stated_errors,
+    with_index,
 )
-from openai_eval_client._cost import exact
-from openai_eval_client._log import inform, warn
+from openai_eval_client._cost import commit, exact, reserve, reserve_now
+from openai_eval_client._log import warn
 from openai_eval_client._validation import is_header_text
 from openai_eval_client._wire import (
     Parameters,
@@ -43,22 +46,18 @@ from openai_eval_client._wire import (
     status_error,
     usage_of,
 )
-from openai_eval_client.errors import BatchError, sdk_httpx
+from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from decimal import Decimal
+    from collections.abc import Iterable, Mapping, Sequence
 
     from openai.types import Batch
 
     from openai_eval_client._account import Account
-    from openai_eval_client._batches.api import BatchApi, Order
-    from openai_eval_client._batches.budget import Bill
-    from openai_eval_client._batches.files import InputFile
-    from openai_eval_client._batches.resume import JobRecord
-    from openai_eval_client._batches.status import JobMetadata
-    from openai_eval_client._cost import Pricer
+    from openai_eval_client._batches.api import BatchApi
+    from openai_eval_client._batches.files import InputFile, Temperature
+    from openai_eval_client._cost import Budgets, CostBudget, Pricer
     from openai_eval_client._tokens import TokenCounter
 
     Outcome = ModelResponse | Exception
@@ -74,13 +73,11 @@ _TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 class BatchResults:
     """The outcomes of one batch, and what was odd about its files."""
 
-    outcomes: dict[int, Outcome] = field(default_factory=dict)  # one for each index
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the request
     oddities: Counter[str] = field(default_factory=Counter)  # how often each thing happened that should not
-    lines: int = 0  # how many lines the files have
-    # the errors of requests without a result of which even the index is not known
-    unplaced: list[BatchError] = field(default_factory=list)
-    # the custom_id that the caller gave a request, by its index, where one is known
-    names: dict[int, str] = field(default_factory=dict)
+    lines: int = 0  # in all files
+    unplaced: list[BatchError] = field(default_factory=list)  # of requests of which no index is known
+    names: dict[int, str] = field(default_factory=dict)  # the caller's own custom_ids, where they are known
 
     @property
     def answered(self) -> int:
@@ -94,64 +91,56 @@ class BatchResults:
         return len(usages), len(self.outcomes) - len(usages), tokens[0], tokens[1]
 
 
-class Reader:
-    """Reads result lines into responses and errors."""
+class LineReader:
+    """Reads the result lines of one batch into responses and errors, and prices the responses."""
 
-    def __init__(
-        self,
-        api: str,
-        schema: Any,
-        price: Callable[[str, Usage], float | None],
-        *,
-        model: str = "",
-    ) -> None:
+    def __init__(self, api: str, schema: Any, pricer: Pricer, *, model: str = "") -> None:
+        self.prices: list[tuple[str, Usage, Decimal | None]] = []  # of each answer, in USD
         self._parameters = Parameters(api=api, model=model, timeout=0.0, body={}, schema=schema)
-        self._price = price
+        self._pricer = pricer
 
-    def read(self, files: Iterable[Iterable[bytes]], manifest: RequestIndex) -> BatchResults:
+    def read(self, files: Iterable[Iterable[bytes]], index: RequestIndex) -> BatchResults:
         """Read the lines of a batch's output and error files."""
         # An answer counts more than an error, and the first of two answers more than the second. Every oddity
         # is counted: none loses another request's result.
-        settlement = BatchResults()
-        expected = frozenset(manifest.indexes) if manifest.by_name is None else None
-        for file in files:
-            for raw in file:
-                if not raw.isspace():
-                    settlement.lines += 1
-                    self._take(raw, manifest, expected, settlement)
-        return settlement
+        results = BatchResults()
+        expected = frozenset(index.indexes) if index.by_name is None else None
+        with exact():
+            for file in files:
+                for raw in file:
+                    if not raw.isspace():
+                        results.lines += 1
+                        self._read_line(raw, index, expected, results)
+        return results
 
-    def _take(
-        self,
-        raw: bytes,
-        manifest: RequestIndex,
-        expected: frozenset[int] | None,
-        settlement: BatchResults,
+    def price(self, model: str, usage: Usage) -> float | None:
+        """Note and return the price of an answer in USD; None where it is not known."""
+        cost = self._pricer.cost(model, usage, batch=True)
+        self.prices.append((model, usage, cost))
+        return None if cost is None else float(cost)
+
+    def _read_line(
+        self, raw: bytes, index: RequestIndex, expected: frozenset[int] | None, results: BatchResults
     ) -> None:
-        line = parsed(raw)
-        if line is None:
-            settlement.oddities["unreadable lines"] += 1
-        name = name_of(line, raw)
-        index = manifest.index_of(name)
-        if index is None or (expected is not None and index not in expected):
-            settlement.oddities["lines of no request of this job"] += line is not None
+        line = parse_line(raw)
+        results.oddities["unreadable lines"] += line is None
+        name = custom_id_of(line, raw)
+        request = index.index_of(name)
+        if request is None or (expected is not None and request not in expected):
+            results.oddities["lines of no request of this job"] += line is not None
             return
-        if name is not None and manifest.by_name is None and name != number(index):
-            settlement.names[index] = name.removesuffix(f"#{index}")
-        before = settlement.outcomes.get(index)
-        settlement.oddities["second lines of one request"] += before is not None
+        if name is not None and index.by_name is None and name != numbered_id(request):
+            results.names[request] = name.removesuffix(f"#{request}")
+        before = results.outcomes.get(request)
+        results.oddities["second lines of one request"] += before is not None
         if isinstance(before, ModelResponse):  # not read: it would be priced twice
             return
-        outcome = self._outcome(line, raw, index, manifest.temperature_of(index))
+        outcome = self._outcome(line, raw, request, index.temperature_of(request))
         if before is None or isinstance(outcome, ModelResponse):
-            settlement.outcomes[index] = outcome
+            results.outcomes[request] = outcome
 
     def _outcome(
-        self,
-        line: dict[str, Any] | None,
-        raw: bytes,
-        index: int,
-        temperature: float | None,
+        self, line: dict[str, Any] | None, raw: bytes, index: int, temperature: float | None
     ) -> Outcome:
         if line is None:
             return BatchError("its result is cut short", code=UNREADABLE, line=index + 1)
@@ -168,18 +157,14 @@ class Reader:
         return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
 
     def _answer(
-        self,
-        body: dict[str, Any],
-        raw: bytes,
-        temperature: float | None,
-        request_id: Any,
+        self, body: dict[str, Any], raw: bytes, temperature: float | None, request_id: object
     ) -> ModelResponse:
         usage = usage_of(body)
         return read_answer(
             body,
             self._parameters,
             usage=usage,
-            cost=None if usage is None else self._price(usage.model or self._parameters.model, usage),
+            cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
             kept=raw,  # a tenth of the parsed body's memory
             temperature=temperature,
             request_id=request_id if isinstance(request_id, str) else None,
@@ -187,26 +172,12 @@ class Reader:
         )
 
 
-def name_outcomes(settlement: BatchResults, manifest: RequestIndex) -> None:
-    """Give each outcome the custom_id that the caller gave its request."""
-    named = manifest.by_name or {}
-    settlement.names.update({index: name for name, index in named.items() if name != number(index)})
-    for index, name in settlement.names.items():
-        outcome: Any = settlement.outcomes.get(index)
-        if isinstance(outcome, ModelResponse):
-            outcome._custom_id = name  # noqa: SLF001  # read by users, set here alone
-        elif outcome is not None:
-            outcome.custom_id = name
-
-
 def is_curable(error: Exception) -> bool:
     """Return whether the same request may succeed in another batch."""
-    if isinstance(error, BatchError):
-        return error.code in _TRANSIENT
-    return read_failure(error).retry
+    return error.code in _TRANSIENT if isinstance(error, BatchError) else read_failure(error).retry
 
 
-def _line_error(error: Any, index: int) -> BatchError:
+def _line_error(error: object, index: int) -> BatchError:
     """Return the error of a request that the API never ran."""
     given = error if isinstance(error, dict) else {}
     code, message, param = given.get("code"), given.get("message"), given.get("param")
@@ -218,7 +189,7 @@ def _line_error(error: Any, index: int) -> BatchError:
     )
 
 
-def _status_error(status: int, body: Any, request_id: Any) -> openai.APIStatusError:
+def _status_error(status: int, body: Any, request_id: object) -> openai.APIStatusError:
     """Return the SDK's own error for a line that was refused."""
     headers = {"content-type": "application/json"}
     if isinstance(request_id, str) and is_header_text(request_id):
@@ -229,8 +200,8 @@ def _status_error(status: int, body: Any, request_id: Any) -> openai.APIStatusEr
     return status_error(status, body, answer)
 
 
-class BatchJobs:
-    """StartThrottle batches, and settles them to one call_sdk outcome for each request."""
+class BatchSettler:
+    """Settles batches that have ended: reads their results, and books what they cost, once."""
 
     def __init__(self, api: BatchApi, counter: TokenCounter, account: Account) -> None:
         self._api = api
@@ -238,234 +209,278 @@ class BatchJobs:
         self._ledger = account.ledger
         self._recorder = account.recorder
         self._booked: set[str] = set()
-        self.bills: dict[str, Bill] = {}
-
-    async def found(self, part: InputFile, order: Order, record: JobRecord) -> Batch | None:
-        """Return the batch of a part, where it was created before."""
-        known = record.made.get(part.key)
-        if known is not None:
-            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
-                made = await self._api.get(known)
-                _say_resumed(made)
-                return made
-        if not (record.recovered or part.key in record.unclear):
-            return None
-        batch = await self._api.find(order.placement, since=record.since)
-        if batch is not None:
-            self._note(part, batch, record)
-            _say_resumed(batch)
-        return batch
-
-    async def make(self, part: InputFile, order: Order, record: JobRecord) -> Batch:
-        """Upload a part, once, and create its batch."""
-        if part.file_id is None:
-            part.file_id = await self._api.upload(part)
-        batch = await self._api.create(order, part.file_id, since=record.since, unclear=record.unclear)
-        self._note(part, batch, record)
-        about = {"batch_id": batch.id, "model": part.model, "requests": part.count}
-        text = "batch %s created: %d requests of %s"
-        inform(text, batch.id, part.count, part.model, event="batch_created", **about)
-        return batch
-
-    async def start(self, part: InputFile, order: Order, record: JobRecord) -> Batch:
-        """Upload a part and create its batch, unless that was done before."""
-        return await self.found(part, order, record) or await self.make(part, order, record)
-
-    def _note(self, part: InputFile, batch: Batch, record: JobRecord) -> None:
-        record.made[part.key] = batch.id
-        record.unclear.discard(part.key)
+        self.unsettled: dict[str, InputFile] = {}  # with a reservation, by the id of their batch
 
     async def settle(
-        self,
-        batch: Batch,
-        *,
-        part: InputFile | None = None,
-        offset: int = 0,
-        schema: Any = None,
+        self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, schema: Any = None
     ) -> BatchResults:
-        """Read the results of a batch that has ended."""
+        """Read the results of a batch; without its input file, its first request may have index `offset`."""
         api = next((api for api, path in ENDPOINTS.items() if path == batch.endpoint), None)
         if api is None:
             message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
             raise BatchError(message, code="unsupported_endpoint")
-        tab = Tab(self._ledger.pricer_for(None))
-        await tab.pricer.ready()
-        reader = Reader(api, schema, tab.price, model=_model_of(batch, part))
+        pricer = self._ledger.pricer_for(None)
+        await pricer.ready()
+        reader = LineReader(api, schema, pricer, model=_model_of(batch, file))
         async with contextlib.AsyncExitStack() as stack:
             files = [
-                stack.enter_context(file)
+                stack.enter_context(found)
                 for file_id in (batch.output_file_id, batch.error_file_id)
-                if file_id and (file := await self._result_file(batch, file_id)) is not None
+                if file_id and (found := await self._download(batch, "result", file_id)) is not None
             ]
-            manifest = await self._manifest(batch, offset) if part is None else _of_part(part)
-            if manifest is None:
-                manifest = await asyncio.to_thread(_guessed, batch, files, offset)
-            settlement = await asyncio.to_thread(_read_exactly, reader, files, manifest)
-        self._compare(batch, settlement)
-        _explain_missing(batch, settlement, manifest)
-        name_outcomes(settlement, manifest)
-        await self._count_missing_usage(batch, settlement, manifest.indexes, tab)
+            index = await self._index(batch, offset) if file is None else _index_of_file(file)
+            if index is None:
+                index = await asyncio.to_thread(_guessed_index, batch, files, offset)
+            results = await asyncio.to_thread(reader.read, files, index)
+        _warn_of_oddities(batch, results)
+        explain_missing(batch, results, index)
+        _name_outcomes(results, index)
+        await self._count_missing_usage(batch, results, index.indexes, reader)
         if batch.id not in self._booked:  # else it was settled before
             self._booked.add(batch.id)
-            self._ledger.book_batch(tab.entries)
-            self._recorder.settled(*settlement.counts())
-        bill = self.bills.pop(batch.id, None)
-        if bill is not None:
-            bill.settle(batch, settlement.outcomes)
-        return settlement
+            self._ledger.book_batch(reader.prices)
+            self._recorder.settled(*results.counts())
+        submitted = self.unsettled.pop(batch.id, file)
+        if submitted is not None:
+            _settle_reservation(submitted, batch, results.outcomes)
+        return results
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
         """Turn the lines of a batch's file, in its errors, into positions in the caller's list."""
         named = [error for error in errors if error.line is not None]
-        manifest = await self._manifest(batch, offset) if named else None
-        if manifest is None:
+        index = await self._index(batch, offset) if named else None
+        if index is None:
             return
         for error in named:
-            index = manifest.index_at(error.line or 0)
-            error.line = None if index is None else index + 1
+            request = index.index_at(error.line or 0)
+            error.line = None if request is None else request + 1
 
-    async def _manifest(self, batch: Batch, offset: int) -> RequestIndex | None:
-        """Return what a batch was asked; None where its input file is gone and nothing else tells."""
-        placement = read_job_metadata(batch.metadata)
-        consecutive = placement is not None and placement.start is not None and placement.numbered
-        if placement is not None and consecutive and placement.temperature != MIXED:
-            return _consecutive(placement)
-        file = await self._input_file(batch)
+    async def _index(self, batch: Batch, offset: int) -> RequestIndex | None:
+        """Return what a batch was asked; None where its input file is gone and its metadata do not tell."""
+        job, start = read_job_metadata(batch.metadata), _start_of(batch, offset)
+        stated = None
+        if job is not None and job.start is not None and job.numbered:
+            indexes = range(start, start + job.count)
+            stated = RequestIndex(indexes, temperature=_one_temperature(job.temperature))
+            if job.temperature != MIXED:
+                return stated
+        file = await self._download(batch, "input", batch.input_file_id)
         if file is None:
-            return _consecutive(placement) if placement is not None and consecutive else None
-        numbered = placement is not None and placement.numbered
-        start = offset if placement is None or placement.start is None else placement.start
+            return stated
+        numbered = job is not None and job.numbered
         with file:
-            return await asyncio.to_thread(read_manifest, file, numbered=numbered, start=start)
+            return await asyncio.to_thread(read_index, file, numbered=numbered, start=start)
 
-    async def _input_file(self, batch: Batch) -> IO[bytes] | None:
-        return await self._file(batch, "input", batch.input_file_id)
-
-    async def _result_file(self, batch: Batch, file_id: str) -> IO[bytes] | None:
-        return await self._file(batch, "result", file_id, made_at=ended_at(batch) or 0)
-
-    async def _file(self, batch: Batch, kind: str, file_id: str, *, made_at: float = 0.0) -> IO[bytes] | None:
+    async def _download(self, batch: Batch, kind: str, file_id: str) -> IO[bytes] | None:
         """Download a file of a batch; None where it is gone."""
+        made_at = ended_at(batch) if kind == "result" else None
         try:
-            return await self._api.download(file_id, made_at=made_at)
+            return await self._api.download(file_id, made_at=made_at or 0.0)
         except openai.NotFoundError:
             text = "batch %s: its %s file %s is gone"
             warn(text, batch.id, kind, file_id, event="batch_file_gone", batch_id=batch.id)
             return None
 
-    def _compare(self, batch: Batch, settlement: BatchResults) -> None:
-        """Say what is odd about the files, and where the API counts otherwise."""
-        for what, times in settlement.oddities.items():
-            if times:
-                text = "batch %s: %d %s in its result files"
-                warn(text, batch.id, times, what, event="batch_results_odd", batch_id=batch.id)
-        said = batch.request_counts
-        if said is not None and (said.completed or 0) != settlement.answered:
-            text = "batch %s: the API counts %d completed requests, its files hold %d answers"
-            counts = said.completed or 0, settlement.answered
-            warn(text, batch.id, *counts, event="batch_results_odd", batch_id=batch.id)
-
     async def _count_missing_usage(
-        self,
-        batch: Batch,
-        settlement: BatchResults,
-        indexes: Sequence[int],
-        tab: Tab,
+        self, batch: Batch, results: BatchResults, indexes: Sequence[int], reader: LineReader
     ) -> None:
         """Estimate the usage that the server left out, as for answers online."""
-        bare: dict[int, ModelResponse] = {
+        without: dict[int, ModelResponse] = {
             index: outcome
-            for index, outcome in settlement.outcomes.items()
-            if not isinstance(outcome, Exception) and outcome.usage.estimated
+            for index, outcome in results.outcomes.items()
+            if isinstance(outcome, ModelResponse) and outcome.usage.estimated
         }
-        if not bare:
+        if not without:
             return
-        bodies = await self._bodies(
-            batch,
-            {line: index for line, index in enumerate(indexes) if index in bare},
-        )
-        for index, response in bare.items():
+        bodies: dict[int, Any] = {}
+        file = await self._download(batch, "input", batch.input_file_id)
+        if file is not None:
+            wanted = {line: index for line, index in enumerate(indexes) if index in without}
+            with file:
+                bodies = await asyncio.to_thread(read_bodies, file, wanted)
+        for index, response in without.items():
             tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
             await estimate_usage(response, tokens, self._counter)
             usage = response.usage
             estimate = Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
             with exact():
-                usage.estimated_cost = tab.price(response.model, estimate)
-
-    async def _bodies(self, batch: Batch, lines: Mapping[int, int]) -> dict[int, Any]:
-        """Return the body of each of these requests, by index, where the input file is still there."""
-        file = await self._input_file(batch)
-        if file is None:
-            return {}
-        with file:
-            return await asyncio.to_thread(read_bodies, file, lines)
+                usage.estimated_cost = reader.price(response.model, estimate)
 
 
-class Tab:
-    """Prices the answers of one batch, and keeps the prices until all of it is settled."""
-
-    def __init__(self, pricer: Pricer) -> None:
-        self.pricer = pricer
-        self.entries: list[tuple[str, Usage, Decimal | None]] = []
-
-    def price(self, model: str, usage: Usage) -> float | None:
-        """Return the price of an answer in USD; None where that is not known."""
-        cost = self.pricer.cost(model, usage, batch=True)
-        self.entries.append((model, usage, cost))
-        return None if cost is None else float(cost)
+def explain_missing(batch: Batch, results: BatchResults, index: RequestIndex) -> None:
+    """Give each request without a result the reason: that of its line in the batch's errors, else its end."""
+    reason = missing_error(batch)
+    of_request = {index.index_at(each.line): each for each in stated_errors(batch) if each.line is not None}
+    for request in index.indexes:
+        if request not in results.outcomes:
+            results.outcomes[request] = with_index(of_request.get(request, reason), request)
+    results.unplaced = [reason] * (request_counts(batch)[0] - len(index.indexes))
 
 
-def _model_of(batch: Batch, part: InputFile | None) -> str:
+def _name_outcomes(results: BatchResults, index: RequestIndex) -> None:
+    """Give each outcome the custom_id that the caller gave its request."""
+    named = index.by_name or {}
+    results.names.update({request: name for name, request in named.items() if name != numbered_id(request)})
+    for request, name in results.names.items():
+        outcome: Any = results.outcomes.get(request)
+        if isinstance(outcome, ModelResponse):
+            outcome._custom_id = name  # noqa: SLF001  # read by users, set here alone
+        elif outcome is not None:
+            outcome.custom_id = name
+
+
+def _warn_of_oddities(batch: Batch, results: BatchResults) -> None:
+    """Warn of what is odd about the files, and where the API counts otherwise."""
+    for what, times in results.oddities.items():
+        if times:
+            text = "batch %s: %d %s in its result files"
+            warn(text, batch.id, times, what, event="batch_results_odd", batch_id=batch.id)
+    stated, held = batch.request_counts, results.answered
+    if stated is not None and (stated.completed or 0) != held:
+        text = "batch %s: the API counts %d completed requests, its files hold %d answers"
+        warn(text, batch.id, stated.completed or 0, held, event="batch_results_odd", batch_id=batch.id)
+
+
+def _model_of(batch: Batch, file: InputFile | None) -> str:
     """Return the model that a batch was asked for, as far as that is known."""
-    source = part or read_job_metadata(batch.metadata)
+    source = file or read_job_metadata(batch.metadata)
     return (source and source.model) or getattr(batch, "model", None) or ""
 
 
-def _read_exactly(reader: Reader, files: Iterable[IO[bytes]], manifest: RequestIndex) -> BatchResults:
-    with exact():
-        return reader.read(files, manifest)
+def _one_temperature(temperature: Temperature) -> float | None:
+    return None if temperature == MIXED else temperature
 
 
-def _of_part(part: InputFile) -> RequestIndex:
-    """Return the manifest of a part, whose requests all have one temperature."""
-    return RequestIndex(part.indexes, temperature=_shared(part.temperature))
+def _index_of_file(file: InputFile) -> RequestIndex:
+    return RequestIndex(file.indexes, temperature=_one_temperature(file.temperature))
 
 
-def _consecutive(placement: JobMetadata) -> RequestIndex:
-    """Return the manifest of a batch whose metadata say all."""
-    start = placement.start or 0
-    return RequestIndex(range(start, start + placement.count), temperature=_shared(placement.temperature))
+def _start_of(batch: Batch, offset: int) -> int:
+    """Return the index of a batch's first request; `offset` where its metadata do not say it."""
+    job = read_job_metadata(batch.metadata)
+    return offset if job is None or job.start is None else job.start
 
 
-def _say_resumed(batch: Batch) -> None:
-    about = {"batch_id": batch.id, "batch_status": batch.status}
-    inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
-
-
-def _shared(temperature: float | str | None) -> float | None:
-    return None if isinstance(temperature, str) else temperature
-
-
-def _guessed(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
-    """Return the manifest of a batch whose input file is gone, as far as its results tell."""
-    placement = read_job_metadata(batch.metadata)
-    count = request_counts(batch)[0]
-    if placement is not None and placement.numbered:
-        manifest = guess_manifest(files, numbered=True, start=0, count=count)
-    else:
+def _guessed_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
+    """Return what a batch was asked whose input file is gone, as far as its results tell."""
+    job, count = read_job_metadata(batch.metadata), request_counts(batch)[0]
+    numbered = job is not None and job.numbered
+    if not numbered:
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
-        start = offset if placement is None or placement.start is None else placement.start
-        manifest = guess_manifest(files, numbered=False, start=start, count=count)
-    manifest.temperature = None if placement is None else _shared(placement.temperature)
-    return manifest
+    index = guess_index(files, numbered=numbered, start=_start_of(batch, offset), count=count)
+    index.temperature = None if job is None else _one_temperature(job.temperature)
+    return index
 
 
-def _explain_missing(batch: Batch, settlement: BatchResults, manifest: RequestIndex) -> None:
-    """Give each request without a result the reason."""
-    reasons = Reasons(batch, manifest.index_at)
-    for index in manifest.indexes:
-        if index not in settlement.outcomes:
-            settlement.outcomes[index] = reasons.of(index)
-    unknown = request_counts(batch)[0] - len(manifest.indexes)
-    settlement.unplaced = [reasons.of_any()] * unknown
+# --- what batches may cost ---------------------------------------------------------------------------------
+
+_NOTHING = Decimal(0)
+_UNKNOWN = frozenset({MISSING, NO_ANSWER, UNREADABLE})  # what became of the request, and so what it cost
+
+
+def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
+    """Replace what is reserved by what the answers cost; a request whose answer is lost counts in full."""
+    if file.reservation is None:
+        return
+    known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
+    certain = request_counts(batch)[1] <= known  # that no other request was answered
+    with exact():
+        lines = zip(file.indexes, file.costs, strict=True)
+        costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+        file.reservation.settle(sum(costs, _NOTHING))
+
+
+def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
+    if isinstance(outcome, ModelResponse):
+        cost = outcome.usage.estimated_cost
+        return most if cost is None or outcome.usage.estimated else Decimal(repr(cost))
+    return _NOTHING if certain and not _is_lost(outcome) else most
+
+
+def _is_lost(outcome: Outcome | None) -> bool:
+    """Return whether there may have been an answer that is not known."""
+    return outcome is None or (isinstance(outcome, BatchError) and outcome.code in _UNKNOWN)
+
+
+class BatchBudget:
+    """Reserves what the input files of one call can cost, from the call's budget and the client's."""
+
+    def __init__(self, payments: Budgets, counter: TokenCounter, own: CostBudget | None = None) -> None:
+        self._budgets = payments.budgets(own)
+        self._bounds = payments.bounds
+        self._counter = counter
+
+    async def estimate(self, files: Iterable[InputFile], endpoint: str) -> None:
+        """Find out what every line can cost, where there is any budget."""
+        if not self._budgets:
+            return
+        await self._bounds.ready()
+        for file in files:
+            await self._counter.most_input({"model": file.model})  # waits for the vocabulary
+            file.costs = await asyncio.to_thread(self._costs, file, endpoint)
+
+    def reserve(self, file: InputFile) -> bool:
+        """Reserve what a file can cost, unless it is reserved; return whether there is room for it now."""
+        if file.reservation is not None or not self._budgets:
+            return True
+        try:
+            reservation = reserve_now(self._budgets, _sum(file.costs))
+        except BudgetExceededError:
+            return False
+        file.reservation = reservation
+        return reservation is not None
+
+    async def reserve_all(self, files: Sequence[InputFile]) -> None:
+        """Reserve what all files can cost together, once there is room for it."""
+        if not self._budgets:
+            return
+        amounts = [_sum(file.costs) for file in files]
+        whole = await reserve(self._budgets, _sum(amounts))
+        for file, reservation in zip(files, whole.split(amounts), strict=True):
+            file.reservation = reservation
+
+    def commit(self, file: InputFile) -> None:
+        """Reserve what a file can cost whose batch there is already, whether there is room or not."""
+        if self._budgets:
+            file.reservation = commit(self._budgets, _sum(file.costs))
+
+    def release(self, file: InputFile, *, keep: bool = False) -> None:
+        """Give back what is reserved for a file; or keep it, though no request waits for its settling."""
+        if file.reservation is not None and keep:
+            file.reservation.keep_reserved()
+        elif file.reservation is not None:
+            file.reservation.settle(_NOTHING)
+            file.reservation = None
+
+    def fitting(self, file: InputFile) -> int | None:
+        """Return how many of a file's first lines there is room for; None: there may be more room later."""
+        if not all(budget.idle for budget in self._budgets):
+            return None
+        left = min(budget.free for budget in self._budgets)
+        for count, cost in enumerate(file.costs):
+            left -= cost
+            if left < 0:
+                return count
+        return file.count
+
+    def exceeded(self, file: InputFile) -> BudgetExceededError:
+        """Return the error of a file whose first line there is no room for."""
+        budget = min(self._budgets, key=lambda budget: budget.free)
+        return budget.exceeded(file.costs[0])
+
+    def _costs(self, file: InputFile, endpoint: str) -> list[Decimal]:
+        same: dict[Decimal, Decimal] = {}  # few lines differ, and all costs are kept
+        lines = zip(file.lines(), file.indexes, strict=True)
+        return [same.setdefault(cost, cost) for cost in (self._cost(*line, endpoint) for line in lines)]
+
+    def _cost(self, raw: bytes, index: int, endpoint: str) -> Decimal:
+        try:
+            return self._bounds.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
+        except ValidationError as error:
+            raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
+
+
+def _sum(costs: Iterable[Decimal]) -> Decimal:
+    with exact():
+        return sum(costs, _NOTHING)

@@ -1,8 +1,9 @@
-"""Many prompts by the Batch API, submitted again where that helps."""
+"""From input files to batches, each made once, and from prompts to answers by them, killed runs included."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import random
@@ -13,33 +14,31 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.api import Order
-from openai_eval_client._batches.budget import Funds
 from openai_eval_client._batches.files import (
     ENDPOINTS,
     BatchLine,
     close_files,
-    cut_lines,
-    even_parts,
-    number,
+    cut_file,
+    even_counts,
+    numbered_id,
     recut,
-    write_aside,
+    write_in_thread,
 )
 from openai_eval_client._batches.results import is_curable
-from openai_eval_client._batches.resume import JobRecord, runs, unrolled
+from openai_eval_client._batches.resume import JobRecord
 from openai_eval_client._batches.status import (
     SEPARATOR,
-    JobMetadata,
+    are_of_use,
     enqueued_limit,
+    enqueued_refusal,
     failure_of,
     has_ended,
     is_enqueued_limit,
     request_counts,
     state_of,
-    was_refused,
 )
 from openai_eval_client._log import inform, warn
-from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
+from openai_eval_client._online import attach_responses, outcomes_or_raise
 from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
@@ -47,15 +46,14 @@ from openai_eval_client._wire import of_error, read_failure
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from openai.types import Batch
 
     from openai_eval_client._batches.api import BatchApi
     from openai_eval_client._batches.files import InputFile
-    from openai_eval_client._batches.results import BatchJobs, Outcome
+    from openai_eval_client._batches.results import BatchBudget, BatchSettler, Outcome
     from openai_eval_client._batches.resume import CachedAnswers, Journal
-    from openai_eval_client._cost import Budgets, CostBudget
     from openai_eval_client._report import Progress
     from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
@@ -64,378 +62,435 @@ if TYPE_CHECKING:
     from openai_eval_client.errors import BatchError, BudgetExceededError
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What all batches of a round have in common."""
-
-    endpoint: str  # such as "/v1/chat/completions"
-    window: str  # the completion window
-    polling_interval: float  # seconds between two looks
-    schema: Any  # the pydantic class the answers are to fit, where there is one
-    # called whenever the record has changed, before and after each step that costs
-    save: Callable[[], Awaitable[None]]
-    # called with the outcomes of each batch, before they are handed on
-    keep: Callable[[dict[int, Outcome]], Awaitable[None]]
-    tell: Callable[[int], Awaitable[None]]  # called with the number of requests that are done
-    funds: Funds  # pays for them
+# --- batches made of input files --------------------------------------------------------------------------
 
 
-_FILLED = 0.9  # of the enqueued limit by one part: the server counts a little differently
-_ALONE = 1  # refusals of a part that is not cut yet, with no other of ours enqueued
-_PATIENCE = 10  # polling intervals between two tries, at most, of a part that is refused again and again
+@dataclass(kw_only=True, eq=False)
+class Submission:
+    """Makes the batches of a job from its input files, each once: all of them or none."""
+
+    api: BatchApi
+    settler: BatchSettler
+    budget: BatchBudget
+    journal: Journal
+    jobs: list[JobRecord] = field(default_factory=list)  # as they are recorded; the last is worked on
+    waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
+    running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
+    batches: list[Batch] = field(default_factory=list)  # as they were when they were made or found
+
+    @property
+    def job(self) -> JobRecord:
+        """The job that is worked on."""
+        return self.jobs[-1]
+
+    @property
+    def unsettled(self) -> list[str]:
+        """The ids of the batches that are not settled."""
+        waiting = [self.job.made[file.key] for file in self.waiting if file.key in self.job.made]
+        return [*self.running, *waiting]
+
+    async def submit(self, job: JobRecord, files: Sequence[InputFile], *, ttl: float | None) -> list[Batch]:
+        """Make all batches of a job; go on with those recorded in the last `ttl` seconds, by a killed run."""
+        await self.budget.estimate(files, job.endpoint)
+        async with self.journal.exclusive():
+            saved = await self.journal.load()
+            if saved and (ttl is None or saved[0]["since"] >= time.time() - ttl):
+                batches = await self._submit_whole(job.recover(saved[0]), files)
+                if are_of_use(batches):
+                    return batches
+                for batch, file in zip(batches, files, strict=True):  # it is submitted anew
+                    self.settler.unsettled.pop(batch.id, None)
+                    self.budget.release(file)
+            return await self._submit_whole(job, files)
+
+    async def _submit_whole(self, job: JobRecord, files: Sequence[InputFile]) -> list[Batch]:
+        self.jobs, self.waiting, self.running, self.batches = [job], deque(files), {}, []
+        try:
+            for file in files:
+                if file.key in job.made:
+                    self.budget.commit(file)  # it costs that anyway
+            await self.budget.reserve_all([file for file in files if file.key not in job.made])
+            await self._save()
+            try:
+                await self._submit_waiting()
+            except BaseException as error:
+                if isinstance(error, Exception) and not job.recovered and await self._undo():
+                    await self.journal.forget()
+                self._name_batches(error)
+                raise
+        finally:
+            self._end()
+        return self.batches
+
+    async def _submit_waiting(self) -> None:
+        """Make a batch of each file that waits, in their order, as long as none has to be held back."""
+        while self.waiting and not self._is_held_back():
+            file = self.waiting[0]
+            batch = await self._find(file)
+            if batch is None and not self._is_held_back() and await self._reserve(file):
+                batch = await self._create(file)
+            if batch is not None:
+                self._start(self.waiting.popleft(), batch)
+                await self._save()
+
+    def _start(self, file: InputFile, batch: Batch) -> None:
+        """Note the batch of a file."""
+        self.running[batch.id] = file
+        self.batches.append(batch)
+        self.job.made[file.key] = batch.id
+        self.job.unclear.discard(file.key)
+
+    async def _save(self) -> None:
+        """Record which batches there are, and how the files are cut."""
+        spans = dict(self.job.spans)
+        spans.update((file.first, file.count) for file in [*self.waiting, *self.running.values()])
+        self.job.spans = sorted(spans.items())
+        await self.journal.save(self.jobs)
+
+    async def _find(self, file: InputFile) -> Batch | None:
+        """Return the batch that was made of a file before."""
+        try:
+            batch = await self._look_for(file)
+        except openai.APIError as error:
+            self._pause_for(error)
+            return None
+        if batch is not None:
+            kept = self.settler.unsettled.pop(batch.id, None)
+            if kept is not None:  # from an earlier call: it is reserved anew
+                self.budget.release(kept)
+            if not self.budget.reserve(file):
+                self.budget.commit(file)  # it costs that anyway
+            about = {"batch_id": batch.id, "batch_status": batch.status}
+            inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
+        return batch
+
+    async def _look_for(self, file: InputFile) -> Batch | None:
+        known = self.job.made.get(file.key)
+        if known is not None:
+            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
+                return await self.api.get(known)
+        if not (self.job.recovered or file.key in self.job.unclear):
+            return None
+        return await self.api.find(self.job, file)
+
+    async def _create(self, file: InputFile) -> Batch | None:
+        """Upload a file, once, and create its batch."""
+        try:
+            if file.file_id is None:
+                file.file_id = await self.api.upload(file)
+            batch = await self.api.create(self.job, file)
+        except openai.OpenAIError as error:
+            await self._refused(error)
+            return None
+        about = {"batch_id": batch.id, "model": file.model, "requests": file.count}
+        text = "batch %s created: %d requests of %s"
+        inform(text, batch.id, file.count, file.model, event="batch_created", **about)
+        return batch
+
+    def _is_held_back(self) -> bool:
+        """Return whether the files that wait cannot be submitted now."""
+        return False
+
+    async def _reserve(self, file: InputFile) -> bool:
+        """Return whether what a file may cost is reserved."""
+        return self.budget.reserve(file)
+
+    def _pause_for(self, error: openai.APIError) -> None:
+        """React to a failure that leaves it open whether the first file that waits has a batch."""
+        raise error
+
+    async def _refused(self, error: openai.OpenAIError) -> None:
+        """React to a failure to create the batch of the first file that waits."""
+        raise error
+
+    async def _undo(self) -> bool:
+        """Cancel the batches of a job that could not be made whole; the last may have been created unseen."""
+        try:
+            if self.job.unclear:
+                found = await self.api.find(self.job, self.waiting[0])
+                self.job.unclear.clear()
+                if found is not None:
+                    self._start(self.waiting.popleft(), found)
+            for batch_id in self.running:
+                await self.api.cancel(batch_id)
+        except openai.OpenAIError as error:
+            text = "batches of a job that failed could not be cancelled (%s)"
+            warn(text, type(error).__name__, event="batch_not_cancelled", **of_error(error))
+            return False
+        return True
+
+    def _name_batches(self, error: BaseException) -> None:
+        """Name the batches of a job that was not created whole: they may cost."""
+        if self.unsettled:
+            job_id = error.__dict__["job_id"] = SEPARATOR.join(self.unsettled)
+            about = {"batch_id": job_id, **of_error(error)}
+            text = "job not submitted whole (%s): created were %s"
+            warn(text, type(error).__name__, job_id, event="batch_job_incomplete", **about)
+
+    def _end(self) -> None:
+        """Keep what batches may still cost reserved, though no request waits for that; give back the rest."""
+        for file in [*self.running.values(), *self.waiting]:
+            batch_id = self.job.made.get(file.key)
+            if batch_id is not None and file.reservation is not None:
+                self.settler.unsettled[batch_id] = file
+            may_run = batch_id is not None or file.key in self.job.unclear or self.job.recovered
+            self.budget.release(file, keep=may_run)
+
+
+# --- prompts answered by batches --------------------------------------------------------------------------
+
+_FILLED = 0.9  # of the enqueued limit by one file: the server counts a little differently
+_ALONE = 1  # refusals of a file that is not cut yet, with no other of ours enqueued
+_PATIENCE = 10  # polling intervals between two tries, at most, of a file that is refused again and again
 _JITTER = 0.9, 1.1  # times the polling interval
 
 
-@dataclass(slots=True)
-class Round:
-    """One pass of requests through the Batch API."""
+@dataclass(kw_only=True, eq=False)
+class BatchRun(Submission):
+    """Answers the prompts of one call by jobs: a second one for what expired or failed by chance.
 
-    api: BatchApi  # the endpoints
-    jobs: BatchJobs  # startThrottle and settles batches
-    counter: TokenCounter  # counts the tokens of a part that is too large
-    plan: Plan  # what all batches have in common
-    record: JobRecord  # names them
-    waiting: deque[InputFile]  # the parts not submitted yet
-    running: dict[str, InputFile] = field(default_factory=dict)  # those submitted, by the id of their batch
-    outcomes: dict[int, Outcome] = field(default_factory=dict)  # one for each index that is settled
-    # why requests were never run: their batch was not created, or failed
-    failed: list[Exception] = field(default_factory=list)
-    never_ran: int = 0  # how many requests that are
-    broke: BudgetExceededError | None = None  # why requests were not submitted for which no money is left
-    _total: int = 0
+    There are more only where the model refuses one parameter after the other.
+    """
+
+    config: BatchConfig
+    counter: TokenCounter
+    unsupported: UnsupportedParameters
+    prompts: Sequence[Any]  # checked
+    parameters: Parameters
+    cached: CachedAnswers
+    progress: Progress | None
+    outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
+    failed: Exception | None = None  # why the first of those requests was never run
+    never_ran: int = 0  # requests whose batch was not created, or failed
+    broke: BudgetExceededError | None = None  # why requests were not submitted: too little money is left
+    _held: bool = False  # until a batch ends: too many tokens are enqueued
+    _paused: bool = False  # until the next poll
+    _refused_alone: int = 0  # how often a file was refused with no other of ours enqueued
     _give_up_at: float = 0.0
-    _done: dict[str, int] = field(default_factory=dict)
-    _tokens_of: dict[str, int] = field(default_factory=dict)
-    _held: bool = False
-    _paused: bool = False
-    _refused_alone: int = 0
+    _repeated: set[int] = field(default_factory=set)  # requests that failed by chance once
+    _reported: float = 0.0
 
-    async def run(self) -> dict[int, Outcome]:
-        """Return the outcome of each request, by index."""
-        self._total = sum(part.count for part in self.waiting)
-        self._give_up_at = time.monotonic() + window_seconds(self.plan.window)
+    async def collect(self, *, return_exceptions: bool) -> list[Any]:
+        """Return the responses in input order."""
         try:
-            await self.plan.funds.estimate(self.waiting)
-            self.waiting = deque(sorted(self.waiting, key=lambda part: part.key not in self.record.made))
+            async with self.journal.exclusive():
+                await self.cached.look_up()
+                self.outcomes.update(self.cached.found)
+                await self._run()
+                await self.journal.forget()
+        except BaseException as error:
+            error.__dict__["job_id"] = SEPARATOR.join(self.unsettled if self.jobs else ()) or None
+            attach_responses(error, responses_of(self._in_order()))
+            raise
+        finally:
+            self.cached.give_back(responses_of(self._in_order()))
+        await report(self.progress, 1.0)
+        return outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
+
+    async def _run(self) -> None:
+        """Run job after job, first those recorded, until every request has an outcome to be handed out."""
+        recorded = deque(await self.journal.load())
+        missing = [index for index in range(len(self.prompts)) if index not in self.outcomes]
+        wanted = missing
+        while wanted or recorded:
+            job = JobRecord(
+                endpoint=ENDPOINTS[self.parameters.api],
+                window=self.config.completion_window,
+                indexes=wanted,
+                most_lines=self.config.max_batch_size,
+                refused=self.unsupported.of(self.parameters.model),
+            )
+            await self._run_job(job.recover(recorded.popleft()) if recorded else job)
+            reason: Exception | None = self.broke
+            if len(self.jobs) == 1 and self.never_ran == self.job.total:
+                reason = reason or self.failed
+            if reason is not None:
+                await self.journal.forget()
+                raise reason
+            wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
+
+    async def _run_job(self, job: JobRecord) -> None:
+        """Make the batches of a job, and wait until all are settled."""
+        adapted = dataclasses.replace(self.parameters, body=without(self.parameters.body, job.refused))
+        lines = (BatchLine(n, numbered_id(n), adapted, self.prompts[n]) for n in job.indexes)
+        files = recut(await write_in_thread(lines, most_lines=job.most_lines), job.spans)
+        self.jobs.append(job)
+        self.waiting = deque(sorted(files, key=lambda file: file.key not in job.made))
+        self._give_up_at = time.monotonic() + window_seconds(job.window)
+        try:
+            await self.budget.estimate(files, job.endpoint)
             await self._save()
             while True:
-                await self._submit()
+                await self._submit_waiting()
                 if not self.running and not self.waiting:
-                    return self.outcomes
+                    return
                 await asyncio.sleep(self._pause())
                 await self._poll()
         finally:
-            unclear = self.record.recovered or bool(self.record.unclear)
-            self.plan.funds.leave(self.waiting, self.running, unclear=unclear)
+            self._end()
             close_files([*self.waiting, *self.running.values()])
 
     def _pause(self) -> float:
         """Return the seconds until the next look: more and more where the server takes nothing of ours."""
         patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
-        return self.plan.polling_interval * patience * random.uniform(*_JITTER)  # noqa: S311
+        return self.config.polling_interval * patience * random.uniform(*_JITTER)  # noqa: S311
 
-    async def _save(self) -> None:
-        """Record which parts there are and which batches were made of them."""
-        self.record.note([*self.waiting, *self.running.values()])
-        await self.plan.save()
+    def _is_patient(self) -> bool:
+        return time.monotonic() < self._give_up_at
 
-    async def _submit(self) -> None:
-        """Submit the parts that wait, as long as the server takes them."""
-        while self.waiting and not self._held and not self._paused:
-            part = self.waiting[0]
-            order = Order(
-                JobMetadata.of(part, self.record.name, self._total),
-                self.plan.endpoint,
-                self.plan.window,
-                {},
-            )
-            batch = await self._found(part, order)
-            if batch is None and not self._paused and await self._covered(part):
-                batch = await self._made(part, order)
-            if batch is not None:
-                self.plan.funds.started(part, batch.id, watched=True)
-                self.running[batch.id] = self.waiting.popleft()
-                await self._save()
+    def _is_held_back(self) -> bool:
+        return self._held or self._paused
 
-    async def _found(self, part: InputFile, order: Order) -> Batch | None:
-        """Look for a batch that was created before; where that cannot be told now, pause."""
-        try:
-            batch = await self.jobs.found(part, order, self.record)
-        except openai.APIError as error:
-            self._pause_for(error)
-            return None
-        if batch is not None and not self.plan.funds.cover(part):
-            self.plan.funds.commit(part)  # it costs that anyway
-        return batch
-
-    async def _covered(self, part: InputFile) -> bool:
-        """Reserve what the first part may cost; with too little left, cut it, hold it back or give it up."""
-        funds = self.plan.funds
-        if self.broke is None and funds.cover(part):
-            return True
-        fitting = funds.fitting(part)
-        if self.broke is None and fitting:
-            await self._replace([fitting, part.count - fitting], "what is left of max_cost")
-        elif self.broke is None and fitting is None and self._patient:
-            self._paused = True
-        else:
-            self.broke = self.broke or funds.exceeded(part)
-            self.outcomes.update(dict.fromkeys(part.indexes, self.broke))
-            self.waiting.popleft().file.close()
+    async def _reserve(self, file: InputFile) -> bool:
+        """Reserve what a file may cost; with too little left, cut it, let it wait, or give it up."""
+        if self.broke is None:
+            if self.budget.reserve(file):
+                return True
+            fitting = self.budget.fitting(file)
+            if fitting:
+                await self._cut([fitting, file.count - fitting], "what is left of max_cost")
+                return False
+            if fitting is None and self._is_patient():
+                self._paused = True
+                return False
+            self.broke = self.budget.exceeded(file)
+        self._drop(self.broke)
         return False
-
-    async def _made(self, part: InputFile, order: Order) -> Batch | None:
-        try:
-            return await self.jobs.make(part, order, self.record)
-        except openai.OpenAIError as error:
-            await self._refused(error)
-            return None
 
     def _pause_for(self, error: openai.APIError) -> None:
         """Let what waits wait for the next poll; raise what no waiting cures."""
-        if not read_failure(error).retry or not self._patient:
+        if not read_failure(error).retry or not self._is_patient():
             raise error
         text, about = "%d requests could not be submitted (%s): later again", of_error(error)
         warn(text, self.waiting[0].count, about["error_type"], event="batch_not_submitted", **about)
         self._paused = True
 
     async def _refused(self, error: openai.OpenAIError) -> None:
-        """Hold the first part back, whose batch was not created, or give it up."""
+        """Hold the first file back, or give it up."""
+        file = self.waiting[0]
         code, message = getattr(error, "code", None), getattr(error, "message", str(error))
-        if is_enqueued_limit(code, message) or not read_failure(error).retry:
-            self.plan.funds.refused(self.waiting[0])
-        if is_enqueued_limit(code, message):
+        is_limit = is_enqueued_limit(code, message)
+        if is_limit or not read_failure(error).retry:
+            self.budget.release(file, keep=file.key in self.job.unclear)
+        if is_limit:
             await self._hold(message, error)
-        elif isinstance(error, openai.APIError) and self._is_worth_a_pause(error):
+            return
+        left = sum(file.count for file in self.waiting)
+        has_begun = left < self.job.total or file.key in self.job.unclear  # else nothing would be lost
+        if (
+            isinstance(error, openai.APIError)
+            and has_begun
+            and read_failure(error).retry
+            and self._is_patient()
+        ):
             self._pause_for(error)
         else:
             self._give_up(error)
 
-    @property
-    def _patient(self) -> bool:
-        return time.monotonic() < self._give_up_at
-
-    def _is_worth_a_pause(self, error: openai.APIError) -> bool:
-        """Return whether a part whose batch was not created may be submitted later, or may be running."""
-        begun = self.running or self.outcomes or self.waiting[0].key in self.record.unclear
-        return bool(begun) and read_failure(error).retry and self._patient
-
     def _give_up(self, error: Exception) -> None:
-        """Give the first part up."""
-        part = self.waiting.popleft()
-        self.plan.funds.unclear(part)
-        self.failed.append(error)
-        self.never_ran += part.count
-        self.outcomes.update(dict.fromkeys(part.indexes, error))
-        part.file.close()
+        """Give the first file up, which was never run."""
+        file = self.waiting[0]
+        self.budget.release(file, keep=file.key in self.job.unclear)
+        self.failed = self.failed or error
+        self.never_ran += file.count
+        self._drop(error)
+
+    def _drop(self, error: Exception) -> None:
+        """Let the requests of the first file fail."""
+        file = self.waiting.popleft()
+        self.outcomes.update(dict.fromkeys(file.indexes, error))
+        file.file.close()
 
     async def _hold(self, message: str, error: Exception) -> None:
-        """Keep the first part until there is room for it; cut it where there will never be."""
-        part = self.waiting[0]
+        """Keep the first file until there is room for it; cut it where there will never be."""
+        file = self.waiting[0]
         limit = enqueued_limit(message)
-        tokens = await self._tokens(part) if limit is not None else 0
+        tokens = await self._tokens(file) if limit is not None else 0
         often = _ALONE if limit is None else 2 * _ALONE  # others may have used it up; or it counts otherwise
-        if not self._patient or (limit is not None and tokens > limit and part.count == 1):
+        if not self._is_patient() or (limit is not None and tokens > limit and file.count == 1):
             self._give_up(error)
-        elif limit is not None and tokens > limit * _FILLED and part.count > 1:
+        elif limit is not None and tokens > limit * _FILLED and file.count > 1:
             pieces = -int(-tokens // (limit * _FILLED))
-            await self._replace(even_parts(part.count, pieces), "the enqueued limit")
-        elif self._refused_alone >= often and part.count > 1 and not self.running:
-            await self._replace(even_parts(part.count, 2), "the enqueued limit")
+            await self._cut(even_counts(file.count, pieces), "the enqueued limit")
+        elif self._refused_alone >= often and file.count > 1 and not self.running:
+            await self._cut(even_counts(file.count, 2), "the enqueued limit")
         else:
             self._refused_alone += not self.running
             self._held = True
-            inform("%d requests held back: too many are enqueued", part.count, event="batch_held")
+            inform("%d requests held back: too many are enqueued", file.count, event="batch_held")
 
-    async def _replace(self, counts: Sequence[int], limit: str) -> None:
-        """Cut the first part into parts of so many requests."""
-        part = self.waiting[0]
-        smaller = cut_lines(part, counts)
+    async def _cut(self, counts: Sequence[int], limit: str) -> None:
+        """Cut the first file into files of so many requests."""
+        file = self.waiting[0]
+        pieces = cut_file(file, [count for count in counts if count])
         self.waiting.popleft()
-        self.waiting.extendleft(reversed(smaller))
+        self.waiting.extendleft(reversed(pieces))
         text = "%d requests cut into %d batches, to fit %s"
-        inform(text, part.count, len(smaller), limit, event="batch_cut", requests=part.count)
+        inform(text, file.count, len(pieces), limit, event="batch_cut", requests=file.count)
         await self._save()
 
-    async def _tokens(self, part: InputFile) -> int:
-        if part.key not in self._tokens_of:
-            part.file.seek(0)
+    async def _tokens(self, file: InputFile) -> int:
+        if file.tokens is None:
             total = 0
-            for line in part.file:
+            for line in file.lines():
                 total += await self.counter.count_input(json.loads(line)["body"])
                 await asyncio.sleep(0)  # counting short texts does not wait for anything
-            self._tokens_of[part.key] = total
-        return self._tokens_of[part.key]
+            file.tokens = total
+        return file.tokens
 
     async def _poll(self) -> None:
-        """Look at each batch once, and settle those that have ended."""
+        """Look at each batch once, settle those that have ended, and report how far the run is."""
         self._paused = False
         if not self.running:
             self._held = False
-        for batch_id, part in list(self.running.items()):
-            await self._look(batch_id, part)
-        await self.plan.tell(len(self.outcomes) + sum(self._done.values()))
+        for batch_id, file in list(self.running.items()):
+            await self._look(batch_id, file)
+        left = sum(file.count - file.done for file in [*self.waiting, *self.running.values()])
+        fraction = (len(self.prompts) - left) / len(self.prompts)
+        if self._reported < fraction < 1:
+            self._reported = fraction
+            await report(self.progress, fraction)
 
-    async def _look(self, batch_id: str, part: InputFile) -> None:
+    async def _look(self, batch_id: str, file: InputFile) -> None:
         try:
-            await self._take(await self.api.get(batch_id), part)
+            await self._update(await self.api.get(batch_id), file)
         except openai.APIError as error:
             if not read_failure(error).retry:
                 raise
             text, about = "batch %s could not be read (%s): later again", of_error(error)
             warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)
 
-    async def _take(self, batch: Batch, part: InputFile) -> None:
+    async def _update(self, batch: Batch, file: InputFile) -> None:
         """Take in what a batch has become."""
         if not has_ended(batch):
             _, completed, failed = request_counts(batch)
-            self._done[batch.id] = completed + failed
+            file.done = completed + failed
             self._refused_alone *= state_of(batch) == "validating"
             return
-        refusal = was_refused(batch)
+        refusal = enqueued_refusal(batch)
         if refusal is not None:
-            await self._requeue(batch, part, refusal)
+            await self._submit_again(batch, file, refusal)
             return
-        settlement = await self.jobs.settle(batch, part=part, schema=self.plan.schema)
-        await self.plan.keep(settlement.outcomes)
-        self._forget(batch)
+        results = await self.settler.settle(batch, file=file, schema=self.parameters.schema)
+        await self.cached.keep(results.outcomes)
+        self.running.pop(batch.id)
         self._held = False
         self._refused_alone = 0
-        part.file.close()
-        if state_of(batch) == "failed" and not settlement.lines:
-            self.failed.append(failure_of([batch]))
-            self.never_ran += part.count
-        self.outcomes.update(settlement.outcomes)
+        file.file.close()
+        if state_of(batch) == "failed" and not results.lines:
+            self.failed = self.failed or failure_of([batch])
+            self.never_ran += file.count
+        self.outcomes.update(results.outcomes)
 
-    async def _requeue(self, batch: Batch, part: InputFile, refusal: BatchError) -> None:
-        """Have a part wait again whose batch was created, and refused when it was validated."""
-        self._forget(batch)
-        self.plan.funds.cancelled(batch.id)
-        self.waiting.appendleft(part)
-        self.record.made.pop(part.key, None)
+    async def _submit_again(self, batch: Batch, file: InputFile, refusal: BatchError) -> None:
+        """Let a file wait again whose batch was created, and refused when it was validated."""
+        self.running.pop(batch.id)
+        self.budget.release(file)
+        file.done = 0
+        self.waiting.appendleft(file)
+        self.job.made.pop(file.key, None)
         await self._hold(refusal.message, refusal)
         await self._save()
-
-    @property
-    def left(self) -> list[str]:
-        """The ids of the batches that are not settled."""
-        made = self.record.made
-        return [*self.running, *(made[part.key] for part in self.waiting if part.key in made)]
-
-    def _forget(self, batch: Batch) -> None:
-        self.running.pop(batch.id)
-        self._done.pop(batch.id, None)
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What a run works with."""
-
-    api: BatchApi  # the endpoints
-    jobs: BatchJobs  # startThrottle and settles batches
-    counter: TokenCounter  # counts tokens
-    config: BatchConfig  # how to batch
-    unsupported: UnsupportedParameters  # what models are known to refuse
-    payments: Budgets  # the money of the client
-
-
-@dataclass(slots=True)
-class BatchRun:
-    """Answers the prompts of one call by rounds: the second for what expired or failed by chance.
-
-    There are more only where the model refuses one parameter after the other.
-    """
-
-    tools: Tools  # what it works with
-    prompts: Sequence[Any]  # the prompts, checked
-    parameters: Parameters  # what is asked, checked
-    progress: Progress | None  # called with the finished fraction
-    journal: Journal  # the record by which a killed run goes on
-    kept: CachedAnswers  # the answers kept from earlier runs
-    budget: CostBudget | None = None  # what it is paid from besides the client's budget
-    _rounds: list[Round] = field(default_factory=list)
-    _recorded: list[dict[str, Any]] = field(default_factory=list)
-    _known: list[dict[str, Any]] = field(default_factory=list)
-    _repeated: set[int] = field(default_factory=set)
-    _told: float = 0.0
-
-    async def collect(self, *, return_exceptions: bool) -> list[Any]:
-        """Return the responses in input order."""
-        try:
-            async with self.journal.exclusive():
-                await self.kept.look_up()
-                self._known = (await self.journal.load()).get("rounds", [])
-                await self._run()
-                await self.journal.forget()
-        except BaseException as error:  # raised where the rows are taken
-            left = [batch_id for each in self._rounds for batch_id in each.left]
-            error.__dict__["job_id"] = SEPARATOR.join(left) or None
-            attach_responses(error, responses_of(self._in_order()))
-            raise
-        finally:
-            responses = responses_of(self._in_order())
-            self.kept.give_back({n for n, response in enumerate(responses) if response is not None})
-        await report(self.progress, 1.0)
-        return outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
-
-    async def _run(self) -> None:
-        missing = [index for index in range(len(self.prompts)) if index not in self.kept.found]
-        wanted = missing
-        while wanted or len(self._rounds) < len(self._known):
-            await self._round(wanted)
-            if self._rounds[-1].broke:
-                await self.journal.forget()
-                raise self._rounds[-1].broke
-            first = self._rounds[0]
-            if first.failed and first.never_ran == len(first.outcomes):
-                await self.journal.forget()
-                raise first.failed[0]
-            outcomes = self._outcomes()
-            wanted = [index for index in missing if self._is_worth(index, outcomes.get(index))]
-
-    async def _round(self, wanted: list[int]) -> None:
-        """Run requests through the Batch API; where a round was recorded, that one instead."""
-        place = len(self._rounds)
-        known = self._known[place] if place < len(self._known) else None
-        indexes = unrolled(known["indexes"]) if known else wanted
-        record = JobRecord.recover(known["record"]) if known else JobRecord()
-        refused = known["refused"] if known else self.tools.unsupported.of(self.parameters.model)
-        most_lines = known["most_lines"] if known else self.tools.config.max_batch_size
-        adapted = dataclasses.replace(self.parameters, body=without(self.parameters.body, refused))
-        items = (BatchLine(index, number(index), adapted, self.prompts[index]) for index in indexes)
-        parts = await write_aside(items, most_lines=most_lines)
-        done = len(self.prompts) - len(indexes)
-        tools, endpoint = self.tools, ENDPOINTS[self.parameters.api]
-        plan = Plan(
-            endpoint=endpoint,
-            window=self.tools.config.completion_window,
-            polling_interval=self.tools.config.polling_interval,
-            schema=self.parameters.schema,
-            save=self._save,
-            keep=self._keep,
-            tell=lambda more: self._tell((done + more) / len(self.prompts)),
-            funds=Funds(tools.payments, tools.counter, endpoint, tools.jobs.bills, self.budget),
-        )
-        about = {"indexes": runs(indexes), "refused": refused, "most_lines": most_lines}
-        self._recorded.append({**about, "record": record.to_dict()})
-        waiting = deque(recut(parts, record.spans))
-        self._rounds.append(Round(tools.api, tools.jobs, tools.counter, plan, record, waiting))
-        await self._rounds[-1].run()
-
-    async def _save(self) -> None:
-        """Record all rounds so far."""
-        for recorded, each in zip(self._recorded, self._rounds, strict=True):
-            recorded["record"] = each.record.to_dict()
-        await self.journal.save({"rounds": self._recorded})
-
-    async def _keep(self, outcomes: dict[int, Outcome]) -> None:
-        await self.kept.keep({n: each for n, each in outcomes.items() if isinstance(each, ModelResponse)})
-
-    async def _tell(self, fraction: float) -> None:
-        """Report progress that only grows, and ends before 1."""
-        if self._told < fraction < 1:
-            self._told = fraction
-            await report(self.progress, fraction)
 
     def _is_worth(self, index: int, outcome: Outcome | None) -> bool:
         """Return whether a request is to be submitted again: what failed by chance, once."""
@@ -444,19 +499,10 @@ class BatchRun:
         if isinstance(outcome, ModelResponse):
             return False
         if isinstance(outcome, openai.BadRequestError):
-            sent = without(self.parameters.body, self._recorded[-1]["refused"])
-            return self.tools.unsupported.learn(outcome, sent)
+            return self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
         again = is_curable(outcome) and index not in self._repeated
         self._repeated.add(index)
         return again
 
-    def _outcomes(self) -> dict[int, Outcome]:
-        """Return what is known so far, the later round's word before the first's."""
-        merged: dict[int, Outcome] = dict(self.kept.found)
-        for each in self._rounds:
-            merged.update(each.outcomes)
-        return merged
-
     def _in_order(self) -> list[Outcome | None]:
-        outcomes = self._outcomes()
-        return [outcomes.get(index) for index in range(len(self.prompts))]
+        return [self.outcomes.get(index) for index in range(len(self.prompts))]

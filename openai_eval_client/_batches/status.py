@@ -1,108 +1,81 @@
-"""What a batch object says: status, counts, errors, and the metadata that names its job."""
+"""What a batch object says: status, counts, errors, and the metadata that name its job."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from openai_eval_client._batches.files import MIXED, part_key
-from openai_eval_client._validation import check_mapping, check_text, reject_input
+from pydantic import BaseModel, ConfigDict, Field
+
+from openai_eval_client._batches.files import Temperature
+from openai_eval_client._validation import check_json, check_mapping, check_text, reject_input
 from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJobStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from openai.types import Batch
 
     from openai_eval_client._batches.files import InputFile
 
 
-INTENT = "openai_eval_client_intent"
-PART = "openai_eval_client_part"
+JOB_KEY = "openai_eval_client_job"  # in a batch's metadata: the name of its job
+LINES_KEY = "openai_eval_client_lines"  # which lines of the job the batch has
 _LONGEST_MODEL = 200  # characters: with the other values it fits in one of the metadata's
 _PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-reference/batch/create
 
 
-@dataclass(frozen=True, slots=True)
-class JobMetadata:
-    """Where the lines of a batch stand in their job."""
+class JobMetadata(BaseModel):
+    """Which lines of which job a batch has."""
 
-    record: str  # names the job, before it has an id
-    total: int  # requests of the whole job
-    first: int  # the position of the batch's first line among all lines of the job
-    count: int  # how many lines it has
-    start: int | None  # the index of its first request where the indexes are consecutive, else None
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    job: str  # the job's name, which it has before it has an id
+    total: int = Field(ge=0)  # requests of the whole job
+    first: int = Field(ge=0)  # the position of the batch's first line among all lines of the job
+    count: int = Field(ge=0)  # how many lines it has
+    start: Annotated[int, Field(ge=0)] | None  # of the first request, where the indexes are consecutive
     numbered: bool  # whether each custom_id ends with the request's index
-    temperature: float | str | None  # what all requests ask; None: nothing; "mixed": they differ
-    model: str = ""  # the model they ask
+    temperature: Temperature
+    model: str
 
     @classmethod
-    def of(cls, part: InputFile, record: str, total: int) -> JobMetadata:
-        """Say where a part stands."""
-        low, high = part.indexes[0], part.indexes[-1]
-        consecutive = high - low + 1 == part.count  # they rise
+    def of(cls, file: InputFile, job: str, total: int) -> JobMetadata:
+        """Return those of an input file's batch."""
+        low, high = file.indexes[0], file.indexes[-1]
         return cls(
-            record=record,
+            job=job,
             total=total,
-            first=part.first,
-            count=part.count,
-            start=low if consecutive else None,
-            numbered=part.numbered,
-            temperature=part.temperature,
-            model=part.model if len(part.model) <= _LONGEST_MODEL else "",
+            first=file.first,
+            count=file.count,
+            start=low if high - low + 1 == file.count else None,  # they rise
+            numbered=file.numbered,
+            temperature=file.temperature,
+            model=file.model if len(file.model) <= _LONGEST_MODEL else "",
         )
 
     @property
-    def part_key(self) -> str:
-        """The key of the part that it is of."""
-        return part_key(self.first, self.count)
-
-    @property
     def key(self) -> tuple[str, int, int]:
-        """What tells it from every other batch."""
-        return self.record, self.first, self.count
+        """What tells the batch from every other."""
+        return self.job, self.first, self.count
 
     def metadata(self) -> dict[str, str]:
         """Return our two pairs."""
-        values = {name: getattr(self, name) for name in _FIELDS}
-        return {INTENT: self.record, PART: json.dumps(values, separators=(",", ":"))}
-
-
-_FIELDS = ("total", "first", "count", "start", "numbered", "temperature", "model")
+        return {JOB_KEY: self.job, LINES_KEY: self.model_dump_json(exclude={"job"})}
 
 
 def read_job_metadata(metadata: object) -> JobMetadata | None:
-    """Return where a batch stands in its job; None where it is none of ours."""
+    """Return which lines of which job a batch has; None where it is none of ours."""
     if not isinstance(metadata, dict):
         return None
     try:
-        values = json.loads(metadata[PART])
-        placement = JobMetadata(record=metadata[INTENT], **{name: values[name] for name in _FIELDS})
+        found = JobMetadata(job=metadata[JOB_KEY], **json.loads(metadata[LINES_KEY]))
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return placement if _is_sound(placement) else None
-
-
-def _is_sound(placement: JobMetadata) -> bool:
-    whole = (
-        placement.total,
-        placement.first,
-        placement.count,
-        0 if placement.start is None else placement.start,
-    )
-    temperature = placement.temperature
-    return (
-        all(type(number) is int and number >= 0 for number in whole)
-        and isinstance(placement.record, str)
-        and isinstance(placement.numbered, bool)
-        and isinstance(placement.model, str)
-        and placement.first + placement.count <= placement.total
-        and (temperature is None or temperature == MIXED or type(temperature) in {int, float})
-    )
+    return found if found.first + found.count <= found.total else None
 
 
 def check_metadata(metadata: object) -> dict[str, str]:
@@ -112,9 +85,8 @@ def check_metadata(metadata: object) -> dict[str, str]:
     check_mapping(metadata, "metadata")
     pairs: Mapping[str, Any] = metadata  # type: ignore[assignment]  # just checked
     if len(pairs) > _PAIRS - 2:
-        reject_input(
-            "metadata", metadata, f"has {len(pairs)} pairs; a batch takes {_PAIRS}, and two are ours"
-        )
+        why = f"has {len(pairs)} pairs; a batch takes {_PAIRS}, of which the package sets two"
+        reject_input("metadata", metadata, why)
     for key, value in pairs.items():
         _check_pair(key, value)
     return dict(pairs)
@@ -123,24 +95,15 @@ def check_metadata(metadata: object) -> dict[str, str]:
 def _check_pair(key: str, value: object) -> None:
     name = f"metadata[{key!r}]"
     check_text(key, "metadata")
-    if key in {INTENT, PART}:
-        reject_input(name, value, "this key is ours", field="metadata")
+    if key in {JOB_KEY, LINES_KEY}:
+        reject_input(name, value, "this key is set by the package: choose another", field="metadata")
     if len(key) > _KEY:
         reject_input(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
     if not isinstance(value, str):
         reject_input(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
-    if not _is_unicode(value):
-        reject_input(name, value, "holds a lone surrogate: not valid Unicode", field="metadata")
+    check_json({name: value}, field="metadata")
     if len(value) > _VALUE:
         reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 SEPARATOR = "+"  # between the ids of a job's batches
@@ -151,18 +114,20 @@ _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
 
 
-def job_status(batches: Sequence[Batch], errors: Sequence[BatchError]) -> BatchJobStatus:
+def job_status(batches: Sequence[Batch], errors: Sequence[BatchError] = ()) -> BatchJobStatus:
     """Return the status of the job that consists of these batches."""
     # That of the least advanced one while any runs; then "completed" if any is, else "expired", "cancelled"
     # or "failed", the first of these that any is.
+    states = [state_of(batch) for batch in batches]
     counts = [request_counts(batch) for batch in batches]
     total, completed, failed = (sum(column) for column in zip(*counts, strict=True))
     ends = [end for batch in batches if (end := ended_at(batch)) is not None]
+    status: Any = next(state for state in (*_RUNNING, *_ENDED) if state in states)
     return BatchJobStatus(
         job_id=SEPARATOR.join(batch.id for batch in batches),
-        status=_joint([state_of(batch) for batch in batches]),
-        created_at=as_time(min(batch.created_at for batch in batches)),
-        completed_at=as_time(max(ends)) if ends and all(map(has_ended, batches)) else None,
+        status=status,
+        created_at=_as_time(min(batch.created_at for batch in batches)),
+        completed_at=_as_time(max(ends)) if ends and all(map(has_ended, batches)) else None,
         request_count=total,
         completed_count=completed,
         failed_count=failed,
@@ -179,31 +144,26 @@ class Grouping:
 
     def add(self, batch: Batch) -> list[Batch]:
         """Take in the next batch; return its job where that is whole now, else nothing."""
-        # A batch whose requests a newer one has too was replaced by it.
-        placement = read_job_metadata(batch.metadata)
-        if placement is None or placement.record in self._whole:
+        place = read_job_metadata(batch.metadata)
+        if place is None or place.job in self._whole:
             return []
-        found = self._jobs.setdefault(placement.record, [])
-        last = placement.first + placement.count
-        if any(first < last and placement.first < first + count for first, count, _ in found):
+        found = self._jobs.setdefault(place.job, [])
+        end = place.first + place.count
+        if any(first < end and place.first < first + count for first, count, _ in found):
+            return []  # a newer batch, which has some of its lines, has replaced it
+        found.append((place.first, place.count, batch))
+        if sum(count for _, count, _ in found) < place.total:
             return []
-        found.append((placement.first, placement.count, batch))
-        if sum(count for _, count, _ in found) < placement.total:
-            return []
-        self._whole.add(placement.record)
-        return _sorted(self._jobs.pop(placement.record))
+        self._whole.add(place.job)
+        return _in_order(self._jobs.pop(place.job))
 
     def incomplete(self) -> list[list[Batch]]:
         """Return the jobs of which batches are missing."""
-        return [_sorted(found) for found in self._jobs.values()]
+        return [_in_order(found) for found in self._jobs.values()]
 
 
-def _sorted(found: list[tuple[int, int, Batch]]) -> list[Batch]:
+def _in_order(found: list[tuple[int, int, Batch]]) -> list[Batch]:
     return [batch for _, _, batch in sorted(found, key=lambda entry: entry[0])]
-
-
-def _joint(states: list[str]) -> Any:
-    return next(state for state in (*_RUNNING, *_ENDED) if state in states)
 
 
 def state_of(batch: Batch) -> str:
@@ -217,13 +177,21 @@ def has_ended(batch: Batch) -> bool:
     return state_of(batch) in _ENDED
 
 
+def are_of_use(batches: Sequence[Batch]) -> bool:
+    """Return whether a job submitted before is worth going on with: it runs, or has answers."""
+    states = {state_of(batch) for batch in batches}
+    given_up = states & {"cancelling", "cancelled", "failed"}
+    return not given_up and (states != {"expired"} or any(request_counts(batch)[1] for batch in batches))
+
+
 def request_counts(batch: Batch) -> tuple[int, int, int]:
     """Return how many requests a batch has, has completed, and has failed."""
-    said = batch.request_counts
-    total, completed, failed = (said.total or 0, said.completed or 0, said.failed or 0) if said else (0, 0, 0)
-    placement = read_job_metadata(batch.metadata)
-    if placement is not None:
-        total = placement.count  # also while the API still says 0
+    stated = batch.request_counts
+    counts = (stated.total, stated.completed, stated.failed) if stated else (0, 0, 0)
+    total, completed, failed = (count or 0 for count in counts)
+    place = read_job_metadata(batch.metadata)
+    if place is not None:
+        total = place.count  # also while the API still says 0
     completed = min(completed, total)
     return total, completed, total - completed if has_ended(batch) else min(failed, total - completed)
 
@@ -234,22 +202,21 @@ def ended_at(batch: Batch) -> int | None:
     return max((time for time in times if time), default=None)
 
 
-def as_time(seconds: float) -> datetime:
-    """Return a time of the API, which counts seconds since the epoch, with its zone."""
+def _as_time(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, tz=timezone.utc)
 
 
 def stated_errors(batch: Batch) -> list[BatchError]:
     """Return why a batch failed, by the lines of its own file."""
-    said = batch.errors.data if batch.errors else None
+    stated = batch.errors.data if batch.errors else None
     return [
         BatchError(
-            each.message or each.code or "no reason given",
-            code=each.code,
-            line=each.line,
-            param=each.param,
+            error.message or error.code or "no reason given",
+            code=error.code,
+            line=error.line,
+            param=error.param,
         )
-        for each in said or []
+        for error in stated or []
     ]
 
 
@@ -257,17 +224,40 @@ def failure_of(batches: Sequence[Batch]) -> BatchError:
     """Return why batches failed of which no line ran."""
     reasons = [reason for batch in batches for reason in stated_errors(batch)]
     names = ", ".join(batch.id for batch in batches)
-    first = reasons[0] if reasons else BatchError("no reason given", code="batch_failed")
+    first = _first(reasons)
     more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
     message = f"{names} failed: {first.message}{more}"
     return BatchError(message, code=first.code, line=first.line, param=first.param)
 
 
-def was_refused(batch: Batch) -> BatchError | None:
+def _first(reasons: Sequence[BatchError]) -> BatchError:
+    return reasons[0] if reasons else BatchError("no reason given", code="batch_failed")
+
+
+def missing_error(batch: Batch) -> BatchError:
+    """Return why requests of a batch that has ended have no line in any of its files."""
+    state = state_of(batch)
+    if state == "failed":
+        first = _first(stated_errors(batch))
+        return BatchError(f"batch {batch.id} failed: {first.message}", code=first.code, param=first.param)
+    if state == "expired":
+        return BatchError(f"batch {batch.id} expired before this request was answered", code=EXPIRED)
+    if state == "cancelled":
+        return BatchError(f"batch {batch.id} was cancelled before this request was answered", code=CANCELLED)
+    return BatchError(f"batch {batch.id} is {state}, but no file of it has this result", code=MISSING)
+
+
+def with_index(error: BatchError, index: int) -> BatchError:
+    """Return the same error for the request at this position in the caller's list."""
+    return BatchError(error.message, code=error.code, line=index + 1, param=error.param)
+
+
+def enqueued_refusal(batch: Batch) -> BatchError | None:
     """Return why a batch failed without having been begun: too many tokens were enqueued already."""
     if state_of(batch) != "failed":
         return None
-    return next((each for each in stated_errors(batch) if is_enqueued_limit(each.code, each.message)), None)
+    errors = stated_errors(batch)
+    return next((error for error in errors if is_enqueued_limit(error.code, error.message)), None)
 
 
 def enqueued_limit(message: str) -> int | None:
@@ -279,37 +269,3 @@ def enqueued_limit(message: str) -> int | None:
 def is_enqueued_limit(code: object, message: str) -> bool:
     """Return whether a refusal says that too many tokens are enqueued."""
     return code == "token_limit_exceeded" or "enqueued token limit" in message.lower()
-
-
-class Reasons:
-    """Why requests of a batch that has ended have no line in any of its files."""
-
-    def __init__(self, batch: Batch, index_at: Callable[[int], int | None]) -> None:
-        errors = stated_errors(batch)
-        self._of_index = {index_at(error.line): error for error in errors if error.line is not None}
-        self._general = _general(batch, errors)
-
-    def of(self, index: int) -> BatchError:
-        """Return the error of one request, by its position in the caller's list."""
-        return with_index(self._of_index.get(index, self._general), index)
-
-    def of_any(self) -> BatchError:
-        """Return the error of a request whose position is not known."""
-        return self._general
-
-
-def with_index(error: BatchError, index: int) -> BatchError:
-    """Return the same error for the request at this position in the caller's list."""
-    return BatchError(error.message, code=error.code, line=index + 1, param=error.param)
-
-
-def _general(batch: Batch, errors: Sequence[BatchError]) -> BatchError:
-    state = state_of(batch)
-    if state == "failed":
-        why = errors[0] if errors else BatchError("no reason given", code="batch_failed")
-        return BatchError(f"batch {batch.id} failed: {why.message}", code=why.code, param=why.param)
-    if state == "expired":
-        return BatchError(f"batch {batch.id} expired before this request was answered", code=EXPIRED)
-    if state == "cancelled":
-        return BatchError(f"batch {batch.id} was cancelled before this request was answered", code=CANCELLED)
-    return BatchError(f"batch {batch.id} is {state}, but no file of it has this result", code=MISSING)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from openai_eval_client._account import Account
-    from openai_eval_client._stats import Failure
 
 __all__ = [
     "Display",

@@ -20,7 +20,7 @@ from batches import (
     cut_json,
     ended,
     html,
-    intents,
+    places,
     refusal,
 )
 
@@ -139,7 +139,7 @@ async def test_an_unclear_batch_is_found_among_many() -> None:
             job = await client.submit_batch_job(asked(2))
         assert len(server.batches) == before + 121
         assert job.job_id in {batch["id"] for batch in server.batches}
-        assert [pair for pair in intents(server) if pair].count(intents(server)[before]) == 1
+        assert [pair for pair in places(server) if pair].count(places(server)[before]) == 1
         lists = [call for call in server.calls if (call.method, call.path) == ("GET", "/v1/batches")]
         assert len(lists) == 2
 
@@ -412,7 +412,7 @@ async def test_a_refused_window_is_a_validation_error() -> None:
         assert server.batches[0]["completion_window"] == "7d"
 
 
-DOOMS = {
+FOR_GOOD = {
     401: openai.AuthenticationError,
     403: openai.PermissionDeniedError,
     404: openai.NotFoundError,
@@ -420,12 +420,12 @@ DOOMS = {
 }
 
 
-@pytest.mark.parametrize("status", DOOMS)
+@pytest.mark.parametrize("status", FOR_GOOD)
 async def test_what_is_refused_for_good_is_not_tried_again(status: int) -> None:
     spoils = [refusal(status, "no")] * 9
     with SimulatedServer() as server:
         async with connect(server, http_client=Spoiling("POST", "/batches", spoils).client) as client:
-            with pytest.raises(DOOMS[status]):
+            with pytest.raises(FOR_GOOD[status]):
                 await client.submit_batch_job(asked(1))
         assert len(creations(server)) == 1
 
@@ -452,16 +452,16 @@ async def whole_life(client: Any, *, cancelled: bool) -> None:
     await client.retrieve_batch_results(job.job_id)
 
 
-def all_said(error: BaseException) -> str:
-    """Return everything that an error, and what it came from, say or hold."""
-    said = []
+def all_texts(error: BaseException) -> str:
+    """Return all text that an error, and what it came from, hold."""
+    texts = []
     for each in chain(error):
-        said += [repr(each), str(each), repr(vars(each)), repr(pickle.dumps(each))]
+        texts += [repr(each), str(each), repr(vars(each)), repr(pickle.dumps(each))]
         request = getattr(each, "request", None)
-        said += [repr(list(request.headers.raw))] if request is not None else []
+        texts += [repr(list(request.headers.raw))] if request is not None else []
         response = getattr(each, "response", None)
-        said += [response.text, repr(response.headers.raw)] if response is not None else []
-    return "\n".join(said)
+        texts += [response.text, repr(response.headers.raw)] if response is not None else []
+    return "\n".join(texts)
 
 
 @pytest.mark.parametrize("where", ["upload", "create", "list", "retrieve", "cancel", "content"])
@@ -476,12 +476,12 @@ async def test_the_key_is_in_no_error_and_no_log(where: str, fault: str, caplog)
         async with connect(server, max_retries=1, timeout=0.1) as client:
             with pytest.raises(openai.APIError) as caught:
                 await whole_life(client, cancelled=where == "cancel")
-    assert KEY not in all_said(caught.value)
+    assert KEY not in all_texts(caught.value)
     assert KEY not in caplog.text
 
 
 async def test_an_error_that_echoes_the_key_does_not_show_it(caplog) -> None:
-    """Nor do the prompts' own errors, where a part was never run."""
+    """Nor do the prompts' own errors, where a batch was never run."""
     caplog.set_level(logging.DEBUG)
     echo = [None, refusal(401, f"Incorrect API key provided: {KEY}")]
     with SimulatedServer(batch_seconds=0.01) as server:
@@ -490,5 +490,5 @@ async def test_an_error_that_echoes_the_key_does_not_show_it(caplog) -> None:
             outcomes = await client.batch_generate(list("abcd"), use_batch_api=True, return_exceptions=True)
     assert [isinstance(outcome, ModelResponse) for outcome in outcomes] == [True, True, False, False]
     assert isinstance(outcomes[2], openai.AuthenticationError)
-    assert KEY not in all_said(outcomes[2])
+    assert KEY not in all_texts(outcomes[2])
     assert KEY not in caplog.text

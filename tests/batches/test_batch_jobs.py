@@ -1,4 +1,4 @@
-"""Batch jobs end to end: submitted in parts, all or none; looked at; cancelled; listed."""
+"""Batch jobs end to end: submitted in batches, all or none; looked at; cancelled; listed."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from openai_eval_client import (
     PartialFailureError,
     QuotaError,
 )
-from openai_eval_client._batches import files as _batch_lines
-from openai_eval_client._batches.status import INTENT, read_job_metadata
+from openai_eval_client._batches import files as _files
+from openai_eval_client._batches.status import JOB_KEY, read_job_metadata
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")
@@ -103,21 +103,19 @@ async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, inde
             sent = await lines_sent(client, server)
             status = await ended(client, job.job_id)
             responses = await client.retrieve_batch_results(job.job_id)
-        placements = [read_job_metadata(batch["metadata"]) for batch in server.batches]
+        places = [read_job_metadata(batch["metadata"]) for batch in server.batches]
         assert job.job_id == "+".join(batch["id"] for batch in server.batches)
     assert [[int(each["custom_id"].split("-")[1]) for each in lines] for lines in sent] == indexes
     assert [response.content for response in responses] == [f"echo: p{n}" for n in range(7)]
     assert (job.request_count, status.request_count, status.completed_count) == (7, 7, 7)
-    assert len({placement.record for placement in placements}) == 1
-    assert [placement.first for placement in placements] == [
-        sum(map(len, indexes[:n])) for n in range(len(indexes))
-    ]
-    assert {placement.total for placement in placements} == {7}
+    assert len({place.job for place in places}) == 1
+    assert [place.first for place in places] == [sum(map(len, indexes[:n])) for n in range(len(indexes))]
+    assert {place.total for place in places} == {7}
 
 
 async def test_a_job_is_cut_by_bytes(monkeypatch) -> None:
     """A file holds no more than it may."""
-    monkeypatch.setattr(_batch_lines.write_parts, "__kwdefaults__", {"most_bytes": 400})
+    monkeypatch.setattr(_files.write_files, "__kwdefaults__", {"most_bytes": 400, "numbered": True})
     with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(asked(7))
@@ -177,7 +175,7 @@ async def test_nothing_created_names_nothing() -> None:
 
 
 async def test_tokens_beyond_the_enqueued_limit_are_a_quota_error() -> None:
-    """The first parts fit, the next does not: those made are cancelled, none is left to be paid."""
+    """The first batches fit, the next does not: those made are cancelled, none is left to be paid."""
     with SimulatedServer(batch_seconds=30, enqueued_tokens=30, enqueued_refusal="create") as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
             with pytest.raises(QuotaError, match="Enqueued token limit") as caught:
@@ -189,7 +187,7 @@ async def test_tokens_beyond_the_enqueued_limit_are_a_quota_error() -> None:
 
 
 async def test_tokens_beyond_the_limit_said_later_are_in_the_status() -> None:
-    """As the API says it: the part has failed, and why; its requests have that error."""
+    """As the API says it: the batch has failed, and why; its requests have that error."""
     requests = [BatchRequest(prompt="x", model=model) for model in (MODEL, OTHER_MODEL, MODEL, MODEL)]
     with SimulatedServer(batch_seconds=0.01, enqueued_tokens=15, enqueued_refusal="later") as server:
         async with connect(server) as client:
@@ -204,7 +202,7 @@ async def test_tokens_beyond_the_limit_said_later_are_in_the_status() -> None:
 
 
 async def test_a_cancelled_submission_names_what_it_made() -> None:
-    """Those batches go on; who cancels decides."""
+    """Those batches go on; whether to cancel them is for the caller to decide."""
     script = {"create": ["ok", "ok", "hang"]}
     with SimulatedServer(batch_seconds=30, endpoint_script=script) as server:
         async with connect(server, batch={"max_batch_size": 1}) as client:
@@ -236,8 +234,8 @@ async def test_a_submission_may_be_cancelled_anywhere() -> None:
 # --- looked at -------------------------------------------------------------------------------------------
 
 
-async def test_a_status_adds_up_its_parts() -> None:
-    """Counts, times, and the least advanced state while any part runs."""
+async def test_a_status_adds_up_its_batches() -> None:
+    """Counts, times, and the least advanced state while any batch runs."""
     plans = [{"lines": ["ok", "400"]}, {"status": "expired", "lines": ["ok", "expired"]}, {"seconds": 0.3}]
     with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
@@ -278,7 +276,7 @@ def spoilt(response: Any, **fields: Any) -> Any:
 
 
 async def test_errors_are_named_by_the_callers_requests() -> None:
-    """Lines of the parts' files become positions in the list, whatever the order of the parts."""
+    """Lines of the input files become positions in the list, whatever the order of the batches."""
     plans = [
         {
             "errors": [
@@ -310,8 +308,8 @@ async def test_errors_are_named_by_the_callers_requests() -> None:
     assert caught.value.code == "a"
 
 
-async def test_errors_of_a_part_are_those_of_its_requests() -> None:
-    """The request that a line names has that line's error, the others of the part the first one."""
+async def test_errors_of_a_batch_are_those_of_its_requests() -> None:
+    """The request that a line names has that line's error, the others of the batch the first one."""
     errors = [{"code": "a", "message": "one", "line": 2}, {"code": "b", "message": "two", "line": 3}]
     with SimulatedServer(batch_seconds=0.01, batch_plans=[{}, {"errors": errors}]) as server:
         async with connect(server, batch={"max_batch_size": 4}) as client:
@@ -345,7 +343,7 @@ async def test_an_unknown_job_is_not_found() -> None:
 
 
 async def test_a_job_is_cancelled_and_keeps_what_it_has() -> None:
-    """Parts that have ended stay as they are."""
+    """Batches that have ended stay as they are."""
     plans = [{}, {"seconds": 30}]
     with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
@@ -395,14 +393,14 @@ async def listed(client: OpenAIClient) -> list[BatchJobStatus]:
 
 
 async def test_jobs_are_listed_the_newest_first() -> None:
-    """Several parts are one job; batches of others are none of ours."""
+    """Several batches are one job; those of other programs are none."""
     with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server, batch={"max_batch_size": 2}) as client:
             jobs = []
             for count in (1, 5, 3):
                 jobs.append((await client.submit_batch_job(asked(count))).job_id)
                 await by_hand(client, [line("a", "p")], metadata={"mine": "x"})
-                await by_hand(client, [line("a", "p")], metadata={INTENT: "x"})
+                await by_hand(client, [line("a", "p")], metadata={JOB_KEY: "x"})
             found = await listed(client)
             for job_id in jobs:
                 await ended(client, job_id)
@@ -433,7 +431,7 @@ async def test_a_long_list_is_read_page_by_page() -> None:
             assert len(server.calls) == 1
 
 
-async def test_a_part_that_was_submitted_again_is_listed_once() -> None:
+async def test_a_file_that_was_submitted_again_is_listed_once() -> None:
     """The newer batch of the same place counts, whole or cut."""
     with SimulatedServer(batch_seconds=0.01, enqueued_tokens=60, enqueued_refusal="later") as server:
         async with connect(server) as client:

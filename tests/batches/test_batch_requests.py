@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from openai_eval_client import BatchRequest, ValidationError
-from openai_eval_client._batches.files import checked, is_numbered, line_of, write_parts
-from openai_eval_client._batches.status import INTENT, PART, JobMetadata, read_job_metadata
+from openai_eval_client._batches.files import check_requests, is_numbered
+from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates")
@@ -132,8 +132,8 @@ METADATA = {
     "None as value": {"k": None},
     "half an emoji as key": {"\ud83d": "v"},
     "half an emoji as value": {"k": "\ud83d"},
-    "our first key": {INTENT: "x"},
-    "our second key": {PART: "x"},
+    "our first key": {JOB_KEY: "x"},
+    "our second key": {LINES_KEY: "x"},
 }
 
 
@@ -218,7 +218,7 @@ async def test_a_closed_client_says_so(server) -> None:
 
 
 def bodies(requests: list[BatchRequest], api: str = "chat") -> list[dict[str, Any]]:
-    items = checked(requests, api=api, default_model=MODEL)
+    items = check_requests(requests, api=api, default_model=MODEL)
     return [item.parameters.with_prompt(item.prompt) for item in items]
 
 
@@ -305,7 +305,7 @@ def test_names_on_the_wire_tell_all_requests_apart(pairs: list[tuple[str, str]])
     """Two requests of a job never have one name, whichever batch they are in; or the clash is refused."""
     requests = [BatchRequest(prompt="x", custom_id=own or None, model=model) for own, model in pairs]
     try:
-        names = [item.custom_id for item in checked(requests, api="chat", default_model=MODEL)]
+        names = [item.custom_id for item in check_requests(requests, api="chat", default_model=MODEL)]
     except ValidationError as error:
         assert error.field == "custom_id"
         return
@@ -316,61 +316,7 @@ def test_names_on_the_wire_tell_all_requests_apart(pairs: list[tuple[str, str]])
         )
 
 
-@patient
-@given(
-    st.lists(st.tuples(st.sampled_from("mno"), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=30),
-    st.integers(1, 7),
-)
-def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]], most: int) -> None:
-    """What a batch's metadata say, read back, is where its lines stand; and it fits the API's limits."""
-    requests = [BatchRequest(prompt="x", model=model, temperature=value) for model, value in pairs]
-    parts = write_parts(checked(requests, api="chat", default_model=MODEL), most_lines=most)
-    seen: list[int] = []
-    for part in parts:
-        placement = JobMetadata.of(part, "a" * 32, len(pairs))
-        metadata = placement.metadata()
-        assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
-        assert read_job_metadata(metadata) == placement
-        assert placement.part_key == part.key
-        assert placement.first == len(seen)
-        assert {pairs[index][0] for index in part.indexes} == {part.model}
-        seen += part.indexes
-        if placement.start is not None:
-            assert list(part.indexes) == list(range(placement.start, placement.start + placement.count))
-        values = {pairs[index][1] for index in part.indexes}
-        assert placement.temperature == (values.pop() if len(values) == 1 else "mixed")
-        part.file.close()
-    assert sorted(seen) == list(range(len(pairs)))
-
-
-odd = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
-    max_leaves=4,
-)
-fields = st.sampled_from(["total", "first", "count", "start", "numbered", "temperature"])
-
-
-@patient
-@given(st.dictionaries(fields, odd), odd)
-def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], record: Any) -> None:
-    """Whatever stands under our keys: a sound placement, or None."""
-    import json
-
-    right = {"total": 5, "first": 0, "count": 2, "start": 0, "numbered": True, "temperature": None}
-    for text in (json.dumps({**right, **values}), json.dumps(values), "[" * 100_000, "", "7"):
-        placement = read_job_metadata({INTENT: record, PART: text})
-        if placement is not None:
-            assert placement.first + placement.count <= placement.total
-            assert isinstance(placement.record, str)
-            assert (
-                read_job_metadata(placement.metadata()) == placement
-                or placement.temperature != placement.temperature
-            )
-    assert read_job_metadata(values) is None
-
-
 def test_requests_may_come_from_a_generator() -> None:
     """Any iterable does; the lines are valid JSON of one line each."""
-    items = list(checked(asked(3, temperature=0.5), api="chat", default_model=MODEL))
-    assert [line_of(item).count(b"\n") for item in items] == [1, 1, 1]
+    items = list(check_requests(asked(3, temperature=0.5), api="chat", default_model=MODEL))
+    assert [item.to_bytes().count(b"\n") for item in items] == [1, 1, 1]

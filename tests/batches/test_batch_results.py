@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -12,16 +13,17 @@ import pytest
 from batches import patient
 from hypothesis import example, given
 from hypothesis import strategies as st
+from openai.types import Batch
 
 from openai_eval_client import BatchError, ModelResponse, QuotaError
 from openai_eval_client._batches.files import (
     RequestIndex,
-    guess_manifest,
+    guess_index,
     index_in,
     read_bodies,
-    read_manifest,
+    read_index,
 )
-from openai_eval_client._batches.results import Reader, is_curable
+from openai_eval_client._batches.results import BatchResults, LineReader, explain_missing, is_curable
 
 if TYPE_CHECKING:
     from openai_eval_client._wire.usage import Usage
@@ -29,8 +31,12 @@ if TYPE_CHECKING:
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
-def price(model: str, usage: Usage) -> float:
-    return 0.5
+class HalfADollar:
+    """A pricer: every answer costs the same."""
+
+    def cost(self, _model: str, _usage: Usage, *, batch: bool) -> Decimal:
+        assert batch
+        return Decimal("0.5")
 
 
 def body_of(text: str) -> dict[str, Any]:
@@ -54,7 +60,7 @@ def unrun(name: Any, error: Any) -> bytes:
 
 
 def read(*files: list[bytes], count: int = 1, api: str = "chat") -> Any:
-    return Reader(api, None, price).read(files, RequestIndex(range(count), temperature=0.5))
+    return LineReader(api, None, HalfADollar()).read(files, RequestIndex(range(count), temperature=0.5))
 
 
 # --- one line ----------------------------------------------------------------------------------------------
@@ -62,13 +68,13 @@ def read(*files: list[bytes], count: int = 1, api: str = "chat") -> Any:
 
 def test_an_answer_is_read() -> None:
     """Text, usage, price, temperature, and the SDK's own object."""
-    settlement = read([answer("request-0")])
-    (response,) = settlement.outcomes.values()
+    results = read([answer("request-0")])
+    (response,) = results.outcomes.values()
     assert (response.content, response.temperature, response.model) == ("hi", 0.5, "m")
     assert (response.usage.total_tokens, response.usage.estimated_cost) == (5, 0.5)
     assert (response.request_id, response.latency_ms) == ("r1", 0.0)
     assert response.raw.choices[0].message.content == "hi"
-    assert (settlement.lines, settlement.answered, +settlement.oddities) == (1, 1, {})
+    assert (results.lines, results.answered, +results.oddities) == (1, 1, {})
 
 
 def test_half_an_emoji_in_an_answer_is_replaced() -> None:
@@ -165,18 +171,18 @@ def test_a_200_without_an_answer_is_no_answer(case: str, status: Any) -> None:
     assert is_curable(error)
 
 
-def test_a_line_cut_anywhere_loses_nobody_elses_result() -> None:
-    """Where its custom_id is still readable, it is that request's; else it is nobody's; the others stay."""
+def test_a_line_cut_anywhere_loses_no_other_result() -> None:
+    """Where its custom_id is still readable, it is that request's; else of no request; the others stay."""
     whole = answer("request-1")
     for length in range(1, len(whole) - 1):
-        settlement = read([answer("request-0"), whole[:length] + b"\n", answer("request-2")], count=3)
-        assert settlement.lines == 3 - whole[:length].isspace()
-        assert settlement.oddities["unreadable lines"] == 1
-        assert [settlement.outcomes[n].content for n in (0, 2)] == ["hi", "hi"]
+        results = read([answer("request-0"), whole[:length] + b"\n", answer("request-2")], count=3)
+        assert results.lines == 3 - whole[:length].isspace()
+        assert results.oddities["unreadable lines"] == 1
+        assert [results.outcomes[n].content for n in (0, 2)] == ["hi", "hi"]
         named = whole.index(b'"request-1"') + len(b'"request-1"') <= length
-        assert (1 in settlement.outcomes) == named
+        assert (1 in results.outcomes) == named
         if named:
-            assert settlement.outcomes[1].code == "unreadable_result"
+            assert results.outcomes[1].code == "unreadable_result"
 
 
 # --- several lines -----------------------------------------------------------------------------------------
@@ -187,28 +193,28 @@ FAILED = {"message": "failed", "code": "c"}
 @pytest.mark.parametrize("split", [False, True], ids=["one file", "two files"])
 @pytest.mark.parametrize("swapped", [False, True])
 def test_an_answer_counts_more_than_an_error(split: bool, swapped: bool) -> None:
-    """In whatever order they stand, in one file or two; the second line is said."""
+    """In whatever order they stand, in one file or two; the second line is counted."""
     lines = [answer("request-0"), unrun("request-0", FAILED)]
     lines = lines[::-1] if swapped else lines
-    settlement = read(*([[line] for line in lines] if split else [lines]))
-    assert settlement.outcomes[0].content == "hi"
-    assert +settlement.oddities == {"second lines of one request": 1}
+    results = read(*([[line] for line in lines] if split else [lines]))
+    assert results.outcomes[0].content == "hi"
+    assert +results.oddities == {"second lines of one request": 1}
 
 
 def test_the_first_of_two_answers_counts() -> None:
     """And the first of two errors."""
-    settlement = read([answer("request-0", "one"), answer("request-0", "two")])
-    assert settlement.outcomes[0].content == "one"
-    settlement = read([unrun("request-0", {"code": "one", "message": "m"}), unrun("request-0", FAILED)])
-    assert settlement.outcomes[0].code == "one"
+    results = read([answer("request-0", "one"), answer("request-0", "two")])
+    assert results.outcomes[0].content == "one"
+    results = read([unrun("request-0", {"code": "one", "message": "m"}), unrun("request-0", FAILED)])
+    assert results.outcomes[0].code == "one"
 
 
-def test_lines_of_nobody_are_counted() -> None:
+def test_lines_of_no_request_are_counted() -> None:
     """Other names, no names, indexes that the batch does not have."""
     names = ["unknown", "unknown-0", "request-7", "request--0", "request-0x", "0", "", None, 5, "x#9"]
-    settlement = read([*(answer(name) for name in names), answer("request-1"), b"[]\n"], count=3)
-    assert list(settlement.outcomes) == [1]
-    assert +settlement.oddities == {"lines of no request of this job": 10, "unreadable lines": 1}
+    results = read([*(answer(name) for name in names), answer("request-1"), b"[]\n"], count=3)
+    assert list(results.outcomes) == [1]
+    assert +results.oddities == {"lines of no request of this job": 10, "unreadable lines": 1}
 
 
 def test_blank_lines_are_nothing() -> None:
@@ -233,7 +239,7 @@ def test_blank_lines_are_nothing() -> None:
     ],
 )
 def test_the_index_in_a_name(name: str, index: int | None) -> None:
-    """Only where we wrote it."""
+    """Only in a custom_id of ours."""
     assert index_in(name) == index
 
 
@@ -245,35 +251,48 @@ def asked(name: Any, **body: Any) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def test_the_manifest_of_an_input_file() -> None:
+def test_the_index_of_an_input_file() -> None:
     """Order and temperatures; empty lines are none of the requests, but count as lines of the file."""
     lines = [b"\n", asked("b", temperature=0.5), b" \n", asked("a"), asked("c", temperature=0)]
-    manifest = read_manifest(lines, numbered=False, start=10)
-    assert list(manifest.indexes) == [10, 11, 12]
-    assert [manifest.index_of(name) for name in ("b", "a", "c", "d", None)] == [10, 11, 12, None, None]
-    assert [manifest.temperature_of(n) for n in (10, 11, 12)] == [0.5, None, 0]
-    assert [manifest.index_at(n) for n in range(8)] == [None, None, 10, None, 11, 12, None, None]
+    index = read_index(lines, numbered=False, start=10)
+    assert list(index.indexes) == [10, 11, 12]
+    assert [index.index_of(name) for name in ("b", "a", "c", "d", None)] == [10, 11, 12, None, None]
+    assert [index.temperature_of(n) for n in (10, 11, 12)] == [0.5, None, 0]
+    assert [index.index_at(n) for n in range(8)] == [None, None, 10, None, 11, 12, None, None]
     assert read_bodies(lines, {0: 10, 2: 12}) == {10: {"temperature": 0.5}, 12: {"temperature": 0}}
 
 
-def test_the_manifest_of_numbered_lines() -> None:
+def test_the_index_of_numbered_lines() -> None:
     """The index is the name's, not the line's."""
-    manifest = read_manifest([asked("x#4"), asked("request-9")], numbered=True, start=0)
-    assert list(manifest.indexes) == [4, 9]
-    assert (manifest.index_at(1), manifest.index_at(2), manifest.index_at(-1)) == (4, 9, None)
+    index = read_index([asked("x#4"), asked("request-9")], numbered=True, start=0)
+    assert list(index.indexes) == [4, 9]
+    assert (index.index_at(1), index.index_at(2), index.index_at(-1)) == (4, 9, None)
 
 
-def test_a_guessed_manifest() -> None:
+def test_a_guessed_index() -> None:
     """In the order of the results, or by their numbers; the files are at their start again."""
     files = [io.BytesIO(answer("b") + answer("a")), io.BytesIO(unrun("c", None) + answer("a"))]
-    manifest = guess_manifest(files, numbered=False, start=5, count=4)
-    assert list(manifest.indexes) == [5, 6, 7, 8]
-    assert [manifest.index_of(name) for name in "bac"] == [5, 6, 7]
+    index = guess_index(files, numbered=False, start=5, count=4)
+    assert list(index.indexes) == [5, 6, 7, 8]
+    assert [index.index_of(name) for name in "bac"] == [5, 6, 7]
     assert [file.tell() for file in files] == [0, 0]
     files = [io.BytesIO(answer("b#7") + answer("nobody") + answer("a#2"))]
-    manifest = guess_manifest(files, numbered=True, start=0, count=9)
-    assert list(manifest.indexes) == [2, 7]
-    assert manifest.index_of("nobody") is None
+    index = guess_index(files, numbered=True, start=0, count=9)
+    assert list(index.indexes) == [2, 7]
+    assert index.index_of("nobody") is None
+
+
+def test_a_request_without_a_result_has_the_reason_of_its_line() -> None:
+    """Where the batch's errors name the line; else the first reason of the batch."""
+    errors = [{"code": "c", "message": "m", "line": 3}, {"code": "d", "message": "n"}]
+    failed = Batch.construct(
+        id="batch_1", status="failed", metadata=None, request_counts=None, errors={"data": errors}
+    )
+    results = BatchResults()
+    explain_missing(failed, results, RequestIndex(range(10, 14)))
+    assert results.outcomes[12] == BatchError("m", code="c", line=13)
+    assert results.outcomes[10] == BatchError("batch batch_1 failed: m", code="c", line=11)
+    assert sorted(results.outcomes) == [10, 11, 12, 13]
 
 
 # --- anything at all ---------------------------------------------------------------------------------------
@@ -315,9 +334,9 @@ lines = st.builds(written, objects, st.just(1.0)) | st.builds(written, objects, 
 @example([refusal("request-0", 10**30, {"error": {"message": "\ud800"}})], [], "chat")
 def test_any_bytes_give_typed_outcomes(output: list[bytes], failures: list[bytes], api: str) -> None:
     """Never an error of the reader's own; each outcome belongs to a request, is typed, and pickles."""
-    settlement = read(output, failures, count=3, api=api)
-    assert set(settlement.outcomes) <= {0, 1, 2}
-    for outcome in settlement.outcomes.values():
+    results = read(output, failures, count=3, api=api)
+    assert set(results.outcomes) <= {0, 1, 2}
+    for outcome in results.outcomes.values():
         assert isinstance(outcome, ModelResponse | BatchError | openai.APIStatusError)
         pickle.loads(pickle.dumps(outcome))  # noqa: S301
         str(outcome)
@@ -338,8 +357,8 @@ def test_the_order_of_the_lines_does_not_matter(lines: list[bytes]) -> None:
 
 @patient
 @given(st.lists(lines | st.builds(asked, names, temperature=values), max_size=6), st.booleans())
-def test_any_input_file_gives_a_manifest(lines: list[bytes], numbered: bool) -> None:
+def test_any_input_file_gives_a_index(lines: list[bytes], numbered: bool) -> None:
     """As many indexes as lines that are not empty; guessing from it does not fail either."""
-    manifest = read_manifest(lines, numbered=numbered, start=0)
-    assert len(manifest.indexes) == sum(not line.isspace() for line in lines)
-    guess_manifest([io.BytesIO(b"".join(lines))], numbered=numbered, start=0, count=3)
+    index = read_index(lines, numbered=numbered, start=0)
+    assert len(index.indexes) == sum(not line.isspace() for line in lines)
+    guess_index([io.BytesIO(b"".join(lines))], numbered=numbered, start=0, count=3)

@@ -11,7 +11,7 @@ import pytest
 from batches import SOON, connect
 
 from openai_eval_client import BatchRequest
-from openai_eval_client._batches.status import INTENT, PART
+from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ REQUESTS = [BatchRequest(prompt=prompt) for prompt in EIGHT]
 
 def places(server: SimulatedServer) -> Counter[tuple[str, str]]:
     """Return how many batches there are of each place of each job."""
-    return Counter((batch["metadata"][INTENT], batch["metadata"][PART]) for batch in server.batches)
+    return Counter((batch["metadata"][JOB_KEY], batch["metadata"][LINES_KEY]) for batch in server.batches)
 
 
 async def interrupted(client: Any, server: SimulatedServer, batches: int) -> None:

@@ -20,10 +20,10 @@ from batches import (
     cancelled,
     connect,
     creations,
+    fingerprint,
     patient,
     refusal,
     steps,
-    told,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -213,7 +213,7 @@ async def test_a_batch_that_ends_early_is_finished_in_a_second(status: str) -> N
         assert [len(indexes) for indexes in batches] == [8, 4]
 
 
-async def test_all_parts_failed_is_a_batch_error() -> None:
+async def test_all_batches_failed_is_a_batch_error() -> None:
     """No line ran: the reason is raised, with nothing in `.responses`, whatever return_exceptions says."""
     errors = [{"code": "too_many_tasks", "message": "too many", "line": 2}]
     seen: list[float] = []
@@ -235,7 +235,7 @@ async def test_all_parts_failed_is_a_batch_error() -> None:
     assert 1.0 not in seen
 
 
-async def test_one_part_that_failed_fails_its_prompts_alone() -> None:
+async def test_one_batch_that_failed_fails_its_prompts_alone() -> None:
     errors = [{"code": "too_many_tasks", "message": "too many"}]
     with SimulatedServer(batch_seconds=0.01, batch_plans=[{}, {"errors": errors}]) as server:
         async with connect(server, batch={"max_batch_size": 4}) as client:
@@ -299,7 +299,7 @@ async def test_downloads_survive_a_server_that_fails_for_a_while() -> None:
         assert len(server.batches) == 1
 
 
-async def test_parts_that_cannot_be_submitted_wait_for_the_server() -> None:
+async def test_files_that_cannot_be_submitted_wait_for_the_server() -> None:
     """As long as others run; then they are submitted, each once."""
     plans = [{"seconds": 0.3}]
     script = {"upload": ["ok", *["500"] * 6]}
@@ -309,8 +309,8 @@ async def test_parts_that_cannot_be_submitted_wait_for_the_server() -> None:
             assert await submitted(client, server) == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-async def test_parts_that_wait_for_the_server_do_not_wait_for_other_parts() -> None:
-    """The server is well again long before the first part ends: the second does not wait for that."""
+async def test_files_that_wait_for_the_server_do_not_wait_for_other_batches() -> None:
+    """The server is well again long before the first batch ends: the second does not wait for that."""
     script = {"upload": ["ok", "500", "500"]}
     with SimulatedServer(batch_seconds=0.6, endpoint_script=script) as server:
         async with connect(server, max_retries=1, batch={"max_batch_size": 4}) as client:
@@ -323,7 +323,7 @@ async def test_parts_that_wait_for_the_server_do_not_wait_for_other_parts() -> N
 @pytest.mark.parametrize("fault", ["500", "429", "drop"])
 @pytest.mark.parametrize("lost", [1, 3])
 async def test_an_unclear_creation_that_stays_unclear_makes_one_batch(lost: int, fault: str) -> None:
-    """The list fails, too: the part waits, and is looked for before it is created again."""
+    """The list fails, too: the file waits, and is looked for before it is created again."""
     script = {"create": ["ok", "drop_after"], "list": [fault] * lost}
     with SimulatedServer(batch_seconds=0.3, endpoint_script=script) as server:
         async with connect(server, max_retries=1, batch={"max_batch_size": 4}) as client:
@@ -344,7 +344,7 @@ async def test_a_server_that_never_takes_anything_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("refused", ["create", "later"])
-async def test_parts_are_held_back_until_there_is_room(refused: Any, caplog) -> None:
+async def test_files_are_held_back_until_there_is_room(refused: Any, caplog) -> None:
     """Each is answered once; those refused are submitted again as others end."""
     caplog.set_level("INFO")
     with SimulatedServer(batch_seconds=0.05, enqueued_tokens=20, enqueued_refusal=refused) as server:
@@ -359,7 +359,7 @@ async def test_parts_are_held_back_until_there_is_room(refused: Any, caplog) -> 
 
 
 @pytest.mark.parametrize("refused", ["create", "later"])
-async def test_a_part_larger_than_the_limit_is_cut(refused: Any) -> None:
+async def test_a_file_larger_than_the_limit_is_cut(refused: Any) -> None:
     """To pieces that fit, in order; nothing is paid twice."""
     prompts = [f"p{n}" for n in range(30)]
     with SimulatedServer(batch_seconds=0.01, enqueued_tokens=60, enqueued_refusal=refused) as server:
@@ -373,8 +373,8 @@ async def test_a_part_larger_than_the_limit_is_cut(refused: Any) -> None:
 
 
 @pytest.mark.parametrize("refused", ["create", "later"])
-async def test_a_part_that_the_server_counts_higher_is_cut_in_the_end(refused: Any) -> None:
-    """By our count it fits, by the server's it never will: nobody else has the limit, so it is cut."""
+async def test_a_file_that_the_server_counts_higher_is_cut_in_the_end(refused: Any) -> None:
+    """By our count it fits, by the server's it never will: no other job has the limit, so it is cut."""
     with SimulatedServer(
         batch_seconds=0.01, enqueued_tokens=60, enqueued_refusal=refused, count_tokens=lambda _: 10
     ) as server:
@@ -405,7 +405,7 @@ async def test_a_prompt_larger_than_the_limit_is_its_own_failure() -> None:
 
 
 async def test_other_jobs_in_the_way_are_waited_for() -> None:
-    """Somebody else's batch has nearly all of the limit for now."""
+    """A batch of another job has nearly all of the limit for now."""
     plans = [{"seconds": 0.4}]
     with SimulatedServer(
         batch_seconds=0.01, batch_plans=plans, enqueued_tokens=60, enqueued_refusal="create"
@@ -417,8 +417,8 @@ async def test_other_jobs_in_the_way_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("refused", ["create", "later"])
-async def test_parts_are_not_held_back_for_ever(refused: Any, monkeypatch) -> None:
-    """Somebody else's batch never ends: after the completion window the refusal comes out."""
+async def test_files_are_not_held_back_for_ever(refused: Any, monkeypatch) -> None:
+    """A batch of another job never ends: after the completion window the refusal comes out."""
     monkeypatch.setitem(_checks._UNITS, "h", 0.02)  # seconds
     plans = [{"status": "in_progress"}]
     with SimulatedServer(
@@ -507,7 +507,7 @@ async def test_a_cancelled_run_hands_out_what_it_has_and_names_what_goes_on() ->
         async with connect(server, batch={"max_batch_size": 4}) as client:
             half = asyncio.Event()
 
-            def look(_: float) -> None:  # told when all that was downloaded is settled
+            def look(_: float) -> None:  # called when all that was downloaded is settled
                 if any(call.path.endswith("/content") for call in server.calls):
                     half.set()
 
@@ -619,5 +619,5 @@ def test_every_prompt_has_exactly_one_typed_outcome(
             assert outcome.usage.estimated_cost == pytest.approx(batch_price(outcome), abs=1e-15)
         else:
             assert isinstance(outcome, BatchError | openai.APIStatusError)
-            assert told(outcome)
+            assert fingerprint(outcome)
             assert getattr(outcome, "index", index) in {index, None} or len(set(map(id, outcomes))) == 1

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime, timezone
 from itertools import pairwise
 from typing import Any
 
 import pytest
-from batches import patient
+from batches import MODEL, patient
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from openai.types import Batch
 
-from openai_eval_client import BatchError, BatchJobStatus
+from openai_eval_client import BatchError, BatchJobStatus, BatchRequest
+from openai_eval_client._batches.files import check_requests, write_files
 from openai_eval_client._batches.status import (
-    INTENT,
-    PART,
+    JOB_KEY,
+    LINES_KEY,
     Grouping,
     JobMetadata,
-    Reasons,
+    enqueued_refusal,
     failure_of,
     has_ended,
     is_enqueued_limit,
     job_status,
+    missing_error,
+    read_job_metadata,
     request_counts,
     stated_errors,
-    was_refused,
 )
 
 RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
@@ -52,22 +55,24 @@ def batch(status: str = "completed", name: str = "batch_1", **fields: Any) -> Ba
     return Batch.construct(**given_fields)
 
 
-def placed(first: int, count: int, total: int, record: str = "i", **fields: Any) -> Batch:
-    placement = JobMetadata(record, total, first, count, first, numbered=True, temperature=None)
-    return batch(metadata=placement.metadata(), **fields)
+def placed(first: int, count: int, total: int, job: str = "i", **fields: Any) -> Batch:
+    place = JobMetadata(
+        job=job, total=total, first=first, count=count, start=first, numbered=True, temperature=None, model=""
+    )
+    return batch(metadata=place.metadata(), **fields)
 
 
 counts = st.none() | st.tuples(*[st.none() | st.integers(0, 9)] * 3)
-parts = st.lists(st.tuples(st.sampled_from(RUNNING + ENDED + NEW), counts), min_size=1, max_size=5)
+stated_batches = st.lists(st.tuples(st.sampled_from(RUNNING + ENDED + NEW), counts), min_size=1, max_size=5)
 
 
 @patient
-@given(parts)
-def test_any_parts_have_a_status(given_parts: list[tuple[str, Any]]) -> None:
-    """Never ended while a part runs, completed if any part is; the counts add up; it survives JSON."""
-    batches = [batch(status, f"b{n}", counts=said) for n, (status, said) in enumerate(given_parts)]
+@given(stated_batches)
+def test_any_batches_have_a_status(given_batches: list[tuple[str, Any]]) -> None:
+    """Never ended while a batch runs, completed if any is; the counts add up; it survives JSON."""
+    batches = [batch(status, f"b{n}", counts=stated) for n, (status, stated) in enumerate(given_batches)]
     status = job_status(batches, ())
-    states = [state if state in RUNNING + ENDED else "in_progress" for state, _ in given_parts]
+    states = [state if state in RUNNING + ENDED else "in_progress" for state, _ in given_batches]
     running = [state for state in states if state in RUNNING]
     if running:
         assert status.status == min(running, key=RUNNING.index)
@@ -76,7 +81,7 @@ def test_any_parts_have_a_status(given_parts: list[tuple[str, Any]]) -> None:
         assert status.status == min(states, key=ENDED.index)
         assert status.completed_count + status.failed_count == status.request_count
     assert 0 <= status.completed_count + status.failed_count <= status.request_count
-    assert status.request_count == sum((said[0] or 0) if said else 0 for _, said in given_parts)
+    assert status.request_count == sum((stated[0] or 0) if stated else 0 for _, stated in given_batches)
     assert status.job_id == "+".join(each.id for each in batches)
     assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
 
@@ -97,8 +102,8 @@ def test_times() -> None:
 @pytest.mark.parametrize("status", RUNNING)
 def test_what_was_submitted_counts_while_the_api_says_nothing(status: str) -> None:
     """A batch that is being validated has a total of 0, or none."""
-    for said in ((0, 0, 0), (None, None, None), None):
-        each = placed(0, 7, 7, status=status, counts=said)
+    for stated in ((0, 0, 0), (None, None, None), None):
+        each = placed(0, 7, 7, status=status, counts=stated)
         assert request_counts(each) == (7, 0, 0)
 
 
@@ -142,18 +147,16 @@ def test_a_message_with_half_an_emoji_can_be_written() -> None:
     assert BatchJobStatus.model_validate_json(status.model_dump_json()) == status
 
 
-def test_the_reason_of_a_request() -> None:
-    """That of its line, else the first, else what the status says."""
+def test_the_reason_of_a_missing_result() -> None:
+    """The first that a failed batch states, else what its status says."""
     failed = with_errors({"code": "c", "message": "m", "line": 3}, {"code": "d", "message": "n"})
-    reasons = Reasons(failed, lambda number: number + 10)
-    assert reasons.of(13) == BatchError("m", code="c", line=14)
-    assert reasons.of(0) == BatchError("batch batch_1 failed: m", code="c", line=1)
+    assert missing_error(failed) == BatchError("batch batch_1 failed: m", code="c")
     codes = {"expired": "batch_expired", "cancelled": "batch_cancelled", "completed": "missing_result"}
     for status, code in codes.items():
-        error = Reasons(batch(status), lambda number: number).of(4)
-        assert (error.code, error.index) == (code, 4)
+        error = missing_error(batch(status))
+        assert (error.code, error.index) == (code, None)
         assert "batch_1" in str(error)
-    assert Reasons(batch("failed"), lambda number: number).of(0).code == "batch_failed"
+    assert missing_error(batch("failed")).code == "batch_failed"
 
 
 def test_the_failure_of_a_job() -> None:
@@ -168,11 +171,11 @@ def test_the_failure_of_a_job() -> None:
 
 def test_a_refusal_for_enqueued_tokens_is_known() -> None:
     """By its code, or by its text; only of a batch that failed."""
-    said = {"code": "token_limit_exceeded", "message": "m"}
-    assert was_refused(with_errors({"code": "x", "message": "y"}, said)).code == "token_limit_exceeded"
-    assert was_refused(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
-    assert was_refused(with_errors({"code": "x", "message": "y"})) is None
-    assert was_refused(with_errors(said, status="completed")) is None
+    stated = {"code": "token_limit_exceeded", "message": "m"}
+    assert enqueued_refusal(with_errors({"code": "x", "message": "y"}, stated)).code == "token_limit_exceeded"
+    assert enqueued_refusal(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
+    assert enqueued_refusal(with_errors({"code": "x", "message": "y"})) is None
+    assert enqueued_refusal(with_errors(stated, status="completed")) is None
     assert not is_enqueued_limit(None, "")
 
 
@@ -204,7 +207,7 @@ def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, 
     assert grouping.incomplete() == []
     assert len(jobs) == len({record for record, *_ in account})
     for job in jobs:
-        records = {each.metadata[INTENT] for each in job}
+        records = {each.metadata[JOB_KEY] for each in job}
         assert len(records) == 1
         (record,) = records
         places = [account[int(each.id[1:])] for each in job]
@@ -229,13 +232,81 @@ def test_a_job_without_one_of_its_batches_is_incomplete(
         job for n, (i, f, c, t) in enumerate(left) if (job := grouping.add(placed(f, c, t, i, name=f"b{n}")))
     ]
     found = whole + grouping.incomplete()
-    names = [{each.metadata[INTENT] for each in job} for job in found]
+    names = [{each.metadata[JOB_KEY] for each in job} for job in found]
     assert sorted(name for (name,) in names) == sorted({entry[0] for entry in left})
     assert len(grouping.incomplete()) == (lost[0] in {entry[0] for entry in left})
 
 
 def test_batches_of_others_are_no_jobs() -> None:
     grouping = Grouping()
-    odd = [None, {}, {"mine": "x"}, {INTENT: "x"}, {PART: "{}"}, {INTENT: "x", PART: "no"}, "text"]
+    odd = [
+        None,
+        {},
+        {"mine": "x"},
+        {JOB_KEY: "x"},
+        {LINES_KEY: "{}"},
+        {JOB_KEY: "x", LINES_KEY: "no"},
+        "text",
+    ]
     assert [grouping.add(batch(metadata=metadata)) for metadata in odd] == [[]] * len(odd)
     assert grouping.incomplete() == []
+
+
+# --- the metadata of a batch --------------------------------------------------------------------------------
+
+
+@patient
+@given(
+    st.lists(st.tuples(st.sampled_from("mno"), st.sampled_from([None, 0.0, 0.5])), min_size=1, max_size=30),
+    st.integers(1, 7),
+)
+def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]], most: int) -> None:
+    """What a batch's metadata say, read back, is where its lines stand; and it fits the API's limits."""
+    requests = [BatchRequest(prompt="x", model=model, temperature=value) for model, value in pairs]
+    files = write_files(check_requests(requests, api="chat", default_model=MODEL), most_lines=most)
+    seen: list[int] = []
+    for file in files:
+        place = JobMetadata.of(file, "a" * 32, len(pairs))
+        metadata = place.metadata()
+        assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
+        assert read_job_metadata(metadata) == place
+        assert place.key == ("a" * 32, file.first, file.count)
+        assert place.first == len(seen)
+        assert {pairs[index][0] for index in file.indexes} == {file.model}
+        seen += file.indexes
+        if place.start is not None:
+            assert list(file.indexes) == list(range(place.start, place.start + place.count))
+        values = {pairs[index][1] for index in file.indexes}
+        assert place.temperature == (values.pop() if len(values) == 1 else "mixed")
+        file.file.close()
+    assert sorted(seen) == list(range(len(pairs)))
+
+
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2),
+    max_leaves=4,
+)
+fields = st.sampled_from(["total", "first", "count", "start", "numbered", "temperature"])
+
+
+@patient
+@given(st.dictionaries(fields, odd), odd)
+def test_metadata_of_others_are_never_mistaken_for_ours(values: dict[str, Any], record: Any) -> None:
+    """Whatever stands under our keys: a sound place in a job, or None."""
+    right = {
+        "total": 5,
+        "first": 0,
+        "count": 2,
+        "start": 0,
+        "numbered": True,
+        "temperature": None,
+        "model": "m",
+    }
+    for text in (json.dumps({**right, **values}), json.dumps(values), "[" * 100_000, "", "7"):
+        place = read_job_metadata({JOB_KEY: record, LINES_KEY: text})
+        if place is not None:
+            assert place.first + place.count <= place.total
+            assert isinstance(place.job, str)
+            assert read_job_metadata(place.metadata()) == place or place.temperature != place.temperature
+    assert read_job_metadata(values) is None

@@ -25,8 +25,8 @@ from batches import (
     by_hand,
     connect,
     ended,
+    fingerprint,
     line,
-    told,
 )
 
 from openai_eval_client import BatchError, BatchRequest, ModelResponse, PartialFailureError
@@ -80,7 +80,7 @@ class Job:
     """How requests become batches.
 
     Attributes:
-        parts: The requests of each batch, in the order of creation.
+        split: The requests of each batch, in the order of creation.
         names: Own custom_ids; they neither rise nor hold the index.
         models: Asked in turn.
         size: Requests in a batch at most.
@@ -88,7 +88,7 @@ class Job:
         by_hand: Created through the SDK's endpoints; "spaced": with empty lines in the file.
     """
 
-    parts: Any = one
+    split: Any = one
     names: str = "none"
     models: tuple[str, ...] = (MODEL,)
     size: int = 50_000
@@ -115,9 +115,9 @@ class Job:
 
     async def _submit_by_hand(self, client: Any, temperatures: list[float | None]) -> str:
         made = []
-        for part in self.parts(len(temperatures)):
+        for indexes in self.split(len(temperatures)):
             lines: list[Any] = []
-            for n in part:
+            for n in indexes:
                 params = {} if temperatures[n] is None else {"temperature": temperatures[n]}
                 lines += [line(f"mine-{97 - n}", f"p{n}", **params)]
                 lines += [None] if self.by_hand == "spaced" else []
@@ -129,15 +129,15 @@ JOBS = {
     "plain": Job(),
     "own ids": Job(names="own"),
     "some own ids": Job(names="some"),
-    "in pairs": Job(parts=pairs, size=2),
-    "own ids in pairs": Job(parts=pairs, size=2, names="own"),
-    "two models": Job(parts=by_model, models=(MODEL, OTHER_MODEL)),
-    "two models, own ids": Job(parts=by_model, models=(MODEL, OTHER_MODEL), names="own"),
-    "two models, some own ids": Job(parts=by_model, models=(MODEL, OTHER_MODEL), names="some"),
+    "in pairs": Job(split=pairs, size=2),
+    "own ids in pairs": Job(split=pairs, size=2, names="own"),
+    "two models": Job(split=by_model, models=(MODEL, OTHER_MODEL)),
+    "two models, own ids": Job(split=by_model, models=(MODEL, OTHER_MODEL), names="own"),
+    "two models, some own ids": Job(split=by_model, models=(MODEL, OTHER_MODEL), names="some"),
     "responses": Job(api="responses"),
     "by hand": Job(by_hand="dense"),
     "by hand, empty lines": Job(by_hand="spaced"),
-    "two by hand": Job(by_hand="dense", parts=halves),
+    "two by hand": Job(by_hand="dense", split=halves),
 }
 
 
@@ -148,7 +148,7 @@ class Row:
     Attributes:
         lines: What the server does with each request, in the caller's order.
         want: What becomes of each: "answer", or a key of WANTED.
-        said: The warnings logged when it is settled, ids left out.
+        warned: The warnings logged when it is settled, ids left out.
         job: How the requests become batches.
         status: Of the batches, or of each in turn.
         plan: What else the server does with them.
@@ -160,7 +160,7 @@ class Row:
 
     lines: str
     want: str = ""
-    said: tuple[str, ...] = ()
+    warned: tuple[str, ...] = ()
     job: str = "plain"
     status: str = "completed"
     plan: dict[str, Any] = field(default_factory=dict)
@@ -175,11 +175,11 @@ class Row:
 
     @property
     def plans(self) -> list[dict[str, Any]]:
-        parts = JOBS[self.job].parts(self.count)
-        outcomes, statuses = self.lines.split(), self.status.split() * len(parts)
+        batches = JOBS[self.job].split(self.count)
+        outcomes, statuses = self.lines.split(), self.status.split() * len(batches)
         plans = [
-            {"status": status, "lines": [outcomes[n] for n in part], **self.plan}
-            for part, status in zip(parts, statuses, strict=False)
+            {"status": status, "lines": [outcomes[n] for n in indexes], **self.plan}
+            for indexes, status in zip(batches, statuses, strict=False)
         ]
         return [{name: value for name, value in plan.items() if value is not None} for plan in plans]
 
@@ -189,16 +189,21 @@ class Row:
         return [cycle[n % len(cycle)] for n in range(self.count)]
 
 
-def counted(said: int, held: int) -> str:
-    return f"batch: the API counts {said} completed requests, its files hold {held} answers"
+def counted(stated: int, held: int) -> str:
+    return f"batch: the API counts {stated} completed requests, its files hold {held} answers"
 
 
 UNREADABLE = "batch: 1 unreadable lines in its result files"
 TWICE = "batch: 1 second lines of one request in its result files"
 FOREIGN = "batch: 1 lines of no request of this job in its result files"
-EVERY_SAID = (counted(9, 5), FOREIGN, "batch: 2 second lines of one request in its result files", UNREADABLE)
+EVERY_WARNED = (
+    counted(9, 5),
+    FOREIGN,
+    "batch: 2 second lines of one request in its result files",
+    UNREADABLE,
+)
 INPUT_GONE = "batch: its input file is gone"
-UNPLACED = "job of 2 batches that do not say where they stand: theirs is the order"
+UNPLACED = "job of 2 batches without our metadata: their results are in the order of the ids"
 UNORDERED = "batch: the order of its requests is not known any more"
 RESULT_GONE = "batch: its result file is gone"
 
@@ -218,10 +223,10 @@ ROWS = {
         lines="ok 400 missing",
         want="answer 400 missing",
         job="by hand, empty lines",
-        said=(counted(2, 1),),
+        warned=(counted(2, 1),),
     ),
     "two by hand": Row(
-        lines="ok 400 500 ok", want="answer 400 500 answer", job="two by hand", said=(UNPLACED,)
+        lines="ok 400 500 ok", want="answer 400 500 answer", job="two by hand", warned=(UNPLACED,)
     ),
     # each outcome of a line
     "400": Row(lines="ok 400 ok", want="answer 400 answer"),
@@ -230,80 +235,80 @@ ROWS = {
     "expired line": Row(lines="ok expired ok", want="answer expired answer"),
     "cancelled line": Row(lines="ok cancelled ok", want="answer cancelled answer"),
     "timeout": Row(lines="ok timeout ok", want="answer timeout answer"),
-    "missing": Row(lines="ok missing ok", want="answer missing answer", said=(counted(3, 2),)),
-    "duplicate": Row(lines="ok duplicate ok", want="answer answer answer", said=(TWICE,)),
-    "duplicate error": Row(lines="ok duplicate_error ok", want="answer answer answer", said=(TWICE,)),
-    "unknown id": Row(lines="ok unknown_id ok", want="answer answer answer", said=(FOREIGN,)),
+    "missing": Row(lines="ok missing ok", want="answer missing answer", warned=(counted(3, 2),)),
+    "duplicate": Row(lines="ok duplicate ok", want="answer answer answer", warned=(TWICE,)),
+    "duplicate error": Row(lines="ok duplicate_error ok", want="answer answer answer", warned=(TWICE,)),
+    "unknown id": Row(lines="ok unknown_id ok", want="answer answer answer", warned=(FOREIGN,)),
     "status 0": Row(lines="ok status_0 ok", want="answer empty answer"),
-    "truncated": Row(lines="ok truncated ok", want="answer cut answer", said=(counted(3, 2), UNREADABLE)),
-    "null body": Row(lines="ok null_body ok", want="answer empty answer", said=(counted(3, 2),)),
+    "truncated": Row(lines="ok truncated ok", want="answer cut answer", warned=(counted(3, 2), UNREADABLE)),
+    "null body": Row(lines="ok null_body ok", want="answer empty answer", warned=(counted(3, 2),)),
     "no usage": Row(lines="ok no_usage ok", want="answer answer answer"),
-    "garbage": Row(lines="ok garbage ok", want="answer empty answer", said=(counted(3, 2),)),
+    "garbage": Row(lines="ok garbage ok", want="answer empty answer", warned=(counted(3, 2),)),
     "none answered": Row(lines="400 500 expired", want="400 500 expired"),
-    "every outcome": Row(lines=EVERY, want=EVERY_WANTED, said=EVERY_SAID),
-    "every outcome, own ids": Row(lines=EVERY, want=EVERY_WANTED, said=EVERY_SAID, job="own ids"),
-    "every outcome, responses": Row(lines=EVERY, want=EVERY_WANTED, said=EVERY_SAID, job="responses"),
-    "every outcome, by hand": Row(lines=EVERY, want=EVERY_WANTED, said=EVERY_SAID, job="by hand"),
+    "every outcome": Row(lines=EVERY, want=EVERY_WANTED, warned=EVERY_WARNED),
+    "every outcome, own ids": Row(lines=EVERY, want=EVERY_WANTED, warned=EVERY_WARNED, job="own ids"),
+    "every outcome, responses": Row(lines=EVERY, want=EVERY_WANTED, warned=EVERY_WARNED, job="responses"),
+    "every outcome, by hand": Row(lines=EVERY, want=EVERY_WANTED, warned=EVERY_WARNED, job="by hand"),
     "every outcome, expired": Row(
         lines=EVERY,
         want=EVERY_WANTED.replace("missing", "expired"),
-        said=EVERY_SAID,
+        warned=EVERY_WARNED,
         status="expired",
         job="some own ids",
     ),
     "every outcome, two models": Row(
         lines=EVERY,
         want=EVERY_WANTED,
-        said=(counted(5, 3), counted(4, 2), TWICE, FOREIGN, TWICE, UNREADABLE),
+        warned=(counted(5, 3), counted(4, 2), TWICE, FOREIGN, TWICE, UNREADABLE),
         job="two models, some own ids",
     ),
-    # parts that end differently
-    "parts of every status": Row(
+    # batches that end differently
+    "batches of every status": Row(
         lines="ok ok missing missing ok expired 400 ok missing cancelled",
         want="answer answer missing missing answer expired 400 answer cancelled cancelled",
-        said=(counted(1, 0), counted(2, 0)),
+        warned=(counted(1, 0), counted(2, 0)),
         status="completed completed expired completed cancelled",
         job="in pairs",
     ),
-    "one part failed with no line run": Row(
+    "one batch failed with no line run": Row(
         lines="ok missing ok missing",
         want="answer too_many answer too_many",
         status="completed failed",
         plan={"errors": [{"code": "too_many_tasks", "message": "too many"}]},
         job="two models",
-        said=(counted(2, 0),),
+        warned=(counted(2, 0),),
     ),
     # files
     "gone output": Row(
         lines="ok 400 ok",
         want="missing 400 missing",
         plan={"output_file": "gone"},
-        said=(counted(2, 0), RESULT_GONE),
+        warned=(counted(2, 0), RESULT_GONE),
     ),
     "gone errors": Row(
-        lines="ok 400", want="answer missing", plan={"error_file": "gone"}, said=(RESULT_GONE,)
+        lines="ok 400", want="answer missing", plan={"error_file": "gone"}, warned=(RESULT_GONE,)
     ),
     "empty output": Row(
-        lines="ok 400", want="missing 400", plan={"output_file": "empty"}, said=(counted(1, 0),)
+        lines="ok 400", want="missing 400", plan={"output_file": "empty"}, warned=(counted(1, 0),)
     ),
     "nameless files": Row(
         lines="ok 400",
         want="missing missing",
         plan={"output_file": "", "error_file": ""},
-        said=(counted(1, 0),),
+        warned=(counted(1, 0),),
     ),
     # counts
     "counts too high": Row(
-        lines="ok 400", want="answer 400", plan={"counts": {"completed": 2}}, said=(counted(2, 1),)
+        lines="ok 400", want="answer 400", plan={"counts": {"completed": 2}}, warned=(counted(2, 1),)
     ),
     "counts too low": Row(
-        lines="ok ok", want="answer answer", plan={"counts": {"completed": 0}}, said=(counted(0, 2),)
+        lines="ok ok", want="answer answer", plan={"counts": {"completed": 0}}, warned=(counted(0, 2),)
     ),
     "counts beyond the job": Row(
         lines="ok ok",
         want="answer answer",
         plan={"counts": {"total": 9, "completed": 9}},
-        said=(counted(9, 2),),
+        warned=(counted(9, 2),),
     ),
     # temperatures
     "temperatures differ": Row(lines="ok ok ok ok", want="answer answer answer answer", temperature="mixed"),
@@ -330,7 +335,7 @@ ROWS = {
         lines="ok missing 400",
         want="answer missing 400",
         plan={"input_gone": True},
-        said=(counted(2, 1),),
+        warned=(counted(2, 1),),
     ),
     "input gone, temperatures differ": Row(
         lines="ok missing 400 ok",
@@ -338,21 +343,21 @@ ROWS = {
         plan={"input_gone": True},
         temperature="mixed",
         restored=False,
-        said=(counted(3, 2), INPUT_GONE),
+        warned=(counted(3, 2), INPUT_GONE),
     ),
     "input gone, two models": Row(
         lines="ok ok 400 500 ok ok ok",
         want="answer answer 400 500 answer answer answer",
         plan={"input_gone": True},
         job="two models",
-        said=(INPUT_GONE, INPUT_GONE),
+        warned=(INPUT_GONE, INPUT_GONE),
     ),
     "input gone, two models, own ids, missing lines": Row(
         lines="ok missing 400 ok missing missing ok ok",
         want="answer missing 400 answer missing missing answer answer",
         plan={"input_gone": True},
         job="two models, own ids",
-        said=(counted(3, 2), counted(4, 2), INPUT_GONE, INPUT_GONE),
+        warned=(counted(3, 2), counted(4, 2), INPUT_GONE, INPUT_GONE),
     ),
     "input gone, own ids": Row(
         lines="ok missing 400 ok",
@@ -360,7 +365,7 @@ ROWS = {
         plan={"input_gone": True},
         job="own ids",
         ordered=False,
-        said=(counted(3, 2), INPUT_GONE, UNORDERED),
+        warned=(counted(3, 2), INPUT_GONE, UNORDERED),
     ),
     "input gone, by hand": Row(
         lines="ok missing 400 ok",
@@ -369,7 +374,7 @@ ROWS = {
         job="by hand",
         ordered=False,
         restored=False,
-        said=(counted(3, 2), INPUT_GONE, UNORDERED),
+        warned=(counted(3, 2), INPUT_GONE, UNORDERED),
     ),
     "input gone, no files, by hand": Row(
         lines="ok 400",
@@ -377,17 +382,17 @@ ROWS = {
         status="expired",
         plan={"input_gone": True, "output_file": False, "error_file": False},
         job="by hand",
-        said=(counted(1, 0), INPUT_GONE, UNORDERED),
+        warned=(counted(1, 0), INPUT_GONE, UNORDERED),
     ),
     "input gone, no files, own ids in pairs": Row(
         lines="ok ok ok",
         want="missing missing missing",
         plan={"input_gone": True, "output_file": False},
         job="own ids in pairs",
-        said=(counted(1, 0), counted(2, 0), INPUT_GONE, INPUT_GONE, UNORDERED, UNORDERED),
+        warned=(counted(1, 0), counted(2, 0), INPUT_GONE, INPUT_GONE, UNORDERED, UNORDERED),
     ),
     "input gone, no usage": Row(
-        lines="no_usage ok", want="answer answer", plan={"input_gone": True}, said=(INPUT_GONE,)
+        lines="no_usage ok", want="answer answer", plan={"input_gone": True}, warned=(INPUT_GONE,)
     ),
     # nothing was run
     "failed": Row(
@@ -405,7 +410,7 @@ ROWS = {
         plan={"input_gone": True, "output_file": False},
         fails="batch_failed",
     ),
-    "all parts failed": Row(
+    "all batches failed": Row(
         lines="ok ok ok", status="failed", job="in pairs", plan={"output_file": False}, fails="batch_failed"
     ),
 }  # fmt: skip
@@ -420,12 +425,14 @@ def short_patience(monkeypatch):
 async def settled(client: Any, job_id: str) -> list[Any]:
     """Collect the outcomes in both ways, which must agree."""
     outcomes = await client.retrieve_batch_results(job_id, return_exceptions=True)
-    failures = {n: told(outcome) for n, outcome in enumerate(outcomes) if isinstance(outcome, Exception)}
+    failures = {
+        n: fingerprint(outcome) for n, outcome in enumerate(outcomes) if isinstance(outcome, Exception)
+    }
     try:
         assert await client.retrieve_batch_results(job_id) == outcomes
         assert not failures
     except PartialFailureError as error:
-        assert {n: told(failure) for n, failure in error.failures.items()} == failures
+        assert {n: fingerprint(failure) for n, failure in error.failures.items()} == failures
         assert error.responses == [None if n in failures else outcome for n, outcome in enumerate(outcomes)]
     return outcomes
 
@@ -501,12 +508,12 @@ async def test_every_request_has_its_outcome(name: str, caplog) -> None:
                     await client.retrieve_batch_results(job_id, return_exceptions=True)
                 return
             outcomes = await settled(client, job_id)
-        assert warnings(caplog) == sorted(2 * row.said)
+        assert warnings(caplog) == sorted(2 * row.warned)
         async with connect(server) as other:
             again = await other.retrieve_batch_results(job_id, return_exceptions=True)
         assert len(server.batches) == len(row.plans)
     check(outcomes, row)
-    assert list(map(told, again)) == list(map(told, outcomes))
+    assert list(map(fingerprint, again)) == list(map(fingerprint, outcomes))
     assert status.request_count == row.count
 
 
@@ -573,7 +580,7 @@ async def test_what_was_done_in_time_is_kept(status: str, done: float) -> None:
 
 
 async def test_a_job_that_has_not_ended_says_so() -> None:
-    """BatchError whose code is the status, whatever parts have ended."""
+    """BatchError whose code is the status, whatever batches have ended."""
     plans = [{}, {"status": "in_progress"}, {"status": "finalizing"}]
     with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server, batch={"max_batch_size": 1}) as client:

@@ -216,7 +216,7 @@ async def test_nothing_fits() -> None:
 
 
 async def test_a_cancelled_run_stays_reserved_until_its_batches_are_retrieved() -> None:
-    """They go on, and cost; meanwhile nobody waits for them."""
+    """They go on, and cost; meanwhile no request waits for them."""
     with simulated(batch_seconds=0.3) as server:
         async with connect(server, max_cost=1) as client:
             prompts = questions(10, 5)
@@ -323,8 +323,32 @@ async def test_batches_of_a_killed_run_are_reserved_again(tmp_path) -> None:
     assert budget["spent"] == nearly(by_batch(server))
 
 
+async def test_batches_of_a_cancelled_run_are_not_reserved_twice(tmp_path) -> None:
+    """A second call of the same client goes on with them, and settles them."""
+    path, prompts = tmp_path / "answers.sqlite", questions(10, 14)
+    with simulated(batch_seconds=0.2) as server:
+        async with connect(server, cache=path, max_cost=1) as client:
+            whole = sum(await most(client, prompts))
+            run = asyncio.ensure_future(client.batch_generate(prompts, use_batch_api=True, max_tokens=MOST))
+            while not server.batches:
+                await asyncio.sleep(SOON)
+            run.cancel()
+            await asyncio.gather(run, return_exceptions=True)
+            seen = {client.stats.budget["reserved"]}
+            await client.batch_generate(
+                prompts,
+                use_batch_api=True,
+                max_tokens=MOST,
+                progress_callback=lambda _: seen.add(client.stats.budget["reserved"]),
+            )
+            budget = client.stats.budget
+    assert max(seen) == whole
+    assert len(server.batches) == 1
+    assert (budget["reserved"], budget["spent"]) == (0, nearly(by_batch(server)))
+
+
 async def test_what_runs_already_is_reserved_before_what_waits(tmp_path) -> None:
-    """A part that was refused, and waits again, stands before one whose batch is running."""
+    """A file whose batch was refused, and that waits again, comes before one whose batch is running."""
     path, prompts = tmp_path / "answers.sqlite", [f"number {n}" for n in range(16)]
     refused = {"errors": [{"code": "token_limit_exceeded", "message": "Enqueued token limit reached"}]}
     plans = [refused, {"seconds": 0.5}]
@@ -375,7 +399,7 @@ async def test_a_run_that_ran_out_of_money_goes_on_from_the_cache(tmp_path) -> N
 
 
 async def test_a_job_is_reserved_whole_or_not_submitted() -> None:
-    """It stays reserved until its results are retrieved; nobody waits for that."""
+    """It stays reserved until its results are retrieved; no request waits for that."""
     requests = [BatchRequest(prompt=prompt, max_tokens=MOST) for prompt in questions(10, 11)]
     with simulated(batch_seconds=0.02) as server:
         async with connect(server) as client:
@@ -445,7 +469,7 @@ async def test_what_a_killed_program_submitted_of_a_job_is_reserved_again(tmp_pa
             with pytest.raises(BudgetExceededError):
                 await client.submit_batch_job(requests)
             assert client.stats.budget["reserved"] >= sum(estimates[:4])
-            with pytest.raises(BudgetExceededError):  # nobody here looks when they end: no use waiting
+            with pytest.raises(BudgetExceededError):  # their end is not seen here: no use waiting
                 await asyncio.wait_for(client.generate_response("hi", max_tokens=5), 10)
         assert len(server.batches) == 2
         async with connect(server, cache=path, batch=size, max_cost=1) as client:
@@ -459,7 +483,7 @@ async def test_what_a_killed_program_submitted_of_a_job_is_reserved_again(tmp_pa
 
 
 async def test_a_job_of_several_models_and_of_the_responses_api() -> None:
-    """Each part at its own price."""
+    """Each batch at its own price."""
     several = [
         BatchRequest(prompt=f"number {n}", model=model, max_tokens=MOST)
         for n in range(6)

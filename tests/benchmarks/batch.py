@@ -23,9 +23,8 @@ from typing import IO, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, OpenAIClient, OpenAIConfig
-from openai_eval_client._batches.files import RequestIndex, checked, write_parts
-from openai_eval_client._batches.files import close_files as close
-from openai_eval_client._batches.results import Reader, Tab
+from openai_eval_client._batches.files import RequestIndex, check_requests, close_files, write_files
+from openai_eval_client._batches.results import LineReader
 from openai_eval_client.testing import SimulatedServer
 
 TEXT = "Write a function that returns the sum of all even numbers below its argument, naïvely. " * 5
@@ -76,11 +75,11 @@ def cpu(action: Any, *args: Any, **options: Any) -> tuple[float, Any]:
 def build_ratio(count: int) -> tuple[float, float]:
     """Return the CPU seconds of checking and building lines, and their ratio to plain json.dumps."""
     given = requests(count)
-    items = checked(given, api="chat", default_model="gpt-4o-mini")
-    ours, parts = cpu(write_parts, items, most_lines=count)
-    parts[0].file.seek(0)
-    objects = [json.loads(line) for line in parts[0].file]
-    close(parts)
+    items = check_requests(given, api="chat", default_model="gpt-4o-mini")
+    ours, files = cpu(write_files, items, most_lines=count)
+    files[0].file.seek(0)
+    objects = [json.loads(line) for line in files[0].file]
+    close_files(files)
     plain, _ = cpu(lambda: collections.deque(map(json.dumps, objects), maxlen=0))
     return ours, ours / plain
 
@@ -101,12 +100,12 @@ async def read_ratios(count: int) -> tuple[float, float, float]:
             await client.retrieve_batch_results(job.job_id)  # so that the prices are loaded
             api = client._jobs._api
             file: IO[bytes] = await api.download(str(batch.output_file_id))
-            reader = Reader("chat", None, Tab(client._account.ledger.pricer_for(None)).price)
+            reader = LineReader("chat", None, client._account.ledger.pricer_for(None))
     with file:
-        ours, settlement = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
-        if settlement.answered != count:
-            raise SystemExit(f"{settlement.answered} of {count} results were read")
-        del settlement
+        ours, results = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
+        if results.answered != count:
+            raise SystemExit(f"{results.answered} of {count} results were read")
+        del results
         file.seek(0)
         kept, _ = cpu(lambda: list(map(json.loads, file)))
         file.seek(0)

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, ModelResponse, OpenAIClient, OpenAIConfig
-from openai_eval_client._batches.status import INTENT, PART
+from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 FAULTS = {
@@ -125,7 +125,7 @@ async def trial(server: SimulatedServer, note: Path, count: int, moment: float, 
         verdict.wrong += not right
     verdict.wrong += abs(count - len(responses))
     made = server.batches[before:]
-    places = Counter((batch["metadata"][INTENT], batch["metadata"][PART]) for batch in made)
+    places = Counter((batch["metadata"][JOB_KEY], batch["metadata"][LINES_KEY]) for batch in made)
     verdict.batches_twice += sum(many - 1 for many in places.values())
     verdict.batches_twice += abs(len(places) - len(job_id.split("+")))
 

@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, ModelResponse, OpenAIClient, OpenAIConfig
-from openai_eval_client._batches.status import INTENT, PART
+from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 FAULTS = {
@@ -35,7 +35,7 @@ FAULTS = {
     "upload": {"500": 0.1},
 }
 PARTS = 3
-METHODS = ("generate", "submit")
+WAYS = ("generate", "submit")
 
 
 @dataclass
@@ -60,10 +60,10 @@ def connect(url: str, cache: Path, count: int) -> OpenAIClient:
     return OpenAIClient(config, batch=batch, cache=cache)
 
 
-async def answers(method: str, client: OpenAIClient, count: int) -> list[ModelResponse]:
-    """Answer `count` prompts by the Batch API."""
+async def answers(way: str, client: OpenAIClient, count: int) -> list[ModelResponse]:
+    """Answer so many prompts by batches."""
     prompts = [f"p{n}" for n in range(count)]
-    if method == "generate":
+    if way == "generate":
         return await client.batch_generate(prompts, use_batch_api=True)
     job = await client.submit_batch_job([BatchRequest(prompt=prompt) for prompt in prompts])
     while not (await client.get_batch_status(job.job_id)).has_ended:
@@ -71,20 +71,20 @@ async def answers(method: str, client: OpenAIClient, count: int) -> list[ModelRe
     return await client.retrieve_batch_results(job.job_id)
 
 
-async def work(url: str, method: str, cache: Path, count: int) -> None:
-    """Run as the process that is killed."""
+async def work(url: str, way: str, cache: Path, count: int) -> None:
+    """What the killed process does."""
     cache.with_suffix(".started").touch()
     async with connect(url, cache, count) as client:
-        responses = await answers(method, client, count)
+        responses = await answers(way, client, count)
     wrong = sum(response.content != f"echo: p{n}" for n, response in enumerate(responses))
     cache.with_suffix(".wrong").write_text(str(wrong + abs(count - len(responses))))
 
 
-def start(url: str, method: str, cache: Path, count: int) -> subprocess.Popen[bytes]:
-    """Start the process, and return once it is running."""
+def start(url: str, way: str, cache: Path, count: int) -> subprocess.Popen[bytes]:
+    """Start the process, and return once it has set out."""
     begun = cache.with_suffix(".started")
     begun.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "--url", url, "--method", method]
+    command = [sys.executable, __file__, "--url", url, "--way", way]
     child = subprocess.Popen([*command, "--cache", str(cache), "--requests", str(count)])
     while not begun.exists() and child.poll() is None:
         time.sleep(0.005)
@@ -99,11 +99,11 @@ def struck(server: SimulatedServer, before: int) -> str:
     return "polling" if any(batch["status"] != "completed" for batch in batches) else "collecting"
 
 
-def trial(server: SimulatedServer, method: str, cache: Path, count: int, moments: list[float]) -> Verdict:
-    """Kill the process at each of these moments, let the last one end, and check the answers."""
+def trial(server: SimulatedServer, way: str, cache: Path, count: int, moments: list[float]) -> Verdict:
+    """Kill at each of these moments, let it end, and check."""
     verdict, before = Verdict(), len(server.batches)
     for moment in moments:
-        child = start(server.base_url, method, cache, count)
+        child = start(server.base_url, way, cache, count)
         try:
             child.wait(moment)
         except subprocess.TimeoutExpired:
@@ -114,13 +114,13 @@ def trial(server: SimulatedServer, method: str, cache: Path, count: int, moments
         if cache.with_suffix(".wrong").exists():
             break
     else:
-        child = start(server.base_url, method, cache, count)
+        child = start(server.base_url, way, cache, count)
         if child.wait(60):
             raise RuntimeError(f"the process ended with code {child.returncode}")
     verdict.wrong = int(cache.with_suffix(".wrong").read_text())
     verdict.answered = count - verdict.wrong
     made = server.batches[before:]
-    places = Counter((batch["metadata"][INTENT], batch["metadata"][PART]) for batch in made)
+    places = Counter((batch["metadata"][JOB_KEY], batch["metadata"][LINES_KEY]) for batch in made)
     verdict.batches = len(made)
     verdict.batches_twice = len(made) - len(places) + abs(len(places) - PARTS)
     return verdict
@@ -136,8 +136,8 @@ def kill(kills: int, *, count: int = 300, seconds: float = 1.0, seed: int = 0) -
         number = 0
         while total.kills.total() < kills:
             some = [moments.uniform(0, 2.5 * seconds) * moments.random() for _ in range(4)]
-            method = METHODS[number % len(METHODS)]
-            one = trial(server, method, Path(folder) / f"{number}.sqlite", count, some)
+            way = WAYS[number % len(WAYS)]
+            one = trial(server, way, Path(folder) / f"{number}.sqlite", count, some)
             number += 1
             total.kills += one.kills
             total.answered += one.answered
@@ -154,11 +154,11 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--url")
-    parser.add_argument("--method", choices=METHODS)
+    parser.add_argument("--way", choices=WAYS)
     parser.add_argument("--cache", type=Path)
     options = parser.parse_args()
     if options.cache:
-        asyncio.run(work(options.url, options.method, options.cache, options.requests))
+        asyncio.run(work(options.url, options.way, options.cache, options.requests))
         return 0
     started = time.monotonic()
     verdict = kill(options.kills, count=options.requests, seed=options.seed)

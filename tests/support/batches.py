@@ -100,7 +100,7 @@ async def cancelled(call: Coroutine[Any, Any, Any], when: Callable[[], Awaitable
         return error
 
 
-def told(outcome: Any) -> Any:
+def fingerprint(outcome: Any) -> Any:
     """Return what tells outcomes apart: an answer itself, an error's class, code, place and text."""
     if isinstance(outcome, ModelResponse):
         return outcome
@@ -118,8 +118,8 @@ def creations(server: SimulatedServer) -> list[Any]:
     return [call for call in server.calls if (call.method, call.path) == ("POST", "/v1/batches")]
 
 
-def intents(server: SimulatedServer) -> list[tuple[str, str]]:
-    """Return intent and placement of every batch on the server."""
+def places(server: SimulatedServer) -> list[tuple[str, str]]:
+    """Return the job and the lines of every batch on the server."""
     return [tuple((batch["metadata"] or {}).values())[-2:] for batch in server.batches]
 
 
