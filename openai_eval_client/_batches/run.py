@@ -38,7 +38,7 @@ from openai_eval_client._batches.status import (
     state_of,
 )
 from openai_eval_client._log import inform, warn
-from openai_eval_client._online import attach_responses, outcomes_or_raise
+from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
 from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
