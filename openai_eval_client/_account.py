@@ -90,7 +90,7 @@ class Account(Sharing):
     def facts(self) -> list[ModelLimits]:
         """What holds for each model, and what it waited for."""
         with self._lock:
-            return [queue.facts() for queue in self._queues.values() if queue.model is not None]
+            return [queue.limits() for queue in self._queues.values() if queue.model is not None]
 
     def output_length(self, model: str) -> dict[str, float]:
         """Return how long a model's answers are, in the words of `ClientStats.output_length`."""
@@ -100,7 +100,7 @@ class Account(Sharing):
     def gauge(self, model: str) -> LimitStatus | None:
         """Return where a model's limits stand; None before its first request."""
         with self._lock:
-            return self._queues[model].gauge() if model in self._queues else None
+            return self._queues[model].status() if model in self._queues else None
 
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""
