@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MINUTE = 60.0
 _SAME = 0.005  # of the capacity: headers round their numbers
 ROUNDING = 1e-9  # of the capacity: far below one token, far above float error
+UNLIMITED = 1e12  # units per second, and at once, that stand for no limit: more than any has
 
 
 class Clock(Protocol):
@@ -35,7 +36,7 @@ class Bucket(AsyncLimiter):
 
     _loop: Any = None  # a property in the class above, which asks asyncio
 
-    def __init__(self, rate: float, capacity: float, clock: Clock) -> None:
+    def __init__(self, clock: Clock, rate: float = UNLIMITED, capacity: float = UNLIMITED) -> None:
         capacity = max(capacity, 1.0)
         super().__init__(capacity, capacity / rate)
         self._loop = clock
@@ -44,6 +45,11 @@ class Bucket(AsyncLimiter):
     def rate(self) -> float:
         """Units per second."""
         return self._rate_per_sec
+
+    @property
+    def limited(self) -> bool:
+        """Whether it can hold anything back."""
+        return self._rate_per_sec < UNLIMITED
 
     def left(self) -> float:
         """Return what is left to spend; a debt is negative."""
@@ -68,10 +74,6 @@ class Bucket(AsyncLimiter):
         """Go on with `left`; a debt is negative."""
         self._leak()
         self._level = max(0.0, self.max_rate - left)
-
-    def is_about(self, rate: float, capacity: float) -> bool:
-        """Return whether it has this rate and, but for rounding, this size."""
-        return self._rate_per_sec == rate and abs(self.max_rate - max(capacity, 1.0)) <= _SAME * capacity
 
 
 # `shared.lua` knows each of these that is a float by its name.
@@ -117,8 +119,9 @@ class ServerBucket:
         self.adaptive = adaptive  # False: nothing is learned, and nothing waits for it
         self._configured_rate = rate
         self._configured_size = capacity
-        first = Bucket(rate, min(rate * FIRST_SECONDS, capacity), clock) if rate and adaptive else None
-        self.bucket: Bucket | None = first  # None: it holds nothing back
+        self.bucket = Bucket(clock)
+        if rate is not None and adaptive:
+            self.bucket = Bucket(clock, rate, min(rate * FIRST_SECONDS, capacity))
         self._granted = 0.0
         self._recent: deque[tuple[float, float]] = deque()  # `_granted` after each grant, and when it was
         self._arrived = 0.0  # of `_granted`, what has surely reached the server
@@ -140,18 +143,11 @@ class ServerBucket:
 
     def known_limit(self) -> float | None:
         """Return the limit per minute that the server stated, or that its refusals taught; else None."""
-        if self.limit is None and self.bucket is not None and self._cut_at > 0:
-            return self.bucket.rate * MINUTE
-        return self.limit
-
-    def ready_in(self, amount: float) -> float:
-        """Return the seconds until `amount` may be spent."""
-        return self.bucket.ready_in(amount) if self.bucket is not None else 0.0
+        return self.bucket.rate * MINUTE if self.limit is None and self._cut_at > 0 else self.limit
 
     def charge(self, amount: float) -> Sent:
         """Spend `amount`; a negative one was not spent after all."""
-        if self.bucket is not None:
-            self.bucket.charge(amount)
+        self.bucket.charge(amount)
         now = self._clock.time()
         if now - self._last_grant > IDLE_SECONDS:
             self._busy_from, self._busy_granted = now, self._granted
@@ -163,15 +159,14 @@ class ServerBucket:
 
     def add_debt(self, amount: float) -> None:
         """Learn that more was used than reserved; headers have counted it already."""
-        if self.bucket is not None and not self._stated:
+        if not self._stated:
             self.bucket.charge(amount)
 
     def refund(self, amount: float) -> None:
         """Take back what was refused for good; headers have not counted it."""
         if not self._stated:
             self._granted -= amount
-            if self.bucket is not None:
-                self.bucket.charge(-amount)
+            self.bucket.charge(-amount)
 
     def is_news(self, sent: Sent) -> bool:
         """Return whether an answer's headers are worth reading."""
@@ -194,7 +189,7 @@ class ServerBucket:
         stamped_at_admission = own_rate * (now - sent.at) - granted_after
         change = min(stamped_at_answer, stamped_at_admission)
         left = max(stated.remaining + change, 0.0) - min(others, MARGIN * rate)
-        if self._stated and self.bucket is not None:
+        if self._stated:
             before = self.bucket.left()
             share = 1 - math.exp(-(now - self._stated_at) / SMOOTHING)
             left = left if left < before else before + (left - before) * share
@@ -203,9 +198,11 @@ class ServerBucket:
 
     def rate_and_size(self, stated: StatedLimit, sent: Sent) -> tuple[float, float]:
         """Return the refill per second and the size of the bucket that an answer's headers state."""
+        rate, used = stated.limit / MINUTE, stated.limit - stated.remaining
+        if stated.reset is not None and stated.reset > MINUTE + 1 and used > 0:  # it is a daily limit
+            rate = min(used / stated.reset, rate)
         # The size is what is left and the refill until the bucket is full again; where the server does not
         # say when that is, the most that it has stated was left.
-        rate = _refill_rate(stated)
         self._most_left = max(self._most_left, stated.remaining + sent.amount)
         size = self._most_left if stated.reset is None else stated.remaining + stated.reset * rate
         return rate, min(max(size, rate * SMALLEST_SECONDS), stated.limit)
@@ -213,14 +210,14 @@ class ServerBucket:
     def on_success(self, amount: float) -> None:
         """Learn that the server served `amount`."""
         self._served += amount
-        if self._stated or self.bucket is None:
+        if self._stated:
             return
         if self._cut_at < 0:
             room = min(GROWTH * amount, self._configured_size - self.bucket.max_rate)
             if room > 0:
                 self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
         else:
-            self._recover(self.bucket)
+            self._recover()
 
     def refused(self, amount: float, sent: Sent, wait: float, *, stated: bool) -> None:
         """Learn that the server refused `amount` for `wait` seconds, with headers or without."""
@@ -230,21 +227,21 @@ class ServerBucket:
         if not self._stated:
             self.refund(amount)
             self._slow_down(amount, sent, self._clock.time())
-        if self.bucket is not None:  # after the wait there is room for this one; the refill paces the rest
-            self.bucket.lower_to(min(amount - wait * self.bucket.rate, self.bucket.max_rate))
+        # after the wait there is room for this one, and the refill paces the rest
+        self.bucket.lower_to(min(amount - wait * self.bucket.rate, self.bucket.max_rate))
 
     def _slow_down(self, amount: float, sent: Sent, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
-        if self.bucket is None or (self._configured_rate is None and sent.at <= self._first_cut):
+        first = not self.bucket.limited
+        if first or (self._configured_rate is None and sent.at <= self._first_cut):
             rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
-            rate = rate if self.bucket is None else min(rate, self.bucket.rate)
-            self._first_cut = now if self.bucket is None else self._first_cut
+            rate = min(rate, self.bucket.rate)
+            self._first_cut = now if first else self._first_cut
         elif sent.at > self._cut_at:
             rate = self._rate_after_refusal(self.bucket.rate, now)
         else:
             return
-        capacity = rate * SMALLEST_SECONDS if self.bucket is None else self.bucket.max_rate
-        self._replace(rate, capacity, 0.0)
+        self._replace(rate, rate * SMALLEST_SECONDS if first else self.bucket.max_rate, 0.0)
         self._cut_at, self._cut_served, self._cut_rate = now, self._served, rate
 
     def _rate_after_refusal(self, rate: float, now: float) -> float:
@@ -254,18 +251,16 @@ class ServerBucket:
             return rate * CUT
         return min(max((self._served - self._cut_served) / seconds, rate * CUT**2), rate)
 
-    def _recover(self, bucket: Bucket) -> None:
+    def _recover(self) -> None:
         """Raise the rate again: linearly to the configured one, exponentially where there is none."""
         seconds = self._clock.time() - self._cut_at
         if self._configured_rate is None:
             rate = self._cut_rate * (1 + UNBOUNDED_RECOVERY) ** min(seconds, 1000)
         else:
-            rate = min(
-                self._cut_rate + RECOVERY * self._configured_rate * seconds,
-                self._configured_rate,
-            )
-        if rate > bucket.rate * (1 + RECOVERY / 2):
-            self._replace(rate, bucket.max_rate, bucket.left())
+            most = self._configured_rate
+            rate = min(self._cut_rate + RECOVERY * most * seconds, most)
+        if rate > self.bucket.rate * (1 + RECOVERY / 2):
+            self._replace(rate, self.bucket.max_rate, self.bucket.left())
 
     def _others_rate(self, stated: StatedLimit, rate: float, capacity: float, now: float) -> float:
         """Return how fast other clients spend the quota: what was refilled, was not ours, and is gone."""
@@ -287,21 +282,13 @@ class ServerBucket:
         return max(0.0, self._granted - self._arrived)
 
     def _replace(self, rate: float, capacity: float, left: float) -> None:
-        if self.bucket is None or not self.bucket.is_about(rate, capacity):
-            self.bucket = Bucket(rate, capacity, self._clock)
+        change = abs(self.bucket.max_rate - max(capacity, 1.0))
+        if self.bucket.rate != rate or change > _SAME * capacity:
+            self.bucket = Bucket(self._clock, rate, capacity)
         self.bucket.set_left(left)
 
 
-def _refill_rate(stated: StatedLimit) -> float:
-    """Return the refill per second; that of a daily limit shows in a reset longer than a minute."""
-    used = stated.limit - stated.remaining
-    if stated.reset is not None and stated.reset > MINUTE + 1 and used > 0:
-        return min(used / stated.reset, stated.limit / MINUTE)
-    return stated.limit / MINUTE
-
-
 MARGIN_SHARE = 0.1  # of the bucket, at most
-UNLIMITED = 1e12  # units per second that stand for no limit: more than any has
 UNLIMITED_SHARE = UNLIMITED / 10_000  # a rate above this is a part of it, however many workers share
 
 
@@ -331,7 +318,7 @@ class Quota:
         rate = per_minute / MINUTE if per_minute and metered else None
         margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
         capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
-        self._whole = Bucket(rate, capacity, clock) if rate else None  # None: no limit is configured
+        self._whole = Bucket(clock) if rate is None else Bucket(clock, rate, capacity)
         self._configured = self._whole  # this worker's share of it, while it cannot reach the others
         self.server = ServerBucket(rate, capacity, clock, adaptive=config.adaptive_throttling and metered)
         self._clock = clock
@@ -341,19 +328,19 @@ class Quota:
     def limit(self) -> Limit:
         """Return what holds."""
         own, known = self._whole, self.server.known_limit()
-        buckets = (own, None if known is None else self.server.bucket)
-        burst = min((bucket.max_rate for bucket in buckets if bucket is not None), default=0.0)
-        return Limit(None if own is None else own.rate * MINUTE, known, burst)
+        buckets = [own] if known is None else [own, self.server.bucket]
+        burst = min((bucket.max_rate for bucket in buckets if bucket.limited), default=0.0)
+        return Limit(own.rate * MINUTE if own.limited else None, known, burst)
 
     def configured_limit(self) -> tuple[float, float]:
         """Return units per second and units at once that the user allows; `UNLIMITED` where any."""
-        return (UNLIMITED, UNLIMITED) if self._whole is None else (self._whole.rate, self._whole.max_rate)
+        return self._whole.rate, self._whole.max_rate
 
     def use_share(self, rate: float, left: float, *, smallest: float) -> None:
         """Keep to a share of the limit for now, in a bucket that holds at least `smallest`."""
         if rate < UNLIMITED_SHARE:
-            whole_rate, whole_size = self.configured_limit()
-            self._configured = Bucket(rate, max(rate * whole_size / whole_rate, smallest), self._clock)
+            size = rate * self._whole.max_rate / self._whole.rate
+            self._configured = Bucket(self._clock, rate, max(size, smallest))
             self._configured.set_left(left)
 
     def use_whole(self) -> None:
@@ -362,8 +349,7 @@ class Quota:
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
-        configured = self._configured.ready_in(amount) if self._configured is not None else 0.0
-        return max(configured, self.server.ready_in(amount))
+        return max(self._configured.ready_in(amount), self.server.bucket.ready_in(amount))
 
     def too_small_for(self, amount: float, max_wait: float) -> int | None:
         """Return the limit per minute that can never admit `amount`; None where one can, or there is none."""
@@ -371,23 +357,19 @@ class Quota:
         # cost of a debt that later requests wait for: up to `max_wait` seconds' worth.
         if self.server.limit is not None and amount > self.server.limit:
             return self.server.limit
-        bucket = self._whole
-        if bucket is None or amount <= bucket.max_rate + bucket.rate * max_wait:
-            return None
-        return round(bucket.rate * MINUTE)
+        most = self._whole.max_rate + self._whole.rate * max_wait
+        return round(self._whole.rate * MINUTE) if amount > most else None
 
     def charge(self, amount: float) -> Sent:
         """Spend `amount`; a negative one was not spent after all."""
         self._began = self._clock.time() if self._began is None else self._began
         self.spent += amount
-        if self._configured is not None:
-            self._configured.charge(amount)
+        self._configured.charge(amount)
         return self.server.charge(amount)
 
     def settle(self, reserved: float, actual: float) -> None:
         """Replace what was reserved by what was used."""
-        if self._configured is not None:
-            self._configured.charge(actual - reserved)
+        self._configured.charge(actual - reserved)
         if actual > reserved:
             self.server.add_debt(actual - reserved)
 
@@ -395,13 +377,13 @@ class Quota:
         """Learn that the server refused `amount` for this limit; `stated`: its headers say what is left."""
         if self.server.adaptive:
             self.server.refused(amount, sent, wait, stated=stated)
-        elif self._configured is not None and amount > 0:  # after the wait, this one and then the rate
+        elif amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
             self._configured.lower_to(amount - wait * self._configured.rate)
 
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request."""
         # None where no limit is known. It is what was reserved: servers charge that.
-        bucket = self._whole or self.server.bucket
-        if bucket is None or self._began is None:
+        bucket = self._whole if self._whole.limited else self.server.bucket
+        if not bucket.limited or self._began is None:
             return None
         return self.spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))

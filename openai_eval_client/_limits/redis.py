@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from openai_eval_client._limits import buckets
-from openai_eval_client._limits.buckets import ROUNDING, UNLIMITED
 from openai_eval_client._limits.shared import ALIVE_SECONDS
 from openai_eval_client._log import warn
 from openai_eval_client._runtime import mind_forks
@@ -34,17 +33,13 @@ except ImportError as missing:  # pragma: no cover  # the suite installs it
 
 CONNECT_SECONDS = 3.0
 ANSWER_SECONDS = 1.0  # a Redis that takes longer counts as gone
-_CONSTANTS = {
-    "ALIVE_SECONDS": ALIVE_SECONDS,
-    "ROUNDING": ROUNDING,
-    "UNLIMITED": UNLIMITED,
-    **{name: value for name, value in vars(buckets).items() if isinstance(value, float)},
-}
 
 
 def script() -> str:
     """Return `shared.lua` with the constants that it has from Python."""
-    constants = "".join(f"local {name} = {value!r}\n" for name, value in _CONSTANTS.items())
+    shared = {"ALIVE_SECONDS": ALIVE_SECONDS, **vars(buckets)}
+    floats = {name: value for name, value in shared.items() if isinstance(value, float)}
+    constants = "".join(f"local {name} = {value!r}\n" for name, value in floats.items())
     return constants + Path(__file__).with_name("shared.lua").read_text("utf-8")
 
 
@@ -85,7 +80,7 @@ class RedisBackend:
     def leave(self, messages: Mapping[str, dict[str, Any]]) -> None:
         """Send the last messages, by model, and close the connection, without waiting for it."""
         for model, message in messages.items():
-            self._thread.submit(self._exchange, model, message)
+            self._thread.submit(self._ask, model, message, lambda _: None)
         self._thread.submit(self._client.close)
 
     def before_fork(self) -> None:
@@ -100,18 +95,15 @@ class RedisBackend:
             self._begin()
 
     def _ask(self, model: str, message: dict[str, Any], done: Callable[[Any], None]) -> None:
-        reply = self._exchange(model, message)
-        with self._replying:
-            done(reply)
-
-    def _exchange(self, model: str, message: dict[str, Any]) -> Sequence[float] | Exception:
+        reply: Any
         try:
             reply = self._run(self._keys(model), json.dumps({**message, "worker": self._worker}))
+            self._note(None)
         except Exception as error:  # noqa: BLE001  # of a cluster, not even RedisError; a queue waits for the reply
             self._note(error)
-            return self._unusable(error)
-        self._note(None)
-        return reply
+            reply = self._unusable(error)
+        with self._replying:
+            done(reply)
 
     def _run(self, keys: list[str], message: str) -> Sequence[float]:
         try:

@@ -1,33 +1,36 @@
--- The limits of one model, shared by all workers: one atomic step takes a worker's updates and reserves for it.
+-- The limits of one model, shared by all workers: one atomic step takes a worker's updates and reserves for its
+-- waiters.
 --
 -- Each dimension (1 requests, 2 tokens) is a quota. `reserved` counts all that was ever reserved in it; each of
--- its two buckets, the configured and the server's, has `released` so much so far, at most `size` more than was
--- reserved. A reservation that ends at position p may go once both have released p. When that is follows from
--- `released` and `rate`, which the reply holds: no worker asks twice, and a change of them moves all positions.
+-- its two buckets, the configured and the server's, has `released` a part of that so far, or at most `size` more.
+-- A reservation that ends at position p may go once both have released p. When that is follows from `released`
+-- and `rate`, which the reply holds: no worker asks twice, and a change of them moves all positions.
 --
 -- KEYS: the state; the workers and when each sent its latest message.
--- ARGV: the message, in JSON (shared.py). The constants come from buckets.py, by redis.py.
+-- ARGV: the message, in JSON (shared.py). The constants come from buckets.py and shared.py, by redis.py.
 
 local message = cjson.decode(ARGV[1])
+local time = redis.call('TIME')
+local now = message.now or time[1] + time[2] / 1e6
 
-local function clock()
-  local time = redis.call('TIME')
-  return time[1] + time[2] / 1e6
+-- `peaks` notes what had been reserved when the bucket was last so full, in sixteenths.
+local STEPS = 16
+
+local function new_bucket(rate, size, released)
+  return { rate = rate, size = size, released = released, peaks = {} }
 end
-
-local now = message.now or clock()
 
 local function new_quota(rate, size)
   local quota = {
     reserved = 0, sent = 0, cancelled = {}, lowest_until = 0,
-    configured = { rate = rate, size = size, released = size },
+    configured = new_bucket(rate, size, size),
     stated = false, newest = 0, stated_at = now, served = 0,
     cut_at = 0, cut_reserved = 0, cut_served = 0, cut_rate = 0, first_cut = 0,
     busy_from = now, busy_reserved = 0, last = now,
   }
   if message.adaptive and rate < UNLIMITED then
     local first = math.max(math.min(rate * FIRST_SECONDS, size), 1)
-    quota.server = { rate = rate, size = first, released = first }
+    quota.server = new_bucket(rate, first, first)
   end
   return quota
 end
@@ -36,13 +39,9 @@ local function buckets(quota)
   return { quota.configured, quota.server }
 end
 
--- Each bucket also notes what had been reserved when it was last so full, in sixteenths.
-local STEPS = 16
-
 local function add(quota, bucket, amount)
   if not bucket then return end
   bucket.released = math.min(bucket.released + amount, quota.reserved + bucket.size)
-  bucket.peaks = bucket.peaks or {}
   local steps = math.ceil((bucket.released - quota.reserved) / bucket.size * STEPS)
   for step = 1, steps do bucket.peaks[step] = quota.reserved end
 end
@@ -50,18 +49,19 @@ end
 -- Gives back what was cancelled, but for what would have overflowed since then had it not been reserved.
 local function refund(quota, bucket, cancelled)
   local peak = 0
-  for step, reserved in ipairs(bucket.peaks or {}) do
+  for step, reserved in ipairs(bucket.peaks) do
     if reserved > cancelled.position then peak = step end
   end
   add(quota, bucket, math.min(cancelled.amount, bucket.size * (1 - peak / STEPS)))
 end
 
 local function released(quota)
-  return math.min(quota.reserved, quota.configured.released, quota.server and quota.server.released or quota.reserved)
+  local server = quota.server and quota.server.released or quota.reserved
+  return math.min(quota.reserved, quota.configured.released, server)
 end
 
--- Notes what has been sent by now: all that is released, but for the time of a pause. A cancelled reservation is
--- given back when its position is released, not before: those ahead of it must not go sooner.
+-- Notes what has been sent by now: all that is released, but nothing during a pause. A cancelled reservation
+-- is given back when its position is released, not before: those ahead of it must not go sooner.
 local function note_sent(state)
   for _, quota in ipairs(state.quotas) do
     local ahead = {}
@@ -75,15 +75,6 @@ local function note_sent(state)
     quota.cancelled = ahead
     if now >= state.pause then quota.sent = math.max(quota.sent, released(quota)) end
   end
-end
-
-local function refill(state)
-  local seconds = math.max(now - state.at, 0)
-  state.at = now
-  for _, quota in ipairs(state.quotas) do
-    for _, bucket in ipairs(buckets(quota)) do add(quota, bucket, bucket.rate * seconds) end
-  end
-  note_sent(state)
 end
 
 -- The lowest of the limits that live workers have configured holds: each message of its worker renews it, and
@@ -111,19 +102,15 @@ local function update_from_headers(quota, stated)
   if quota.stated and before and free > before.released then
     free = before.released + (free - before.released) * (1 - math.exp(-(now - quota.stated_at) / SMOOTHING))
   end
-  quota.server = { rate = stated.rate, size = stated.size, released = free }
+  quota.server = new_bucket(stated.rate, stated.size, free)
   add(quota, quota.server, 0)
   quota.stated, quota.newest, quota.stated_at = true, at, now
-end
-
-local function configured_rate(quota)
-  return quota.configured.rate < UNLIMITED and quota.configured.rate or nil
 end
 
 -- Without headers: before the first refusal a success makes room for more, after it the rate recovers.
 local function on_success(quota, amount)
   quota.served = quota.served + amount
-  local server, most = quota.server, configured_rate(quota)
+  local server, most = quota.server, quota.configured.rate
   if quota.stated or not server then return end
   if quota.cut_at == 0 then
     local room = math.max(math.min(GROWTH * amount, quota.configured.size - server.size), 0)
@@ -131,7 +118,7 @@ local function on_success(quota, amount)
     return
   end
   local seconds = now - quota.cut_at
-  local rate = most and math.min(quota.cut_rate + RECOVERY * most * seconds, most)
+  local rate = most < UNLIMITED and math.min(quota.cut_rate + RECOVERY * most * seconds, most)
     or quota.cut_rate * (1 + UNBOUNDED_RECOVERY) ^ math.min(seconds, 1000)
   if rate > server.rate * (1 + RECOVERY / 2) then server.rate = rate end
 end
@@ -139,7 +126,7 @@ end
 -- Without headers: lowers the rate, once for all whose position was reserved before it was lowered last.
 local function slow_down(quota, amount, position)
   local server, rate = quota.server, nil
-  if not server or (not configured_rate(quota) and position <= quota.first_cut) then
+  if not server or (quota.configured.rate >= UNLIMITED and position <= quota.first_cut) then
     local seconds = math.max(now - quota.busy_from, 1)
     rate = math.max(CUT * (quota.reserved - quota.busy_reserved) / seconds, amount)
     if server then rate = math.min(rate, server.rate) else quota.first_cut = quota.reserved end
@@ -153,7 +140,7 @@ local function slow_down(quota, amount, position)
   else
     return
   end
-  quota.server = { rate = rate, size = server and server.size or math.max(rate, 1), released = quota.sent }
+  quota.server = new_bucket(rate, server and server.size or math.max(rate, 1), quota.sent)
   quota.cut_at, quota.cut_reserved, quota.cut_served, quota.cut_rate = now, quota.reserved, quota.served, rate
 end
 
@@ -176,9 +163,8 @@ local function take_updates(state, lost)
       for _, bucket in ipairs(buckets(quota)) do bucket.released = bucket.released - message.spent[i] end
     end
     for _, cancelled in ipairs(lost and {} or message.cancelled) do
-      if cancelled[i] < quota.reserved then
-        quota.cancelled[#quota.cancelled + 1] = { position = cancelled[i], amount = i == 1 and 1 or cancelled[3] }
-      end
+      local position, amount = cancelled[i], i == 1 and 1 or cancelled[3]
+      if position < quota.reserved then table.insert(quota.cancelled, { position = position, amount = amount }) end
     end
     if message.credit then add(quota, quota.configured, message.credit[i]) end
     if message.debt and not quota.stated then add(quota, quota.server, -message.debt[i]) end
@@ -200,8 +186,8 @@ local function wait_for(state, amounts)
   return wait
 end
 
--- Reserves for all that can go now, and for the first that has to wait, and returns how many these are. A worker
--- waits for one at a time, so workers take turns.
+-- Reserves for all that can go now, and for the first that has to wait, and returns how many these are. A
+-- worker waits for one at a time, so workers take turns.
 local function reserve(state)
   for count, tokens in ipairs(message.wanted) do
     local amounts = { 1, tokens }
@@ -215,13 +201,6 @@ local function reserve(state)
   return #message.wanted
 end
 
-local function count_workers()
-  redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ALIVE_SECONDS)
-  if message.leaving then redis.call('ZREM', KEYS[2], message.worker) else redis.call('ZADD', KEYS[2], now, message.worker) end
-  redis.call('EXPIRE', KEYS[2], message.expire)
-  return redis.call('ZCARD', KEYS[2])
-end
-
 local packed = redis.call('GET', KEYS[1])
 local state = packed and cmsgpack.unpack(packed)
 local lost = message.epoch ~= 0 and not (state and state.epoch == message.epoch)
@@ -233,7 +212,11 @@ now = now + state.ahead
 if now < state.at then -- Redis's clock was set back: go on from where it was
   state.ahead, now = state.ahead + state.at - now, state.at
 end
-refill(state)
+for _, quota in ipairs(state.quotas) do
+  for _, bucket in ipairs(buckets(quota)) do add(quota, bucket, bucket.rate * (now - state.at)) end
+end
+state.at = now
+note_sent(state)
 for i, quota in ipairs(state.quotas) do configure(quota, message.rates[i], message.sizes[i]) end
 if lost and not state.inherited then -- there was spending that this state does not know of: begin empty
   state.inherited = true
@@ -248,7 +231,13 @@ local reserved = reserve(state)
 note_sent(state)
 redis.call('SET', KEYS[1], cmsgpack.pack(state), 'EX', message.expire)
 
-local reply = { state.epoch, now - state.epoch, count_workers(), reserved, state.pause - now }
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now - ALIVE_SECONDS)
+redis.call('ZADD', KEYS[2], now, message.worker)
+if message.leaving then redis.call('ZREM', KEYS[2], message.worker) end
+redis.call('EXPIRE', KEYS[2], message.expire)
+
+local workers = redis.call('ZCARD', KEYS[2])
+local reply = { state.epoch, now - state.epoch, workers, reserved, state.pause - now }
 for i, quota in ipairs(state.quotas) do
   reply[#reply + 1] = starts[i]
   for _, bucket in ipairs({ quota.configured, message.adaptive and quota.server or quota.configured }) do

@@ -67,9 +67,6 @@ class SharedQuota(NamedTuple):
     stated: bool  # the server's headers state its limit
 
 
-_QUOTA_NUMBERS = 8  # in a reply, of each dimension
-
-
 class SharedSnapshot(NamedTuple):
     """The shared state as of one reply."""
 
@@ -84,13 +81,12 @@ class SharedSnapshot(NamedTuple):
     @classmethod
     def read(cls, reply: Sequence[float], at: float) -> SharedSnapshot:
         """Read a reply that came at that clock time."""
-        epoch, age, workers, reserved, pause, *numbers = reply
-        quotas = []
-        for start in range(0, len(numbers), _QUOTA_NUMBERS):
-            before, *buckets, stated = numbers[start : start + _QUOTA_NUMBERS]
-            configured, server = SharedBucket(*buckets[:3]), SharedBucket(*buckets[3:])
-            quotas.append(SharedQuota(before, configured, server, bool(stated)))
-        return cls(at, epoch, age, int(workers), int(reserved), max(pause, 0.0), tuple(quotas))
+        epoch, age, workers, reserved, pause = reply[:5]
+        quotas = tuple(
+            SharedQuota(before, SharedBucket(*buckets[:3]), SharedBucket(*buckets[3:]), bool(stated))
+            for before, *buckets, stated in (reply[5:13], reply[13:])
+        )
+        return cls(at, epoch, age, int(workers), int(reserved), max(pause, 0.0), quotas)
 
     def ready_in(self, position: Position, tokens: float, now: float) -> tuple[float, str]:
         """Return the seconds until what was reserved at a position may go, and what it waits for."""
@@ -113,53 +109,34 @@ class SharedSnapshot(NamedTuple):
 
 
 class PendingUpdates:
-    """What happened since the worker's latest message, as `shared.lua` reads it."""
+    """What happened since the worker's latest message."""
 
     def __init__(self) -> None:
         self.urgent = False
+        # requests and tokens "spent" without a position, of "credit", of "debt", and "served"
         self.sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self._stated: dict[int, dict[str, float]] = {}
-        self._cancelled: list[tuple[float, float, float]] = []
-        self._refusals: list[dict[str, Any]] = []
-        self._pause_until = 0.0
+        self.stated: dict[int, dict[str, float]] = {}  # by dimension, from the answer to the newest request
+        self.cancelled: list[tuple[float, float, float]] = []  # position and tokens of each
+        self.refusals: list[dict[str, float]] = []
+        self.pause_until = 0.0  # clock time
 
     def __bool__(self) -> bool:
-        return bool(self.sums or self._cancelled or self._stated or self._refusals or self._pause_until)
+        return bool(self.sums or self.cancelled or self.stated or self.refusals or self.pause_until)
 
     def add(self, what: str, requests: float, tokens: float) -> None:
-        """Add to what was "spent" without a position, to the "credit", the "debt", or what was "served"."""
+        """Add to one of the sums."""
         sums = self.sums[what]
         sums[0] += requests
         sums[1] += tokens
 
-    def cancel(self, position: Position, tokens: float) -> None:
-        """Report that what was reserved at a position is not needed."""
-        self._cancelled.append((*position, tokens))
-
-    def update_from_headers(self, number: int, sent_at: float, **stated: float) -> None:
-        """Report what headers state of a dimension, unless a newer request's are known."""
-        known = self._stated.get(number)
-        if known is None or known["age"] <= sent_at:
-            self._stated[number] = {"quota": number + 1, **stated, "age": sent_at}
-
-    def refused(self, number: int, **refusal: float) -> None:
-        """Report that the server refused a request for a dimension."""
-        self._refusals.append({"quota": number + 1, **refusal})
-        self.urgent = True
-
-    def pause(self, until: float) -> None:
-        """Report that the server wants nothing to be sent until that clock time."""
-        self._pause_until = max(self._pause_until, until)
-        self.urgent = True
-
     def message(self, now: float) -> dict[str, Any]:
-        """Return all of it; times become ages in seconds."""
+        """Return all of it as `shared.lua` reads it; times become ages in seconds."""
         return {
             **self.sums,
-            "stated": [{**word, "age": max(now - word["age"], 0.0)} for word in self._stated.values()],
-            "cancelled": self._cancelled,
-            "refusals": self._refusals,
-            "pause": max(self._pause_until - now, 0.0),
+            "stated": [{**word, "age": max(now - word["sent_at"], 0.0)} for word in self.stated.values()],
+            "cancelled": self.cancelled,
+            "refusals": self.refusals,
+            "pause": max(self.pause_until - now, 0.0),
         }
 
 
@@ -236,7 +213,7 @@ class SharedModelQueue(ModelQueue):
         granted = waiter.state is State.GRANTED
         position = waiter.position if granted else self._positions.pop(waiter, None)
         if position is not None:
-            self._pending.cancel(position, waiter.tokens)
+            self._pending.cancelled.append((*position, waiter.tokens))
         elif granted:
             self._pending.add("spent", -1, -waiter.tokens)
         super().cancel(waiter)
@@ -269,8 +246,9 @@ class SharedModelQueue(ModelQueue):
             return
         for number, (name, amount) in enumerate(zip(DIMENSIONS, (1, waiter.tokens), strict=True)):
             if dimension in {None, name}:
-                end = waiter.position[number] + amount
-                self._pending.refused(number, amount=amount, wait=wait, stated=name in stated, position=end)
+                refusal = {"quota": number + 1, "amount": amount, "wait": wait, "stated": name in stated}
+                self._pending.refusals.append({**refusal, "position": waiter.position[number] + amount})
+                self._pending.urgent = True
 
     def is_news(self, waiter: Waiter) -> bool:  # noqa: ARG002  # whichever it is
         """Return whether the headers of an answer are worth reading: the shared state decides that."""
@@ -282,17 +260,20 @@ class SharedModelQueue(ModelQueue):
         if waiter.position is None or self._snapshot is None or not self._adaptive:
             return
         for number, (name, sent) in enumerate(zip(DIMENSIONS, waiter.sent, strict=True)):
-            if (limit := stated.get(name)) is not None:
-                rate, size = self._quotas[name].server.rate_and_size(limit, sent)
-                end = waiter.position[number] + sent.amount
-                numbers = {"rate": rate, "size": size, "left": limit.remaining, "position": end}
-                self._pending.update_from_headers(number, waiter.granted_at, **numbers)
-                self._pending.urgent |= not self._snapshot.quotas[number].stated
+            if (limit := stated.get(name)) is None:
+                continue
+            self._pending.urgent |= not self._snapshot.quotas[number].stated
+            rate, size = self._quotas[name].server.rate_and_size(limit, sent)
+            known = self._pending.stated.get(number)
+            if known is None or known["sent_at"] <= waiter.granted_at:
+                word = {"quota": number + 1, "rate": rate, "size": size, "left": limit.remaining}
+                position = waiter.position[number] + sent.amount
+                self._pending.stated[number] = {**word, "position": position, "sent_at": waiter.granted_at}
 
     def pause(self, seconds: float) -> None:
         """Grant nothing for that long, as the server asked."""
         super().pause(seconds)
-        self._pending.pause(self._paused_until)
+        self._pending.pause_until, self._pending.urgent = self._paused_until, True
 
     def take(self, outcome: Any) -> Exception | None:
         """Go by a reply; without one, alone. Return the error where this worker cannot even begin."""
@@ -318,7 +299,7 @@ class SharedModelQueue(ModelQueue):
         if self._snapshot is None or self._alone:
             return None
         for waiter, position in self._positions.items():
-            self._pending.cancel(position, waiter.tokens)
+            self._pending.cancelled.append((*position, waiter.tokens))
         return {**self._message([]), "leaving": True}
 
     def _place(self, waiter: Waiter) -> None:
@@ -329,7 +310,7 @@ class SharedModelQueue(ModelQueue):
         if waiter.state is State.WAITING:
             self._positions[waiter] = position
         else:
-            self._pending.cancel(position, waiter.tokens)
+            self._pending.cancelled.append((*position, waiter.tokens))
 
     def _grant_released(self) -> Waiter | None:
         waiter = self._first_with_position()
