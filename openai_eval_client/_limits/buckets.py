@@ -40,16 +40,12 @@ class Bucket(AsyncLimiter):
         capacity = max(capacity, 1.0)
         super().__init__(capacity, capacity / rate)
         self._loop = clock
+        self.limited = rate < UNLIMITED  # else it holds nothing back
 
     @property
     def rate(self) -> float:
         """Units per second."""
         return self._rate_per_sec
-
-    @property
-    def limited(self) -> bool:
-        """Whether it can hold anything back."""
-        return self._rate_per_sec < UNLIMITED
 
     def left(self) -> float:
         """Return what is left to spend; a debt is negative."""
@@ -58,13 +54,16 @@ class Bucket(AsyncLimiter):
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` fits, or until the bucket is full where it never can."""
+        if not self.limited:
+            return 0.0
         missing = min(amount, self.max_rate) - self.left()
         return missing / self._rate_per_sec if missing > self.max_rate * ROUNDING else 0.0
 
     def charge(self, amount: float) -> None:
         """Take `amount`; a negative one is given back, at most until the bucket is full."""
-        self._leak()
-        self._level = max(0.0, self._level + amount)
+        if self.limited:
+            self._leak()
+            self._level = max(0.0, self._level + amount)
 
     def lower_to(self, left: float) -> None:
         """Go on with at most `left`."""
@@ -83,9 +82,7 @@ CUT = 0.7  # of the rate is kept after a refusal without headers
 MEASURED_SECONDS = 1.0  # between two refusals: then what was served between them is better than a cut
 RECOVERY = 0.01  # of the configured rate comes back each second after a cut
 UNBOUNDED_RECOVERY = 0.05  # of the rate itself, where no limit is configured
-NEWS_SECONDS = (
-    0.005  # headers this soon after the last ones are not read: with 1,000 answers a second, a waste
-)
+NEWS_SECONDS = 0.005  # headers this soon after others are not read: it costs time and changes little
 IDLE_SECONDS = 5.0  # without a request: what was served before then says nothing of the rate
 SMOOTHING = 2.0  # seconds: time constant of believing that more is left; less is believed at once
 TRANSIT = 0.15  # seconds: what was sent since then may not have reached the server when it answered
@@ -129,10 +126,10 @@ class ServerBucket:
         self._busy_granted = 0.0  # `_granted` when this busy time began
         # what headers state
         self.limit: int | None = None  # per minute
-        self._stated = False  # the latest answers had headers
+        self._stated = False  # there are headers, and no refusal without them since
         self._stated_at = clock.time()
-        self._newest = -math.inf  # grant time of the newest request among them
-        self._most_left = 0.0
+        self._newest = -math.inf  # grant time of the newest request whose headers were taken over
+        self._most_left = 0.0  # that headers have stated
         self._others = 0.0  # units per second that other clients spend
         self._sampled_at = -math.inf
         self._sampled_left = self._sampled_granted = 0.0
@@ -147,6 +144,8 @@ class ServerBucket:
 
     def charge(self, amount: float) -> Sent:
         """Spend `amount`; a negative one was not spent after all."""
+        if not self.adaptive:
+            return Sent(0.0, 0.0, amount)
         self.bucket.charge(amount)
         now = self._clock.time()
         if now - self._last_grant > IDLE_SECONDS:
@@ -210,7 +209,7 @@ class ServerBucket:
     def on_success(self, amount: float) -> None:
         """Learn that the server served `amount`."""
         self._served += amount
-        if self._stated:
+        if self._stated or not self.bucket.limited:
             return
         if self._cut_at < 0:
             room = min(GROWTH * amount, self._configured_size - self.bucket.max_rate)

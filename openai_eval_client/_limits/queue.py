@@ -56,7 +56,7 @@ class Waiter:
     granted_at: float = 0.0  # clock time at which it was granted, later at which it began
     ended_at: float = 0.0  # clock time at which it was settled
     sent: tuple[Sent, ...] = ()  # for each dimension, once it is granted
-    position: Any = None  # in the shared state; None where that does not count it
+    position: tuple[float, float] | None = None  # in the shared state; None where that does not count it
 
     def __lt__(self, other: Waiter) -> bool:
         return self.turn < other.turn

@@ -1,10 +1,10 @@
--- The limits of one model, shared by all workers: one atomic step takes a worker's updates and reserves for its
--- waiters.
+-- The limits of one model, shared by all workers: one atomic step takes a worker's updates and reserves for
+-- its waiters.
 --
--- Each dimension (1 requests, 2 tokens) is a quota. `reserved` counts all that was ever reserved in it; each of
--- its two buckets, the configured and the server's, has `released` a part of that so far, or at most `size` more.
--- A reservation that ends at position p may go once both have released p. When that is follows from `released`
--- and `rate`, which the reply holds: no worker asks twice, and a change of them moves all positions.
+-- Each dimension (1 requests, 2 tokens) is a quota. `reserved` counts all that was ever reserved in it. Each
+-- of its two buckets, the configured and the server's, has `released` some of that so far, or up to `size`
+-- more. A reservation that ends at position p may go once both have released p. When that is follows from
+-- `released` and `rate`, which the reply holds: no worker asks twice, and a change moves all positions.
 --
 -- KEYS: the state; the workers and when each sent its latest message.
 -- ARGV: the message, in JSON (shared.py). The constants come from buckets.py and shared.py, by redis.py.
@@ -163,8 +163,8 @@ local function take_updates(state, lost)
       for _, bucket in ipairs(buckets(quota)) do bucket.released = bucket.released - message.spent[i] end
     end
     for _, cancelled in ipairs(lost and {} or message.cancelled) do
-      local position, amount = cancelled[i], i == 1 and 1 or cancelled[3]
-      if position < quota.reserved then table.insert(quota.cancelled, { position = position, amount = amount }) end
+      local entry = { position = cancelled[i], amount = i == 1 and 1 or cancelled[3] }
+      if entry.position < quota.reserved then table.insert(quota.cancelled, entry) end
     end
     if message.credit then add(quota, quota.configured, message.credit[i]) end
     if message.debt and not quota.stated then add(quota, quota.server, -message.debt[i]) end

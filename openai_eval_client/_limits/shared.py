@@ -62,8 +62,7 @@ class SharedQuota(NamedTuple):
     """One dimension as of a reply."""
 
     reserved: float  # before the waiters of this reply
-    configured: SharedBucket
-    server: SharedBucket
+    buckets: tuple[SharedBucket, SharedBucket]  # the configured one and the server's
     stated: bool  # the server's headers state its limit
 
 
@@ -83,8 +82,8 @@ class SharedSnapshot(NamedTuple):
         """Read a reply that came at that clock time."""
         epoch, age, workers, reserved, pause = reply[:5]
         quotas = tuple(
-            SharedQuota(before, SharedBucket(*buckets[:3]), SharedBucket(*buckets[3:]), bool(stated))
-            for before, *buckets, stated in (reply[5:13], reply[13:])
+            SharedQuota(before, (SharedBucket(*numbers[:3]), SharedBucket(*numbers[3:])), bool(stated))
+            for before, *numbers, stated in (reply[5:13], reply[13:])
         )
         return cls(at, epoch, age, int(workers), int(reserved), max(pause, 0.0), quotas)
 
@@ -95,15 +94,14 @@ class SharedSnapshot(NamedTuple):
             for dimension, quota, before, amount in zip(
                 DIMENSIONS, self.quotas, position, (1, tokens), strict=True
             )
-            for bucket in (quota.configured, quota.server)
+            for bucket in quota.buckets
         ]
         wait, cause = max([*waits, (self.pause, "pause")])
         return self.at + wait - now, cause
 
     def share(self, number: int, reserved: float, workers: int, now: float) -> tuple[float, float]:
         """Return one worker's part of one dimension: its rate, and what is left of it, if that is known."""
-        quota, seconds = self.quotas[number], now - self.at
-        buckets = (quota.configured, quota.server)
+        buckets, seconds = self.quotas[number].buckets, now - self.at
         left = min(bucket.left(reserved, seconds) for bucket in buckets) if seconds <= ALIVE_SECONDS else 0.0
         return min(bucket.rate for bucket in buckets) / workers, max(left, 0.0) / workers
 
@@ -115,7 +113,8 @@ class PendingUpdates:
         self.urgent = False
         # requests and tokens "spent" without a position, of "credit", of "debt", and "served"
         self.sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        self.stated: dict[int, dict[str, float]] = {}  # by dimension, from the answer to the newest request
+        # by dimension: when the newest of the answered requests was sent, and what its headers state
+        self.stated: dict[int, tuple[float, dict[str, float]]] = {}
         self.cancelled: list[tuple[float, float, float]] = []  # position and tokens of each
         self.refusals: list[dict[str, float]] = []
         self.pause_until = 0.0  # clock time
@@ -133,7 +132,7 @@ class PendingUpdates:
         """Return all of it as `shared.lua` reads it; times become ages in seconds."""
         return {
             **self.sums,
-            "stated": [{**word, "age": max(now - word["sent_at"], 0.0)} for word in self.stated.values()],
+            "stated": [{**numbers, "age": max(now - at, 0.0)} for at, numbers in self.stated.values()],
             "cancelled": self.cancelled,
             "refusals": self.refusals,
             "pause": max(self.pause_until - now, 0.0),
@@ -264,11 +263,11 @@ class SharedModelQueue(ModelQueue):
                 continue
             self._pending.urgent |= not self._snapshot.quotas[number].stated
             rate, size = self._quotas[name].server.rate_and_size(limit, sent)
-            known = self._pending.stated.get(number)
-            if known is None or known["sent_at"] <= waiter.granted_at:
-                word = {"quota": number + 1, "rate": rate, "size": size, "left": limit.remaining}
-                position = waiter.position[number] + sent.amount
-                self._pending.stated[number] = {**word, "position": position, "sent_at": waiter.granted_at}
+            newest, _ = self._pending.stated.get(number, (0.0, {}))
+            if newest <= waiter.granted_at:
+                numbers = {"quota": number + 1, "rate": rate, "size": size, "left": limit.remaining}
+                numbers["position"] = waiter.position[number] + sent.amount
+                self._pending.stated[number] = waiter.granted_at, numbers
 
     def pause(self, seconds: float) -> None:
         """Grant nothing for that long, as the server asked."""

@@ -51,7 +51,7 @@ class Queue:
             self.admitted.append((self.clock.now, waiter))
 
     def wait(self) -> bool:
-        """Let time pass until the next waiter can go; False where time alone helps nobody."""
+        """Let time pass until the next waiter can go; False where time alone does not help."""
         delay = self.queue.next_in()
         if delay is None:
             return False
@@ -231,7 +231,7 @@ def test_without_adaptive_throttling_headers_change_nothing() -> None:
 
 
 def test_limits_that_are_not_given_are_learnt() -> None:
-    """None means what the server says, and no limit until then."""
+    """None means what the server states, and no limit until then."""
     queue = Queue(limits(None, None, adaptive_throttling=True))
     for _ in range(1000):
         queue.ask(10_000)

@@ -168,10 +168,6 @@ def in_virtual_time(virtual, scenario, *configs: RateLimitConfig) -> None:
     loop.run_until_complete(scenario(loop, accounts))
 
 
-def answer(**headers: str) -> Outcome:
-    return Outcome(200, {name.replace("_", "-"): value for name, value in headers.items()}, Usage(100, 0))
-
-
 DEMAND = Demand("m", 100, 0)
 FIXED = {"adaptive_throttling": False, "burst_seconds": 60}
 
