@@ -230,7 +230,7 @@ def test_without_adaptive_throttling_headers_change_nothing() -> None:
     assert len(queue.admitted) == 2
 
 
-def test_limits_that_are_not_given_are_learnt() -> None:
+def test_limits_that_are_not_given_are_learned() -> None:
     """None means what the server states, and no limit until then."""
     queue = Queue(limits(None, None, adaptive_throttling=True))
     for _ in range(1000):

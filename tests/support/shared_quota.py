@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
-from openai_eval_client._limits.redis import script
 from openai_eval_client._wire.usage import Demand
 
 if TYPE_CHECKING:
@@ -27,6 +26,8 @@ class VirtualRedis:
     """The Redis of one run: it may be down, and counts the messages that it answers."""
 
     def __init__(self, client, loop: VirtualLoop, *, trip: float = 0.002) -> None:
+        from openai_eval_client._limits.redis import script  # an extra
+
         self.loop = loop
         self.trip = trip
         self.down = False
