@@ -33,7 +33,7 @@ class ConcurrencyLimit:
 
     limit: float
     in_flight: int = 0
-    queue: list[Waiter] = field(default_factory=list)  # a heap, in which cancelled ones stay until first
+    queue: list[Waiter] = field(default_factory=list)  # a heap; what waits no more stays until it is first
 
     def first(self) -> Waiter | None:
         """Return the waiter whose turn is next, if there is room for it."""
@@ -123,10 +123,9 @@ class ModelQueue:
 
     def grant_next(self) -> Waiter | None:
         """Grant the waiter whose turn it is, if it can go now."""
-        waiter = self._first()
+        waiter = self._next()
         if waiter is None or self._ready_in(waiter)[0] > 0:
             return None
-        heapq.heappop(waiter.concurrency.queue)
         self._stop_waiting(waiter)
         self._grant(waiter)
         return waiter
@@ -141,7 +140,7 @@ class ModelQueue:
 
     def next_in(self) -> float | None:
         """Return the seconds until the next waiter can go; None where time alone does not help."""
-        waiter = self._first()
+        waiter = self._next()
         delay, self._cause = (None, "concurrency") if waiter is None else self._ready_in(waiter)
         return delay
 
@@ -238,6 +237,10 @@ class ModelQueue:
         """Return all that wait, or those of one owner."""
         queued = (waiter for limit in self._concurrency_limits for waiter in sorted(limit.queue))
         return [w for w in queued if w.state is State.WAITING and owner in (None, w.owner)]
+
+    def _next(self) -> Waiter | None:
+        """Return the waiter to grant next."""
+        return self._first()
 
     def _first(self) -> Waiter | None:
         """Return the waiter whose turn is next, among those with room in their concurrency limit."""

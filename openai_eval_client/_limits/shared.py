@@ -186,26 +186,22 @@ class SharedModelQueue(ModelQueue):
         return self._alone and super().try_grant(waiter)
 
     def grant_next(self) -> Waiter | None:
-        """Grant the waiter whose position is released."""
+        """Grant the waiter whose turn it is, if it can go now; otherwise see whether to send a message."""
         if self._generation != self._backend.generation:
             self._reset()
-        waiter = super().grant_next() if self._alone else self._grant_released()
+        waiter = super().grant_next()
         if waiter is None:
             self._exchange()
         return waiter
 
     def next_in(self) -> float | None:
         """Return the seconds until there is something to do; None where a reply or an answer tells."""
-        now = self._clock.time()
+        now, delay = self._clock.time(), super().next_in()
         if self._alone:
-            delay = super().next_in()
             return max(self._retry_at - now, 0.0) if delay is None else min(delay, self._retry_at - now)
-        waiter = self._first_with_position()
-        if waiter is None:
-            self._cause = "concurrency"
-            return None
-        delay, self._cause = self._ready_in(waiter)
-        return min(delay, max(self._next_beat() - now, 0.0)) if self._wanted is None else delay
+        if delay is None or self._wanted is not None:
+            return delay
+        return min(delay, max(self._next_beat() - now, 0.0))
 
     def cancel(self, waiter: Waiter) -> None:
         """Take back a waiter that was not sent, and what is reserved for it."""
@@ -311,15 +307,10 @@ class SharedModelQueue(ModelQueue):
         else:
             self._pending.cancelled.append((*position, waiter.tokens))
 
-    def _grant_released(self) -> Waiter | None:
-        waiter = self._first_with_position()
-        if waiter is None or self._ready_in(waiter)[0] > 0:
-            return None
-        self._stop_waiting(waiter)
-        self._grant(waiter)
-        return waiter
-
-    def _first_with_position(self) -> Waiter | None:
+    def _next(self) -> Waiter | None:
+        """Return the first waiter with a position, among those with room in their concurrency limit."""
+        if self._alone:
+            return self._first()
         return next((w for w in self._positions if w.concurrency.in_flight < w.concurrency.limit), None)
 
     def _ready_in(self, waiter: Waiter) -> tuple[float, str]:
