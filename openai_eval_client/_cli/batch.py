@@ -66,7 +66,7 @@ _NAMES = {
 }
 _SYSTEM_ROLES = frozenset({"system", "developer"})
 _OWN_INDEX = re.compile(r"\Arequests\[\d+\][.:]? ?")
-_OTHER_INDEX = re.compile(r"that of requests\[(\d+)\]")
+_OTHER_INDEX = re.compile(r"requests\[(\d+)\]")
 
 
 @batch_app.command()
@@ -164,7 +164,7 @@ def by_lines(error: ValidationError, name: str, numbers: Sequence[int]) -> str:
     if error.index is None:
         return message
     own = f"{name}, line {numbers[error.index]}: {_OWN_INDEX.sub('', message)}"
-    return _OTHER_INDEX.sub(lambda found: f"that of line {numbers[int(found[1])]}", own)
+    return _OTHER_INDEX.sub(lambda found: f"line {numbers[int(found[1])]}", own)
 
 
 # --- status, results, cancel, list ------------------------------------------------------------------------

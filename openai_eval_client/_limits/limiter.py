@@ -106,7 +106,7 @@ class Limiter:
     def limits(self) -> list[ModelLimits]:
         """The limits of each model, and what was waited for."""
         with self._lock:
-            return [queue.facts() for queue in self._queues.values() if queue.model is not None]
+            return [queue.limits() for queue in self._queues.values() if queue.model is not None]
 
     def output_length(self, model: str) -> dict[str, float]:
         """Return how long a model's answers are, as `ClientStats.output_length` has it."""
@@ -116,7 +116,7 @@ class Limiter:
     def status(self, model: str) -> LimitStatus | None:
         """Return how much of a model's limits is used; None before its first request."""
         with self._lock:
-            return self._queues[model].gauge() if model in self._queues else None
+            return self._queues[model].status() if model in self._queues else None
 
     def next_turn(self) -> int:
         """Return a place in the queue; a request keeps its own through all its attempts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import heapq
-import itertools
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,13 +31,12 @@ class State(enum.Enum):
 class ConcurrencyLimit:
     """A bound on concurrency: the model's own, or that of one call which brought its own."""
 
-    limit: float  # requests in flight at once
-    in_flight: int = 0  # how many there are
-    # heap of waiting waiters; those no longer waiting are dropped when they come up
-    queue: list[Waiter] = field(default_factory=list)
+    limit: float
+    in_flight: int = 0
+    queue: list[Waiter] = field(default_factory=list)  # a heap; what waits no more stays until it is first
 
     def first(self) -> Waiter | None:
-        """Return the waiter whose turn is next, where there is room for it."""
+        """Return the waiter whose turn is next, if there is room for it."""
         while self.queue and self.queue[0].state is not State.WAITING:
             heapq.heappop(self.queue)
         return self.queue[0] if self.queue and self.in_flight < self.limit else None
@@ -46,39 +44,49 @@ class ConcurrencyLimit:
 
 @dataclass(slots=True, eq=False)
 class Waiter:
-    """One HTTP attempt's place in the queue, and what is reserved for it."""
+    """One HTTP attempt in the queue, and what is reserved for it."""
 
-    turn: int  # its number; a retry comes back with its old one
+    turn: int  # a retry comes back with the turn of the first attempt
     tokens: float  # what it reserves
-    concurrency: ConcurrencyLimit  # the concurrency bound it runs under
-    asked_at: float  # clock time at which it queued
-    owner: Any = None  # the event loop that waits for it, None where nobody had to wait
-    future: Any = None  # the future to resolve
-    state: State = State.WAITING  # where it is
-    granted_at: float = 0.0  # clock time at which it was admitted; once it has begun, at which it began
+    concurrency: ConcurrencyLimit
+    asked_at: float  # clock time at which it was queued
+    owner: Any = None  # the event loop that waits for it; None where it was granted at once
+    future: Any = None
+    state: State = State.WAITING
+    granted_at: float = 0.0  # clock time at which it was granted, later at which it began
     ended_at: float = 0.0  # clock time at which it was settled
-    # where the quotas of requests and of tokens stood then
-    marks: tuple[Sent | None, Sent | None] = (None, None)
+    sent: tuple[Sent, ...] = ()  # for each dimension, once it is granted
+    position: tuple[float, float] | None = None  # in the shared state; None where that does not count it
 
     def __lt__(self, other: Waiter) -> bool:
         return self.turn < other.turn
 
 
-FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for an answer while none of this model has been seen
-_OUTPUT_MEMORY = 100  # answers that the running mean of the output length looks back on
+FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for the output until a first answer of this model is known
+_OUTPUT_MEMORY = 100  # answers over which the mean of the output length runs
 
 
-@dataclass(frozen=True, slots=True)
-class ModelLimits:
-    """What holds for one model, and what it waited for."""
+class ModelLimits(NamedTuple):
+    """What holds for one model, and what its requests waited for."""
 
-    model: str  # which
-    requests: Limit  # its limit on requests
-    tokens: Limit  # its limit on tokens
-    max_concurrent: float  # its bound on requests in flight; infinite where there is none
-    waited: dict[str, float]  # seconds summed over those who waited, by what for
-    # mean and spread of its latest answers, in tokens; empty before the first
-    output_length: dict[str, float]
+    model: str
+    requests: Limit
+    tokens: Limit
+    max_concurrent: float  # infinite where there is no bound
+    waited: dict[str, float]  # seconds, summed over all requests, by what they waited for
+    output_length: dict[
+        str, float
+    ]  # mean and spread of its latest answers, in tokens; empty before the first
+
+
+class LimitStatus(NamedTuple):
+    """Where a model's limits stand."""
+
+    spent: dict[str, float]  # requests and tokens admitted since the client began
+    limits: dict[str, float | None]  # per minute of each; None where no limit is known
+    waiting: int  # requests
+    cause: str  # what the next one waits for: "requests", "tokens", "pause" or "concurrency"
+    seconds: float  # how long it will
 
 
 class ModelQueue:
@@ -93,16 +101,17 @@ class ModelQueue:
         self._clock = clock
         self.requests = Quota(config.requests_per_minute, config, clock, metered=model is not None)
         self.tokens = Quota(config.tokens_per_minute, config, clock, metered=model is not None)
+        self._quotas = {"requests": self.requests, "tokens": self.tokens}
         self.concurrency = ConcurrencyLimit(config.max_concurrent)
-        self.waiting: Counter[Any] = Counter()
-        self.expected_output = FIRST_OUTPUT_GUESS
-        self.waited: defaultdict[str, float] = defaultdict(float)
-        self._answers = 0
-        self._variance = 0.0
-        self._cause = "concurrency"
-        self._looked_at = clock.time()
         self._concurrency_limits = [self.concurrency]
         self._paused_until = float("-inf")
+        self.waiting: Counter[Any] = Counter()  # requests by owner
+        self.waited: defaultdict[str, float] = defaultdict(float)  # seconds by cause
+        self._cause = "concurrency"
+        self._counted_at = clock.time()  # until when `waited` is counted
+        self.expected_output = FIRST_OUTPUT_GUESS
+        self._answers = 0
+        self._variance = 0.0
 
     def enqueue(self, waiter: Waiter) -> None:
         """Put a waiter in the queue, at the place of its turn."""
@@ -113,36 +122,32 @@ class ModelQueue:
         self.waiting[waiter.owner] += 1
 
     def grant_next(self) -> Waiter | None:
-        """Admit the waiter whose turn it is, if it can go now."""
-        waiter = self._head()
-        if waiter is None or self._ready_in(waiter) > 0:
+        """Grant the waiter whose turn it is, if it can go now."""
+        waiter = self._next()
+        if waiter is None or self._ready_in(waiter)[0] > 0:
             return None
-        heapq.heappop(waiter.concurrency.queue)
-        self._left(waiter)
-        self._admit(waiter)
+        self._stop_waiting(waiter)
+        self._grant(waiter)
         return waiter
 
     def try_grant(self, waiter: Waiter) -> bool:
-        """Admit a new waiter at once, if nobody waits and it can go now."""
+        """Grant a new waiter at once, if no other waits and it can go now."""
         free = not self.waiting and waiter.concurrency.in_flight < waiter.concurrency.limit
-        if free and self._ready_in(waiter) <= 0:
-            self._admit(waiter)
+        if free and self._ready_in(waiter)[0] <= 0:
+            self._grant(waiter)
             return True
         return False
 
     def next_in(self) -> float | None:
-        """Return the seconds until the next waiter can go; None where time alone lets nobody go."""
-        waiter = self._head()
-        if waiter is None:
-            self._cause = "concurrency"
-            return None
-        delay, self._cause = self._held_up(waiter)
+        """Return the seconds until the next waiter can go; None where time alone does not help."""
+        waiter = self._next()
+        delay, self._cause = (None, "concurrency") if waiter is None else self._ready_in(waiter)
         return delay
 
     def cancel(self, waiter: Waiter) -> None:
         """Take back a waiter that was not sent: out of the queue, or its reservation and slot."""
         if waiter.state is State.WAITING:
-            self._left(waiter)
+            self._stop_waiting(waiter)
         elif waiter.state is State.GRANTED:
             self.requests.charge(-1)
             self.tokens.charge(-waiter.tokens)
@@ -158,57 +163,59 @@ class ModelQueue:
 
     def on_success(self, waiter: Waiter) -> None:
         """Learn that the server had room for this waiter."""
-        self.requests.on_success(1)
-        self.tokens.on_success(waiter.tokens)
+        self.requests.server.on_success(1)
+        self.tokens.server.on_success(waiter.tokens)
 
     def rejected(self, waiter: Waiter) -> None:
         """Learn that the server refused this waiter for good, and so did not count its tokens."""
-        self.tokens.refund(waiter.tokens)
+        self.tokens.server.refund(waiter.tokens)
 
-    def refused(self, waiter: Waiter, dimension: str | None, wait: float, spoken: Container[str]) -> None:
-        """Learn that the server had no room for this waiter: in "requests", "tokens", or it did not say."""
-        # `spoken` holds the dimensions of which its headers said what is left.
-        if dimension != "tokens":
-            self.requests.refused(1, waiter.marks[0], wait, spoke="requests" in spoken)
-        if dimension != "requests":
-            self.tokens.refused(waiter.tokens, waiter.marks[1], wait, spoke="tokens" in spoken)
+    def refused(self, waiter: Waiter, dimension: str | None, wait: float, stated: Container[str]) -> None:
+        """Learn that the server had no room for this waiter in a dimension (None: in which is unknown).
 
-    def is_news(self, waiter: Waiter) -> bool:  # whichever it is
-        """Return whether what the answer to this waiter states is pending: no fresher one has said it."""
-        requests, tokens = waiter.marks
-        return self.requests.is_news(requests) or self.tokens.is_news(tokens)
+        `stated` holds the dimensions of which the answer's headers say what is left.
+        """
+        amounts = (1, waiter.tokens)
+        for name, amount, sent in zip(DIMENSIONS, amounts, waiter.sent, strict=True):
+            if dimension in {None, name}:
+                self._quotas[name].refused(amount, sent, wait, stated=name in stated)
+
+    def is_news(self, waiter: Waiter) -> bool:
+        """Return whether the headers of the answer to this waiter are worth reading."""
+        requests, tokens = waiter.sent
+        return self.requests.server.is_news(requests) or self.tokens.server.is_news(tokens)
 
     def update_from_headers(self, waiter: Waiter, stated: Mapping[str, StatedLimit]) -> None:
-        """Heed the limits that the answer to this waiter states."""
-        for dimension, quota, mark in zip(
-            DIMENSIONS,
-            (self.requests, self.tokens),
-            waiter.marks,
-            strict=True,
-        ):
-            if dimension in stated:
-                quota.update_from_headers(stated[dimension], mark)
-
-    def gauge(self) -> LimitStatus:
-        """Return where the limits stand."""
-        quotas = {"requests": self.requests, "tokens": self.tokens}
-        spent = {name: quota.spent for name, quota in quotas.items()}
-        limits = {name: quota.limit().per_minute for name, quota in quotas.items()}
-        head = self._head()
-        seconds, cause = (0.0, "concurrency") if head is None else self._held_up(head)
-        return LimitStatus(spent, limits, sum(self.waiting.values()), cause, seconds)
+        """Take over the limits that the headers of the answer to this waiter state."""
+        for name, sent in zip(DIMENSIONS, waiter.sent, strict=True):
+            if name in stated:
+                self._quotas[name].server.update_from_headers(stated[name], sent)
 
     def leave(self) -> dict[str, Any] | None:
-        """Return what others have to be told in the end: nothing, where nothing is shared."""
+        """Return the last message to the shared state; None where nothing is shared."""
         return None
+
+    def status(self) -> LimitStatus:
+        """Return where the limits stand."""
+        spent = {name: quota.spent for name, quota in self._quotas.items()}
+        limits = {name: quota.limit().per_minute for name, quota in self._quotas.items()}
+        waiter = self._first()
+        seconds, cause = (0.0, "concurrency") if waiter is None else self._ready_in(waiter)
+        return LimitStatus(spent, limits, sum(self.waiting.values()), cause, seconds)
+
+    def limits(self) -> ModelLimits:
+        """Return what holds for this model, and what its requests waited for."""
+        limits = self.requests.limit(), self.tokens.limit()
+        waited, output = dict(self.waited), self.output_length()
+        return ModelLimits(str(self.model), *limits, self.concurrency.limit, waited, output)
 
     def utilisation(self) -> dict[str, float]:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""
-        shares = {"requests": self.requests.used_share(), "tokens": self.tokens.used_share()}
-        return {dimension: share for dimension, share in shares.items() if share is not None}
+        shares = {name: quota.used_share() for name, quota in self._quotas.items()}
+        return {name: share for name, share in shares.items() if share is not None}
 
     def observe_output(self, tokens: int) -> None:
-        """Learn how long this model's answers are: mean and variance over the latest ones, as they run."""
+        """Learn how long this model's answers are: running mean and variance over the latest ones."""
         self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
         off = tokens - self.expected_output
         self.expected_output += off / self._answers
@@ -218,14 +225,8 @@ class ModelQueue:
         """Return mean and standard deviation of the latest answers, in tokens; empty before the first."""
         return {"mean": self.expected_output, "spread": self._variance**0.5} if self._answers else {}
 
-    def facts(self) -> ModelLimits:
-        """Return what a report says of this model."""
-        limits = self.requests.limit(), self.tokens.limit()
-        waited, output = dict(self.waited), self.output_length()
-        return ModelLimits(str(self.model), *limits, self.concurrency.limit, waited, output)
-
     def pause(self, seconds: float) -> None:
-        """Let nobody go for that long, as the server asked."""
+        """Grant nothing for that long, as the server asked."""
         self._paused_until = max(self._paused_until, self._clock.time() + seconds)
 
     def pause_left(self) -> float:
@@ -233,74 +234,63 @@ class ModelQueue:
         return max(0.0, self._paused_until - self._clock.time())
 
     def waiters(self, owner: Any = None) -> list[Waiter]:
-        """Return all waiting waiters, or those of one owner."""
-        queued = (waiter for concurrency in self._concurrency_limits for waiter in sorted(concurrency.queue))
-        return [t for t in queued if t.state is State.WAITING and owner in (None, t.owner)]
+        """Return all that wait, or those of one owner."""
+        queued = (waiter for limit in self._concurrency_limits for waiter in sorted(limit.queue))
+        return [w for w in queued if w.state is State.WAITING and owner in (None, w.owner)]
 
-    def _head(self) -> Waiter | None:
+    def _next(self) -> Waiter | None:
+        """Return the waiter to grant next."""
+        return self._first()
+
+    def _first(self) -> Waiter | None:
+        """Return the waiter whose turn is next, among those with room in their concurrency limit."""
         if len(self._concurrency_limits) == 1:
             return self.concurrency.first()
-        heads = [head for concurrency in self._limits_in_use() if (head := concurrency.first()) is not None]
-        return min(heads, key=lambda waiter: waiter.turn, default=None)
+        firsts = [first for limit in self._limits_in_use() if (first := limit.first()) is not None]
+        return min(firsts, default=None)
 
     def _limits_in_use(self) -> list[ConcurrencyLimit]:
         self._concurrency_limits = [
-            concurrency
-            for concurrency in self._concurrency_limits
-            if concurrency.queue or concurrency is self.concurrency
+            limit for limit in self._concurrency_limits if limit.queue or limit is self.concurrency
         ]
         return self._concurrency_limits
 
-    def _ready_in(self, waiter: Waiter) -> float:
-        return self._held_up(waiter)[0]
-
-    def _held_up(self, waiter: Waiter) -> tuple[float, str]:
+    def _ready_in(self, waiter: Waiter) -> tuple[float, str]:
         """Return the seconds until a waiter can go, and what it waits for."""
         paused = self.pause_left()
-        delay, cause = max(
-            (self.requests.ready_in(1), "requests"),
-            (self.tokens.ready_in(waiter.tokens), "tokens"),
-        )
+        requests = self.requests.ready_in(1), "requests"
+        delay, cause = max(requests, (self.tokens.ready_in(waiter.tokens), "tokens"))
         return max(delay, paused), "pause" if paused else cause
 
     def _count_waiting(self) -> None:
-        """Add the time since the last look, once for each who waits, to what they wait for."""
+        """Add the time since the last count, once for each waiter, to what they wait for."""
         now = self._clock.time()
         if self.waiting:
-            self.waited[self._cause] += (now - self._looked_at) * sum(self.waiting.values())
-        self._looked_at = now
+            self.waited[self._cause] += (now - self._counted_at) * sum(self.waiting.values())
+        self._counted_at = now
 
-    def _admit(self, waiter: Waiter) -> None:
-        waiter.marks = self.requests.charge(1), self.tokens.charge(waiter.tokens)
-        waiter.concurrency.in_flight += 1
-        waiter.state = State.GRANTED
-        waiter.granted_at = self._clock.time()
-
-    def _left(self, waiter: Waiter) -> None:
+    def _stop_waiting(self, waiter: Waiter) -> None:
         self._count_waiting()
         self.waiting[waiter.owner] -= 1
         if not self.waiting[waiter.owner]:
             del self.waiting[waiter.owner]
 
+    def _grant(self, waiter: Waiter) -> None:
+        waiter.sent = self.requests.charge(1), self.tokens.charge(waiter.tokens)
+        waiter.concurrency.in_flight += 1
+        waiter.state = State.GRANTED
+        waiter.granted_at = self._clock.time()
+
 
 def describe(queues: Collection[ModelQueue]) -> dict[str, dict[str, Any]]:
     """Return what `ClientStats` says of queues."""
     waited: defaultdict[str, float] = defaultdict(float)
-    for cause, seconds in itertools.chain(*(queue.waited.items() for queue in queues)):
-        waited[cause] += seconds
+    for queue in queues:
+        for cause, seconds in queue.waited.items():
+            waited[cause] += seconds
     models = {queue.model: queue for queue in queues if queue.model is not None}
     return {
         "wait_seconds_by": dict(waited),
         "utilisation": {model: queue.utilisation() for model, queue in models.items()},
         "output_length": {model: queue.output_length() for model, queue in models.items()},
     }
-
-
-class LimitStatus(NamedTuple):
-    """Where a model's limits stand."""
-
-    spent: dict[str, float]  # requests and tokens admitted since the client began
-    limits: dict[str, float | None]  # what may be per minute of each, None where no limit is known
-    waiting: int  # how many requests wait
-    cause: str  # what the next one waits for: "requests", "tokens", "pause" or "concurrency"
-    seconds: float  # how long it will

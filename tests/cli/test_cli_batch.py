@@ -321,7 +321,7 @@ def test_no_server_at_the_address():
         "two of one name": (
             ["submit", "-"],
             '\n{"prompt": "a", "custom_id": "x"}\n{"prompt": "b", "custom_id": "x"}',
-            "line 3: custom_id='x': the same as that of line 2",
+            "line 3: custom_id='x': line 2 has the same: each custom_id must be unique",
         ),
         "not JSON": (["submit", "-"], "what is it?", "line 1: not JSON"),
         "nothing": (["submit", "-"], "\n", "empty"),

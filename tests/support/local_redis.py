@@ -1,4 +1,4 @@
-"""A Redis server of the tests' own: on a free port, ended by its process."""
+"""A Redis server of the tests' own, on a free port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 class LocalRedis:
-    """A server that keeps nothing on disk; what it knew is gone when it is started again."""
+    """A server that keeps nothing on disk: it is empty when it is started again."""
 
     def __init__(self, *, password: str = "") -> None:
         with socket.socket() as port, socket.socket() as bus:
@@ -22,7 +22,7 @@ class LocalRedis:
             self.port, self.bus = port.getsockname()[1], bus.getsockname()[1]
         self.password = password
         self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
-        self._folder = tempfile.TemporaryDirectory()  # ended with the server
+        self._folder = tempfile.TemporaryDirectory()  # removed with the server
         self.socket = f"{self._folder.name}/redis.sock"
         secret = ["--requirepass", password] if password else []
         quiet = ["--save", "", "--appendonly", "no", "--loglevel", "warning", "--dir", self._folder.name]
@@ -45,11 +45,11 @@ class LocalRedis:
     def start(self) -> None:
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
         while not self._answers():
-            assert self._process.poll() is None, "redis-server has ended"
+            assert self._process.poll() is None, "redis-server did not start"
             time.sleep(0.01)
 
     def _answers(self) -> bool:
-        """Whether it has begun to serve; its port may be open before it ends because another is taken."""
+        """Return whether it serves; an open port alone could be one that it is about to fail on."""
         with socket.socket(socket.AF_UNIX) as own:
             own.settimeout(1)
             try:
@@ -76,6 +76,6 @@ class LocalRedis:
         return redis.Redis.from_url(self.url)
 
     def questions(self) -> int:
-        """How often workers asked since the server started."""
+        """Return how many messages workers sent since the server started."""
         with self.client() as client:
             return client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)

@@ -1,4 +1,4 @@
-"""Many workers on one stated in virtual time: the real script in a real Redis, told what time it is."""
+"""Many workers on one quota in virtual time: the real script in a real Redis, on the clock of the test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
-from openai_eval_client._limits.redis import script
 from openai_eval_client._wire.endpoints import Demand
 
 if TYPE_CHECKING:
@@ -20,13 +19,15 @@ if TYPE_CHECKING:
     from virtual import VirtualLoop, VirtualServer
 
 _NAMES = itertools.count()
-_EPOCH = 1_700_000_000.0  # what Redis's clock says when a rehearsal begins
+_EPOCH = 1_700_000_000.0  # what Redis's clock says when a run begins
 
 
 class VirtualRedis:
-    """The Redis of one rehearsal: it may be down, and counts what it is asked."""
+    """The Redis of one run: it may be down, and counts the messages that it answers."""
 
     def __init__(self, client, loop: VirtualLoop, *, trip: float = 0.002) -> None:
+        from openai_eval_client._limits.redis import script  # an extra
+
         self.loop = loop
         self.trip = trip
         self.down = False
@@ -34,47 +35,41 @@ class VirtualRedis:
         self.epoch = _EPOCH
         self.client = client
         self._script = client.register_script(script())
-        self._keys = [f"{{{next(_NAMES)}}}:stated", f"{{{next(_NAMES)}}}:workers"]
+        self._keys = [f"{{{next(_NAMES)}}}:state", f"{{{next(_NAMES)}}}:workers"]
 
-    def answer(self, told: dict):
+    def answer(self, message: dict):
         if self.down:
             return ConnectionError("down")
         self.asked += 1
-        told = {**told, "now": self.epoch + self.loop.time()}
-        return [float(number) for number in self._script(self._keys, [json.dumps(told)])]
+        message = {**message, "now": self.epoch + self.loop.time()}
+        return [float(number) for number in self._script(self._keys, [json.dumps(message)])]
 
     def flush(self) -> None:
         """Forget everything, as a Redis does that is started again."""
         self.client.flushall()
 
 
-class VirtualLink:
-    """One worker's way to it."""
+class VirtualBackend:
+    """One worker's way to the virtual Redis."""
 
     def __init__(self, redis: VirtualRedis) -> None:
         self.redis = redis
         self.name = f"worker {next(_NAMES)}"
         self.generation = self.workers = 0
 
-    def ask(self, _model, told, done) -> None:
+    def ask(self, _model, message, done) -> None:
         """The reply comes a round trip later."""
-        outcome = self.redis.answer({**told, "worker": self.name})
+        outcome = self.redis.answer({**message, "worker": self.name})
         self.redis.loop.call_later(self.redis.trip, done, outcome)
 
-    def leave(self, told) -> None:
-        for last in told.values():
-            self.redis.answer({**last, "worker": self.name})
+    def leave(self, messages) -> None:
+        for message in messages.values():
+            self.redis.answer({**message, "worker": self.name})
 
 
 @dataclass
 class Fleet:
-    """Workers that share a stated, and what came of their run.
-
-    Attributes:
-        answered: By each worker.
-        sent: When a request left, and of what worker it was.
-        unanswered: Requests given up.
-    """
+    """Workers that share a quota, and what came of their run."""
 
     redis: VirtualRedis
     server: VirtualServer
@@ -82,9 +77,9 @@ class Fleet:
     tokens: int = 400
     in_flight: int = 64
     retries: int = 10
-    answered: list[int] = field(default_factory=list)
-    sent: list[tuple[float, int]] = field(default_factory=list)
-    unanswered: int = 0
+    answered: list[int] = field(default_factory=list)  # by each worker
+    sent: list[tuple[float, int]] = field(default_factory=list)  # when a request left, and whose it was
+    unanswered: int = 0  # requests given up
     accounts: list[Account] = field(default_factory=list)
     wall: float = 0.0
 
@@ -111,28 +106,28 @@ class Fleet:
     async def worker(self, number: int, requests: int) -> None:
         concurrency, left = ConcurrencyLimit(self.in_flight), iter(range(requests))
 
-        async def lines() -> None:
+        async def send_in_turn() -> None:
             for _ in left:
                 await self.one(number, concurrency)
 
-        await asyncio.gather(*[lines() for _ in range(min(self.in_flight, requests))])
-        self.accounts[number].leave()
+        await asyncio.gather(*[send_in_turn() for _ in range(min(self.in_flight, requests))])
+        self.accounts[number].limiter.leave()
 
     def run(self, requests: int, meanwhile: Callable[[Fleet], Awaitable[None]] | None = None) -> Fleet:
         """Send so many requests through each worker, in virtual time."""
         loop = self.redis.loop
         for config in self.configs:
             account = Account(config, clock=loop)
-            account.limiter._backend = VirtualLink(self.redis)
+            account.limiter._backend = VirtualBackend(self.redis)
             self.accounts.append(account)
 
-        async def all_of_them() -> None:
+        async def run_all() -> None:
             others = [meanwhile(self)] if meanwhile is not None else []
             workers = [self.worker(number, requests) for number in range(len(self.configs))]
             self.tasks = [asyncio.create_task(worker) for worker in workers]
             await asyncio.gather(*self.tasks, *others, return_exceptions=bool(others))
 
-        loop.run_until_complete(all_of_them())
+        loop.run_until_complete(run_all())
         self.wall = loop.time()
         return self
 

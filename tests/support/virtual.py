@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class _Jump(selectors.DefaultSelector):
-    """A selector that never sleeps: it tells its loop how long it would have."""
+    """A selector that never sleeps: it counts how long it would have."""
 
     slept = 0.0
 
@@ -77,7 +77,7 @@ class VirtualServer:
     window: float = 60.0
     headers: bool = True
     retry_after: bool = True
-    stamp: str = "answer"
+    stamp: str = "answer"  # when the headers are made: at the "answer" or at "admission"
     latency: float = 0.5
     network: float = 0.003
     seed: int = 0
@@ -105,15 +105,15 @@ class VirtualServer:
             self.refused += 1
             name, wait = max(short.items(), key=lambda item: item[1])
             await asyncio.sleep(self.network)
-            told = {"retry-after-ms": str(ceil(wait * 1000))} if self.retry_after else {}
-            return refused(429, {**told, **self.stamped(loop.time())}, (f"limit on {name} per min").encode())
+            waits = {"retry-after-ms": str(ceil(wait * 1000))} if self.retry_after else {}
+            return refused(429, {**waits, **self.stamped(loop.time())}, (f"limit on {name} per min").encode())
         for name, bucket in self.buckets.items():
             bucket.left -= costs[name]
         early = self.stamped(loop.time())
         await asyncio.sleep(self.latency * self.random.lognormvariate(-0.03, 0.25))
         self.served += 1
         return Outcome(
-            200, early if self.stamp == "permit" else self.stamped(loop.time()), Usage(int(tokens), 0)
+            200, early if self.stamp == "admission" else self.stamped(loop.time()), Usage(int(tokens), 0)
         )
 
     def stamped(self, time: float) -> dict[str, str]:
@@ -131,18 +131,12 @@ class VirtualServer:
 
 
 @dataclass
-class ProgressSnapshot:
-    """What a run came to.
+class RunFigures:
+    """What a run came to."""
 
-    Attributes:
-        ratio: Wall time over T*, the least possible.
-        refused: 429s per request.
-        unanswered: Requests given up after `retries`.
-    """
-
-    ratio: float
-    refused: float
-    unanswered: int
+    ratio: float  # wall time over T*, the least possible
+    refused: float  # 429s per request
+    unanswered: int  # requests given up after `retries`
 
 
 def rehearse(
@@ -155,7 +149,7 @@ def rehearse(
     clients: int = 1,
     retries: int = 10,
     meanwhile: Callable[[], Awaitable[None]] | None = None,
-) -> ProgressSnapshot:
+) -> RunFigures:
     """Send that many requests through that many uncoordinated clients, in virtual time."""
     loop = VirtualLoop()
     unanswered = 0
@@ -179,15 +173,15 @@ def rehearse(
         permit.settle(await server.answer(tokens))
         await asyncio.gather(*[one(account, concurrency) for _ in range(share)])
 
-    async def all_of_them() -> None:
+    async def run_all() -> None:
         others = [meanwhile()] if meanwhile is not None else []
         await asyncio.gather(*[client(requests // clients) for _ in range(clients)], *others)
 
     try:
-        loop.run_until_complete(all_of_them())
+        loop.run_until_complete(run_all())
         wall = loop.time() - server.latency  # the call that warms up
     finally:
         loop.close()
     rate = min(server.tpm / tokens, server.rpm) / 60
     least = (requests - rate * server.window) / rate + server.latency
-    return ProgressSnapshot(wall / least, server.refused / requests, unanswered)
+    return RunFigures(wall / least, server.refused / requests, unanswered)

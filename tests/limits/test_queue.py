@@ -1,4 +1,4 @@
-"""The limiter's decisions, on a clock that the test drives."""
+"""Which request goes when, on a clock that the test drives."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from aiolimiter import AsyncLimiter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openai_eval_client import RateLimitConfig
-from openai_eval_client._limits.buckets import Bucket
 from openai_eval_client._limits.queue import ConcurrencyLimit, ModelQueue, State, Waiter
 from openai_eval_client._wire.headers import StatedLimit
 
@@ -20,7 +18,7 @@ EPSILON = 1e-6
 
 @dataclass
 class FakeClock:
-    """A clock that moves when told to."""
+    """A clock that the test moves."""
 
     now: float = 1000.0
 
@@ -53,7 +51,7 @@ class Queue:
             self.admitted.append((self.clock.now, waiter))
 
     def wait(self) -> bool:
-        """Let time pass until the next waiter can go; False where time alone helps nobody."""
+        """Let time pass until the next waiter can go; False where time alone does not help."""
         delay = self.queue.next_in()
         if delay is None:
             return False
@@ -83,54 +81,6 @@ def most_in_any_window(events: list[tuple[float, float]], seconds: float) -> flo
     return best
 
 
-def test_the_bucket_still_reads_aiolimiters_level_right() -> None:
-    """What Bucket relies on in aiolimiter is there and means what it did: guards the version pin."""
-    clock = FakeClock()
-    bucket = Bucket(1, 60, clock)
-    assert isinstance(bucket, AsyncLimiter)
-    bucket.charge(60)
-    assert not bucket.has_capacity(1)
-    clock.now += 1
-    assert bucket.has_capacity(1)
-    assert bucket.ready_in(2) == pytest.approx(1)
-
-
-def test_a_bucket_is_full_at_first_and_refills_at_its_rate() -> None:
-    """At the start the burst goes at once; then the rate decides."""
-    clock = FakeClock()
-    bucket = Bucket(rate=2, capacity=60, clock=clock)
-    assert bucket.ready_in(60) == 0
-    bucket.charge(60)
-    assert bucket.ready_in(1) == pytest.approx(0.5)
-    clock.now += 1000
-    assert bucket.ready_in(60) == 0
-
-
-def test_a_bucket_holds_at_least_one_unit() -> None:
-    """However short the burst, a request can go."""
-    assert Bucket(rate=1, capacity=0.001, clock=FakeClock()).ready_in(1) == 0
-
-
-def test_an_amount_larger_than_the_bucket_waits_until_it_is_full_and_leaves_a_debt() -> None:
-    """Those after it wait for the whole of the debt."""
-    clock = FakeClock()
-    bucket = Bucket(rate=1, capacity=10, clock=clock)
-    bucket.charge(5)
-    assert bucket.ready_in(30) == pytest.approx(5)
-    clock.now += 5
-    assert bucket.ready_in(30) == 0
-    bucket.charge(30)
-    assert bucket.ready_in(1) == pytest.approx(21)
-
-
-def test_what_is_given_back_never_exceeds_what_was_taken() -> None:
-    """A credit fills the bucket at most."""
-    bucket = Bucket(1, 10, FakeClock())
-    bucket.charge(-100)
-    bucket.charge(10)
-    assert bucket.ready_in(1) == pytest.approx(1)
-
-
 SIZES = st.lists(st.integers(1, 3000), min_size=1, max_size=60)
 GAPS = st.lists(st.floats(0, 20), min_size=60, max_size=60)
 
@@ -138,7 +88,7 @@ GAPS = st.lists(st.floats(0, 20), min_size=60, max_size=60)
 @settings(max_examples=200, deadline=None)
 @given(SIZES, GAPS, st.integers(1, 600), st.integers(100, 6000), st.floats(0.5, 90))
 def test_no_window_admits_more_than_the_burst_and_its_refill(sizes, gaps, rpm, tpm, burst) -> None:
-    """For any arrivals, any 60 s hold at most burst + one minute's stated, of requests and of tokens.
+    """For any arrivals, any 60 s hold at most burst + one minute's quota, of requests and of tokens.
 
     A request larger than the bucket is the one exception for tokens: its excess is a debt paid before the
     next goes.
@@ -161,7 +111,7 @@ def test_no_window_admits_more_than_the_burst_and_its_refill(sizes, gaps, rpm, t
 
 @settings(max_examples=100, deadline=None)
 @given(SIZES, st.data())
-def test_tickets_go_in_the_order_in_which_they_came(sizes, data) -> None:
+def test_waiters_go_in_the_order_in_which_they_came(sizes, data) -> None:
     """First come, first served, whatever the sizes, with slots freed in any order."""
     queue = Queue(limits(100, 5000, max_concurrent=3))
     running: list[Waiter] = []
@@ -180,8 +130,8 @@ def test_tickets_go_in_the_order_in_which_they_came(sizes, data) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 2000), st.booleans()), min_size=1, max_size=40))
-def test_a_cancelled_ticket_leaves_no_trace(arrivals) -> None:
-    """Withdrawn waiters give back reservation and slot: the others go exactly as if they had never been."""
+def test_a_cancelled_waiter_leaves_no_trace(arrivals) -> None:
+    """It gives back reservation and slot: the others go exactly as if it had never been there."""
     with_them, without = Queue(limits(60, 3000)), Queue(limits(60, 3000))
     for size, cancelled in arrivals:
         waiter = with_them.ask(size)
@@ -212,7 +162,7 @@ def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
     assert queue.clock.now == pytest.approx(1060)
 
 
-def test_a_waiting_ticket_holds_no_slot() -> None:
+def test_a_waiter_holds_no_slot() -> None:
     """Only what was admitted counts against the concurrency bound."""
     queue = Queue(limits(1, None, max_concurrent=2))
     queue.ask(1)
@@ -220,7 +170,7 @@ def test_a_waiting_ticket_holds_no_slot() -> None:
     assert queue.queue.concurrency.in_flight == 1
 
 
-def test_a_full_lane_lets_other_lanes_pass() -> None:
+def test_a_full_concurrency_limit_lets_others_pass() -> None:
     """A call with its own concurrency bound is not held up by another call's."""
     queue = Queue(limits(max_concurrent=1))
     first, second = queue.ask(1), queue.ask(1)
@@ -241,8 +191,8 @@ def test_an_underestimate_is_a_debt_and_an_overestimate_a_credit() -> None:
     assert queue.queue.next_in() is None
 
 
-def test_a_pause_holds_everyone_and_then_the_rate_decides() -> None:
-    """After a 429 nobody goes until the server's time has come."""
+def test_a_pause_holds_all_and_then_the_rate_decides() -> None:
+    """After a 429 nothing is granted until the time that the server stated."""
     queue = Queue(limits(600, None))
     queue.queue.pause(7)
     waiter = queue.ask(1)
@@ -251,8 +201,8 @@ def test_a_pause_holds_everyone_and_then_the_rate_decides() -> None:
     assert queue.admitted == [(1007.0, waiter)]
 
 
-def heard(queue: Queue, **stated: StatedLimit) -> None:
-    """One request comes back with these headers."""
+def answer_with_headers(queue: Queue, **stated: StatedLimit) -> None:
+    """Answer one request with these headers."""
     waiter = queue.ask(1)
     queue.finish(waiter)
     queue.queue.update_from_headers(waiter, stated)
@@ -261,11 +211,11 @@ def heard(queue: Queue, **stated: StatedLimit) -> None:
 def test_the_server_lowers_the_limit_but_never_raises_it_above_the_users() -> None:
     """Headers with less than configured count; headers with more do not."""
     queue = Queue(limits(600, None, adaptive_throttling=True))
-    heard(queue, requests=StatedLimit(limit=60, remaining=0, reset=None))
+    answer_with_headers(queue, requests=StatedLimit(limit=60, remaining=0, reset=None))
     queue.ask(1)
     assert queue.queue.next_in() == pytest.approx(1, abs=0.3)
     generous = Queue(limits(60, None, adaptive_throttling=True))
-    heard(generous, requests=StatedLimit(limit=6000, remaining=6000, reset=0.0))
+    answer_with_headers(generous, requests=StatedLimit(limit=6000, remaining=6000, reset=0.0))
     for _ in range(60):
         generous.ask(1)
     assert len(generous.admitted) == 59
@@ -275,18 +225,18 @@ def test_the_server_lowers_the_limit_but_never_raises_it_above_the_users() -> No
 def test_without_adaptive_throttling_headers_change_nothing() -> None:
     """Fixed limits stay fixed."""
     queue = Queue(limits(600, None))
-    heard(queue, requests=StatedLimit(limit=60, remaining=0, reset=None))
+    answer_with_headers(queue, requests=StatedLimit(limit=60, remaining=0, reset=None))
     queue.ask(1)
     assert len(queue.admitted) == 2
 
 
-def test_limits_that_are_not_given_are_learnt() -> None:
-    """None means what the server says, and no limit until then."""
+def test_limits_that_are_not_given_are_learned() -> None:
+    """None means what the server states, and no limit until then."""
     queue = Queue(limits(None, None, adaptive_throttling=True))
     for _ in range(1000):
         queue.ask(10_000)
     assert len(queue.admitted) == 1000
-    heard(queue, tokens=StatedLimit(limit=6000, remaining=0, reset=None))
+    answer_with_headers(queue, tokens=StatedLimit(limit=6000, remaining=0, reset=None))
     queue.ask(100)
     assert queue.queue.next_in() == pytest.approx(1, abs=0.01)
 
@@ -300,9 +250,9 @@ def test_output_that_is_not_bounded_is_reserved_at_the_running_mean() -> None:
     assert queue.output_length() == pytest.approx({"mean": 200, "spread": 100})
 
 
-STORY = st.lists(
+EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["ask", "ask", "ask", "finish", "cancel", "reject_input", "wait"]),
+        st.sampled_from(["ask", "ask", "ask", "finish", "cancel", "refuse", "wait"]),
         st.integers(1, 3000),
         st.integers(0, 50),
         st.floats(0, 15),
@@ -313,12 +263,12 @@ STORY = st.lists(
 
 
 @settings(max_examples=200, deadline=None)
-@given(STORY, st.integers(1, 600), st.integers(500, 6000), st.booleans())
-def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) -> None:
-    """Arrivals, answers, cancellations, refusals in any order: who was not cancelled goes, within the limits.
+@given(EVENTS, st.integers(1, 600), st.integers(500, 6000), st.booleans())
+def test_nothing_is_lost_whatever_happens_in_between(events, rpm, tpm, adaptive) -> None:
+    """Arrivals, answers, cancellations, refusals in any order: all others go, within the limits.
 
     What an answer took replaces what was reserved for it, and what was cancelled or refused is given back; of
-    what remains, no 60 s hold more than the burst and a minute's stated, but for what answers took beyond
+    what remains, no 60 s hold more than the burst and a minute's quota, but for what answers took beyond
     their reservation and one request larger than the bucket.
     """
     queue = Queue(limits(rpm, tpm, max_concurrent=8, adaptive_throttling=adaptive))
@@ -330,14 +280,14 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
     def end(waiter: Waiter, kind: str, amount: float) -> None:
         nonlocal given_back, over
         running.remove(waiter)
-        took = {"finish": amount, "reject_input": 0.0}[kind]
+        took = {"finish": amount, "refuse": 0.0}[kind]
         given_back += max(0.0, waiter.tokens - took)
         over += max(0.0, took - waiter.tokens)
-        if kind == "reject_input":
+        if kind == "refuse":
             queue.queue.refused(waiter, "tokens", 0.0, ())
         queue.finish(waiter, took)
 
-    for kind, amount, pick, seconds in story:
+    for kind, amount, pick, seconds in events:
         running = [t for _, t in queue.admitted if t.state is State.GRANTED]
         waiting = [t for t in asked if t.state is State.WAITING]
         if kind == "ask":
@@ -350,7 +300,7 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
             queue.queue.cancel(waiter)
             cancelled.add(waiter.turn)
             queue.pump()
-        elif kind in {"finish", "reject_input"} and running:
+        elif kind in {"finish", "refuse"} and running:
             end(running[pick % len(running)], kind, amount)
     for _ in range(10_000):
         running = [t for _, t in queue.admitted if t.state is State.GRANTED]
@@ -368,11 +318,11 @@ def test_nothing_is_lost_whatever_happens_in_between(story, rpm, tpm, adaptive) 
     assert most_in_any_window(tokens, 60) <= 2 * tpm + largest + given_back + EPSILON
 
 
-def test_what_holds_is_told_as_the_user_set_it() -> None:
-    """Also while a worker keeps to its part of a stated, because the others cannot be reached."""
+def test_the_limit_is_reported_as_the_user_set_it() -> None:
+    """Also while a worker keeps to its part of a quota, because the others cannot be reached."""
     quota = Queue(RateLimitConfig(requests_per_minute=600)).queue.requests
     before = quota.limit()
-    quota.hold_to(2.5, 0.0, least=1.0)
+    quota.use_share(2.5, 0.0, smallest=1.0)
     assert quota.ready_in(1) == pytest.approx(0.4)
     assert quota.limit() == before
     assert before.configured == 600
