@@ -341,7 +341,7 @@ async def test_a_callback_that_raises_is_logged(client, server, caplog, awaited)
         answers = await client.batch_generate(["a", "b"], progress_callback=fail_later if awaited else fail)
     assert [answer.content for answer in answers] == ["echo: a", "echo: b"]
     assert [record.getMessage() for record in caplog.records] == [
-        "progress_callback raised at 0.500; the run goes on, and this is said once",
+        "progress_callback raised at 0.500; the run goes on, and this is logged once",
     ]
     assert "the display is gone" in caplog.text
     assert len(server.calls) == 2

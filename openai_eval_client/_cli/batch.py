@@ -66,7 +66,7 @@ _NAMES = {
 }
 _SYSTEM_ROLES = frozenset({"system", "developer"})
 _OWN_INDEX = re.compile(r"\Arequests\[\d+\][.:]? ?")
-_OTHER_INDEX = re.compile(r"requests\[(\d+)\]")
+_OTHER_INDEX = re.compile(r"requests\[(\d+)\](?= has the same)")
 
 
 @batch_app.command()
