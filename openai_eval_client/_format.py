@@ -49,10 +49,7 @@ def dollars(amount: Any) -> str:
 
 
 def bounds_text(
-    low: float | None,
-    expected: float | None,
-    high: float | None,
-    shown: Callable[[float], str],
+    low: float | None, expected: float | None, high: float | None, shown: Callable[[float], str]
 ) -> str:
     """Return two bounds and what is likely, as far as they are known: 1 to 9 (likely 4)."""
     if low is None:

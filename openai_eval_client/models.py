@@ -423,14 +423,7 @@ class BatchJobStatus(Record):
 
     job_id: str
     status: Literal[
-        "validating",
-        "in_progress",
-        "finalizing",
-        "completed",
-        "failed",
-        "expired",
-        "cancelling",
-        "cancelled",
+        "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
     ]
     created_at: datetime
     completed_at: datetime | None = None

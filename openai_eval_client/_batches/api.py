@@ -172,7 +172,7 @@ class BatchApi:
                     input_file_id=str(file.file_id),
                     metadata={**job.metadata, **JobMetadata.of(file, job.name, job.total).metadata()},
                     timeout=None,
-                ),
+                )
             )
         except openai.APIStatusError as error:
             if error.param == "completion_window" or (

@@ -134,10 +134,7 @@ class Batches:
             close_files(files)
         status = job_status(batches)
         return BatchJob(
-            job_id=status.job_id,
-            status=status.status,
-            created_at=status.created_at,
-            request_count=len(given),
+            job_id=status.job_id, status=status.status, created_at=status.created_at, request_count=len(given)
         )
 
     async def _submit(self, job: JobRecord, files: list[InputFile]) -> list[Batch]:

@@ -53,7 +53,7 @@ _IGNORED_HEADERS = frozenset(
         "user-agent",
         "x-client-request-id",
         "x-request-id",
-    },
+    }
 )
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=repr)
 

@@ -112,9 +112,7 @@ class Caller:
         return self._cache.answer(body, parameters, functools.partial(self._answer, job))
 
     async def _answer(
-        self,
-        job: _Job,
-        keep: Callable[[ModelResponse], Awaitable[None]] | None = None,
+        self, job: _Job, keep: Callable[[ModelResponse], Awaitable[None]] | None = None
     ) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         account, counter, body = self._account, self._counter, job.body

@@ -55,7 +55,7 @@ def _svg(title: str, about: str, parts: Iterable[str], attributes: str = _VIEW) 
     """Return an image that says what it shows."""
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
-        f"<title>{escape(title)}</title><desc>{escape(about)}</desc>{''.join(parts)}</svg>",
+        f"<title>{escape(title)}</title><desc>{escape(about)}</desc>{''.join(parts)}</svg>"
     )
 
 

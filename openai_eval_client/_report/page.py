@@ -317,7 +317,7 @@ def _cost_note(stats: ClientStats) -> str:
     if cost.unaccounted:
         parts.append(
             f"{count(cost.unaccounted)} attempts may have been billed besides (no answer came, or none with "
-            f"usage): up to {dollars(cost.unaccounted_cost)}.",
+            f"usage): up to {dollars(cost.unaccounted_cost)}."
         )
     if cost.saved_by_cache:
         parts.append(f"The cache saved {dollars(cost.saved_by_cache)}.")

@@ -12,11 +12,7 @@ import openai
 
 from openai_eval_client._log import inform
 from openai_eval_client._wire import Kind, of_error, read_failure
-from openai_eval_client.errors import (
-    QuotaError,
-    TimeoutError,
-    sdk_httpx,
-)
+from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Generator
@@ -142,10 +138,7 @@ def retrying(
 
 
 def retry_for(
-    attempt: Callable[[], Awaitable[Any]],
-    *,
-    is_worth: Callable[[Any], bool],
-    seconds: float,
+    attempt: Callable[[], Awaitable[Any]], *, is_worth: Callable[[Any], bool], seconds: float
 ) -> Callable[[], Awaitable[Any]]:
     """Return `attempt`, tried again for up to so many seconds while `is_worth` says so of its error."""
     repeated: Callable[[], Awaitable[Any]] = backoff.on_exception(

@@ -147,7 +147,7 @@ def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | Non
             "cached_tokens": 0 if usage is None else usage.cached_tokens,
             "reasoning_tokens": 0 if usage is None else usage.reasoning_tokens,
             "estimated": usage is None,
-        },
+        }
     )
 
 

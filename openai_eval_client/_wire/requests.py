@@ -185,12 +185,7 @@ def _reject_stream(given: Mapping[str, Any]) -> None:
 
 
 def _named(
-    api: str,
-    *,
-    model: str,
-    temperature: float | None,
-    max_tokens: int | None,
-    system: str | None,
+    api: str, *, model: str, temperature: float | None, max_tokens: int | None, system: str | None
 ) -> dict[str, Any]:
     """Return the specification's parameters by the names that the API has for them."""
     limit = "max_tokens" if api == "chat" else "max_output_tokens"

@@ -125,7 +125,7 @@ def _read_cut(tail: bytes, match: re.Match[bytes]) -> Usage | None:
     tiers = list(_TIER.finditer(tail, 0, match.start())) or list(_TIER.finditer(tail, match.end()))
     said = {"model": named, "service_tier": tiers[-1] if tiers else None}
     return usage_of(
-        {"usage": usage, **{key: found and found[1].decode(errors="replace") for key, found in said.items()}},
+        {"usage": usage, **{key: found and found[1].decode(errors="replace") for key, found in said.items()}}
     )
 
 

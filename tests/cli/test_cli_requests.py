@@ -98,9 +98,9 @@ def test_defaults_fill_what_a_line_leaves_out(read):
     [
         ("requests[1]: n=0: must be", 1, "in, line 4: n=0: must be"),
         (
-            "requests[1].custom_id='x': as that of requests[0]",
+            "requests[1].custom_id='x': requests[0] has the same",
             1,
-            "in, line 4: custom_id='x': as that of line 2",
+            "in, line 4: custom_id='x': line 2 has the same",
         ),
         ("completion_window='x': must be", None, "completion_window='x': must be"),
         ("requests[0]: prompt='requests[7]': must be", 0, "in, line 2: prompt='requests[7]': must be"),
