@@ -208,11 +208,8 @@ class Attempt:
             warn("an attempt could not be recorded", event="not_recorded", **of_error(error))
 
     def _record(self, waiter: Waiter, outcome: Outcome) -> None:
-        account, demand = self._account, self.demand
-        account.recorder.called(demand, outcome)
-        account.recorder.ended(demand.model, outcome, waiter.granted_at, waiter.ended_at)
-        if outcome.sent:
-            account.recorder.attempt(outcome, waiter.ended_at - waiter.granted_at)
+        account = self._account
+        account.recorder.settled_attempt(self.demand, outcome, waiter.granted_at, waiter.ended_at)
         self.price()
         account.ledger.keep_up()
         if logger.isEnabledFor(logging.DEBUG):

@@ -1,4 +1,4 @@
-"""Numbers, money and times as text: one function for each meaning."""
+"""Numbers, money and times as text, and text as Unicode allows it: one function for each meaning."""
 
 from __future__ import annotations
 
@@ -90,6 +90,15 @@ def timer(seconds: float) -> str:
 def clock(seconds: float) -> str:
     """Return the local date and time of day, from seconds since 1970."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def valid_text(text: str) -> str:
+    """Return a text that is valid Unicode: half a surrogate pair, as a cut emoji leaves it, is U+FFFD."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 @functools.singledispatch

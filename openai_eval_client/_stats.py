@@ -86,7 +86,9 @@ class Timeline:
             self._began_at, self._zero, self._latest = time.time(), asked_at, asked_at
             self._until = asked_at + self._width
         elif not self._in_flight and asked_at - self._latest > _IDLE:
-            self._leave_out(asked_at)
+            idle = asked_at - self._latest  # go on as though no time had passed
+            self._breaks[self._index] += idle
+            self._zero, self._latest, self._until = self._zero + idle, asked_at, self._until + idle
         index = self._pass(now)
         timeline = self._model(model)
         self._in_flight += 1
@@ -164,12 +166,6 @@ class Timeline:
         breaks, self._breaks = self._breaks, defaultdict(float)
         for index, seconds in breaks.items():
             self._breaks[index // 2] += seconds
-
-    def _leave_out(self, now: float) -> None:
-        """Go on at `now` as though no time had passed."""
-        idle = now - self._latest
-        self._breaks[self._index] += idle
-        self._zero, self._latest, self._until = self._zero + idle, now, self._until + idle
 
 
 def _joined(bins: array[float]) -> array[float]:
@@ -296,40 +292,36 @@ class Recorder:
             self._totals.wait_seconds += now - asked_at
             self._timeline.admitted(model, asked_at, now, tokens)
 
-    def ended(self, model: str | None, outcome: Outcome, began: float, now: float) -> None:
-        """Record when an admitted attempt began and ended, sent or not."""
-        usage, used = outcome.usage, None
+    def settled_attempt(self, demand: Demand, outcome: Outcome, began: float, ended: float) -> None:
+        """Count an admitted attempt, sent or not, and the seconds between its admission and its end."""
+        totals, usage, counted, seconds = self._totals, outcome.usage, outcome.counted, ended - began
+        used = None
         if outcome.ok or not outcome.sent:
             used = 0 if usage is None else usage.prompt_tokens + usage.completion_tokens
         with self._lock:
-            self._timeline.ended(model, now, now - began, outcome.status, used)
-
-    def attempt(self, outcome: Outcome, seconds: float) -> None:
-        """Count one HTTP attempt that was sent, and the seconds it took."""
-        with self._lock:
-            totals = self._totals
+            self._timeline.ended(demand.model, ended, seconds, outcome.status, used)
+            if demand.retry is not None:
+                self._count_sdk_call(demand, outcome)
+            if not outcome.sent:
+                return
             totals.attempts += 1
             totals.server_seconds += seconds
             totals.rate_limited += outcome.status == _TOO_MANY_REQUESTS
             if outcome.ok:
                 self._latency.add(seconds)
-            used = outcome.counted
-            if used is not None:
-                totals.prompt_tokens += used.prompt_tokens
-                totals.completion_tokens += used.completion_tokens
+            if counted is not None:
+                totals.prompt_tokens += counted.prompt_tokens
+                totals.completion_tokens += counted.completion_tokens
 
-    def called(self, demand: Demand, outcome: Outcome) -> None:
+    def _count_sdk_call(self, demand: Demand, outcome: Outcome) -> None:
         """Count a call, or a retry, that the SDK made by itself."""
-        if demand.retry is None:
-            return
-        with self._lock:
-            self._totals.requests += not demand.retry
-            self._totals.retries += demand.retry
+        self._totals.requests += not demand.retry
+        self._totals.retries += bool(demand.retry)
+        if not outcome.ok:
             for_good = _is_refused_for_good(outcome)
             self._totals.failures += for_good
-            if not outcome.ok:
-                code = outcome.failure.code if outcome.failure is not None else ""
-                self._failures.refused(str(demand.model), outcome.status, code, for_good=for_good)
+            code = "" if outcome.failure is None else outcome.failure.code
+            self._failures.refused(str(demand.model), outcome.status, code, for_good=for_good)
 
     def retry(self, model: str, error: Exception, wait: float) -> None:
         """Count one more attempt for the same prompt, after an error and a wait in seconds."""
@@ -342,14 +334,13 @@ class Recorder:
         """Count one answered prompt."""
         with self._lock:
             self._totals.requests += 1
-            if finish_reason:
-                self._count_reason(finish_reason, 1)
+            self._count_reason(finish_reason, 1)
 
-    def cached(self) -> None:
+    def cached(self, finish_reason: str = "") -> None:
         """Count one prompt answered from the cache."""
         with self._lock:
-            self._totals.requests += 1
             self._totals.cache_hits += 1
+            self.answered(finish_reason)
 
     def stored(self) -> None:
         """Count one answer stored in the cache."""
@@ -383,7 +374,8 @@ class Recorder:
 
     def _count_reason(self, reason: str, times: int) -> None:
         known = self._finish_reasons
-        known[reason if reason in known or len(known) < _REASONS else _OTHER] += times
+        if reason:
+            known[reason if reason in known or len(known) < _REASONS else _OTHER] += times
 
     @property
     def rate_limited_and_retries(self) -> tuple[int, int]:

@@ -32,6 +32,8 @@ import openai
 from openai import APIError, RateLimitError
 from pydantic_core import core_schema
 
+from openai_eval_client._format import valid_text
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -135,10 +137,8 @@ class BatchError(openai.OpenAIError):
     def __init__(
         self, message: str = "", *, code: str | None = None, line: int | None = None, param: str | None = None
     ) -> None:
-        if not message.isascii():  # half a surrogate pair, as a cut emoji leaves it, is no valid Unicode
-            message = message.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        super().__init__(message)
-        self.message = message
+        self.message = valid_text(message)
+        super().__init__(self.message)
         self.code = code
         self.line = line
         self.param = param

@@ -2,7 +2,17 @@
 
 import pytest
 
-from openai_eval_client._format import bounds_text, count, dollars, duration, percent, short, timer, usd
+from openai_eval_client._format import (
+    bounds_text,
+    count,
+    dollars,
+    duration,
+    percent,
+    short,
+    timer,
+    usd,
+    valid_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +87,10 @@ def test_a_timer_has_hours_only_where_there_are_some(seconds, shown):
 def test_bounds_say_what_is_known(low, expected, high, shown):
     """Without an upper bound the lower one stands alone."""
     assert bounds_text(low, expected, high, count) == shown
+
+
+def test_half_a_surrogate_pair_becomes_the_replacement_character():
+    """A whole pair is the character it stands for; any other text stays as it is."""
+    assert valid_text("caf\u00e9 \U0001f600") == "caf\u00e9 \U0001f600"
+    assert valid_text("cut \ud83d off") == "cut \ufffd off"
+    assert valid_text("\ud83d\ude00") == "\U0001f600"

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, NamedTuple
 
 from openai_eval_client._cost.pricing import EXACT, Pricer, exact
+from openai_eval_client._format import valid_text
 from openai_eval_client._wire import Usage
 from openai_eval_client.models import CostLedger, ModelCost
 
@@ -215,10 +216,5 @@ class Ledger:
         row = self._rows.get((model, batch, tier))
         if row is None:
             channel = "batch" if batch else "online"
-            row = self._rows[model, batch, tier] = _Row(_valid(model), channel, _valid(tier))
+            row = self._rows[model, batch, tier] = _Row(valid_text(model), channel, valid_text(tier))
         return row
-
-
-def _valid(name: str) -> str:
-    """Return a name without halves of surrogate pairs, which no JSON could hold."""
-    return name.encode(errors="replace").decode()

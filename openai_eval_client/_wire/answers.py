@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from openai_eval_client._format import valid_text
 from openai_eval_client._log import warn
 from openai_eval_client._wire.endpoints import PATHS
 from openai_eval_client._wire.failures import not_an_answer
@@ -173,14 +174,7 @@ def _dicts(value: object) -> list[dict[str, Any]]:
 
 
 def _text(value: object) -> str:
-    """Return a text that is valid Unicode: half a surrogate pair, as a cut emoji leaves it, is U+FFFD."""
-    if not isinstance(value, str):
-        return ""
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError:
-        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return value
+    return valid_text(value) if isinstance(value, str) else ""
 
 
 def _clean(value: Any) -> Any:

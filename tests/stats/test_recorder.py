@@ -1,6 +1,8 @@
 """The totals, and the finish reasons."""
 
 from openai_eval_client._stats import Recorder
+from openai_eval_client._wire import NOT_SENT, Demand, Outcome, Usage
+from openai_eval_client._wire.failures import refused
 
 
 def test_finish_reasons_are_counted_for_prompts_and_batches():
@@ -46,3 +48,37 @@ def test_429s_and_retries_are_known_at_any_time():
     recorder.retry("m", ValueError(), 2.5)
     assert recorder.rate_limited_and_retries == (0, 1)
     assert recorder.snapshot().retry_seconds == 2.5
+
+
+def test_an_answer_from_the_cache_counts_with_its_finish_reason():
+    """It is one more prompt answered."""
+    recorder = Recorder()
+    recorder.answered("stop")
+    recorder.cached("stop")
+    assert recorder.report_data().finish_reasons == {"stop": 2}
+    stats = recorder.snapshot()
+    assert (stats.requests, stats.cache_hits) == (2, 1)
+
+
+def test_an_attempt_is_counted_with_its_tokens_and_seconds():
+    """One that was not sent counts in the timeline alone."""
+    recorder = Recorder()
+    for outcome in (Outcome(200, {}, Usage(10, 5)), refused(429, {}), NOT_SENT):
+        recorder.admitted("m", 10, 0.0, 1.0)
+        recorder.settled_attempt(Demand("m", 10), outcome, 1.0, 3.0)
+    stats = recorder.snapshot()
+    assert (stats.attempts, stats.rate_limited, stats.server_seconds) == (2, 1, 4.0)
+    assert (stats.prompt_tokens, stats.completion_tokens, stats.requests) == (10, 5, 0)
+    timeline = recorder.report_data().history.models["m"]
+    assert (sum(timeline.used), sum(timeline.rate_limited), timeline.seconds) == (15, 1, 6.0)
+
+
+def test_calls_of_the_sdk_are_counted_by_their_attempts():
+    """A first attempt is a call; only a refusal that the SDK does not repeat is a failure for good."""
+    recorder = Recorder()
+    for retry, outcome in ((False, refused(500, {})), (True, refused(400, {})), (False, refused(429, {}))):
+        recorder.settled_attempt(Demand("m", 10, retry=retry), outcome, 0.0, 1.0)
+    stats = recorder.snapshot()
+    assert (stats.requests, stats.retries, stats.failures) == (2, 1, 1)
+    failures = recorder.report_data().failures
+    assert {row.status: row.prompts for row in failures} == {400: 1, 429: 0, 500: 0}
