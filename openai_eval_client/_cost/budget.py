@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from openai_eval_client._cost.pricing import EXACT
 from openai_eval_client._log import inform, warn
@@ -164,14 +164,17 @@ def _reject(why: str, *, field: str = "max_cost") -> NoReturn:
     raise ValidationError(f"max_cost: {why}", field=field)
 
 
+# "kept" is reserved too, but perhaps for good, so that nothing waits for it to be settled.
+_State: TypeAlias = Literal["waiting", "held", "kept", "done"]
+
+
 @dataclass(slots=True, eq=False)
 class _Hold:
     """What one budget reserves, or has a request wait for."""
 
     budget: CostBudget
     amount: Decimal  # USD
-    # "kept": reserved, but perhaps for good, so that nothing waits for it to be settled
-    state: Literal["waiting", "held", "kept", "done"] = "waiting"
+    state: _State = "waiting"
 
 
 class CostBudget:
@@ -185,7 +188,8 @@ class CostBudget:
     def __init__(self, limit: Decimal, *, lock: DeferringLock | None = None) -> None:
         self._limit = limit
         self._lock = lock or DeferringLock()
-        self._spent = self._held = self._kept = _NOTHING
+        self._spent = _NOTHING
+        self._reserved: dict[_State, Decimal] = {"held": _NOTHING, "kept": _NOTHING}
         self._queue: deque[tuple[_Hold, asyncio.Future[None]]] = deque()
 
     async def reserve(self, amount: Decimal) -> _Hold:
@@ -220,9 +224,7 @@ class CostBudget:
     def commit(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
         with self._lock:
-            hold = _Hold(self, amount)
-            self._grant(hold)
-            return hold
+            return self._held(amount)
 
     def settle(self, hold: _Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
@@ -235,11 +237,8 @@ class CostBudget:
     def split(self, hold: _Hold, amounts: Sequence[Decimal]) -> list[_Hold]:
         """Return a reservation as several, of amounts in USD that add up to it."""
         with self._lock:
-            self._release(hold)
-            pieces = [_Hold(self, amount) for amount in amounts]
-            for piece in pieces:
-                self._grant(piece)
-            return pieces
+            self._move(hold, "done")
+            return [self._held(amount) for amount in amounts]
 
     @property
     def free(self) -> Decimal:
@@ -251,56 +250,55 @@ class CostBudget:
     def idle(self) -> bool:
         """Whether nothing is in flight that may turn out cheaper."""
         with self._lock:
-            return not self._held and not self._queue
+            return not self._reserved["held"] and not self._queue
 
     @property
     def stats(self) -> dict[str, Decimal]:
         """The limit, what was spent of it and what is reserved, in USD."""
         with self._lock:
-            reserved = EXACT.add(self._held, self._kept)
-            return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
+            return self._amounts()
 
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
-        reserved = EXACT.add(self._held, self._kept)
-        numbers = (f"{usd.normalize():f}" for usd in (self._limit, self._spent, reserved, amount))
+        numbers = (f"{usd.normalize():f}" for usd in (*self._amounts().values(), amount))
         text = (
             "max_cost=%s USD: %s spent, %s reserved for what is in flight, and the next request may cost %s"
         )
         return BudgetExceededError(text % (*numbers,))
 
+    def _amounts(self) -> dict[str, Decimal]:
+        reserved = EXACT.add(*self._reserved.values())
+        return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
+
     def _ask(self, amount: Decimal) -> _Hold:
         """Return what is reserved at once, or has to wait."""
         hold = _Hold(self, amount)
         if not self._queue and amount <= self._room():
-            self._grant(hold)
+            self._move(hold, "held")
         return hold
 
-    def _grant(self, hold: _Hold) -> None:
-        hold.state = "held"
-        self._held = EXACT.add(self._held, hold.amount)
+    def _held(self, amount: Decimal) -> _Hold:
+        """Return what is reserved whether there is room for it or not."""
+        hold = _Hold(self, amount)
+        self._move(hold, "held")
+        return hold
 
-    def _release(self, hold: _Hold) -> bool:
-        """End a reservation; False where it was none, or none any more."""
-        state, hold.state = hold.state, "done"
-        if state == "held":
-            self._held = EXACT.subtract(self._held, hold.amount)
-        elif state == "kept":
-            self._kept = EXACT.subtract(self._kept, hold.amount)
-        else:
-            return False
-        return True
+    def _move(self, hold: _Hold, state: _State) -> None:
+        """Change the state of a reservation, and count its amount there."""
+        for counted, change in ((hold.state, EXACT.subtract), (state, EXACT.add)):
+            if counted in self._reserved:
+                self._reserved[counted] = change(self._reserved[counted], hold.amount)
+        hold.state = state
 
     def _settle(self, hold: _Hold, actual: Decimal) -> None:
-        if self._release(hold):
+        if hold.state in self._reserved:
             self._spent = EXACT.add(self._spent, actual)
+        self._move(hold, "done")
         self._pump()
 
     def _keep_reserved(self, hold: _Hold) -> None:
         if hold.state == "held":
-            self._release(hold)
-            hold.state = "kept"
-            self._kept = EXACT.add(self._kept, hold.amount)
+            self._move(hold, "kept")
             self._pump()
 
     def _pump(self) -> None:
@@ -312,20 +310,20 @@ class CostBudget:
                 return
             self._queue.popleft()
             if waits and hold.amount > ever:
-                self._release(hold)
+                self._move(hold, "done")
                 call_on(future.get_loop(), fail_waiter, future, self.exceeded(hold.amount))
             elif waits:
-                self._grant(hold)
+                self._move(hold, "held")
                 if not call_on(future.get_loop(), resolve, future):
-                    self._release(hold)  # its loop has closed
+                    self._move(hold, "done")  # its loop has closed
 
     def _ever(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""
-        return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._kept)
+        return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._reserved["kept"])
 
     def _room(self) -> Decimal:
         """Return what there is room for now."""
-        return EXACT.subtract(self._ever(), self._held)
+        return EXACT.subtract(self._ever(), self._reserved["held"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,8 +393,6 @@ class Budgets:
         self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str
     ) -> CostBudget | None:
         """Return a call's own budget, None for None; where there is any budget, check that it can be kept."""
-        if max_cost is not None:
-            check_cost(max_cost, "max_cost")
         own = self._new(max_cost)
         if self.budgets(own):
             most_output(body, path)
@@ -428,4 +424,7 @@ class Budgets:
         return {} if self._budget is None else self._budget.stats
 
     def _new(self, max_cost: float | Decimal | None) -> CostBudget | None:
-        return None if max_cost is None else CostBudget(Decimal(str(max_cost)), lock=self._lock)
+        if max_cost is None:
+            return None
+        check_cost(max_cost, "max_cost")
+        return CostBudget(Decimal(str(max_cost)), lock=self._lock)

@@ -51,9 +51,10 @@ class Watched(CostBudget):
         self.asked.append(hold := super()._ask(amount))
         return hold
 
-    def _grant(self, hold) -> None:
-        super()._grant(hold)
-        self.granted.append(hold)
+    def _move(self, hold, state) -> None:
+        super()._move(hold, state)
+        if state == "held":
+            self.granted.append(hold)
 
 
 @dataclass
