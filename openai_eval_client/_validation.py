@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import re
+import sys
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -34,13 +35,11 @@ def shown(value: object) -> str:
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an int beyond the limit on digits; a list a million deep
-        text = f"{_first_digits(value)}..." if isinstance(value, int) else f"<{type(value).__name__}>"
+        text = f"<{type(value).__name__}>"
+        if isinstance(value, int):
+            digits = int(value.bit_length() * math.log10(2))
+            text = f"{value // 10 ** (digits - 20)}..."
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
-
-
-def _first_digits(number: int) -> str:
-    digits = int(number.bit_length() * math.log10(2))
-    return str(number // 10 ** max(0, digits - 20))
 
 
 def config_of(name: str, given: T | None, kind: type[T]) -> T:
@@ -73,15 +72,8 @@ def check_number(value: object, name: str, *, above: float | None = None, least:
     if not isinstance(value, int | float) or isinstance(value, bool):
         reject_input(name, value, f"{why}, not {type(value).__name__}")
     fits = (above is None or value > above) and (least is None or value >= least)
-    if not fits or not _is_finite(value):
+    if not fits or not abs(value) <= sys.float_info.max:  # also an int that no float holds, and nan
         reject_input(name, value, why)
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that no float holds
-        return False
 
 
 def check_cost(value: object, name: str) -> None:

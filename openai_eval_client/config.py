@@ -50,18 +50,7 @@ class _Config(BaseModel):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **options: Any) -> Self:
-        """Read a config from JSON, which an error does not show.
-
-        Args:
-            *args: The JSON, and what else `pydantic.BaseModel.model_validate_json` takes.
-            **options: Likewise.
-
-        Returns:
-            The config.
-
-        Raises:
-            pydantic.ValidationError: The text is not JSON, or a field is wrong.
-        """
+        """Read a config from JSON, which an error does not show; see `pydantic.BaseModel`."""
         with _named_in_errors(cls.__name__):
             return super().model_validate_json(*args, **options)
 
@@ -84,17 +73,12 @@ def _named_in_errors(title: str) -> Iterator[None]:
 
 
 def _detail(problem: Any) -> InitErrorDetails:
-    field = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")
-    secret = field in _SECRET or problem["type"] in _INPUT_HIDDEN
-    shown = f"{field}: {message}" if secret else f"{field}={problem['input']!r}: {message}"
-    if field == "redis_url":
-        shown = f"{field}={without_password(problem['input'])!r}: {message}"
-    return InitErrorDetails(
-        type=PydanticCustomError(problem["type"], shown),
-        loc=problem["loc"],
-        input=_HIDDEN if secret else problem["input"],
-    )
+    field, kind, given = ".".join(map(str, problem["loc"])), problem["type"], problem["input"]
+    secret = field in _SECRET or kind in _INPUT_HIDDEN
+    shown = without_password(given) if field == "redis_url" else given
+    value = "" if secret and field != "redis_url" else f"={shown!r}"
+    error = PydanticCustomError(kind, f"{field}{value}: {problem['msg'].removeprefix('Value error, ')}")
+    return InitErrorDetails(type=error, loc=problem["loc"], input=_HIDDEN if secret else given)
 
 
 class OpenAIConfig(_Config):

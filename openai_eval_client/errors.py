@@ -35,7 +35,7 @@ from pydantic_core import core_schema
 from openai_eval_client._format import valid_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from openai_eval_client.models import ModelResponse
 
@@ -67,7 +67,14 @@ class QuotaError(openai.RateLimitError):
     """
 
 
-class ValidationError(openai.OpenAIError, ValueError):
+class _OwnError(openai.OpenAIError):
+    """An error that is not the SDK's; it pickles with its fields and notes, whatever `__init__` takes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]  # not in its stub
+
+
+class ValidationError(_OwnError, ValueError):
     """The input is wrong; nothing was sent.
 
     Args:
@@ -81,11 +88,8 @@ class ValidationError(openai.OpenAIError, ValueError):
         self.field = field
         self.index = index
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reduced(self, self.args, field=self.field, index=self.index)
 
-
-class RequestTooLargeError(openai.OpenAIError):
+class RequestTooLargeError(_OwnError):
     """The request needs more tokens than the limit can admit, ever or within `max_wait`.
 
     Args:
@@ -102,11 +106,8 @@ class RequestTooLargeError(openai.OpenAIError):
         self.tokens = tokens
         self.limit = limit
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reduced(self, (self.model,), tokens=self.tokens, limit=self.limit)
 
-
-class BudgetExceededError(openai.OpenAIError):
+class BudgetExceededError(_OwnError):
     """The next request could have cost more than what is left of the budget; it was not sent.
 
     Args:
@@ -118,11 +119,8 @@ class BudgetExceededError(openai.OpenAIError):
         super().__init__(message)
         self.responses = list(responses)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reduced(self, self.args, responses=self.responses)
 
-
-class BatchError(openai.OpenAIError):
+class BatchError(_OwnError):
     """What went wrong with a Batch job, or with one line of it.
 
     Raised, and also found in `BatchJobStatus.errors`.
@@ -162,9 +160,6 @@ class BatchError(openai.OpenAIError):
         fields = ", ".join(f"{name}={value!r}" for name, value in self.to_dict().items() if value is not None)
         return f"BatchError({fields})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reduced(self, (), **self.to_dict())
-
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
         """Let pydantic read an instance or its dict, and write its dict."""
@@ -185,7 +180,7 @@ class BatchError(openai.OpenAIError):
         )
 
 
-class PartialFailureError(openai.OpenAIError):
+class PartialFailureError(_OwnError):
     """Some prompts failed; the answers to the others are here, and paid for.
 
     Args:
@@ -201,28 +196,10 @@ class PartialFailureError(openai.OpenAIError):
         share, first = f"{len(failures)} of {len(self.responses)}", min(failures)
         super().__init__(f"{share} prompts failed ({listed}); first, prompt {first}: {failures[first]}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _reduced(self, (self.responses, self.failures))
-
-
-_KEPT_STATE = ("responses", "job_id", "__notes__")
-
-
-def _reduced(error: BaseException, args: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
-    """Return what pickle needs to rebuild an error, notes included."""
-    return _rebuild, (type(error), args, options), _kept_state(error)
-
-
-def _rebuild(cls: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    return cls(*args, **options)
-
-
-def _kept_state(error: BaseException) -> dict[str, Any]:
-    return {name: value for name, value in vars(error).items() if name in _KEPT_STATE}
-
 
 # --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------
 
+_KEPT_STATE = ("responses", "job_id", "__notes__")
 _KEPT_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry")
 
 
@@ -249,7 +226,7 @@ def _reduce_sdk_error(error: APIError) -> tuple[Any, ...]:
     status = None if response is None else response.status_code
     request = (error.request.method, str(error.request.url).partition("?")[0])
     args = (type(error), error.message, error.body, status, kept, request)
-    return _restore_sdk_error, args, _kept_state(error)
+    return _restore_sdk_error, args, {key: vars(error)[key] for key in _KEPT_STATE if key in vars(error)}
 
 
 def _restore_sdk_error(  # noqa: PLR0917  # what pickle hands back

@@ -58,6 +58,13 @@ class Record(BaseModel):
         return made
 
 
+class _Shown(Record):
+    """A record that a notebook shows as HTML."""
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
+
+
 @functools.cache
 def _field_names(cls: type[Record]) -> set[str]:
     return set(cls.model_fields)  # one set for all instances
@@ -126,7 +133,7 @@ def _operands(ledger: CostLedger, other: Any) -> tuple[Any, Any]:
     return (ledger.total if isinstance(other, Decimal) else float(ledger.total)), other
 
 
-class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
+class CostLedger(_Shown):  # noqa: PLW1641  # mutable, as every pydantic model
     """Everything that was billed so far, and what could not be priced.
 
     It is its total wherever a number is wanted: `float(cost)`, `f"{cost:.2f}"`, `cost < 5`,
@@ -161,9 +168,6 @@ class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
             costs[row.model] = before if row.cost is None else row.cost + (before or _NOTHING)
         return costs
 
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
     def __float__(self) -> float:
         return float(self.total)
 
@@ -190,7 +194,7 @@ class CostLedger(Record):  # noqa: PLW1641  # mutable, as every pydantic model
     __radd__, __rsub__, __rmul__, __rtruediv__ = (_on_total(each, swapped=True) for each in _ARITHMETIC)
 
 
-class CostEstimate(Record):
+class CostEstimate(_Shown):
     """What prompts will need, between two bounds; `print` shows it in three lines.
 
     Every prompt counts as one request that is sent, none as answered from the local cache, and all input at
@@ -237,9 +241,6 @@ class CostEstimate(Record):
     unpriced: int = 0
     minutes: float | None = None
 
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
     def __str__(self) -> str:
         output = bounds_text(
             self.completion_tokens_low, self.completion_tokens_expected, self.completion_tokens_high, count
@@ -276,7 +277,7 @@ class TokenUsage(Record):
     estimated: bool = False
 
 
-class ModelResponse(Record):  # noqa: PLW1641  # mutable, as every pydantic model
+class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic model
     """One answer.
 
     Attributes:
@@ -338,9 +339,6 @@ class ModelResponse(Record):  # noqa: PLW1641  # mutable, as every pydantic mode
         if isinstance(self._parsed, BaseModel):
             plain["parsed"] = self._parsed.model_dump(mode="json")
         return plain
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
 
     def _decoded(self) -> Any:
         """Return the body of the answer: as it came, or from a line of a batch or of the cache."""
@@ -418,7 +416,7 @@ class BatchJob(Record):
     request_count: int
 
 
-class BatchJobStatus(Record):
+class BatchJobStatus(_Shown):
     """How far a Batch job is; counts are sums over its batches, and an error's `line` counts from 1."""
 
     job_id: str
@@ -432,16 +430,13 @@ class BatchJobStatus(Record):
     failed_count: int = 0
     errors: list[BatchError] = Field(default_factory=list)
 
-    def _repr_html_(self) -> str:
-        return as_html(self)
-
     @property
     def has_ended(self) -> bool:
         """Whether nothing will change any more: its results can be retrieved."""
         return self.status in {"completed", "failed", "expired", "cancelled"}
 
 
-class ClientStats(Record):
+class ClientStats(_Shown):
     """What a client has done so far.
 
     Attributes:
@@ -499,6 +494,3 @@ class ClientStats(Record):
     latency_p50: float | None = None
     latency_p95: float | None = None
     latency_p99: float | None = None
-
-    def _repr_html_(self) -> str:
-        return as_html(self)
