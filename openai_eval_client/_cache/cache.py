@@ -41,20 +41,10 @@ if TYPE_CHECKING:
 _VERSION = 1  # of the form below: another version makes other keys of all requests
 _PORTS = {"http": 80, "https": 443}
 # The account and the name of the request: the answer does not depend on these headers.
-_IGNORED_HEADERS = frozenset(
-    {
-        "api-key",
-        "authorization",
-        "idempotency-key",
-        "openai-organization",
-        "openai-project",
-        "traceparent",
-        "tracestate",
-        "user-agent",
-        "x-client-request-id",
-        "x-request-id",
-    }
-)
+_IGNORED_HEADERS = frozenset({
+    "api-key", "authorization", "idempotency-key", "openai-organization", "openai-project", "traceparent",
+    "tracestate", "user-agent", "x-client-request-id", "x-request-id",
+})  # fmt: skip
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=repr)
 
 
@@ -254,8 +244,9 @@ class Cache:
     ) -> tuple[ModelResponse, bytes] | None:
         ttl = self._config.ttl
         value = await self.store.get(key, since=0.0 if ttl is None else time.time() - ttl)
-        response = None if value is None else self._read(value, parameters, batch=batch)
-        return None if response is None or value is None else (response, value)
+        if value is None or (response := self._read(value, parameters, batch=batch)) is None:
+            return None
+        return response, value
 
     def _read(self, value: bytes, parameters: Parameters, *, batch: bool = False) -> ModelResponse | None:
         """Return the response as it was; None where the value holds none."""
@@ -300,9 +291,8 @@ def _packed(response: ModelResponse) -> bytes | None:
         value = json.dumps(kept, separators=(",", ":")).encode()
     except RecursionError:  # nested as deep as could just be read
         about = {"model": response.model, "request_id": response.request_id}
-        warn(
-            "answer %s is nested too deeply to be kept", response.request_id, event="cache_not_kept", **about
-        )
+        text = "answer %s is nested too deeply to be kept"
+        warn(text, response.request_id, event="cache_not_kept", **about)
         return None
     return zlib.compress(value, 1) if len(value) > _LARGE else value
 
@@ -313,14 +303,8 @@ def _unpacked(kept: dict[str, Any], parameters: Parameters) -> tuple[ModelRespon
     if not is_answer(body, parameters.api):
         raise ValueError("no answer")
     usage = usage_of(body)
-    response = read_answer(
-        body,
-        parameters,
-        usage=usage,
-        temperature=kept["temperature"],
-        request_id=kept["request_id"],
-        latency=latency / 1000,
-    )
+    same = {name: kept[name] for name in ("temperature", "request_id")}
+    response = read_answer(body, parameters, usage=usage, latency=latency / 1000, **same)
     if response.usage.estimated:
         response.usage = TokenUsage(**kept["usage"])
     response.usage.estimated_cost = kept["cost"]

@@ -124,34 +124,29 @@ class Database:
         return status
 
     def _check_marks(self, connection: sqlite3.Connection) -> None:
-        if _pragma(connection, "application_id") != APPLICATION_ID:
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID:
             raise self.unusable("is an SQLite database of another program; it was left as it is")
-        version = _pragma(connection, "user_version")
         if version > SCHEMA_VERSION:
             versions = f"format {version}, this one knows {SCHEMA_VERSION}"
-            raise self.unusable(
-                f"was made by a newer version of this package ({versions}); it was left as it is"
-            )
+            why = f"was made by a newer version of this package ({versions}); it was left as it is"
+            raise self.unusable(why)
 
     def _open(self, mode: str, patience: float) -> sqlite3.Connection:
-        connection = self._raw(mode, patience)
-        try:
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(contextlib.closing(self._raw(mode, patience)))
             connection.execute("PRAGMA synchronous = FULL")  # committed also means: survives a power cut
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA cell_size_check = ON")
             connection.execute(f"PRAGMA query_only = {int(self._read_only)}")
             self._check_marks(connection)
-            self._check_tables(connection)
-        except BaseException:
-            connection.close()
-            raise
+            tables = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+            if dict(tables.fetchall()) != _TABLES:
+                raise self.damaged("its tables are not as they were made")
+            stack.pop_all()  # it stays open
         connection.text_factory = bytes  # where damage makes a text of a value, it need not decode
         return connection
-
-    def _check_tables(self, connection: sqlite3.Connection) -> None:
-        tables = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
-        if dict(tables.fetchall()) != _TABLES:
-            raise self.damaged("its tables are not as they were made")
 
     def _raw(self, mode: str, patience: float = _PATIENCE_TO_OPEN) -> sqlite3.Connection:
         uri = f"{self.path.as_uri()}?{mode}"
@@ -201,11 +196,6 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _pragma(connection: sqlite3.Connection, name: str) -> int:
-    (value,) = connection.execute(f"PRAGMA {name}").fetchone()
-    return int(value)
 
 
 class Connection:

@@ -1,4 +1,4 @@
-"""What is kept between runs: answers and the journal of jobs, committed before a caller is told."""
+"""What is kept between runs: answers and the journal of jobs, committed before a write returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from openai_eval_client._log import warn
 from openai_eval_client._runtime import Background, FileLock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
     Statement = tuple[str, tuple[Any, ...]]
@@ -25,7 +25,7 @@ _LITTLE_PATIENCE = 0.5  # seconds for each write after one that waited in vain, 
 
 _GET = "SELECT created, value, checksum FROM {} WHERE key = ?"
 _PUT = "INSERT OR REPLACE INTO {} (key, created, value, checksum) VALUES (?, ?, ?, ?)"
-_DELETE = "DELETE FROM {} WHERE key = ?"
+_DELETE = "DELETE FROM journal WHERE key = ?"
 
 
 class Store:
@@ -69,8 +69,7 @@ class Store:
     async def journal_get(self, key: str) -> dict[str, Any] | None:
         """Return an entry of the journal, None where there is none."""
         name = key.encode()
-        with self._refusing("read"):
-            row = await self._do(self._reads, (_GET.format("journal"), (name,)))
+        row = await self._do_journal(self._reads, (_GET.format("journal"), (name,)))
         if row is None:
             return None
         if not _is_intact(name, row):
@@ -80,13 +79,11 @@ class Store:
 
     async def journal_put(self, key: str, value: dict[str, Any]) -> None:
         """Write an entry of the journal, in place of an older one, and return once it is committed."""
-        with self._refusing("written"):
-            await self._do(self._writes, _put("journal", key.encode(), json.dumps(value).encode()))
+        await self._do_journal(self._writes, _put("journal", key.encode(), json.dumps(value).encode()))
 
     async def journal_delete(self, key: str) -> None:
         """Remove an entry of the journal, if it is there, and return once that is committed."""
-        with self._refusing("written"):
-            await self._do(self._writes, (_DELETE.format("journal"), (key.encode(),)))
+        await self._do_journal(self._writes, (_DELETE, (key.encode(),)))
 
     @contextlib.asynccontextmanager
     async def exclusive(self, name: str) -> AsyncIterator[None]:
@@ -114,6 +111,13 @@ class Store:
             raise sqlite3.OperationalError("it was closed")
         return await background.do(statement)
 
+    async def _do_journal(self, background: Background, statement: Statement) -> Any:
+        try:
+            return await self._do(background, statement)
+        except (sqlite3.Error, RuntimeError) as error:
+            what = "read" if background is self._reads else "written"
+            raise self._database.unusable(f"the journal cannot be {what}: {error}") from None
+
     def _read(self, statements: Sequence[Statement]) -> list[Any]:
         """Return the row of each statement; on the thread of the reads."""
         with self._reader.lent(self._patience) as connection:
@@ -136,13 +140,6 @@ class Store:
             raise
         self._write_patience = self._patience
         return [None] * len(statements)
-
-    @contextlib.contextmanager
-    def _refusing(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, RuntimeError) as error:
-            raise self._database.unusable(f"the journal cannot be {what}: {error}") from None
 
     def _warn(self, message: str, why: object) -> None:
         if message not in self._warned:
