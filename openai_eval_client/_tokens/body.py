@@ -47,13 +47,8 @@ _FAMILIES: dict[str, _Tiles | float] = {
 }
 
 
-def image_tokens(model: str, source: object, detail: object = None) -> int:
-    """Count the tokens of one image of a request."""
-    return sized_image_tokens(model, _size_of(source), detail)
-
-
-def sized_image_tokens(model: str, size: tuple[int, int], detail: object = None) -> int:
-    """Count the tokens of one image of a known size, in pixels."""
+def image_tokens(model: str, size: tuple[int, int], detail: object = None) -> int:
+    """Count the tokens of one image of a request, of a size in pixels."""
     family = _family(model)
     if isinstance(family, float):
         return math.ceil(round(_patches(*size) * family, 6))
@@ -133,6 +128,7 @@ _OTHER_BYTES_PER_TOKEN = 40  # a PDF page of text takes about 40 KB and 1,000 to
 _MESSAGE, _NAME, _REPLY = 3, 1, 3
 _FUNCTION, _OLD_FUNCTION, _FUNCTIONS_END = 7, 10, 12
 _PROPERTIES, _PROPERTY, _ENUM, _ENUM_ITEM = 3, 3, -3, 3
+_CONTAINERS = (Mapping, list, tuple)
 _FLAT_KEYS = frozenset({"type", "description", "enum"})
 
 
@@ -141,25 +137,18 @@ class Input:
 
     __slots__ = ("_model", "_old", "fixed", "texts")
 
-    def __init__(self, model: str, *, old: bool) -> None:
+    def __init__(self, body: Mapping[str, Any], model: str, *, old: bool) -> None:
         self.fixed = 0  # tokens of structure, images, sound, files, and given as numbers
         self.texts: list[str] = []
         self._model = model
         self._old = old  # whether the model counts functions as those of gpt-4 and gpt-3.5 do
-
-    @classmethod
-    def of(cls, body: Mapping[str, Any], model: str, *, old: bool) -> Input:
-        """Read the body of a request to any endpoint."""
-        content = cls(model, old=old)
         for key in _INPUT_KEYS:
-            content._add_input(body.get(key))
+            self._add_input(body.get(key))
         for key in ("tools", "functions"):
             if tools := body.get(key):
-                content._add_tools(tools)
-        content._add_schema(body.get("response_format"))
-        if isinstance(text := body.get("text"), Mapping):
-            content._add_schema(text.get("format"))
-        return content
+                self._add_tools(tools)
+        self._add_schema(body.get("response_format"))
+        self._add_schema(_mapping(body.get("text")).get("format"))
 
     def _add_input(self, value: Any) -> None:
         if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
@@ -221,14 +210,13 @@ class Input:
                 self._walk(value)
 
     def _add_image(self, part: Mapping[Any, Any]) -> None:
-        image = part.get("image_url")
+        url = image = part.get("image_url")
         if isinstance(image, Mapping):  # Chat Completions; in Responses the part itself has url and detail
-            self.fixed += image_tokens(self._model, image.get("url"), image.get("detail"))
-        else:
-            self.fixed += image_tokens(self._model, image, part.get("detail"))
+            url, part = image.get("url"), image
+        self.fixed += image_tokens(self._model, _size_of(url), part.get("detail"))
 
     def _add_audio(self, audio: Any) -> None:
-        part = audio if isinstance(audio, Mapping) else {}
+        part = _mapping(audio)
         data, is_wav = part.get("data"), part.get("format") == "wav"
         size = len(data) * 3 / 4 if isinstance(data, str) else 0
         seconds = size / (_WAV_BYTES_PER_SECOND if is_wav else _OTHER_AUDIO_BYTES_PER_SECOND)
@@ -248,14 +236,11 @@ class Input:
     def _add_function(self, function: Mapping[str, Any]) -> None:
         self.fixed += _OLD_FUNCTION if self._old else _FUNCTION
         self.texts.append(f"{function['name']}:{_description(function)}")
-        parameters = function.get("parameters")
-        if not isinstance(parameters, Mapping):
-            return
-        properties = parameters.get("properties")
-        if isinstance(properties, Mapping) and properties:
+        parameters = _mapping(function.get("parameters"))
+        if properties := _mapping(parameters.get("properties")):
             self.fixed += _PROPERTIES
             for name, schema in properties.items():
-                self._add_property(name, schema if isinstance(schema, Mapping) else {})
+                self._add_property(name, _mapping(schema))
         if "$defs" in parameters:
             self.texts.append(_json(parameters["$defs"]))
 
@@ -266,8 +251,8 @@ class Input:
         if isinstance(choices := schema.get("enum"), (list, tuple)):
             self.fixed += _ENUM + _ENUM_ITEM * len(choices)
             self.texts.extend(map(str, choices))
-        nested = {key: value for key, value in schema.items() if key not in _FLAT_KEYS and _is_nested(value)}
-        if nested:
+        others = ((key, value) for key, value in schema.items() if key not in _FLAT_KEYS)
+        if nested := {key: value for key, value in others if value and isinstance(value, _CONTAINERS)}:
             self.texts.append(_json(nested))
 
     def _add_schema(self, response_format: Any) -> None:
@@ -286,8 +271,8 @@ def _description(schema: Mapping[str, Any]) -> str:
     return str(schema.get("description") or "").removesuffix(".")
 
 
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, (Mapping, list, tuple)) and bool(value)
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _is_data_url(text: str) -> bool:

@@ -27,34 +27,6 @@ _WEIGHT = 0.2  # of one answer in the ratio
 _LOWEST, _HIGHEST = 0.25, 4.0  # ratio
 
 
-class Corrections:
-    """The ratio of real to counted text tokens per model, from the answers to what was counted."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # by model, and whether it is counted with a vocabulary
-        self._ratios: dict[tuple[str, bool], float] = {}
-        # by model and corrected count: the ratio's key, fixed tokens, text tokens
-        self._counts: dict[tuple[str, int], tuple[tuple[str, bool], int, int]] = {}
-
-    def apply(self, key: tuple[str, bool], fixed: int, tokens: int) -> int:
-        """Correct a count, and remember its parts: when its answer comes, the ratio is another one."""
-        with self._lock:
-            counted = fixed + round(tokens * self._ratios.get(key, 1.0))
-            put(self._counts, (key[0], counted), (key, fixed, tokens), _COUNTS)
-        return counted
-
-    def observe(self, model: str, counted: int, actual: int) -> None:
-        """Move the ratio towards what this answer shows."""
-        with self._lock:
-            key, fixed, tokens = self._counts.get((model, counted), (None, 0, 0))
-            if key is None or not tokens:
-                return
-            observed = min(_HIGHEST, max(_LOWEST, (actual - fixed) / tokens))
-            ratio = self._ratios.get(key, 1.0)
-            put(self._ratios, key, ratio + _WEIGHT * (observed - ratio), _MODELS)
-
-
 def put(bounded: dict[_K, _V], key: _K, value: _V, size: int) -> None:
     """Store a value, and forget the oldest one where there would be more than `size`."""
     if key not in bounded and len(bounded) >= size:
@@ -83,7 +55,11 @@ class TokenCounter:
 
     def __init__(self, *, load_timeout: float = 5.0) -> None:
         self._load_timeout = load_timeout  # seconds that the first counts with a vocabulary wait for it
-        self._corrections = Corrections()
+        self._lock = threading.Lock()
+        # By model, and whether it is counted with a vocabulary: the ratio of real to counted text tokens.
+        self._ratios: dict[tuple[str, bool], float] = {}
+        # By model and corrected count: the ratio's key, fixed tokens, text tokens.
+        self._counts: dict[tuple[str, int], tuple[tuple[str, bool], int, int]] = {}
 
     async def count_input(self, body: Mapping[str, Any]) -> int:
         """Count the input of a request to any endpoint, without holding up the event loop."""
@@ -93,7 +69,10 @@ class TokenCounter:
         if counted is not None:
             return counted
         fit = await self._fit(_model_of(body))
-        return await self._count(fit.read(body), fit)
+        content = fit.read(body)
+        if _is_long(content):
+            return await asyncio.to_thread(self._total, content, fit)
+        return self._total(content, fit)
 
     def count_input_now(self, body: Mapping[str, Any]) -> int | None:
         """Count like `count_input`; None where that cannot be done at once."""
@@ -124,32 +103,34 @@ class TokenCounter:
 
     async def count_text(self, text: str, model: str) -> int:
         """Count one text, without holding up the event loop."""
-        content = Input(model, old=False)
-        content.texts.append(text)
-        return await self._count(content, await self._fit(model))
+        return await self.count_input({"model": model, "prompt": text})
 
     def observe(self, model: str, counted: int, actual: int) -> None:
         """Learn from what a server reported, for models without a vocabulary of their own."""
-        self._corrections.observe(model, counted, actual)
+        with self._lock:
+            key, fixed, tokens = self._counts.get((model, counted), (None, 0, 0))
+            if key is None or not tokens:
+                return
+            observed = min(_HIGHEST, max(_LOWEST, (actual - fixed) / tokens))
+            ratio = self._ratios.get(key, 1.0)
+            put(self._ratios, key, ratio + _WEIGHT * (observed - ratio), _MODELS)
 
     async def _fit(self, model: str) -> _Fit:
-        fit = _VOCABULARIES.known(model)
-        if fit is None:
-            fit = await asyncio.to_thread(_VOCABULARIES.find, model)
+        fit = _VOCABULARIES.known(model) or await asyncio.to_thread(_VOCABULARIES.find, model)
         await fit.vocabulary.wait(self._load_timeout)
         return fit
-
-    async def _count(self, content: Input, fit: _Fit) -> int:
-        if _is_long(content):
-            return await asyncio.to_thread(self._total, content, fit)
-        return self._total(content, fit)
 
     def _total(self, content: Input, fit: _Fit) -> int:
         is_loaded = fit.vocabulary.is_loaded
         tokens = sum(map(fit.vocabulary.count, content.texts))
         if is_loaded and fit.own:
             return content.fixed + tokens
-        return self._corrections.apply((fit.model, is_loaded), content.fixed, tokens)
+        key = fit.model, is_loaded
+        with self._lock:
+            counted = content.fixed + round(tokens * self._ratios.get(key, 1.0))
+            # Its parts are remembered: when the answer comes, the ratio is another one.
+            put(self._counts, (fit.model, counted), (key, content.fixed, tokens), _COUNTS)
+        return counted
 
 
 class _Vocabulary:
@@ -222,7 +203,7 @@ class _Fit(NamedTuple):
 
     def read(self, body: Mapping[str, Any]) -> Input:
         """Read a body; the models of one vocabulary count functions alike."""
-        return Input.of(body, self.model, old=self.vocabulary.name == "cl100k_base")
+        return Input(body, self.model, old=self.vocabulary.name == "cl100k_base")
 
 
 class _Vocabularies:
