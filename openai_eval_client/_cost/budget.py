@@ -36,7 +36,7 @@ _FILES = ("file", "input_file")
 
 
 class CostBounds:
-    """The most that a request can cost, and what it came to."""
+    """The most that a request can cost, and what it did cost."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
@@ -59,16 +59,14 @@ class CostBounds:
         output = most_output(body, path)
         return self._most(body, counter.most_input_now(body), output, batch=True)
 
-    def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None = None) -> Decimal:
-        """Return what an attempt came to, in USD: its `cost`, where that is known; else the most it can."""
+    def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None) -> Decimal:
+        """Return what an attempt cost in USD: its price, where that is known; else the most it can."""
         most, usage = demand.most_cost or _NOTHING, outcome.counted
         if usage is None:  # an error status costs nothing, nor does what was never sent
             return _NOTHING if not outcome.sent or not (outcome.ok or outcome.status is None) else most
-        model = usage.model or str(demand.model)
-        if cost is None:
-            cost = self._ledger.price(model, usage, at=time.time())
         if cost is None:
             return most
+        model = usage.model or str(demand.model)
         if cost > most and model not in self._overspent:
             self._overspent.add(model)
             text = "an answer of %s cost %s USD, more than the %s reserved for it: max_cost may be overspent"
@@ -76,7 +74,7 @@ class CostBounds:
         return cost
 
     def _most(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
-        """Price all input and all output at the dearest price that either can have."""
+        """Price all input and all output at the highest price that either can have."""
         model, asked = body.get("model"), body.get("service_tier")
         if not isinstance(model, str):
             _reject(f"what model={model!r} costs is not known")

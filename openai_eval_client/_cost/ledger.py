@@ -93,19 +93,13 @@ class Ledger:
             self._pricer = Pricer(base_url)
         return self._pricer
 
-    def settled(
-        self, demand: Demand, outcome: Outcome, reserved: float, cost: Decimal | None = None
-    ) -> Decimal | None:
-        """Enter what came of an attempt, and return what its answer costs in USD.
-
-        A `cost` that is known already is taken over. None is returned where there is no answer, its price is
-        not known, or the price list is not loaded yet.
-        """
+    def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> Decimal | None:
+        """Enter what came of an attempt, and return what its answer costs in USD; None where not known yet."""
         if demand.model is None or not outcome.sent:
             return None
         if outcome.usage is not None:
             kind = "answered" if outcome.ok else "retried"
-            return self._enter(kind, demand.model, outcome.usage, cost=cost)
+            return self._enter(kind, demand.model, outcome.usage)
         # Where the server did not say, it may have been billed if it was answered, or if nothing came back;
         # an error that came back was not.
         if not demand.free and (outcome.ok or outcome.status is None):
@@ -151,17 +145,14 @@ class Ledger:
                 saved_by_cache=self._saved,
             )
 
-    def price(self, model: str, usage: Usage, *, batch: bool = False, at: float) -> Decimal | None:
-        """Return what an answer given at this time costs in USD; None where its price is not known."""
+    def _price(self, model: str, usage: Usage, *, batch: bool, at: float) -> Decimal | None:
         rates = self.pricer_for(None).rates(model, batch=batch, service_tier=usage.service_tier, at=at)
         return None if rates is None else rates.price(usage)
 
-    def _enter(
-        self, kind: str, model: str, usage: Usage, *, batch: bool = False, cost: Decimal | None = None
-    ) -> Decimal | None:
-        model, at = usage.model or model, time.time()
-        if cost is None and self.pricer_for(None).loaded:
-            cost = self.price(model, usage, batch=batch, at=at)
+    def _enter(self, kind: str, model: str, usage: Usage, *, batch: bool = False) -> Decimal | None:
+        model, at, cost = usage.model or model, time.time(), None
+        if self.pricer_for(None).loaded:
+            cost = self._price(model, usage, batch=batch, at=at)
         self._queue.append(_Entry(kind, model, usage, batch, at, cost))
         return cost
 
@@ -201,7 +192,7 @@ class Ledger:
     def _sum(self, entry: _Entry) -> None:
         kind, model, usage, batch, at, cost = entry
         if cost is None:
-            cost = self.price(model, usage, batch=batch, at=at)
+            cost = self._price(model, usage, batch=batch, at=at)
         if kind == "saved":
             self._saved = EXACT.add(self._saved, cost or _NOTHING)
         elif kind == "unaccounted":

@@ -116,7 +116,9 @@ class TokenCounter:
             put(self._ratios, key, ratio + _WEIGHT * (observed - ratio), _MODELS)
 
     async def _fit(self, model: str) -> _Fit:
-        fit = _VOCABULARIES.known(model) or await asyncio.to_thread(_VOCABULARIES.find, model)
+        fit = _VOCABULARIES.known(model)
+        if fit is None:
+            fit = await asyncio.to_thread(_VOCABULARIES.find, model)
         await fit.vocabulary.wait(self._load_timeout)
         return fit
 

@@ -338,7 +338,7 @@ def test_threads_with_loops_of_their_own_share_one_budget() -> None:
     assert budget.idle
 
 
-# --- what an attempt came to ------------------------------------------------------------------------------
+# --- what an attempt cost ----------------------------------------------------------------------------------
 
 MODEL = "gpt-4o"
 USED = Usage(1000, 10, model=MODEL)
@@ -364,8 +364,7 @@ def budgets(limit: float = 1) -> Budgets:
         (NOT_SENT, NOTHING),
     ],
 )
-@pytest.mark.parametrize("priced", [True, False])
-async def test_an_attempt_is_settled_by_what_it_came_to(outcome: Outcome, actual: Decimal, priced) -> None:
+async def test_an_attempt_is_settled_by_what_it_cost(outcome: Outcome, actual: Decimal) -> None:
     """Its price by the server's own count; nothing where it was refused; else the most it can cost."""
     ledger = Ledger()
     ledger.pricer_for(None).load()
@@ -373,7 +372,7 @@ async def test_an_attempt_is_settled_by_what_it_came_to(outcome: Outcome, actual
     own = client.budget_for(Decimal("0.5"), {"max_tokens": 5}, "/v1/chat/completions")
     reservation = await client.reserve(ATTEMPT, own)
     assert own.stats == {"limit": Decimal("0.5"), "spent": 0, "reserved": MOST}
-    cost = ledger.settled(ATTEMPT, outcome, 1000) if priced else None
+    cost = ledger.settled(ATTEMPT, outcome, 1000)
     reservation.settle(client.bounds.actual(ATTEMPT, outcome, cost))
     reservation.refund()  # does nothing
     assert client.stats == {"limit": 1, "spent": actual, "reserved": 0}
@@ -381,7 +380,7 @@ async def test_an_attempt_is_settled_by_what_it_came_to(outcome: Outcome, actual
 
 
 async def test_a_cost_that_is_known_is_not_looked_up() -> None:
-    """It is what the ledger returned."""
+    """It is what the ledger returned, and the price list is not even loaded."""
     client = budgets()
     assert client.bounds.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.004")) == Decimal("0.004")
     assert not client.bounds._ledger.pricer_for(None).loaded
