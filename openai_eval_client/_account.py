@@ -198,7 +198,7 @@ class Attempt:
         account = self._account
         try:
             if self._reservation is not None:
-                actual = account.budgets.bounds.actual(self.demand, outcome, self.price())
+                actual = account.budgets.actual(self.demand, outcome, self.price())
                 self._reservation.settle(actual)
         finally:
             account.limiter.release(permit, outcome)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import threading
 import time
 from array import array
 from collections import Counter, defaultdict
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._runtime import DeferringLock
 from openai_eval_client._wire import class_of, code_of, status_of
 from openai_eval_client.models import ClientStats
 
@@ -77,8 +77,6 @@ class Timeline:
         self._models: dict[str, ModelTimeline] = {}
         self._busy = _bins()  # seconds in flight, summed over attempts
         self._breaks: defaultdict[int, float] = defaultdict(float)
-        self._changing = False  # in the middle of moving on to another interval
-        self._late: list[tuple[str | None, float, float, int | None, int | None]] = []
 
     def admitted(self, model: str | None, asked_at: float, now: float, tokens: float) -> None:
         """Record an admission."""
@@ -99,9 +97,6 @@ class Timeline:
         self, model: str | None, now: float, seconds: float, status: int | None, used: int | None
     ) -> None:
         """Record the end of an attempt."""
-        if self._changing:  # a stream that was dropped settles whenever it is collected
-            self._late.append((model, now, seconds, status, used))
-            return
         index = self._pass(now)
         timeline = self._model(model)
         self._in_flight -= 1
@@ -142,17 +137,12 @@ class Timeline:
 
     def _advance(self, now: float) -> None:
         """Move on to the interval of `now`."""
-        self._changing = True
         while now >= self._zero + BINS * self._width:
             self._widen()
         while now >= self._until:
             self._busy[self._index] += (self._until - self._latest) * self._in_flight
             self._latest, self._index = self._until, self._index + 1
             self._until = self._zero + (self._index + 1) * self._width
-        self._changing = False
-        late, self._late = self._late, []
-        for event in late:
-            self.ended(*event)
 
     def _widen(self) -> None:
         """Make the intervals twice as wide."""
@@ -278,7 +268,7 @@ class Recorder:
     """The running totals behind `client.stats`; safe for several threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # re-entrant: a collected stream may settle inside a locked region
+        self._lock = DeferringLock()  # a stream that was dropped settles whenever it is collected
         self._totals = _Totals()
         self._latency = Histogram()
         self._timeline = Timeline()
@@ -293,25 +283,27 @@ class Recorder:
             self._timeline.admitted(model, asked_at, now, tokens)
 
     def settled_attempt(self, demand: Demand, outcome: Outcome, began: float, ended: float) -> None:
-        """Count an admitted attempt, sent or not, and the seconds between its admission and its end."""
+        """Count an admitted attempt, sent or not; it began when it was admitted."""
+        self._lock.when_free(lambda: self._count_attempt(demand, outcome, began, ended))
+
+    def _count_attempt(self, demand: Demand, outcome: Outcome, began: float, ended: float) -> None:
         totals, usage, counted, seconds = self._totals, outcome.usage, outcome.counted, ended - began
         used = None
         if outcome.ok or not outcome.sent:
             used = 0 if usage is None else usage.prompt_tokens + usage.completion_tokens
-        with self._lock:
-            self._timeline.ended(demand.model, ended, seconds, outcome.status, used)
-            if demand.retry is not None:
-                self._count_sdk_call(demand, outcome)
-            if not outcome.sent:
-                return
-            totals.attempts += 1
-            totals.server_seconds += seconds
-            totals.rate_limited += outcome.status == _TOO_MANY_REQUESTS
-            if outcome.ok:
-                self._latency.add(seconds)
-            if counted is not None:
-                totals.prompt_tokens += counted.prompt_tokens
-                totals.completion_tokens += counted.completion_tokens
+        self._timeline.ended(demand.model, ended, seconds, outcome.status, used)
+        if demand.retry is not None:
+            self._count_sdk_call(demand, outcome)
+        if not outcome.sent:
+            return
+        totals.attempts += 1
+        totals.server_seconds += seconds
+        totals.rate_limited += outcome.status == _TOO_MANY_REQUESTS
+        if outcome.ok:
+            self._latency.add(seconds)
+        if counted is not None:
+            totals.prompt_tokens += counted.prompt_tokens
+            totals.completion_tokens += counted.completion_tokens
 
     def _count_sdk_call(self, demand: Demand, outcome: Outcome) -> None:
         """Count a call, or a retry, that the SDK made by itself."""
@@ -339,8 +331,9 @@ class Recorder:
     def cached(self, finish_reason: str = "") -> None:
         """Count one prompt answered from the cache."""
         with self._lock:
+            self._totals.requests += 1
             self._totals.cache_hits += 1
-            self.answered(finish_reason)
+            self._count_reason(finish_reason, 1)
 
     def stored(self) -> None:
         """Count one answer stored in the cache."""

@@ -408,14 +408,14 @@ class BatchBudget:
 
     def __init__(self, payments: Budgets, counter: TokenCounter, own: CostBudget | None = None) -> None:
         self._budgets = payments.budgets(own)
-        self._bounds = payments.bounds
+        self._payments = payments
         self._counter = counter
 
     async def estimate(self, files: Iterable[InputFile], endpoint: str) -> None:
         """Find out what every line can cost, where there is any budget."""
         if not self._budgets:
             return
-        await self._bounds.ready()
+        await self._payments.ready()
         for file in files:
             await self._counter.most_input({"model": file.model})  # waits for the vocabulary
             file.costs = await asyncio.to_thread(self._costs, file, endpoint)
@@ -476,7 +476,7 @@ class BatchBudget:
 
     def _cost(self, raw: bytes, index: int, endpoint: str) -> Decimal:
         try:
-            return self._bounds.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
+            return self._payments.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
         except ValidationError as error:
             raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
 

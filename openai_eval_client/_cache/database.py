@@ -36,12 +36,18 @@ class Database:
         self.path = Path(os.path.realpath(path))
         self._read_only = read_only
         self._wal = Path(f"{self.path}-wal")  # what SQLite has committed and not yet moved into the file
-        with self._refusing():
+        try:
             if not self.path.exists():
                 self._create()
             self._status = self._recognise()
             with contextlib.closing(self.connect(_PATIENCE_TO_OPEN)) as connection:
                 self._check_writable(connection)
+        except sqlite3.OperationalError as error:
+            raise self.unusable(f"cannot be used: {error}") from None
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite's message may quote damage
+            raise self.damaged(error) from None
+        except OSError as error:
+            raise self.unusable(f"cannot be used: {error.strerror or error}") from None
 
     def connect(self, patience: float) -> sqlite3.Connection:
         """Open the file, which exists, waiting so many seconds for its other users."""
@@ -68,18 +74,6 @@ class Database:
             return os.path.samestat(self.path.stat(), self._status)
         except OSError:
             return False
-
-    @contextlib.contextmanager
-    def _refusing(self) -> Iterator[None]:
-        """Name the file in whatever is wrong with it."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            raise self.unusable(f"cannot be used: {error}") from None
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite's message may quote damage
-            raise self.damaged(error) from None
-        except OSError as error:
-            raise self.unusable(f"cannot be used: {error.strerror or error}") from None
 
     def _create(self) -> None:
         """Make the file under another name, then give it its own: no other process ever sees half of it."""

@@ -35,68 +35,6 @@ _CALLER_TOOLS = ("function", "custom")  # all others run at the provider, for a 
 _FILES = ("file", "input_file")
 
 
-class CostBounds:
-    """The most that a request can cost, and what it did cost."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-        self._overspent: set[str] = set()  # models of which it was logged
-
-    async def ready(self) -> None:
-        """Load the price list, for `most_by_batch`."""
-        await self._ledger.pricer_for(None).ready()
-
-    async def most(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
-        """Return the most that one attempt can cost, in USD."""
-        if is_free(path):
-            return _NOTHING
-        output = most_output(body, path)
-        await self.ready()
-        return self._most(body, await counter.most_input(body), output, batch=False)
-
-    def most_by_batch(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
-        """Return the same for one line of a batch; takes as long as counting does: for a thread."""
-        output = most_output(body, path)
-        return self._most(body, counter.most_input_now(body), output, batch=True)
-
-    def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None) -> Decimal:
-        """Return what an attempt cost in USD: its price, where that is known; else the most it can."""
-        most, usage = demand.most_cost or _NOTHING, outcome.counted
-        if usage is None:  # an error status costs nothing, nor does what was never sent
-            return _NOTHING if not outcome.sent or not (outcome.ok or outcome.status is None) else most
-        if cost is None:
-            return most
-        model = usage.model or str(demand.model)
-        if cost > most and model not in self._overspent:
-            self._overspent.add(model)
-            text = "an answer of %s cost %s USD, more than the %s reserved for it: max_cost may be overspent"
-            warn(text, model, cost, most, event="overspent", model=model, cost=float(cost))
-        return cost
-
-    def _most(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
-        """Price all input and all output at the highest price that either can have."""
-        model, asked = body.get("model"), body.get("service_tier")
-        if not isinstance(model, str):
-            _reject(f"what model={model!r} costs is not known")
-        parts = list(_parts((body.get("messages"), body.get("input"))))
-        _check_parts(parts)
-        hidden = (part.get("encrypted_content") for part in parts)
-        tokens += sum(len(content) for content in hidden if isinstance(content, str))
-        audio = {
-            "audio_input": any(part.get("type") == "input_audio" for part in parts),
-            "audio_output": "audio" in (body.get("modalities") or ()),
-        }
-        pricer, costs = self._ledger.pricer_for(None), []
-        for tier in {None, asked if isinstance(asked, str) and not batch else None}:
-            rates = pricer.rates(model, batch=batch, service_tier=tier, at=time.time())
-            cost = None if rates is None else rates.most(tokens, output, **audio)
-            if cost is None:
-                kind = "batch price" if batch else f"price in service tier {tier!r}" if tier else "price"
-                _reject(f"the {kind} of model={model!r} is not known, so the cost cannot be limited")
-            costs.append(cost)
-        return max(costs)  # a tier that was asked for may not be the one that serves
-
-
 def most_output(body: Mapping[str, Any], path: str) -> int:
     """Return the most tokens that all answers to a request can have together."""
     names = endpoint_of(path).output_caps
@@ -380,12 +318,13 @@ def commit(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
 
 
 class Budgets:
-    """The budgets of one client, and what its requests can cost."""
+    """The budgets of one client: what its requests can cost, and what they did cost."""
 
     def __init__(self, ledger: Ledger, lock: DeferringLock, max_cost: float | None) -> None:
-        self.bounds = CostBounds(ledger)
+        self._ledger = ledger
         self._lock = lock
         self._budget = self._new(max_cost)
+        self._overspent: set[str] = set()  # models of which it was logged
 
     def budget_for(
         self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str
@@ -404,7 +343,36 @@ class Budgets:
         self, body: Mapping[str, Any], path: str, counter: TokenCounter, own: CostBudget | None = None
     ) -> Decimal | None:
         """Return the most that one attempt can cost, in USD; None where there is no budget to keep."""
-        return await self.bounds.most(body, path, counter) if self.budgets(own) else None
+        if not self.budgets(own):
+            return None
+        if is_free(path):
+            return _NOTHING
+        output = most_output(body, path)
+        await self.ready()
+        return self._most(body, await counter.most_input(body), output, batch=False)
+
+    async def ready(self) -> None:
+        """Load the price list, for `most_by_batch`."""
+        await self._ledger.pricer_for(None).ready()
+
+    def most_by_batch(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
+        """Return the most that one line of a batch can cost; as long as counting takes: for a thread."""
+        output = most_output(body, path)
+        return self._most(body, counter.most_input_now(body), output, batch=True)
+
+    def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None) -> Decimal:
+        """Return what an attempt cost in USD: its price, where that is known; else the most it can."""
+        most, usage = demand.most_cost or _NOTHING, outcome.counted
+        if usage is None:  # an error status costs nothing, nor does what was never sent
+            return _NOTHING if not outcome.sent or not (outcome.ok or outcome.status is None) else most
+        if cost is None:
+            return most
+        model = usage.model or str(demand.model)
+        if cost > most and model not in self._overspent:
+            self._overspent.add(model)
+            text = "an answer of %s cost %s USD, more than the %s reserved for it: max_cost may be overspent"
+            warn(text, model, cost, most, event="overspent", model=model, cost=float(cost))
+        return cost
 
     async def reserve(self, demand: Demand, own: CostBudget | None) -> Reservation:
         """Reserve the most that an attempt can cost, once there is room for it."""
@@ -426,3 +394,26 @@ class Budgets:
             return None
         check_cost(max_cost, "max_cost")
         return CostBudget(Decimal(str(max_cost)), lock=self._lock)
+
+    def _most(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
+        """Price all input and all output at the highest price that either can have."""
+        model, asked = body.get("model"), body.get("service_tier")
+        if not isinstance(model, str):
+            _reject(f"what model={model!r} costs is not known")
+        parts = list(_parts((body.get("messages"), body.get("input"))))
+        _check_parts(parts)
+        hidden = (part.get("encrypted_content") for part in parts)
+        tokens += sum(len(content) for content in hidden if isinstance(content, str))
+        audio = {
+            "audio_input": any(part.get("type") == "input_audio" for part in parts),
+            "audio_output": "audio" in (body.get("modalities") or ()),
+        }
+        pricer, costs = self._ledger.pricer_for(None), []
+        for tier in {None, asked if isinstance(asked, str) and not batch else None}:
+            rates = pricer.rates(model, batch=batch, service_tier=tier, at=time.time())
+            cost = None if rates is None else rates.most(tokens, output, **audio)
+            if cost is None:
+                kind = "batch price" if batch else f"price in service tier {tier!r}" if tier else "price"
+                _reject(f"the {kind} of model={model!r} is not known, so the cost cannot be limited")
+            costs.append(cost)
+        return max(costs)  # a tier that was asked for may not be the one that serves

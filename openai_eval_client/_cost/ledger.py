@@ -94,7 +94,7 @@ class Ledger:
         return self._pricer
 
     def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> Decimal | None:
-        """Enter what came of an attempt, and return what its answer costs in USD; None where not known yet."""
+        """Enter what came of an attempt; return what its answer costs in USD, None where not known yet."""
         if demand.model is None or not outcome.sent:
             return None
         if outcome.usage is not None:

@@ -51,13 +51,13 @@ def by_batch(server: SimulatedServer) -> Decimal:
 async def most(client: OpenAIClient, prompts: list[str], output: int = MOST) -> list[Decimal]:
     """What each may cost by batch."""
     payments, counter = client._account.budgets, client._counter
-    await payments.bounds.ready()
+    await payments.ready()
     await counter.most_input({"model": "gpt-4o-mini"})
     bodies = [
         {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": prompt}], "max_tokens": output}
         for prompt in prompts
     ]
-    return [payments.bounds.most_by_batch(body, "/v1/chat/completions", counter) for body in bodies]
+    return [payments.most_by_batch(body, "/v1/chat/completions", counter) for body in bodies]
 
 
 def nearly(amount: Decimal) -> Any:

@@ -373,7 +373,7 @@ async def test_an_attempt_is_settled_by_what_it_cost(outcome: Outcome, actual: D
     reservation = await client.reserve(ATTEMPT, own)
     assert own.stats == {"limit": Decimal("0.5"), "spent": 0, "reserved": MOST}
     cost = ledger.settled(ATTEMPT, outcome, 1000)
-    reservation.settle(client.bounds.actual(ATTEMPT, outcome, cost))
+    reservation.settle(client.actual(ATTEMPT, outcome, cost))
     reservation.refund()  # does nothing
     assert client.stats == {"limit": 1, "spent": actual, "reserved": 0}
     assert own.stats["spent"] == actual
@@ -382,15 +382,15 @@ async def test_an_attempt_is_settled_by_what_it_cost(outcome: Outcome, actual: D
 async def test_a_cost_that_is_known_is_not_looked_up() -> None:
     """It is what the ledger returned, and the price list is not even loaded."""
     client = budgets()
-    assert client.bounds.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.004")) == Decimal("0.004")
-    assert not client.bounds._ledger.pricer_for(None).loaded
+    assert client.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.004")) == Decimal("0.004")
+    assert not client._ledger.pricer_for(None).loaded
 
 
 async def test_an_overspent_budget_is_logged_once_for_each_model(caplog) -> None:
     """An answer that costs more than the most it could."""
     client = budgets()
     for _ in range(2):
-        actual = client.bounds.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.02"))
+        actual = client.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.02"))
         (await client.reserve(ATTEMPT, None)).settle(actual)
     assert [record.event for record in caplog.records] == ["overspent"]
     assert client.stats["spent"] == Decimal("0.04")

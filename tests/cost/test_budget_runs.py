@@ -26,6 +26,7 @@ from openai_eval_client import (
     RateLimitConfig,
     ValidationError,
 )
+from openai_eval_client._cost import CostBudget
 
 if TYPE_CHECKING:
     from openai_eval_client.testing import SimulatedServer
@@ -49,7 +50,7 @@ async def most(client: OpenAIClient, prompt: str, output: int = MOST) -> Decimal
     """What one attempt may cost."""
     body = {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": prompt}], "max_tokens": output}
     payments, counter = client._account.budgets, client._counter
-    return await payments.bounds.most(body, "/v1/chat/completions", counter)
+    return await payments.most(body, "/v1/chat/completions", counter, CostBudget(Decimal(1)))
 
 
 # --- the cap ----------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The totals, and the finish reasons."""
 
+from openai_eval_client import _stats
 from openai_eval_client._stats import Recorder
 from openai_eval_client._wire import NOT_SENT, Demand, Outcome, Usage
 from openai_eval_client._wire.failures import refused
@@ -82,3 +83,23 @@ def test_calls_of_the_sdk_are_counted_by_their_attempts():
     assert (stats.requests, stats.retries, stats.failures) == (2, 1, 1)
     failures = recorder.report_data().failures
     assert {row.status: row.prompts for row in failures} == {400: 1, 429: 0, 500: 0}
+
+
+def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeypatch):
+    """The garbage collector may run at any moment, this one included."""
+    recorder, in_between = Recorder(), []
+    demand, outcome, join = Demand("m", 1), Outcome(200, {}, Usage(3, 2)), _stats._joined
+
+    def collecting(bins):
+        if not in_between:
+            recorder.settled_attempt(demand, outcome, 0.0, 0.1)
+            in_between.append(recorder._totals.attempts)
+        return join(bins)
+
+    monkeypatch.setattr(_stats, "_joined", collecting)
+    recorder.admitted("m", 1, 0.0, 0.0)
+    recorder.admitted("m", 1, 70.0, 70.0)
+    assert in_between == [0]
+    assert recorder.snapshot().attempts == 1
+    assert sum(recorder.report_data().history.models["m"].used) == 5
+    assert recorder._timeline._in_flight == 1

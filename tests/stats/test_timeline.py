@@ -132,24 +132,6 @@ def test_ends_are_told_apart():
     assert timeline._in_flight == 0
 
 
-def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeypatch):
-    """The garbage collector may run at any moment, this one included."""
-    timeline = Timeline()
-    timeline.admitted("m", 0.0, 0.0, 1)
-    join = _stats._joined
-
-    def collecting(bins):
-        if timeline._changing and not timeline._late:
-            timeline.ended("m", 0.1, 0.1, 200, 5)
-            monkeypatch.undo()
-        return join(bins)
-
-    monkeypatch.setattr(_stats, "_joined", collecting)
-    timeline.admitted("m", 70.0, 70.0, 1)
-    assert sum(timeline.history().models["m"].used) == 5
-    assert timeline._in_flight == 1
-
-
 def test_events_out_of_order_are_taken_as_of_now():
     """Events of several threads come in any order."""
     timeline = Timeline()
