@@ -87,7 +87,7 @@ class Timeline:
             idle = asked_at - self._latest  # go on as though no time had passed
             self._breaks[self._index] += idle
             self._zero, self._latest, self._until = self._zero + idle, asked_at, self._until + idle
-        index = self._pass(now)
+        index = self._interval_at(now)
         timeline = self._model(model)
         self._in_flight += 1
         timeline.admitted[index] += 1
@@ -97,7 +97,7 @@ class Timeline:
         self, model: str | None, now: float, seconds: float, status: int | None, used: int | None
     ) -> None:
         """Record the end of an attempt."""
-        index = self._pass(now)
+        index = self._interval_at(now)
         timeline = self._model(model)
         self._in_flight -= 1
         timeline.seconds += seconds
@@ -126,7 +126,7 @@ class Timeline:
         timeline.last = self._latest - self._zero
         return timeline
 
-    def _pass(self, now: float) -> int:
+    def _interval_at(self, now: float) -> int:
         """Count what was in flight since the latest event, and return the interval of this one."""
         if now >= self._until:
             self._advance(now)

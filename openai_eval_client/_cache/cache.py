@@ -116,23 +116,19 @@ class Occurrences:
         """Return the number of the next sample of a request, asked for by one call."""
         name = int.from_bytes(digest[:8], "big")
         with self._lock:
-            free = self._take_free(name, call) if name in self._free else None
-            return self._next(name) if free is None else free
+            free = [pair for pair in self._free.get(name, ()) if pair[1] is not call]
+            if not free:
+                return self._next(name)
+            first = min(free, key=itemgetter(0))
+            self._free[name].remove(first)
+            if not self._free[name]:
+                del self._free[name]
+            return first[0]
 
     def give_back(self, digest: bytes, number: int, call: object) -> None:
         """Let other calls ask for a sample again: this one was not answered."""
         with self._lock:
             self._free.setdefault(int.from_bytes(digest[:8], "big"), []).append((number, call))
-
-    def _take_free(self, name: int, call: object) -> int | None:
-        pairs = self._free[name]
-        free = min((pair for pair in pairs if pair[1] is not call), key=itemgetter(0), default=None)
-        if free is None:
-            return None
-        pairs.remove(free)
-        if not pairs:
-            del self._free[name]
-        return free[0]
 
     def _next(self, name: int) -> int:
         segment = self._once[name >> 52]

@@ -131,7 +131,7 @@ class CostBudget:
     async def reserve(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD, once there is room for it."""
         with self._lock:
-            if amount > self._ever():
+            if amount > self._most_room():
                 raise self.exceeded(amount)
             hold, asked_at = self._ask(amount), time.monotonic()
             if hold.state == "held":
@@ -230,22 +230,22 @@ class CostBudget:
         if hold.state in self._reserved:
             self._spent = EXACT.add(self._spent, actual)
         self._move(hold, "done")
-        self._pump()
+        self._serve_waiting()
 
     def _keep_reserved(self, hold: _Hold) -> None:
         if hold.state == "held":
             self._move(hold, "kept")
-            self._pump()
+            self._serve_waiting()
 
-    def _pump(self) -> None:
+    def _serve_waiting(self) -> None:
         """Grant what waits, first come, first served; fail that for which there cannot be room any more."""
         while self._queue:
-            (hold, future), ever = self._queue[0], self._ever()
+            (hold, future), most = self._queue[0], self._most_room()
             waits = hold.state == "waiting"  # else it was cancelled
-            if waits and self._room() < hold.amount <= ever:
+            if waits and self._room() < hold.amount <= most:
                 return
             self._queue.popleft()
-            if waits and hold.amount > ever:
+            if waits and hold.amount > most:
                 self._move(hold, "done")
                 call_on(future.get_loop(), fail_waiter, future, self.exceeded(hold.amount))
             elif waits:
@@ -253,13 +253,13 @@ class CostBudget:
                 if not call_on(future.get_loop(), resolve, future):
                     self._move(hold, "done")  # its loop has closed
 
-    def _ever(self) -> Decimal:
+    def _most_room(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""
         return EXACT.subtract(EXACT.subtract(self._limit, self._spent), self._reserved["kept"])
 
     def _room(self) -> Decimal:
         """Return what there is room for now."""
-        return EXACT.subtract(self._ever(), self._reserved["held"])
+        return EXACT.subtract(self._most_room(), self._reserved["held"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 _NOTHING = Decimal(0)
-_SOME = 100  # entries that are summed at a time
-_MANY = 10_000  # entries, about 3 MB
+_GROUP = 100  # entries that are summed at a time
+_BACKLOG = 10_000  # entries, about 3 MB, from which a thread loads the price list
 
 
 class _Entry(NamedTuple):
@@ -121,10 +121,10 @@ class Ledger:
         """Sum and log what has piled up, without waiting for anything; no lock may be held."""
         pricer = self.pricer_for(None)
         if pricer.loaded:
-            if len(self._queue) >= _SOME:
-                self._book(2 * _SOME, wait=False)
-            pricer.say_unpriced()
-        elif len(self._queue) >= _MANY and not self._loading:
+            if len(self._queue) >= _GROUP:
+                self._book(2 * _GROUP, wait=False)
+            pricer.log_unpriced()
+        elif len(self._queue) >= _BACKLOG and not self._loading:
             self._loading = True
             with contextlib.suppress(RuntimeError):  # the interpreter is shutting down
                 threading.Thread(target=self._catch_up, name="openai_eval_client prices").start()
@@ -133,7 +133,7 @@ class Ledger:
         """Return the ledger as it stands; loads the price list where there is something to price."""
         if self._queue:
             self._catch_up()
-        self.pricer_for(None).say_unpriced()  # unlocked: a log handler has a lock of its own
+        self.pricer_for(None).log_unpriced()  # unlocked: a log handler has a lock of its own
         with self._alone(), exact():
             return CostLedger(
                 total=sum((row.cost for row in self._rows.values()), _NOTHING),
@@ -158,22 +158,22 @@ class Ledger:
 
     def _catch_up(self) -> None:
         """Load the price list where that is still to be done, and sum all entries."""
-        me = threading.get_ident()
-        if me in self._loaders:
+        thread = threading.get_ident()
+        if thread in self._loaders:
             return  # this interrupts the same thread at it, and a module cannot be imported within its import
-        self._loaders.add(me)
+        self._loaders.add(thread)
         try:
             self.pricer_for(None).load()
         finally:
-            self._loaders.discard(me)
+            self._loaders.discard(thread)
         self._book(len(self._queue), wait=True)
 
-    def _book(self, most: int, *, wait: bool) -> None:
+    def _book(self, count: int, *, wait: bool) -> None:
         """Sum the oldest entries; without `wait`, only if no other thread does so or reads."""
         with self._alone(wait=wait) as free:
-            while free and most > 0 and self._queue:
+            while free and count > 0 and self._queue:
                 self._sum(self._queue.popleft())
-                most -= 1
+                count -= 1
 
     @contextlib.contextmanager
     def _alone(self, *, wait: bool = True) -> Iterator[bool]:

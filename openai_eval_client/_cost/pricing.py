@@ -99,7 +99,7 @@ class Pricer:
         # flat discount of 50% (https://platform.openai.com/docs/guides/batch). Cached input without a price
         # of its own is ordinary input.
         rates = self.rates(model, batch=batch, service_tier=service_tier, at=time.time())
-        self.say_unpriced()
+        self.log_unpriced()
         return None if rates is None else rates.price(usage)
 
     def rates(self, model: str, *, batch: bool, service_tier: str | None, at: float) -> Rates | None:
@@ -107,7 +107,7 @@ class Pricer:
         tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
         return self._rates(model, batch, tier, int(at) // _VALID_SECONDS)
 
-    def say_unpriced(self) -> None:
+    def log_unpriced(self) -> None:
         """Log, once each, what was found to have no price."""
         while self._to_log:
             with contextlib.suppress(IndexError):  # another thread logs too

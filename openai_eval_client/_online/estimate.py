@@ -126,7 +126,7 @@ def _rates(parameters: Parameters, account: Account, *, batch: bool) -> Rates | 
     pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
     tier = tier if isinstance(tier, str) else None
     rates = pricer.rates(parameters.model, batch=batch, service_tier=tier, at=time.time())
-    pricer.say_unpriced()
+    pricer.log_unpriced()
     return rates
 
 

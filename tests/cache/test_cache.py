@@ -66,7 +66,7 @@ CALLS = [
     {"api": "responses", "max_tokens": 30},
     {"response_format": Verdict},
     {"api": "responses", "response_format": Verdict},
-    {"model": "nobody/knows-this"},
+    {"model": "acme/unknown"},
 ]
 
 

@@ -38,7 +38,7 @@ def answer(ledger: Ledger, model: str = "gpt-4o", usage: Usage = INPUT) -> Decim
     return ledger.settled(Demand(model), Outcome(200, {}, usage), 0)
 
 
-MODELS = ["gpt-4o", "gpt-5.4", "gpt-5", "nobody/knows-this"]
+MODELS = ["gpt-4o", "gpt-5.4", "gpt-5", "acme/unknown"]
 USAGES = st.builds(
     Usage,
     st.integers(0, 600_000),
@@ -156,8 +156,8 @@ def test_moderations_cost_nothing() -> None:
 
 def test_what_piles_up_is_priced_by_a_thread(monkeypatch) -> None:
     """Where the ledger is never read, the entries stay bounded, and nothing waits for the price list."""
-    monkeypatch.setattr(ledger_module, "_SOME", 5)
-    monkeypatch.setattr(ledger_module, "_MANY", 20)
+    monkeypatch.setattr(ledger_module, "_GROUP", 5)
+    monkeypatch.setattr(ledger_module, "_BACKLOG", 20)
     ledger = Ledger()
     for _ in range(20):
         assert not ledger.pricer_for(None).loaded

@@ -158,12 +158,12 @@ async def test_an_unknown_model_is_unpriced_and_no_other() -> None:
     """Counted in every way but in dollars: None, not 0."""
     with SimulatedServer() as server:
         async with connect(server) as client:
-            await client.generate_response("hello", model="nobody/knows-this")
-            await client.openai.chat.completions.create(model="nobody/knows-this", messages=HELLO)
+            await client.generate_response("hello", model="acme/unknown")
+            await client.openai.chat.completions.create(model="acme/unknown", messages=HELLO)
             known = await client.generate_response("hello")
             stats = client.stats
     assert stats.unpriced == stats.cost.unpriced == 2
-    assert stats.cost.by_model["nobody/knows-this"] is None
+    assert stats.cost.by_model["acme/unknown"] is None
     assert [(row.calls, row.unpriced, row.cost is None) for row in stats.cost.rows] == [
         (2, 2, True),
         (1, 0, False),
