@@ -131,7 +131,7 @@ async def test_the_same_system_prompt_is_counted_once(server) -> None:
     system = "You answer questions about numbers, and give reasons. " * 20
     async with connect(server) as client:
         await client.batch_generate(texts(1), system="Be brief.", max_tokens=9)
-        fit = _VOCABULARIES.known(MODEL)
+        fit = _VOCABULARIES.fits.get(MODEL)
         before = fit.vocabulary._remembered.cache_info()
         await client.batch_generate(texts(100), system=system, max_tokens=9)
         after = fit.vocabulary._remembered.cache_info()

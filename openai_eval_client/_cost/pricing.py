@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from openai_eval_client._log import inform, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
 
     from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
 
@@ -153,15 +154,10 @@ class Pricer:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What each kind of token costs in USD; None where the data does not say."""
+    """What a request and each kind of token cost in USD."""
 
     request: Decimal  # for each request, whatever it uses
-    input: _Steps
-    cached: _Steps
-    written: _Steps
-    output: _Steps | None
-    audio_input: _Steps | None
-    audio_output: _Steps | None
+    steps: dict[str, _Steps]  # by kind, as genai-prices names it; without those that have no price
 
     @classmethod
     def of(cls, prices: ModelPrice, factor: Decimal) -> Rates | None:
@@ -169,18 +165,12 @@ class Rates:
         known: dict[str, Any] = {key: price for key, price in vars(prices).items() if price is not None}
         if known.keys() & _UNCOUNTED or "input_mtok" not in known:
             return None
+        for kind in ("cache_read_mtok", "cache_write_mtok"):
+            known.setdefault(kind, known["input_mtok"])
         with exact():
             request = known.get("requests_kcount", _FREE) * factor / 1000
             steps = {key: _steps_of(price, factor) for key, price in known.items() if key.endswith("_mtok")}
-        return cls(
-            request=request,
-            input=steps["input_mtok"],
-            cached=steps.get("cache_read_mtok", steps["input_mtok"]),
-            written=steps.get("cache_write_mtok", steps["input_mtok"]),
-            output=steps.get("output_mtok"),
-            audio_input=steps.get("input_audio_mtok"),
-            audio_output=steps.get("output_audio_mtok"),
-        )
+        return cls(request, steps)
 
     def price(self, usage: Usage) -> Decimal | None:
         """Return what an answer costs in USD, exactly; None where a kind of its tokens has no price."""
@@ -190,38 +180,36 @@ class Rates:
         audio_input = min(usage.audio_input_tokens, prompt - cached - written)
         audio_output = min(usage.audio_output_tokens, usage.completion_tokens)
         total = self.request
-        for tokens, steps in (
-            (prompt - cached - written - audio_input, self.input),
-            (cached, self.cached),
-            (written, self.written),
-            (audio_input, self.audio_input),
-            (usage.completion_tokens - audio_output, self.output),
-            (audio_output, self.audio_output),
+        for tokens, kind in (
+            (prompt - cached - written - audio_input, "input_mtok"),
+            (cached, "cache_read_mtok"),
+            (written, "cache_write_mtok"),
+            (audio_input, "input_audio_mtok"),
+            (usage.completion_tokens - audio_output, "output_mtok"),
+            (audio_output, "output_audio_mtok"),
         ):
             if tokens:
-                if steps is None:
+                if kind not in self.steps:
                     return None
-                total = EXACT.fma(_at(steps, prompt), tokens, total)
+                total = EXACT.fma(_at(self.steps[kind], prompt), tokens, total)
         return total
 
     def most(self, prompt: int, completion: int, *, audio_input: bool, audio_output: bool) -> Decimal | None:
         """Return what so many tokens can cost at most in USD, of whatever kind they turn out to be."""
-        inputs = [self.input, self.cached, self.written, *([self.audio_input] if audio_input else [])]
-        outputs = [self.output, *([self.audio_output] if audio_output else [])]
-        per_input = _highest(inputs, prompt)
-        per_output = _highest(outputs, prompt) if completion else _FREE
-        if per_input is None or per_output is None:
+        inputs = {"input_mtok", "cache_read_mtok", "cache_write_mtok"}
+        inputs |= {"input_audio_mtok"} if audio_input else set()
+        outputs = {"output_mtok", "output_audio_mtok"} if audio_output else {"output_mtok"}
+        outputs = outputs if completion else set()
+        if not self.steps.keys() >= inputs | outputs:
             return None
+        per_input, per_output = (self._highest(kinds, prompt) for kinds in (inputs, outputs))
         with exact():
             return self.request + prompt * per_input + completion * per_output
 
-
-def _highest(prices: Sequence[_Steps | None], prompt_tokens: int) -> Decimal | None:
-    """Return the highest price that a token can have with a prompt of up to this length."""
-    known = [steps for steps in prices if steps is not None]
-    if len(known) < len(prices):
-        return None
-    return max(price for steps in known for start, price in steps if start < max(prompt_tokens, 1))
+    def _highest(self, kinds: AbstractSet[str], prompt_tokens: int) -> Decimal:
+        """Return the highest price that a token can have with a prompt of up to this length."""
+        steps = (step for kind in kinds for step in self.steps[kind])
+        return max((price for start, price in steps if start < max(prompt_tokens, 1)), default=_FREE)
 
 
 def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:

@@ -76,7 +76,7 @@ class TokenCounter:
 
     def count_input_now(self, body: Mapping[str, Any]) -> int | None:
         """Count like `count_input`; None where that cannot be done at once."""
-        fit = _VOCABULARIES.known(_model_of(body))
+        fit = _VOCABULARIES.fits.get(_model_of(body))
         if fit is None or not fit.vocabulary.settled:
             return None
         content = fit.read(body)
@@ -116,7 +116,7 @@ class TokenCounter:
             put(self._ratios, key, ratio + _WEIGHT * (observed - ratio), _MODELS)
 
     async def _fit(self, model: str) -> _Fit:
-        fit = _VOCABULARIES.known(model)
+        fit = _VOCABULARIES.fits.get(model)
         if fit is None:
             fit = await asyncio.to_thread(_VOCABULARIES.find, model)
         await fit.vocabulary.wait(self._load_timeout)
@@ -212,26 +212,22 @@ class _Vocabularies:
     """The vocabularies of this process."""
 
     def __init__(self) -> None:
+        self.fits: dict[str, _Fit] = {}  # of the models that one was looked for; read without the lock
         self._lock = threading.Lock()
         self._loaded: dict[str, _Vocabulary] = {}
-        self._fits: dict[str, _Fit] = {}
-
-    def known(self, model: str) -> _Fit | None:
-        """Return the vocabulary found for a model; None where none was looked for."""
-        return self._fits.get(model)
 
     def find(self, model: str) -> _Fit:
         """Find a model's vocabulary, and start to load it. Imports tiktoken: not for an event loop."""
         with self._lock:
-            if model not in self._fits:
+            if model not in self.fits:
                 name = _encoding_name(model)
                 if name is None:
                     text = "tiktoken does not know model %r: counting with %s"
                     inform(text, model, _FALLBACK, event="unknown_model", model=model)
                 vocabulary = self._loaded.get(name or _FALLBACK) or _Vocabulary(name or _FALLBACK)
                 self._loaded[vocabulary.name] = vocabulary
-                put(self._fits, model, _Fit(model, vocabulary, own=name is not None), _MODELS)
-            return self._fits[model]
+                put(self.fits, model, _Fit(model, vocabulary, own=name is not None), _MODELS)
+            return self.fits[model]
 
 
 _VOCABULARIES = _Vocabularies()
