@@ -1,4 +1,4 @@
-"""Numbers, money and times as text, and text as Unicode allows it: one function for each meaning."""
+"""Numbers, money and times as text, and text that is valid Unicode: one function for each meaning."""
 
 from __future__ import annotations
 

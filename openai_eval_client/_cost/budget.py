@@ -159,8 +159,10 @@ class CostBudget:
 
     def commit(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD that is being spent already, whether there is room for it or not."""
+        hold = _Hold(self, amount)
         with self._lock:
-            return self._held(amount)
+            self._move(hold, "held")
+        return hold
 
     def settle(self, hold: _Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
@@ -169,12 +171,6 @@ class CostBudget:
     def keep_reserved(self, hold: _Hold) -> None:
         """Keep a reservation, but let nothing wait for its settling, which may never come."""
         self._lock.when_free(lambda: self._keep_reserved(hold))
-
-    def split(self, hold: _Hold, amounts: Sequence[Decimal]) -> list[_Hold]:
-        """Return a reservation as several, of amounts in USD that add up to it."""
-        with self._lock:
-            self._move(hold, "done")
-            return [self._held(amount) for amount in amounts]
 
     @property
     def free(self) -> Decimal:
@@ -211,12 +207,6 @@ class CostBudget:
         hold = _Hold(self, amount)
         if not self._queue and amount <= self._room():
             self._move(hold, "held")
-        return hold
-
-    def _held(self, amount: Decimal) -> _Hold:
-        """Return what is reserved whether there is room for it or not."""
-        hold = _Hold(self, amount)
-        self._move(hold, "held")
         return hold
 
     def _move(self, hold: _Hold, state: _State) -> None:
@@ -284,8 +274,10 @@ class Reservation:
 
     def split(self, amounts: Sequence[Decimal]) -> list[Reservation]:
         """Return it as several, of amounts in USD that add up to it."""
-        pieces = [hold.budget.split(hold, amounts) for hold in self.holds]
-        return [Reservation(holds) for _, *holds in zip(amounts, *pieces, strict=True)]
+        budgets = [hold.budget for hold in self.holds]
+        pieces = [commit(budgets, amount) for amount in amounts]
+        self.refund()  # last, so that no other request takes the amount in between
+        return pieces
 
 
 async def reserve(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
