@@ -72,7 +72,7 @@ class Timeline:
         self._began_at: float | None = None
         self._zero = self._latest = 0.0
         self._width = _FIRST_WIDTH
-        self._index, self._until = 0, 0.0  # the interval of the latest event, and its end
+        self._index = 0  # the interval of the latest event
         self._in_flight = 0
         self._models: dict[str, ModelTimeline] = {}
         self._busy = _bins()  # seconds in flight, summed over attempts
@@ -82,11 +82,10 @@ class Timeline:
         """Record an admission."""
         if self._began_at is None:
             self._began_at, self._zero, self._latest = time.time(), asked_at, asked_at
-            self._until = asked_at + self._width
         elif not self._in_flight and asked_at - self._latest > _IDLE:
             idle = asked_at - self._latest  # go on as though no time had passed
             self._breaks[self._index] += idle
-            self._zero, self._latest, self._until = self._zero + idle, asked_at, self._until + idle
+            self._zero, self._latest = self._zero + idle, asked_at
         index = self._interval_at(now)
         timeline = self._model(model)
         self._in_flight += 1
@@ -128,27 +127,20 @@ class Timeline:
 
     def _interval_at(self, now: float) -> int:
         """Count what was in flight since the latest event, and return the interval of this one."""
-        if now >= self._until:
-            self._advance(now)
+        while now >= self._zero + BINS * self._width:
+            self._widen()
+        while now >= (end := self._zero + (self._index + 1) * self._width):
+            self._busy[self._index] += (end - self._latest) * self._in_flight
+            self._latest, self._index = end, self._index + 1
         if now > self._latest:  # the events of several threads come in any order
             self._busy[self._index] += (now - self._latest) * self._in_flight
             self._latest = now
         return self._index
 
-    def _advance(self, now: float) -> None:
-        """Move on to the interval of `now`."""
-        while now >= self._zero + BINS * self._width:
-            self._widen()
-        while now >= self._until:
-            self._busy[self._index] += (self._until - self._latest) * self._in_flight
-            self._latest, self._index = self._until, self._index + 1
-            self._until = self._zero + (self._index + 1) * self._width
-
     def _widen(self) -> None:
         """Make the intervals twice as wide."""
         self._width *= 2
         self._index //= 2
-        self._until = self._zero + (self._index + 1) * self._width
         self._busy = _joined(self._busy)
         for timeline in self._models.values():
             for count in _COUNTS:
