@@ -30,14 +30,13 @@ class Clock(Protocol):
 class Bucket(AsyncLimiter):
     """aiolimiter's leaky bucket, for every event loop and thread, and with debts.
 
-    Its `_loop` only serves as its clock; its level may go above the capacity (a debt, after a request larger
-    than the bucket).
+    Its level may go above the capacity: a debt, after a request larger than the bucket.
     """
 
-    _loop: Any = None  # a property in the class above, which asks asyncio
+    _loop: Any = None  # the clock; a property in the class above, which asks asyncio
 
     def __init__(self, clock: Clock, rate: float = UNLIMITED, capacity: float = UNLIMITED) -> None:
-        capacity = max(capacity, 1.0)
+        capacity = max(capacity, 1.0)  # however short the burst, one request can go
         super().__init__(capacity, capacity / rate)
         self._loop = clock
         self.limited = rate < UNLIMITED  # else it holds nothing back
@@ -64,10 +63,6 @@ class Bucket(AsyncLimiter):
         if self.limited:
             self._leak()
             self._level = max(0.0, self._level + amount)
-
-    def lower_to(self, left: float) -> None:
-        """Go on with at most `left`."""
-        self.set_left(min(left, self.left()))
 
     def set_left(self, left: float) -> None:
         """Go on with `left`; a debt is negative."""
@@ -207,16 +202,16 @@ class ServerBucket:
         return rate, min(max(size, rate * SMALLEST_SECONDS), stated.limit)
 
     def on_success(self, amount: float) -> None:
-        """Learn that the server served `amount`."""
+        """Learn that the server served `amount`: before the first refusal it makes room for more."""
         self._served += amount
         if self._stated or not self.bucket.limited:
             return
-        if self._cut_at < 0:
-            room = min(GROWTH * amount, self._configured_size - self.bucket.max_rate)
-            if room > 0:
-                self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
-        else:
+        if self._cut_at >= 0:
             self._recover()
+            return
+        room = min(GROWTH * amount, self._configured_size - self.bucket.max_rate)
+        if room > 0:
+            self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
 
     def refused(self, amount: float, sent: Sent, wait: float, *, stated: bool) -> None:
         """Learn that the server refused `amount` for `wait` seconds, with headers or without."""
@@ -227,37 +222,31 @@ class ServerBucket:
             self.refund(amount)
             self._slow_down(amount, sent, self._clock.time())
         # after the wait there is room for this one, and the refill paces the rest
-        self.bucket.lower_to(min(amount - wait * self.bucket.rate, self.bucket.max_rate))
+        self.bucket.set_left(min(amount - wait * self.bucket.rate, self.bucket.left()))
 
     def _slow_down(self, amount: float, sent: Sent, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
-        first = not self.bucket.limited
+        first, before, seconds = not self.bucket.limited, self.bucket.rate, now - self._cut_at
         if first or (self._configured_rate is None and sent.at <= self._first_cut):
             rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
-            rate = min(rate, self.bucket.rate)
+            rate = min(rate, before)
             self._first_cut = now if first else self._first_cut
-        elif sent.at > self._cut_at:
-            rate = self._rate_after_refusal(self.bucket.rate, now)
-        else:
+        elif sent.at <= self._cut_at:
             return
+        elif seconds < MEASURED_SECONDS or self._cut_at < self._busy_from:
+            rate = before * CUT
+        else:
+            rate = min(max((self._served - self._cut_served) / seconds, before * CUT**2), before)
         self._replace(rate, rate * SMALLEST_SECONDS if first else self.bucket.max_rate, 0.0)
         self._cut_at, self._cut_served, self._cut_rate = now, self._served, rate
-
-    def _rate_after_refusal(self, rate: float, now: float) -> float:
-        """Return the rate to go on with: what was served since the last refusal, or a part of `rate`."""
-        seconds = now - self._cut_at
-        if seconds < MEASURED_SECONDS or self._cut_at < self._busy_from:
-            return rate * CUT
-        return min(max((self._served - self._cut_served) / seconds, rate * CUT**2), rate)
 
     def _recover(self) -> None:
         """Raise the rate again: linearly to the configured one, exponentially where there is none."""
         seconds = self._clock.time() - self._cut_at
-        if self._configured_rate is None:
+        if (configured := self._configured_rate) is None:
             rate = self._cut_rate * (1 + UNBOUNDED_RECOVERY) ** min(seconds, 1000)
         else:
-            most = self._configured_rate
-            rate = min(self._cut_rate + RECOVERY * most * seconds, most)
+            rate = min(self._cut_rate + RECOVERY * configured * seconds, configured)
         if rate > self.bucket.rate * (1 + RECOVERY / 2):
             self._replace(rate, self.bucket.max_rate, self.bucket.left())
 
@@ -377,7 +366,8 @@ class Quota:
         if self.server.adaptive:
             self.server.refused(amount, sent, wait, stated=stated)
         elif amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
-            self._configured.lower_to(amount - wait * self._configured.rate)
+            left = amount - wait * self._configured.rate
+            self._configured.set_left(min(left, self._configured.left()))
 
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request."""

@@ -13,17 +13,17 @@ import copy
 import functools
 import itertools
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._limits.queue import ModelQueue, State, Waiter, describe
+from openai_eval_client._limits.queue import ModelQueue, State, Waiter
 from openai_eval_client._log import inform, request_id
 from openai_eval_client._runtime import (
     DeferringLock,
     Monotonic,
     StartThrottle,
     call_on,
-    fail_waiter,
+    resolve,
     running_loop,
 )
 from openai_eval_client._wire import Kind, read_stated_limits
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._limits.buckets import Clock
     from openai_eval_client._limits.queue import ConcurrencyLimit, LimitStatus, ModelLimits
-    from openai_eval_client._limits.shared import SharedBackend, SharedModelQueue
+    from openai_eval_client._limits.shared import RedisBackend, SharedModelQueue
     from openai_eval_client._wire import Demand, Failure, Outcome
     from openai_eval_client.errors import RateLimitError
 
@@ -70,13 +70,13 @@ class Limiter:
         self._bounded = config is not None
         self._clock: Clock = clock or Monotonic()
         self._lock = lock or DeferringLock()
-        self._pauses: deque[tuple[str | None, Failure, str | None]] = deque()  # to log once the lock is left
+        self._pauses: deque[dict[str, Any]] = deque()  # to log once the lock is left
         self._turns = itertools.count()
         self._starts = StartThrottle()
         self._refused: Counter[str] = Counter()
         self._queues: dict[str | None, ModelQueue] = {}
         self._timers: dict[tuple[ModelQueue, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
-        self._backend: SharedBackend | None = None
+        self._backend: RedisBackend | None = None
 
     def fresh(self) -> Limiter:
         """Return another one with the same configured limits, for another account."""
@@ -85,22 +85,33 @@ class Limiter:
     def share(self, *account: str | None) -> None:
         """Share the limits with all processes that use the same account, through `config.redis_url`."""
         if self.config.redis_url is not None and self._backend is None:
-            from openai_eval_client._limits.redis import RedisBackend  # an extra
+            from openai_eval_client._limits.shared import RedisBackend  # an extra
 
             self._backend = RedisBackend(self.config, account)
 
     def leave(self) -> None:
-        """Tell those who share the limits that this client is done."""
+        """Tell the processes that share the limits that this client is done."""
         if self._backend is not None:
             with self._lock:
-                queues = self._queues.values()
-                self._backend.leave({str(queue.model): last for queue in queues if (last := queue.leave())})
+                for queue in self._queues.values():
+                    queue.leave()
+            self._backend.close()
 
     @property
     def stats(self) -> dict[str, dict[str, Any]]:
         """What `ClientStats` says of the limits."""
+        waited: defaultdict[str, float] = defaultdict(float)
         with self._lock:
-            return {"rate_limited_by": dict(self._refused), **describe(self._queues.values())}
+            for queue in self._queues.values():
+                for cause, seconds in queue.waited.items():
+                    waited[cause] += seconds
+            models = {queue.model: queue for queue in self._queues.values() if queue.model is not None}
+            return {
+                "rate_limited_by": dict(self._refused),
+                "wait_seconds_by": dict(waited),
+                "utilisation": {model: queue.utilisation() for model, queue in models.items()},
+                "output_length": {model: queue.output_length() for model, queue in models.items()},
+            }
 
     @property
     def limits(self) -> list[ModelLimits]:
@@ -166,13 +177,7 @@ class Limiter:
             if not outcome.sent:
                 queue.cancel(waiter)
                 return
-            queue.settle(waiter, outcome.tokens)
-            if outcome.ok:
-                queue.on_success(waiter)
-            elif outcome.is_refusal and not outcome.is_rate_limit:
-                queue.rejected(waiter)
-            if outcome.counted is not None:
-                queue.observe_output(outcome.counted.completion_tokens)
+            queue.settle(waiter, outcome)
             if outcome.headers is not None and (outcome.is_rate_limit or queue.is_news(waiter)):
                 self._learn(queue, waiter, outcome.headers, outcome.failure)
         finally:
@@ -191,42 +196,42 @@ class Limiter:
         queue.refused(waiter, failure.dimension, wait, stated)
         if wait:
             queue.pause(wait)
-            self._pauses.append((queue.model, failure, request_id(headers)))
+            self._pauses.append(
+                {
+                    "wait_seconds": wait,
+                    "model": queue.model,
+                    "status": failure.status,
+                    "limit": failure.dimension,
+                    "request_id": request_id(headers),
+                }
+            )
         if wait > self.config.max_wait:
             self._fail_all(queue)
 
     def _log_pauses(self) -> None:
+        text = "%s rate limited by the server: pausing %.2f s"
         with contextlib.suppress(IndexError):  # another thread logs too
             while self._pauses:
-                model, failure, request = self._pauses.popleft()
-                inform(
-                    "%s rate limited by the server: pausing %.2f s",
-                    model,
-                    failure.wait,
-                    event="rate_limited",
-                    wait_seconds=failure.wait,
-                    model=model,
-                    status=failure.status,
-                    limit=failure.dimension,
-                    request_id=request,
-                )
+                about = self._pauses.popleft()
+                inform(text, about["model"], about["wait_seconds"], event="rate_limited", **about)
 
     def _queue_of(self, model: str | None) -> ModelQueue:
         queue = self._queues.get(model)
-        if queue is None:
-            queue = self._queues[model] = self._new_queue(model)
-            queue.concurrency.limit = queue.concurrency.limit if self._bounded else float("inf")
+        if queue is not None:
+            return queue
+        if self._backend is None or model is None:
+            queue = ModelQueue(model, self.config, self._clock)
+        else:
+            from openai_eval_client._limits.shared import SharedModelQueue  # an extra
+
+            queue = SharedModelQueue(model, self.config, self._clock, self._backend, self._replied)
+        if not self._bounded:
+            queue.concurrency.limit = float("inf")
+        self._queues[model] = queue
         return queue
 
-    def _new_queue(self, model: str | None) -> ModelQueue:
-        if self._backend is None or model is None:
-            return ModelQueue(model, self.config, self._clock)
-        from openai_eval_client._limits.shared import SharedModelQueue  # few clients share their limits
-
-        return SharedModelQueue(model, self.config, self._clock, self._backend, self._replied)
-
     def _replied(self, queue: SharedModelQueue, reply: Any) -> None:
-        """Go by a reply of the shared limits."""
+        """Take over a reply of the shared limits."""
         with self._lock:
             error = queue.take(reply)
             if error is not None or queue.pause_left() > self.config.max_wait:
@@ -302,7 +307,7 @@ class Limiter:
         for waiter in queue.waiters():
             queue.cancel(waiter)
             error = _too_long(queue, self.config.max_wait) if reason is None else copy.copy(reason)
-            call_on(waiter.owner, fail_waiter, waiter.future, error)
+            call_on(waiter.owner, resolve, waiter.future, error)
 
 
 def _log_wait(queue: ModelQueue, waiter: Waiter) -> None:
