@@ -8,12 +8,11 @@ holds one timer, so that no loop depends on another that may be busy or closed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import functools
 import itertools
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openai_eval_client._limits.queue import ModelQueue, State, Waiter
@@ -26,7 +25,7 @@ from openai_eval_client._runtime import (
     resolve,
     running_loop,
 )
-from openai_eval_client._wire import Kind, read_stated_limits
+from openai_eval_client._wire import read_stated_limits
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
 
@@ -51,13 +50,7 @@ class Permit(NamedTuple):
 
 
 class Limiter:
-    """The limits of one account, shared by everything that sends through it.
-
-    Args:
-        config: The limits; None: learn them from the server, and slow nothing down until it states any.
-        clock: Where the time comes from.
-        lock: The lock round all queues; None: one of its own.
-    """
+    """The limits of one account, shared by everything that sends through it."""
 
     def __init__(
         self,
@@ -67,10 +60,9 @@ class Limiter:
         lock: DeferringLock | None = None,
     ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
-        self._bounded = config is not None
+        self._bounded = config is not None  # else nothing is slowed down until the server states limits
         self._clock: Clock = clock or Monotonic()
         self._lock = lock or DeferringLock()
-        self._pauses: deque[dict[str, Any]] = deque()  # to log once the lock is left
         self._turns = itertools.count()
         self._starts = StartThrottle()
         self._refused: Counter[str] = Counter()
@@ -136,12 +128,7 @@ class Limiter:
     async def acquire(
         self, demand: Demand, *, concurrency: ConcurrencyLimit | None = None, turn: int | None = None
     ) -> Permit:
-        """Wait until a request may be sent, and reserve its tokens and a slot.
-
-        Raises:
-            RateLimitError: The server asked for a pause longer than `max_wait`.
-            RequestTooLargeError: The limit on tokens can never admit it.
-        """
+        """Wait until a request may be sent, and reserve its tokens and a slot."""
         with self._lock:
             queue = self._queue_of(demand.model)
             waiter = self._new_waiter(queue, demand, concurrency, turn)
@@ -162,7 +149,8 @@ class Limiter:
         """Free a slot, replace the reserved tokens by those used, and learn from the answer."""
         permit.waiter.ended_at = self._clock.time()
         self._lock.when_free(lambda: self._release(*permit, outcome))
-        self._log_pauses()
+        if outcome.failure is not None and outcome.is_rate_limit and outcome.failure.wait:
+            _log_pause(permit.queue, outcome.failure, outcome.headers)
 
     def update_from_headers(self, permit: Permit, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer whose body is still to come."""
@@ -174,46 +162,29 @@ class Limiter:
         if waiter.state is not State.GRANTED:
             return
         try:
-            if not outcome.sent:
+            if outcome.sent:
+                queue.settle(waiter, outcome)
+                self._learn(queue, waiter, outcome)
+            else:
                 queue.cancel(waiter)
-                return
-            queue.settle(waiter, outcome)
-            if outcome.headers is not None and (outcome.is_rate_limit or queue.is_news(waiter)):
-                self._learn(queue, waiter, outcome.headers, outcome.failure)
         finally:
             self._pump(queue)
 
-    def _learn(
-        self, queue: ModelQueue, waiter: Waiter, headers: Mapping[str, str], failure: Failure | None
-    ) -> None:
+    def _learn(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
         """Take over what the server says of its limits; after a 429, pause as long as it says."""
-        stated = read_stated_limits(headers)
-        queue.update_from_headers(waiter, stated)
-        if failure is None or failure.kind is not Kind.RATE_LIMITED:
+        failure = outcome.failure if outcome.is_rate_limit else None
+        if outcome.headers is None or (failure is None and not queue.is_news(waiter)):
             return
-        wait = failure.wait or 0.0
-        self._refused[failure.dimension or "unknown"] += 1
-        queue.refused(waiter, failure.dimension, wait, stated)
-        if wait:
-            queue.pause(wait)
-            self._pauses.append(
-                {
-                    "wait_seconds": wait,
-                    "model": queue.model,
-                    "status": failure.status,
-                    "limit": failure.dimension,
-                    "request_id": request_id(headers),
-                }
-            )
-        if wait > self.config.max_wait:
-            self._fail_all(queue)
-
-    def _log_pauses(self) -> None:
-        text = "%s rate limited by the server: pausing %.2f s"
-        with contextlib.suppress(IndexError):  # another thread logs too
-            while self._pauses:
-                about = self._pauses.popleft()
-                inform(text, about["model"], about["wait_seconds"], event="rate_limited", **about)
+        stated = read_stated_limits(outcome.headers)
+        queue.update_from_headers(waiter, stated)
+        if failure is not None:
+            wait = failure.wait or 0.0
+            self._refused[failure.dimension or "unknown"] += 1
+            queue.refused(waiter, failure.dimension, wait, stated)
+            if wait:
+                queue.pause(wait)
+            if wait > self.config.max_wait:
+                self._fail_all(queue)
 
     def _queue_of(self, model: str | None) -> ModelQueue:
         queue = self._queues.get(model)
@@ -315,6 +286,20 @@ def _log_wait(queue: ModelQueue, waiter: Waiter) -> None:
     if waited >= _WORTH_LOGGING:
         about = {"model": queue.model, "wait_seconds": waited}
         inform("waited %.2f s for the rate limit of %s", waited, queue.model, event="waited", **about)
+
+
+def _log_pause(queue: ModelQueue, failure: Failure, headers: Mapping[str, str] | None) -> None:
+    inform(
+        "%s rate limited by the server: pausing %.2f s",
+        queue.model,
+        failure.wait,
+        event="rate_limited",
+        wait_seconds=failure.wait,
+        model=queue.model,
+        status=failure.status,
+        limit=failure.dimension,
+        request_id=request_id(headers),
+    )
 
 
 def _too_long(queue: ModelQueue, max_wait: float) -> RateLimitError:

@@ -198,20 +198,14 @@ class ModelQueue:
         """Return where the limits stand."""
         spent = {name: quota.spent for name, quota in self._quotas.items()}
         limits = {name: quota.limit().per_minute for name, quota in self._quotas.items()}
-        waiter = self._first()
+        waiter = self._next()
         seconds, cause = (0.0, "concurrency") if waiter is None else self._ready_in(waiter)
         return LimitStatus(spent, limits, sum(self.waiting.values()), cause, seconds)
 
     def limits(self) -> ModelLimits:
         """Return what holds for this model, and what its requests waited for."""
-        return ModelLimits(
-            model=str(self.model),
-            requests=self.requests.limit(),
-            tokens=self.tokens.limit(),
-            max_concurrent=self.concurrency.limit,
-            waited=dict(self.waited),
-            output_length=self.output_length(),
-        )
+        requests, tokens, most = self.requests.limit(), self.tokens.limit(), self.concurrency.limit
+        return ModelLimits(str(self.model), requests, tokens, most, dict(self.waited), self.output_length())
 
     def utilisation(self) -> dict[str, float]:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""
@@ -243,10 +237,6 @@ class ModelQueue:
         return [w for w in queued if w.state is State.WAITING and owner in (None, w.owner)]
 
     def _next(self) -> Waiter | None:
-        """Return the waiter to grant next."""
-        return self._first()
-
-    def _first(self) -> Waiter | None:
         """Return the waiter whose turn is next, among those with room in their concurrency limit."""
         if len(self._concurrency_limits) == 1:
             return self.concurrency.first()

@@ -129,13 +129,12 @@ class RedisBackend:
 
     def _log_change(self, error: Exception | None) -> None:
         """Log once that the shared state is gone, and once that it is back."""
-        down = error is not None and self.workers > 0
-        if error is not None and down and not self._down:
+        was_down, self._down = self._down, error is not None and self.workers > 0
+        if error is not None and self._down and not was_down:
             text, share = "%s is gone (%s): going on with 1/%d of the limits", self.workers
             warn(text, self._shown_url, self._text(error), share, event="redis_lost", workers=share)
-        elif error is None and self._down:
+        elif error is None and was_down:
             warn("%s is back: sharing the limits again", self._shown_url, event="redis_back")
-        self._down = down
 
     def _unusable(self, error: Exception) -> ValidationError:
         message = f"redis_url={self._shown_url!r}: no Redis can be used there: {self._text(error)}"
@@ -380,7 +379,13 @@ class SharedModelQueue(ModelQueue):
         self._next_position = snapshot.quotas[0].reserved, snapshot.quotas[1].reserved
         self._paused_until = max(self._paused_until, snapshot.at + snapshot.pause)
         for waiter in wanted[: snapshot.reserved]:
-            self._place(waiter)
+            requests, tokens = position = self._next_position
+            self._next_position = requests + 1, tokens + waiter.tokens
+            self._largest = max(self._largest, waiter.tokens)
+            if waiter.state is State.WAITING:
+                self._positions[waiter] = position
+            else:  # it was cancelled meanwhile, and gives the position back
+                self._pending.cancelled.append((*position, waiter.tokens))
         return None
 
     def leave(self) -> None:
@@ -391,20 +396,10 @@ class SharedModelQueue(ModelQueue):
             self._pending.cancelled.append((*position, waiter.tokens))
         self._backend.ask(str(self.model), {**self._message([]), "leaving": True}, lambda _: None)
 
-    def _place(self, waiter: Waiter) -> None:
-        """Give a waiter the next position; one that was cancelled meanwhile gives it back."""
-        requests, tokens = position = self._next_position
-        self._next_position = requests + 1, tokens + waiter.tokens
-        self._largest = max(self._largest, waiter.tokens)
-        if waiter.state is State.WAITING:
-            self._positions[waiter] = position
-        else:
-            self._pending.cancelled.append((*position, waiter.tokens))
-
     def _next(self) -> Waiter | None:
         """Return the first waiter with a position, among those with room in their concurrency limit."""
         if self._alone:
-            return self._first()
+            return super()._next()
         return next((w for w in self._positions if w.concurrency.in_flight < w.concurrency.limit), None)
 
     def _ready_in(self, waiter: Waiter) -> tuple[float, str]:
