@@ -306,8 +306,8 @@ class Quota:
         rate = per_minute / MINUTE if per_minute and metered else None
         margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
         capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
-        self._whole = Bucket(clock) if rate is None else Bucket(clock, rate, capacity)
-        self._configured = self._whole  # this worker's share of it, while it cannot reach the others
+        self.whole = Bucket(clock) if rate is None else Bucket(clock, rate, capacity)  # the configured one
+        self._configured = self.whole  # or this worker's share of it, while it cannot reach the others
         self.server = ServerBucket(rate, capacity, clock, adaptive=config.adaptive_throttling and metered)
         self._clock = clock
         self._began: float | None = None
@@ -315,25 +315,21 @@ class Quota:
 
     def limit(self) -> Limit:
         """Return what holds."""
-        own, known = self._whole, self.server.known_limit()
+        own, known = self.whole, self.server.known_limit()
         buckets = [own] if known is None else [own, self.server.bucket]
         burst = min((bucket.max_rate for bucket in buckets if bucket.limited), default=0.0)
         return Limit(own.rate * MINUTE if own.limited else None, known, burst)
 
-    def configured_limit(self) -> tuple[float, float]:
-        """Return units per second and units at once that the user allows; `UNLIMITED` where any."""
-        return self._whole.rate, self._whole.max_rate
-
     def use_share(self, rate: float, left: float, *, smallest: float) -> None:
         """Keep to a share of the limit for now, in a bucket that holds at least `smallest`."""
         if rate < UNLIMITED_SHARE:
-            size = rate * self._whole.max_rate / self._whole.rate
+            size = rate * self.whole.max_rate / self.whole.rate
             self._configured = Bucket(self._clock, rate, max(size, smallest))
             self._configured.set_left(left)
 
     def use_whole(self) -> None:
         """Go back to the whole limit."""
-        self._configured = self._whole
+        self._configured = self.whole
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
@@ -345,8 +341,8 @@ class Quota:
         # cost of a debt that later requests wait for: up to `max_wait` seconds' worth.
         if self.server.limit is not None and amount > self.server.limit:
             return self.server.limit
-        most = self._whole.max_rate + self._whole.rate * max_wait
-        return round(self._whole.rate * MINUTE) if amount > most else None
+        most = self.whole.max_rate + self.whole.rate * max_wait
+        return round(self.whole.rate * MINUTE) if amount > most else None
 
     def charge(self, amount: float) -> Sent:
         """Spend `amount`; a negative one was not spent after all."""
@@ -372,7 +368,7 @@ class Quota:
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request."""
         # None where no limit is known. It is what was reserved: servers charge that.
-        bucket = self._whole if self._whole.limited else self.server.bucket
+        bucket = self.whole if self.whole.limited else self.server.bucket
         if not bucket.limited or self._began is None:
             return None
         return self.spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))

@@ -444,16 +444,15 @@ class SharedModelQueue(ModelQueue):
 
     def _message(self, wanted: Sequence[Waiter]) -> dict[str, Any]:
         now = self._clock.time()
-        spends = (
-            now - self._granted_at <= self._config.burst_seconds
-        )  # else its buckets would be full again by now
-        limits = [quota.configured_limit() for quota in self._quotas.values()]
+        # after that long its buckets are full again: it need not say from which state it has reserved
+        spends = now - self._granted_at <= self._config.burst_seconds
+        configured = [quota.whole for quota in self._quotas.values()]
         self._reported, self._pending = self._pending, PendingUpdates()
         return {
             **self._reported.message(now),
             "epoch": self._snapshot.epoch if self._snapshot is not None and spends else 0,
-            "rates": [rate for rate, _ in limits],
-            "sizes": [size for _, size in limits],
+            "rates": [bucket.rate for bucket in configured],
+            "sizes": [bucket.max_rate for bucket in configured],
             "adaptive": self._config.adaptive_throttling,
             "expire": round(max(_KEEP_SECONDS, 2 * self._config.burst_seconds)),
             "wanted": [waiter.tokens for waiter in wanted],
@@ -464,13 +463,13 @@ class SharedModelQueue(ModelQueue):
         if not self._backend.workers:
             return error
         now = self._clock.time()
-        if not self._alone:
+        if self._alone:
+            self._pending.add("spent", *self._reported.sums["spent"])  # it has still not been received
+        else:
             self._alone, self._retry_seconds = True, _RETRY_SECONDS
             self._positions.clear()
             self._pending = PendingUpdates()
             self._use_shares(now)
-        else:
-            self._pending.add("spent", *self._reported.sums["spent"])  # it has still not been received
         self._retry_at = now + self._retry_seconds * random.uniform(0.5, 1)  # noqa: S311  # not all at once
         self._retry_seconds = min(2 * self._retry_seconds, _MAX_RETRY_SECONDS)
         return None
@@ -478,7 +477,7 @@ class SharedModelQueue(ModelQueue):
     def _use_shares(self, now: float) -> None:
         workers, smallest = self._backend.workers, (1.0, self._largest)
         for number, quota in enumerate(self._quotas.values()):
-            rate, left = quota.configured_limit()[0] / workers, 0.0
+            rate, left = quota.whole.rate / workers, 0.0
             if self._snapshot is not None:
                 rate, left = self._snapshot.share(number, self._next_position[number], workers, now)
             quota.use_share(rate, left, smallest=smallest[number])
