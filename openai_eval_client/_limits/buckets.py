@@ -24,7 +24,6 @@ class Clock(Protocol):
 
     def time(self) -> float:
         """Return the time now."""
-        ...
 
 
 class Bucket(AsyncLimiter):

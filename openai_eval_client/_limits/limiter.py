@@ -243,7 +243,7 @@ class Limiter:
         self._pump(queue)
 
     def _pump(self, queue: ModelQueue) -> None:
-        """Admit all who can go; where only time can help the next, set the timers."""
+        """Grant all that can go; where only time can help the next, set the timers."""
         while (waiter := queue.grant_next()) is not None:
             if not call_on(waiter.owner, self._starts.wake, waiter.future):
                 queue.cancel(waiter)

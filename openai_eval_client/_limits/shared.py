@@ -26,15 +26,12 @@ from openai_eval_client.errors import ValidationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
-    from openai_eval_client._limits.buckets import Clock
     from openai_eval_client._limits.queue import Position
     from openai_eval_client._wire import Outcome, StatedLimit
     from openai_eval_client.config import RateLimitConfig
 
 try:
     import redis
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
 except ImportError as missing:  # pragma: no cover  # the suite installs it
     raise ImportError("redis_url needs redis: pip install 'openai-eval-client[redis]'") from missing
 
@@ -75,7 +72,9 @@ class RedisBackend:
         """Return a client, which connects when it is used."""
         options = {"socket_timeout": _ANSWER_SECONDS, "socket_connect_timeout": _CONNECT_SECONDS}
         try:
-            client = kind.from_url(self._url, retry=Retry(NoBackoff(), 0), **options)
+            client = kind.from_url(
+                self._url, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), **options
+            )
         except ValueError as error:
             raise self._unusable(error) from None
         self._script = client.register_script(script())
@@ -197,13 +196,12 @@ class SharedSnapshot(NamedTuple):
         wait, cause = max(waits)
         return self.at + wait - now, cause
 
-    def share(self, number: int, reserved: float, workers: int, now: float) -> tuple[float, float]:
-        """Return one worker's part of one dimension: its rate, and what is left of it, if that is known."""
-        buckets, seconds = self.quotas[number].buckets, now - self.at
-        left = 0.0  # not known: other workers have reserved since
-        if seconds <= ALIVE_SECONDS:
-            left = min(min(b.released + b.rate * seconds - reserved, b.size) for b in buckets)
-        return min(bucket.rate for bucket in buckets) / workers, max(left, 0.0) / workers
+    def rate_and_left(self, number: int, reserved: float, now: float) -> tuple[float, float]:
+        """Return the rate of one dimension, and what is left of it now, as far as that is known."""
+        both, seconds, left = self.quotas[number].buckets, now - self.at, 0.0
+        if seconds <= ALIVE_SECONDS:  # else other workers may have reserved any amount since
+            left = min(min(b.released + b.rate * seconds - reserved, b.size) for b in both)
+        return min(bucket.rate for bucket in both), max(left, 0.0)
 
 
 class PendingUpdates:
@@ -258,7 +256,7 @@ class SharedModelQueue(ModelQueue):
         self,
         model: str,
         config: RateLimitConfig,
-        clock: Clock,
+        clock: buckets.Clock,
         backend: RedisBackend,
         replied: Callable[[SharedModelQueue, Any], None],
     ) -> None:
@@ -475,9 +473,10 @@ class SharedModelQueue(ModelQueue):
         return None
 
     def _use_shares(self, now: float) -> None:
+        """Keep to this worker's part of each quota."""
         workers, smallest = self._backend.workers, (1.0, self._largest)
         for number, quota in enumerate(self._quotas.values()):
-            rate, left = quota.whole.rate / workers, 0.0
+            rate, left = quota.whole.rate, 0.0
             if self._snapshot is not None:
-                rate, left = self._snapshot.share(number, self._next_position[number], workers, now)
-            quota.use_share(rate, left, smallest=smallest[number])
+                rate, left = self._snapshot.rate_and_left(number, self._next_position[number], now)
+            quota.use_share(rate / workers, left / workers, smallest=smallest[number])

@@ -31,16 +31,14 @@ def replacing(name: str) -> Iterator[IO[bytes]]:
     except OSError as error:
         error.filename = name
         raise
-    if is_special:
-        with file:
-            yield file
-        return
     try:
         with file:
             yield file
-        target.replace(path)
+        if not is_special:
+            target.replace(path)
     finally:
-        target.unlink(missing_ok=True)
+        if not is_special:
+            target.unlink(missing_ok=True)
 
 
 class FileLock(ForkAware):
