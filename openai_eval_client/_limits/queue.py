@@ -204,8 +204,8 @@ class ModelQueue:
 
     def limits(self) -> ModelLimits:
         """Return what holds for this model, and what its requests waited for."""
-        requests, tokens, most = self.requests.limit(), self.tokens.limit(), self.concurrency.limit
-        return ModelLimits(str(self.model), requests, tokens, most, dict(self.waited), self.output_length())
+        limits = self.requests.limit(), self.tokens.limit(), self.concurrency.limit
+        return ModelLimits(str(self.model), *limits, dict(self.waited), self.output_length())
 
     def utilisation(self) -> dict[str, float]:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""
