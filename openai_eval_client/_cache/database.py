@@ -198,6 +198,9 @@ class Connection:
     def __init__(self, database: Database) -> None:
         self._database = database
         self._lock = threading.Lock()
+        self._next_in_line = (
+            threading.Lock()
+        )  # held while waiting for `_lock`: no thread takes it twice before
         self._open: list[sqlite3.Connection] = []  # one at most
         weakref.finalize(self, _close, self._open)  # also at the interpreter's end
         mind_forks(self)
@@ -205,14 +208,17 @@ class Connection:
     @contextlib.contextmanager
     def lent(self, patience: float) -> Iterator[sqlite3.Connection]:
         """Lend it, to wait so many seconds for other users; after an error the next one lent is a new one."""
-        with self._lock:
-            try:
-                connection = self._current(patience)
-                set_patience(connection, patience)
-                yield connection
-            except BaseException:
-                _close(self._open)
-                raise
+        with self._next_in_line:
+            self._lock.acquire()
+        try:
+            connection = self._current(patience)
+            set_patience(connection, patience)
+            yield connection
+        except BaseException:
+            _close(self._open)
+            raise
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         """Close it once no thread uses it; lending it again opens it again."""
@@ -221,12 +227,14 @@ class Connection:
 
     def before_fork(self) -> None:
         """Close it: SQLite's locks do not survive a fork, https://www.sqlite.org/howtocorrupt.html."""
+        self._next_in_line.acquire()
         self._lock.acquire()
         _close(self._open)
 
     def after_fork(self, *, child: bool) -> None:  # noqa: ARG002  # the same on both sides
         """Let it be used again."""
         self._lock.release()
+        self._next_in_line.release()
 
     def _current(self, patience: float) -> sqlite3.Connection:
         if not self._database.is_there():

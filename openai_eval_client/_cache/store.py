@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 _PATIENCE = 60.0  # seconds to wait for another user of the file
+_SLICE = 1.0  # of them at a time: a fork has to wait for the end of one
 _LITTLE_PATIENCE = 0.5  # seconds for each write after one that waited in vain, until one succeeds
 
 _GET = "SELECT created, value, checksum FROM {} WHERE key = ?"
@@ -128,18 +129,23 @@ class Store:
 
     def _write(self, statements: Sequence[Statement]) -> list[None]:
         """Commit all statements together; on the thread of the writes."""
-        try:
-            with self._writer.lent(self._write_patience) as connection:
-                connection.execute("BEGIN IMMEDIATE")
-                for statement in statements:
-                    connection.execute(*statement)
-                connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            if is_locked(error):
-                self._write_patience = min(self._patience, _LITTLE_PATIENCE)
-            raise
-        self._write_patience = self._patience
-        return [None] * len(statements)
+        deadline = time.monotonic() + self._write_patience
+        while True:
+            left = max(deadline - time.monotonic(), 0.0)
+            try:
+                with self._writer.lent(min(left, _SLICE)) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    for statement in statements:
+                        connection.execute(*statement)
+                    connection.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                if is_locked(error) and left > _SLICE:
+                    continue
+                if is_locked(error):
+                    self._write_patience = min(self._patience, _LITTLE_PATIENCE)
+                raise
+            self._write_patience = self._patience
+            return [None] * len(statements)
 
     def _warn(self, message: str, why: object) -> None:
         if message not in self._warned:

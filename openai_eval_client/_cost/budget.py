@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
 from openai_eval_client._cost.pricing import EXACT
 from openai_eval_client._log import inform, warn
-from openai_eval_client._runtime import DeferringLock, call_on, fail_waiter, resolve
+from openai_eval_client._runtime import DeferringLock, call_on, resolve
 from openai_eval_client._validation import check_cost
 from openai_eval_client._wire import endpoint_of, is_free, token_count
 from openai_eval_client.errors import BudgetExceededError, ValidationError
@@ -237,7 +237,7 @@ class CostBudget:
             self._queue.popleft()
             if waits and hold.amount > most:
                 self._move(hold, "done")
-                call_on(future.get_loop(), fail_waiter, future, self.exceeded(hold.amount))
+                call_on(future.get_loop(), resolve, future, self.exceeded(hold.amount))
             elif waits:
                 self._move(hold, "held")
                 if not call_on(future.get_loop(), resolve, future):

@@ -24,20 +24,18 @@ class Clock(Protocol):
 
     def time(self) -> float:
         """Return the time now."""
-        ...
 
 
 class Bucket(AsyncLimiter):
     """aiolimiter's leaky bucket, for every event loop and thread, and with debts.
 
-    Its `_loop` only serves as its clock; its level may go above the capacity (a debt, after a request larger
-    than the bucket).
+    Its level may go above the capacity: a debt, after a request larger than the bucket.
     """
 
-    _loop: Any = None  # a property in the class above, which asks asyncio
+    _loop: Any = None  # the clock; a property in the class above, which asks asyncio
 
     def __init__(self, clock: Clock, rate: float = UNLIMITED, capacity: float = UNLIMITED) -> None:
-        capacity = max(capacity, 1.0)
+        capacity = max(capacity, 1.0)  # however short the burst, one request can go
         super().__init__(capacity, capacity / rate)
         self._loop = clock
         self.limited = rate < UNLIMITED  # else it holds nothing back
@@ -64,10 +62,6 @@ class Bucket(AsyncLimiter):
         if self.limited:
             self._leak()
             self._level = max(0.0, self._level + amount)
-
-    def lower_to(self, left: float) -> None:
-        """Go on with at most `left`."""
-        self.set_left(min(left, self.left()))
 
     def set_left(self, left: float) -> None:
         """Go on with `left`; a debt is negative."""
@@ -207,16 +201,16 @@ class ServerBucket:
         return rate, min(max(size, rate * SMALLEST_SECONDS), stated.limit)
 
     def on_success(self, amount: float) -> None:
-        """Learn that the server served `amount`."""
+        """Learn that the server served `amount`: before the first refusal it makes room for more."""
         self._served += amount
         if self._stated or not self.bucket.limited:
             return
-        if self._cut_at < 0:
-            room = min(GROWTH * amount, self._configured_size - self.bucket.max_rate)
-            if room > 0:
-                self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
-        else:
+        if self._cut_at >= 0:
             self._recover()
+            return
+        room = min(GROWTH * amount, self._configured_size - self.bucket.max_rate)
+        if room > 0:
+            self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
 
     def refused(self, amount: float, sent: Sent, wait: float, *, stated: bool) -> None:
         """Learn that the server refused `amount` for `wait` seconds, with headers or without."""
@@ -227,37 +221,31 @@ class ServerBucket:
             self.refund(amount)
             self._slow_down(amount, sent, self._clock.time())
         # after the wait there is room for this one, and the refill paces the rest
-        self.bucket.lower_to(min(amount - wait * self.bucket.rate, self.bucket.max_rate))
+        self.bucket.set_left(min(amount - wait * self.bucket.rate, self.bucket.left()))
 
     def _slow_down(self, amount: float, sent: Sent, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
-        first = not self.bucket.limited
+        first, before, seconds = not self.bucket.limited, self.bucket.rate, now - self._cut_at
         if first or (self._configured_rate is None and sent.at <= self._first_cut):
             rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
-            rate = min(rate, self.bucket.rate)
+            rate = min(rate, before)
             self._first_cut = now if first else self._first_cut
-        elif sent.at > self._cut_at:
-            rate = self._rate_after_refusal(self.bucket.rate, now)
-        else:
+        elif sent.at <= self._cut_at:
             return
+        elif seconds < MEASURED_SECONDS or self._cut_at < self._busy_from:
+            rate = before * CUT
+        else:
+            rate = min(max((self._served - self._cut_served) / seconds, before * CUT**2), before)
         self._replace(rate, rate * SMALLEST_SECONDS if first else self.bucket.max_rate, 0.0)
         self._cut_at, self._cut_served, self._cut_rate = now, self._served, rate
-
-    def _rate_after_refusal(self, rate: float, now: float) -> float:
-        """Return the rate to go on with: what was served since the last refusal, or a part of `rate`."""
-        seconds = now - self._cut_at
-        if seconds < MEASURED_SECONDS or self._cut_at < self._busy_from:
-            return rate * CUT
-        return min(max((self._served - self._cut_served) / seconds, rate * CUT**2), rate)
 
     def _recover(self) -> None:
         """Raise the rate again: linearly to the configured one, exponentially where there is none."""
         seconds = self._clock.time() - self._cut_at
-        if self._configured_rate is None:
+        if (configured := self._configured_rate) is None:
             rate = self._cut_rate * (1 + UNBOUNDED_RECOVERY) ** min(seconds, 1000)
         else:
-            most = self._configured_rate
-            rate = min(self._cut_rate + RECOVERY * most * seconds, most)
+            rate = min(self._cut_rate + RECOVERY * configured * seconds, configured)
         if rate > self.bucket.rate * (1 + RECOVERY / 2):
             self._replace(rate, self.bucket.max_rate, self.bucket.left())
 
@@ -317,8 +305,8 @@ class Quota:
         rate = per_minute / MINUTE if per_minute and metered else None
         margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
         capacity = max((rate or 0.0) * (config.burst_seconds - margin), 1.0)
-        self._whole = Bucket(clock) if rate is None else Bucket(clock, rate, capacity)
-        self._configured = self._whole  # this worker's share of it, while it cannot reach the others
+        self.whole = Bucket(clock) if rate is None else Bucket(clock, rate, capacity)  # the configured one
+        self._configured = self.whole  # or this worker's share of it, while it cannot reach the others
         self.server = ServerBucket(rate, capacity, clock, adaptive=config.adaptive_throttling and metered)
         self._clock = clock
         self._began: float | None = None
@@ -326,25 +314,21 @@ class Quota:
 
     def limit(self) -> Limit:
         """Return what holds."""
-        own, known = self._whole, self.server.known_limit()
+        own, known = self.whole, self.server.known_limit()
         buckets = [own] if known is None else [own, self.server.bucket]
         burst = min((bucket.max_rate for bucket in buckets if bucket.limited), default=0.0)
         return Limit(own.rate * MINUTE if own.limited else None, known, burst)
 
-    def configured_limit(self) -> tuple[float, float]:
-        """Return units per second and units at once that the user allows; `UNLIMITED` where any."""
-        return self._whole.rate, self._whole.max_rate
-
     def use_share(self, rate: float, left: float, *, smallest: float) -> None:
         """Keep to a share of the limit for now, in a bucket that holds at least `smallest`."""
         if rate < UNLIMITED_SHARE:
-            size = rate * self._whole.max_rate / self._whole.rate
+            size = rate * self.whole.max_rate / self.whole.rate
             self._configured = Bucket(self._clock, rate, max(size, smallest))
             self._configured.set_left(left)
 
     def use_whole(self) -> None:
         """Go back to the whole limit."""
-        self._configured = self._whole
+        self._configured = self.whole
 
     def ready_in(self, amount: float) -> float:
         """Return the seconds until `amount` may be spent."""
@@ -356,8 +340,8 @@ class Quota:
         # cost of a debt that later requests wait for: up to `max_wait` seconds' worth.
         if self.server.limit is not None and amount > self.server.limit:
             return self.server.limit
-        most = self._whole.max_rate + self._whole.rate * max_wait
-        return round(self._whole.rate * MINUTE) if amount > most else None
+        most = self.whole.max_rate + self.whole.rate * max_wait
+        return round(self.whole.rate * MINUTE) if amount > most else None
 
     def charge(self, amount: float) -> Sent:
         """Spend `amount`; a negative one was not spent after all."""
@@ -377,12 +361,13 @@ class Quota:
         if self.server.adaptive:
             self.server.refused(amount, sent, wait, stated=stated)
         elif amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
-            self._configured.lower_to(amount - wait * self._configured.rate)
+            left = amount - wait * self._configured.rate
+            self._configured.set_left(min(left, self._configured.left()))
 
     def used_share(self) -> float | None:
         """Return what was spent, as a share of a full bucket and its refill since the first request."""
         # None where no limit is known. It is what was reserved: servers charge that.
-        bucket = self._whole if self._whole.limited else self.server.bucket
+        bucket = self.whole if self.whole.limited else self.server.bucket
         if not bucket.limited or self._began is None:
             return None
         return self.spent / (bucket.max_rate + bucket.rate * (self._clock.time() - self._began))

@@ -8,25 +8,24 @@ holds one timer, so that no loop depends on another that may be busy or closed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import copy
 import functools
 import itertools
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._limits.queue import ModelQueue, State, Waiter, describe
+from openai_eval_client._limits.queue import ModelQueue, State, Waiter
 from openai_eval_client._log import inform, request_id
 from openai_eval_client._runtime import (
     DeferringLock,
     Monotonic,
     StartThrottle,
     call_on,
-    fail_waiter,
+    resolve,
     running_loop,
 )
-from openai_eval_client._wire import Kind, read_stated_limits
+from openai_eval_client._wire import read_stated_limits
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._limits.buckets import Clock
     from openai_eval_client._limits.queue import ConcurrencyLimit, LimitStatus, ModelLimits
-    from openai_eval_client._limits.shared import SharedBackend, SharedModelQueue
+    from openai_eval_client._limits.shared import RedisBackend, SharedModelQueue
     from openai_eval_client._wire import Demand, Failure, Outcome
     from openai_eval_client.errors import RateLimitError
 
@@ -51,13 +50,7 @@ class Permit(NamedTuple):
 
 
 class Limiter:
-    """The limits of one account, shared by everything that sends through it.
-
-    Args:
-        config: The limits; None: learn them from the server, and slow nothing down until it states any.
-        clock: Where the time comes from.
-        lock: The lock round all queues; None: one of its own.
-    """
+    """The limits of one account, shared by everything that sends through it."""
 
     def __init__(
         self,
@@ -67,16 +60,15 @@ class Limiter:
         lock: DeferringLock | None = None,
     ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
-        self._bounded = config is not None
+        self._bounded = config is not None  # else nothing is slowed down until the server states limits
         self._clock: Clock = clock or Monotonic()
         self._lock = lock or DeferringLock()
-        self._pauses: deque[tuple[str | None, Failure, str | None]] = deque()  # to log once the lock is left
         self._turns = itertools.count()
         self._starts = StartThrottle()
         self._refused: Counter[str] = Counter()
         self._queues: dict[str | None, ModelQueue] = {}
         self._timers: dict[tuple[ModelQueue, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
-        self._backend: SharedBackend | None = None
+        self._backend: RedisBackend | None = None
 
     def fresh(self) -> Limiter:
         """Return another one with the same configured limits, for another account."""
@@ -85,22 +77,33 @@ class Limiter:
     def share(self, *account: str | None) -> None:
         """Share the limits with all processes that use the same account, through `config.redis_url`."""
         if self.config.redis_url is not None and self._backend is None:
-            from openai_eval_client._limits.redis import RedisBackend  # an extra
+            from openai_eval_client._limits.shared import RedisBackend  # an extra
 
             self._backend = RedisBackend(self.config, account)
 
     def leave(self) -> None:
-        """Tell those who share the limits that this client is done."""
+        """Tell the processes that share the limits that this client is done."""
         if self._backend is not None:
             with self._lock:
-                queues = self._queues.values()
-                self._backend.leave({str(queue.model): last for queue in queues if (last := queue.leave())})
+                for queue in self._queues.values():
+                    queue.leave()
+            self._backend.close()
 
     @property
     def stats(self) -> dict[str, dict[str, Any]]:
         """What `ClientStats` says of the limits."""
+        waited: defaultdict[str, float] = defaultdict(float)
         with self._lock:
-            return {"rate_limited_by": dict(self._refused), **describe(self._queues.values())}
+            for queue in self._queues.values():
+                for cause, seconds in queue.waited.items():
+                    waited[cause] += seconds
+            models = {queue.model: queue for queue in self._queues.values() if queue.model is not None}
+            return {
+                "rate_limited_by": dict(self._refused),
+                "wait_seconds_by": dict(waited),
+                "utilisation": {model: queue.utilisation() for model, queue in models.items()},
+                "output_length": {model: queue.output_length() for model, queue in models.items()},
+            }
 
     @property
     def limits(self) -> list[ModelLimits]:
@@ -125,12 +128,7 @@ class Limiter:
     async def acquire(
         self, demand: Demand, *, concurrency: ConcurrencyLimit | None = None, turn: int | None = None
     ) -> Permit:
-        """Wait until a request may be sent, and reserve its tokens and a slot.
-
-        Raises:
-            RateLimitError: The server asked for a pause longer than `max_wait`.
-            RequestTooLargeError: The limit on tokens can never admit it.
-        """
+        """Wait until a request may be sent, and reserve its tokens and a slot."""
         with self._lock:
             queue = self._queue_of(demand.model)
             waiter = self._new_waiter(queue, demand, concurrency, turn)
@@ -151,7 +149,8 @@ class Limiter:
         """Free a slot, replace the reserved tokens by those used, and learn from the answer."""
         permit.waiter.ended_at = self._clock.time()
         self._lock.when_free(lambda: self._release(*permit, outcome))
-        self._log_pauses()
+        if outcome.failure is not None and outcome.is_rate_limit and outcome.failure.wait:
+            _log_pause(permit.queue, outcome.failure, outcome.headers)
 
     def update_from_headers(self, permit: Permit, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer whose body is still to come."""
@@ -163,70 +162,47 @@ class Limiter:
         if waiter.state is not State.GRANTED:
             return
         try:
-            if not outcome.sent:
+            if outcome.sent:
+                queue.settle(waiter, outcome)
+                self._learn(queue, waiter, outcome)
+            else:
                 queue.cancel(waiter)
-                return
-            queue.settle(waiter, outcome.tokens)
-            if outcome.ok:
-                queue.on_success(waiter)
-            elif outcome.is_refusal and not outcome.is_rate_limit:
-                queue.rejected(waiter)
-            if outcome.counted is not None:
-                queue.observe_output(outcome.counted.completion_tokens)
-            if outcome.headers is not None and (outcome.is_rate_limit or queue.is_news(waiter)):
-                self._learn(queue, waiter, outcome.headers, outcome.failure)
         finally:
             self._pump(queue)
 
-    def _learn(
-        self, queue: ModelQueue, waiter: Waiter, headers: Mapping[str, str], failure: Failure | None
-    ) -> None:
+    def _learn(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
         """Take over what the server says of its limits; after a 429, pause as long as it says."""
-        stated = read_stated_limits(headers)
-        queue.update_from_headers(waiter, stated)
-        if failure is None or failure.kind is not Kind.RATE_LIMITED:
+        failure = outcome.failure if outcome.is_rate_limit else None
+        if outcome.headers is None or (failure is None and not queue.is_news(waiter)):
             return
-        wait = failure.wait or 0.0
-        self._refused[failure.dimension or "unknown"] += 1
-        queue.refused(waiter, failure.dimension, wait, stated)
-        if wait:
-            queue.pause(wait)
-            self._pauses.append((queue.model, failure, request_id(headers)))
-        if wait > self.config.max_wait:
-            self._fail_all(queue)
-
-    def _log_pauses(self) -> None:
-        with contextlib.suppress(IndexError):  # another thread logs too
-            while self._pauses:
-                model, failure, request = self._pauses.popleft()
-                inform(
-                    "%s rate limited by the server: pausing %.2f s",
-                    model,
-                    failure.wait,
-                    event="rate_limited",
-                    wait_seconds=failure.wait,
-                    model=model,
-                    status=failure.status,
-                    limit=failure.dimension,
-                    request_id=request,
-                )
+        stated = read_stated_limits(outcome.headers)
+        queue.update_from_headers(waiter, stated)
+        if failure is not None:
+            wait = failure.wait or 0.0
+            self._refused[failure.dimension or "unknown"] += 1
+            queue.refused(waiter, failure.dimension, wait, stated)
+            if wait:
+                queue.pause(wait)
+            if wait > self.config.max_wait:
+                self._fail_all(queue)
 
     def _queue_of(self, model: str | None) -> ModelQueue:
         queue = self._queues.get(model)
-        if queue is None:
-            queue = self._queues[model] = self._new_queue(model)
-            queue.concurrency.limit = queue.concurrency.limit if self._bounded else float("inf")
+        if queue is not None:
+            return queue
+        if self._backend is None or model is None:
+            queue = ModelQueue(model, self.config, self._clock)
+        else:
+            from openai_eval_client._limits.shared import SharedModelQueue  # an extra
+
+            queue = SharedModelQueue(model, self.config, self._clock, self._backend, self._replied)
+        if not self._bounded:
+            queue.concurrency.limit = float("inf")
+        self._queues[model] = queue
         return queue
 
-    def _new_queue(self, model: str | None) -> ModelQueue:
-        if self._backend is None or model is None:
-            return ModelQueue(model, self.config, self._clock)
-        from openai_eval_client._limits.shared import SharedModelQueue  # few clients share their limits
-
-        return SharedModelQueue(model, self.config, self._clock, self._backend, self._replied)
-
     def _replied(self, queue: SharedModelQueue, reply: Any) -> None:
-        """Go by a reply of the shared limits."""
+        """Take over a reply of the shared limits."""
         with self._lock:
             error = queue.take(reply)
             if error is not None or queue.pause_left() > self.config.max_wait:
@@ -267,7 +243,7 @@ class Limiter:
         self._pump(queue)
 
     def _pump(self, queue: ModelQueue) -> None:
-        """Admit all who can go; where only time can help the next, set the timers."""
+        """Grant all that can go; where only time can help the next, set the timers."""
         while (waiter := queue.grant_next()) is not None:
             if not call_on(waiter.owner, self._starts.wake, waiter.future):
                 queue.cancel(waiter)
@@ -302,7 +278,7 @@ class Limiter:
         for waiter in queue.waiters():
             queue.cancel(waiter)
             error = _too_long(queue, self.config.max_wait) if reason is None else copy.copy(reason)
-            call_on(waiter.owner, fail_waiter, waiter.future, error)
+            call_on(waiter.owner, resolve, waiter.future, error)
 
 
 def _log_wait(queue: ModelQueue, waiter: Waiter) -> None:
@@ -310,6 +286,20 @@ def _log_wait(queue: ModelQueue, waiter: Waiter) -> None:
     if waited >= _WORTH_LOGGING:
         about = {"model": queue.model, "wait_seconds": waited}
         inform("waited %.2f s for the rate limit of %s", waited, queue.model, event="waited", **about)
+
+
+def _log_pause(queue: ModelQueue, failure: Failure, headers: Mapping[str, str] | None) -> None:
+    inform(
+        "%s rate limited by the server: pausing %.2f s",
+        queue.model,
+        failure.wait,
+        event="rate_limited",
+        wait_seconds=failure.wait,
+        model=queue.model,
+        status=failure.status,
+        limit=failure.dimension,
+        request_id=request_id(headers),
+    )
 
 
 def _too_long(queue: ModelQueue, max_wait: float) -> RateLimitError:

@@ -12,10 +12,10 @@ from openai_eval_client._limits.buckets import Quota
 from openai_eval_client._wire import DIMENSIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Mapping
+    from collections.abc import Container, Mapping
 
     from openai_eval_client._limits.buckets import Clock, Limit, Sent
-    from openai_eval_client._wire import StatedLimit
+    from openai_eval_client._wire import Outcome, StatedLimit
     from openai_eval_client.config import RateLimitConfig
 
 
@@ -25,6 +25,9 @@ class State(enum.Enum):
     WAITING = enum.auto()
     GRANTED = enum.auto()
     DONE = enum.auto()
+
+
+Position = tuple[float, float]  # what had been reserved in each dimension before a waiter
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +59,7 @@ class Waiter:
     granted_at: float = 0.0  # clock time at which it was granted, later at which it began
     ended_at: float = 0.0  # clock time at which it was settled
     sent: tuple[Sent, ...] = ()  # for each dimension, once it is granted
-    position: tuple[float, float] | None = None  # in the shared state; None where that does not count it
+    position: Position | None = None  # in the shared state; None where that does not count it
 
     def __lt__(self, other: Waiter) -> bool:
         return self.turn < other.turn
@@ -74,9 +77,7 @@ class ModelLimits(NamedTuple):
     tokens: Limit
     max_concurrent: float  # infinite where there is no bound
     waited: dict[str, float]  # seconds, summed over all requests, by what they waited for
-    output_length: dict[
-        str, float
-    ]  # mean and spread of its latest answers, in tokens; empty before the first
+    output_length: dict[str, float]  # tokens: mean and spread of its latest answers; empty before the first
 
 
 class LimitStatus(NamedTuple):
@@ -154,21 +155,20 @@ class ModelQueue:
             waiter.concurrency.in_flight -= 1
         waiter.state = State.DONE
 
-    def settle(self, waiter: Waiter, tokens: float | None) -> None:
-        """Free the waiter's slot and replace its estimate by `tokens`, where they are known."""
+    def settle(self, waiter: Waiter, outcome: Outcome) -> None:
+        """Free the waiter's slot, replace its estimate by what it took, and learn from that."""
         waiter.state = State.DONE
         waiter.concurrency.in_flight -= 1
+        tokens = outcome.tokens
         if tokens is not None:
             self.tokens.settle(waiter.tokens, tokens)
-
-    def on_success(self, waiter: Waiter) -> None:
-        """Learn that the server had room for this waiter."""
-        self.requests.server.on_success(1)
-        self.tokens.server.on_success(waiter.tokens)
-
-    def rejected(self, waiter: Waiter) -> None:
-        """Learn that the server refused this waiter for good, and so did not count its tokens."""
-        self.tokens.server.refund(waiter.tokens)
+        if outcome.ok:
+            self.requests.server.on_success(1)
+            self.tokens.server.on_success(waiter.tokens)
+        elif outcome.is_refusal and not outcome.is_rate_limit:
+            self.tokens.server.refund(waiter.tokens)
+        if outcome.counted is not None:
+            self._observe_output(outcome.counted.completion_tokens)
 
     def refused(self, waiter: Waiter, dimension: str | None, wait: float, stated: Container[str]) -> None:
         """Learn that the server had no room for this waiter in a dimension (None: in which is unknown).
@@ -191,30 +191,28 @@ class ModelQueue:
             if name in stated:
                 self._quotas[name].server.update_from_headers(stated[name], sent)
 
-    def leave(self) -> dict[str, Any] | None:
-        """Return the last message to the shared state; None where nothing is shared."""
-        return None
+    def leave(self) -> None:
+        """Send the last message to the shared state, where there is one."""
 
     def status(self) -> LimitStatus:
         """Return where the limits stand."""
         spent = {name: quota.spent for name, quota in self._quotas.items()}
         limits = {name: quota.limit().per_minute for name, quota in self._quotas.items()}
-        waiter = self._first()
+        waiter = self._next()
         seconds, cause = (0.0, "concurrency") if waiter is None else self._ready_in(waiter)
         return LimitStatus(spent, limits, sum(self.waiting.values()), cause, seconds)
 
     def limits(self) -> ModelLimits:
         """Return what holds for this model, and what its requests waited for."""
-        limits = self.requests.limit(), self.tokens.limit()
-        waited, output = dict(self.waited), self.output_length()
-        return ModelLimits(str(self.model), *limits, self.concurrency.limit, waited, output)
+        limits = self.requests.limit(), self.tokens.limit(), self.concurrency.limit
+        return ModelLimits(str(self.model), *limits, dict(self.waited), self.output_length())
 
     def utilisation(self) -> dict[str, float]:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""
         shares = {name: quota.used_share() for name, quota in self._quotas.items()}
         return {name: share for name, share in shares.items() if share is not None}
 
-    def observe_output(self, tokens: int) -> None:
+    def _observe_output(self, tokens: int) -> None:
         """Learn how long this model's answers are: running mean and variance over the latest ones."""
         self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
         off = tokens - self.expected_output
@@ -239,10 +237,6 @@ class ModelQueue:
         return [w for w in queued if w.state is State.WAITING and owner in (None, w.owner)]
 
     def _next(self) -> Waiter | None:
-        """Return the waiter to grant next."""
-        return self._first()
-
-    def _first(self) -> Waiter | None:
         """Return the waiter whose turn is next, among those with room in their concurrency limit."""
         if len(self._concurrency_limits) == 1:
             return self.concurrency.first()
@@ -280,17 +274,3 @@ class ModelQueue:
         waiter.concurrency.in_flight += 1
         waiter.state = State.GRANTED
         waiter.granted_at = self._clock.time()
-
-
-def describe(queues: Collection[ModelQueue]) -> dict[str, dict[str, Any]]:
-    """Return what `ClientStats` says of queues."""
-    waited: defaultdict[str, float] = defaultdict(float)
-    for queue in queues:
-        for cause, seconds in queue.waited.items():
-            waited[cause] += seconds
-    models = {queue.model: queue for queue in queues if queue.model is not None}
-    return {
-        "wait_seconds_by": dict(waited),
-        "utilisation": {model: queue.utilisation() for model, queue in models.items()},
-        "output_length": {model: queue.output_length() for model, queue in models.items()},
-    }

@@ -7,7 +7,7 @@
 -- `released` and `rate`, which the reply holds: no worker asks twice, and a change moves all positions.
 --
 -- KEYS: the state; the workers and when each sent its latest message.
--- ARGV: the message, in JSON (shared.py). The constants come from buckets.py and shared.py, by redis.py.
+-- ARGV: the message, in JSON (shared.py). shared.py puts the constants in front, those of buckets.py and its own.
 
 local message = cjson.decode(ARGV[1])
 local time = redis.call('TIME')

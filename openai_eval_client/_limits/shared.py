@@ -1,45 +1,151 @@
-"""Limits shared by several processes and machines."""
+"""Limits shared by several processes and machines, through a Redis."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import heapq
+import json
 import random
+import threading
+import uuid
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qsl, unquote, urlsplit
 
+from openai_eval_client._limits import buckets
 from openai_eval_client._limits.queue import ModelQueue, State, Waiter
+from openai_eval_client._log import warn
+from openai_eval_client._runtime import mind_forks
 from openai_eval_client._wire import DIMENSIONS
+from openai_eval_client.config import without_password
+from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
-    from openai_eval_client._limits.buckets import Clock
-    from openai_eval_client._wire import StatedLimit
+    from openai_eval_client._limits.queue import Position
+    from openai_eval_client._wire import Outcome, StatedLimit
     from openai_eval_client.config import RateLimitConfig
 
+try:
+    import redis
+except ImportError as missing:  # pragma: no cover  # the suite installs it
+    raise ImportError("redis_url needs redis: pip install 'openai-eval-client[redis]'") from missing
 
+_CONNECT_SECONDS = 3.0
+_ANSWER_SECONDS = 1.0  # a Redis that takes longer counts as gone
 ALIVE_SECONDS = 10.0  # a worker that waits and sent no message for so long is gone
 
 
-class SharedBackend(Protocol):
-    """One worker's way to the shared state."""
-
-    generation: int  # another number in a forked child, which has to ask for itself
-    workers: int  # how many were alive at the latest reply to any queue; 0: there was none yet
-
-    def ask(self, model: str, message: dict[str, Any], done: Callable[[Any], None]) -> None:
-        """Send a message; `done` is called later with the reply or the exception, on any thread."""
-
-    def leave(self, messages: dict[str, dict[str, Any]]) -> None:
-        """Send the last messages, by model."""
+def script() -> str:
+    """Return `shared.lua` with the constants that it has from Python."""
+    shared = {"ALIVE_SECONDS": ALIVE_SECONDS, **vars(buckets)}
+    floats = {name: value for name, value in shared.items() if isinstance(value, float)}
+    constants = "".join(f"local {name} = {value!r}\n" for name, value in floats.items())
+    return constants + Path(__file__).with_name("shared.lua").read_text("utf-8")
 
 
-class Position(NamedTuple):
-    """What had been reserved in each dimension before a waiter."""
+class RedisBackend:
+    """Exchanges messages with the shared state of one account: one connection and one thread for a client."""
 
-    requests: float
-    tokens: float
+    def __init__(self, config: RateLimitConfig, account: Iterable[str | None]) -> None:
+        self._url = str(config.redis_url)
+        self._shown_url = without_password(self._url)
+        self._namespace = config.namespace
+        self._account = [part or "" for part in account]
+        self.generation = 0  # another number in a forked child, which has to ask for itself
+        self.workers = 0  # how many were alive at the latest reply to any queue; 0: there was none yet
+        self._replying = threading.Lock()
+        self._begin()
+        mind_forks(self)
+
+    def _begin(self) -> None:
+        self._worker = uuid.uuid4().hex
+        self._down = False
+        self._client = self._connect(redis.Redis)
+        self._thread = ThreadPoolExecutor(1, "openai-eval-client-redis")
+
+    def _connect(self, kind: Any) -> Any:
+        """Return a client, which connects when it is used."""
+        options = {"socket_timeout": _ANSWER_SECONDS, "socket_connect_timeout": _CONNECT_SECONDS}
+        try:
+            client = kind.from_url(
+                self._url, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), **options
+            )
+        except ValueError as error:
+            raise self._unusable(error) from None
+        self._script = client.register_script(script())
+        return client
+
+    def ask(self, model: str, message: dict[str, Any], done: Callable[[Any], object]) -> None:
+        """Send a message; `done` is called with the reply or the exception, on the thread."""
+        self._thread.submit(self._ask, model, message, done)
+
+    def close(self) -> None:
+        """Close the connection once all messages are sent, without waiting for it."""
+        self._thread.submit(self._client.close)
+
+    def before_fork(self) -> None:
+        """Wait for the reply that is being taken: a child could not leave the lock that this thread holds."""
+        self._replying.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Be another worker in the child, with a connection of its own; the parent's goes on."""
+        self._replying.release()
+        if child:
+            self.generation += 1
+            self._begin()
+
+    def _ask(self, model: str, message: dict[str, Any], done: Callable[[Any], object]) -> None:
+        reply: Any
+        try:
+            reply = self._run(self._keys(model), json.dumps({**message, "worker": self._worker}))
+            self._log_change(None)
+        except Exception as error:  # noqa: BLE001  # of a cluster, not even RedisError; a queue waits for the reply
+            self._log_change(error)
+            reply = self._unusable(error)
+        with self._replying:
+            done(reply)
+
+    def _run(self, keys: list[str], message: str) -> Sequence[float]:
+        try:
+            reply = self._script(keys, [message])
+        except redis.ResponseError as error:
+            if not isinstance(error, redis.exceptions.MovedError) and not str(error).startswith("MOVED"):
+                raise
+            # it is one node of a cluster, which keeps each state whole
+            self._client = self._connect(redis.RedisCluster)
+            reply = self._script(keys, [message])
+        return [float(number) for number in reply]
+
+    def _keys(self, model: str) -> list[str]:
+        """Return the two keys of a model's limits, which a cluster keeps on one node."""
+        digest = hashlib.sha256("\0".join([*self._account, model]).encode()).hexdigest()[:32]
+        return [f"{{{self._namespace}:{digest}}}:{part}" for part in ("state", "workers")]
+
+    def _log_change(self, error: Exception | None) -> None:
+        """Log once that the shared state is gone, and once that it is back."""
+        was_down, self._down = self._down, error is not None and self.workers > 0
+        if error is not None and self._down and not was_down:
+            text, share = "%s is gone (%s): going on with 1/%d of the limits", self.workers
+            warn(text, self._shown_url, self._text(error), share, event="redis_lost", workers=share)
+        elif error is None and was_down:
+            warn("%s is back: sharing the limits again", self._shown_url, event="redis_back")
+
+    def _unusable(self, error: Exception) -> ValidationError:
+        message = f"redis_url={self._shown_url!r}: no Redis can be used there: {self._text(error)}"
+        return ValidationError(message, field="redis_url")
+
+    def _text(self, error: Exception) -> str:
+        """Return an error's text, without what is secret in the URL."""
+        parts = urlsplit(self._url)
+        text = f"{type(error).__name__}: {error}"
+        for secret in filter(None, [parts.password, *(value for _, value in parse_qsl(parts.query))]):
+            text = text.replace(secret, "***").replace(unquote(secret), "***")
+        return text
 
 
 class SharedBucket(NamedTuple):
@@ -48,14 +154,6 @@ class SharedBucket(NamedTuple):
     released: float  # units in all
     rate: float  # units per second
     size: float  # units
-
-    def left(self, reserved: float, seconds: float) -> float:
-        """Return what it holds so many seconds after the reply, if no other worker has reserved any since."""
-        return min(self.released + self.rate * seconds - reserved, self.size)
-
-    def ready_in(self, before: float, amount: float) -> float:
-        """Return the seconds from the reply until `amount` may go that was reserved after `before`."""
-        return (before + min(amount, self.size) - self.released) / self.rate
 
 
 class SharedQuota(NamedTuple):
@@ -89,21 +187,21 @@ class SharedSnapshot(NamedTuple):
 
     def ready_in(self, position: Position, tokens: float, now: float) -> tuple[float, str]:
         """Return the seconds until what was reserved at a position may go, and what it waits for."""
-        waits = [
-            (bucket.ready_in(before, amount), dimension)
-            for dimension, quota, before, amount in zip(
-                DIMENSIONS, self.quotas, position, (1, tokens), strict=True
-            )
-            for bucket in quota.buckets
-        ]
-        wait, cause = max([*waits, (self.pause, "pause")])
+        waits = [(self.pause, "pause")]
+        dimensions = zip(DIMENSIONS, self.quotas, position, (1, tokens), strict=True)
+        for dimension, quota, before, amount in dimensions:
+            for bucket in quota.buckets:
+                missing = before + min(amount, bucket.size) - bucket.released
+                waits.append((missing / bucket.rate, dimension))
+        wait, cause = max(waits)
         return self.at + wait - now, cause
 
-    def share(self, number: int, reserved: float, workers: int, now: float) -> tuple[float, float]:
-        """Return one worker's part of one dimension: its rate, and what is left of it, if that is known."""
-        buckets, seconds = self.quotas[number].buckets, now - self.at
-        left = min(bucket.left(reserved, seconds) for bucket in buckets) if seconds <= ALIVE_SECONDS else 0.0
-        return min(bucket.rate for bucket in buckets) / workers, max(left, 0.0) / workers
+    def rate_and_left(self, number: int, reserved: float, now: float) -> tuple[float, float]:
+        """Return the rate of one dimension, and what is left of it now, as far as that is known."""
+        both, seconds, left = self.quotas[number].buckets, now - self.at, 0.0
+        if seconds <= ALIVE_SECONDS:  # else other workers may have reserved any amount since
+            left = min(min(b.released + b.rate * seconds - reserved, b.size) for b in both)
+        return min(bucket.rate for bucket in both), max(left, 0.0)
 
 
 class PendingUpdates:
@@ -158,15 +256,14 @@ class SharedModelQueue(ModelQueue):
         self,
         model: str,
         config: RateLimitConfig,
-        clock: Clock,
-        backend: SharedBackend,
+        clock: buckets.Clock,
+        backend: RedisBackend,
         replied: Callable[[SharedModelQueue, Any], None],
     ) -> None:
         super().__init__(model, config, clock)
         self._backend = backend
         self._replied = functools.partial(replied, self)
-        self._adaptive = config.adaptive_throttling
-        self._burst_seconds = config.burst_seconds
+        self._config = config
         self._largest = 0.0  # tokens reserved at once
         self._reset()
 
@@ -174,7 +271,7 @@ class SharedModelQueue(ModelQueue):
         """Know nothing of the shared state, as at first."""
         self._generation, self._alone = self._backend.generation, False
         self._snapshot: SharedSnapshot | None = None
-        self._next_position = Position(0.0, 0.0)
+        self._next_position: Position = (0.0, 0.0)
         self._positions: dict[Waiter, Position] = {}  # of those that wait, in order
         self._wanted: list[Waiter] | None = None  # those asked for; None: no reply is awaited
         self._pending = self._reported = PendingUpdates()
@@ -213,26 +310,20 @@ class SharedModelQueue(ModelQueue):
             self._pending.add("spent", -1, -waiter.tokens)
         super().cancel(waiter)
 
-    def settle(self, waiter: Waiter, tokens: float | None) -> None:
-        """Free the waiter's slot and replace its estimate by `tokens`, where they are known."""
-        super().settle(waiter, tokens)
-        if tokens is None or waiter.position is None or tokens == waiter.tokens:
+    def settle(self, waiter: Waiter, outcome: Outcome) -> None:
+        """Free the waiter's slot, replace its estimate by what it took, and learn from that."""
+        super().settle(waiter, outcome)
+        reserved, taken = waiter.tokens, outcome.tokens
+        if waiter.position is None:
             return
-        self._pending.add("credit", 0, waiter.tokens - tokens)
-        if tokens > waiter.tokens:
-            self._pending.add("debt", 0, tokens - waiter.tokens)
-
-    def on_success(self, waiter: Waiter) -> None:
-        """Learn that the server had room for this waiter."""
-        super().on_success(waiter)
-        if waiter.position is not None:
-            self._pending.add("served", 1, waiter.tokens)
-
-    def rejected(self, waiter: Waiter) -> None:
-        """Learn that the server refused this waiter for good, and so did not count its tokens."""
-        super().rejected(waiter)
-        if waiter.position is not None:
-            self._pending.add("debt", 0, -waiter.tokens)
+        if taken is not None and taken != reserved:
+            self._pending.add("credit", 0, reserved - taken)
+            if taken > reserved:
+                self._pending.add("debt", 0, taken - reserved)
+        if outcome.ok:
+            self._pending.add("served", 1, reserved)
+        elif outcome.is_refusal and not outcome.is_rate_limit:
+            self._pending.add("debt", 0, -reserved)
 
     def refused(self, waiter: Waiter, dimension: str | None, wait: float, stated: Container[str]) -> None:
         """Learn that the server had no room for this waiter."""
@@ -252,7 +343,7 @@ class SharedModelQueue(ModelQueue):
     def update_from_headers(self, waiter: Waiter, stated: Mapping[str, StatedLimit]) -> None:
         """Take over the limits that the headers of the answer to this waiter state."""
         super().update_from_headers(waiter, stated)
-        if waiter.position is None or self._snapshot is None or not self._adaptive:
+        if waiter.position is None or self._snapshot is None or not self._config.adaptive_throttling:
             return
         for number, (name, sent) in enumerate(zip(DIMENSIONS, waiter.sent, strict=True)):
             if (limit := stated.get(name)) is None:
@@ -271,7 +362,7 @@ class SharedModelQueue(ModelQueue):
         self._pending.pause_until, self._pending.urgent = self._paused_until, True
 
     def take(self, outcome: Any) -> Exception | None:
-        """Go by a reply; without one, alone. Return the error where this worker cannot even begin."""
+        """Take over a reply; after an error go on alone, or return it where this worker cannot even begin."""
         wanted, self._wanted = self._wanted or [], None
         if isinstance(outcome, Exception):
             return self._go_alone(outcome)
@@ -283,34 +374,30 @@ class SharedModelQueue(ModelQueue):
         if self._snapshot is not None and self._snapshot.epoch != snapshot.epoch:
             self._positions.clear()  # of a state that is no more
         self._snapshot, self._backend.workers = snapshot, snapshot.workers
-        self._next_position = Position(*(quota.reserved for quota in snapshot.quotas))
+        self._next_position = snapshot.quotas[0].reserved, snapshot.quotas[1].reserved
         self._paused_until = max(self._paused_until, snapshot.at + snapshot.pause)
         for waiter in wanted[: snapshot.reserved]:
-            self._place(waiter)
+            requests, tokens = position = self._next_position
+            self._next_position = requests + 1, tokens + waiter.tokens
+            self._largest = max(self._largest, waiter.tokens)
+            if waiter.state is State.WAITING:
+                self._positions[waiter] = position
+            else:  # it was cancelled meanwhile, and gives the position back
+                self._pending.cancelled.append((*position, waiter.tokens))
         return None
 
-    def leave(self) -> dict[str, Any] | None:
-        """Return the last message to the shared state; None where it knows nothing of this worker."""
+    def leave(self) -> None:
+        """Send the last message to the shared state, if that knows of this worker."""
         if self._snapshot is None or self._alone:
-            return None
+            return
         for waiter, position in self._positions.items():
             self._pending.cancelled.append((*position, waiter.tokens))
-        return {**self._message([]), "leaving": True}
-
-    def _place(self, waiter: Waiter) -> None:
-        """Give a waiter the next position; one that was cancelled meanwhile gives it back."""
-        position = self._next_position
-        self._next_position = Position(position.requests + 1, position.tokens + waiter.tokens)
-        self._largest = max(self._largest, waiter.tokens)
-        if waiter.state is State.WAITING:
-            self._positions[waiter] = position
-        else:
-            self._pending.cancelled.append((*position, waiter.tokens))
+        self._backend.ask(str(self.model), {**self._message([]), "leaving": True}, lambda _: None)
 
     def _next(self) -> Waiter | None:
         """Return the first waiter with a position, among those with room in their concurrency limit."""
         if self._alone:
-            return self._first()
+            return super()._next()
         return next((w for w in self._positions if w.concurrency.in_flight < w.concurrency.limit), None)
 
     def _ready_in(self, waiter: Waiter) -> tuple[float, str]:
@@ -355,16 +442,17 @@ class SharedModelQueue(ModelQueue):
 
     def _message(self, wanted: Sequence[Waiter]) -> dict[str, Any]:
         now = self._clock.time()
-        spends = now - self._granted_at <= self._burst_seconds  # else its buckets would be full again by now
-        limits = [quota.configured_limit() for quota in self._quotas.values()]
+        # after that long its buckets are full again: it need not say from which state it has reserved
+        spends = now - self._granted_at <= self._config.burst_seconds
+        configured = [quota.whole for quota in self._quotas.values()]
         self._reported, self._pending = self._pending, PendingUpdates()
         return {
             **self._reported.message(now),
             "epoch": self._snapshot.epoch if self._snapshot is not None and spends else 0,
-            "rates": [rate for rate, _ in limits],
-            "sizes": [size for _, size in limits],
-            "adaptive": self._adaptive,
-            "expire": round(max(_KEEP_SECONDS, 2 * self._burst_seconds)),
+            "rates": [bucket.rate for bucket in configured],
+            "sizes": [bucket.max_rate for bucket in configured],
+            "adaptive": self._config.adaptive_throttling,
+            "expire": round(max(_KEEP_SECONDS, 2 * self._config.burst_seconds)),
             "wanted": [waiter.tokens for waiter in wanted],
         }
 
@@ -373,21 +461,22 @@ class SharedModelQueue(ModelQueue):
         if not self._backend.workers:
             return error
         now = self._clock.time()
-        if not self._alone:
+        if self._alone:
+            self._pending.add("spent", *self._reported.sums["spent"])  # it has still not been received
+        else:
             self._alone, self._retry_seconds = True, _RETRY_SECONDS
             self._positions.clear()
             self._pending = PendingUpdates()
             self._use_shares(now)
-        else:
-            self._pending.add("spent", *self._reported.sums["spent"])  # it has still not been received
         self._retry_at = now + self._retry_seconds * random.uniform(0.5, 1)  # noqa: S311  # not all at once
         self._retry_seconds = min(2 * self._retry_seconds, _MAX_RETRY_SECONDS)
         return None
 
     def _use_shares(self, now: float) -> None:
+        """Keep to this worker's part of each quota."""
         workers, smallest = self._backend.workers, (1.0, self._largest)
         for number, quota in enumerate(self._quotas.values()):
-            rate, left = quota.configured_limit()[0] / workers, 0.0
+            rate, left = quota.whole.rate, 0.0
             if self._snapshot is not None:
-                rate, left = self._snapshot.share(number, self._next_position[number], workers, now)
-            quota.use_share(rate, left, smallest=smallest[number])
+                rate, left = self._snapshot.rate_and_left(number, self._next_position[number], now)
+            quota.use_share(rate / workers, left / workers, smallest=smallest[number])

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from openai_eval_client._runtime.loops import mind_forks
+from openai_eval_client._runtime.loops import ForkAware, mind_forks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,19 +31,17 @@ def replacing(name: str) -> Iterator[IO[bytes]]:
     except OSError as error:
         error.filename = name
         raise
-    if is_special:
-        with file:
-            yield file
-        return
     try:
         with file:
             yield file
-        target.replace(path)
+        if not is_special:
+            target.replace(path)
     finally:
-        target.unlink(missing_ok=True)
+        if not is_special:
+            target.unlink(missing_ok=True)
 
 
-class FileLock:
+class FileLock(ForkAware):
     """The operating system's lock on a file made for it: `async with` waits for it without blocking the loop.
 
     Processes, threads and tasks exclude one another alike. The file is removed when the lock is released.
@@ -70,9 +68,6 @@ class FileLock:
     async def __aexit__(self, *_: object) -> None:
         self._release()
 
-    def before_fork(self) -> None:
-        """Nothing: the lock stays the parent's."""
-
     def after_fork(self, *, child: bool) -> None:  # the same on both sides
         """Close the child's copy of the file, which would hold the lock beyond the parent's end."""
         if child:
@@ -93,18 +88,15 @@ class FileLock:
         try:
             if hasattr(os, "fchmod"):
                 os.fchmod(file, 0o600)  # whatever the umask
-            taken = _lock(file, wait=wait) and self._is_current(file)
+            if _lock(file, wait=wait):
+                with contextlib.suppress(
+                    FileNotFoundError
+                ):  # the last holder of the lock has removed the file
+                    taken = os.path.samestat(os.fstat(file), self._path.stat())
         finally:
             if not taken:
                 self._close()
         return taken
-
-    def _is_current(self, file: int) -> bool:
-        """Return whether the locked file still has its name: the last holder of the lock has removed it."""
-        try:
-            return os.path.samestat(os.fstat(file), self._path.stat())
-        except FileNotFoundError:
-            return False
 
     def _release(self) -> None:
         if self._file is None:  # in a forked child, or where waiting failed

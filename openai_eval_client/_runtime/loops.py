@@ -41,18 +41,15 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
-def resolve(waiter: asyncio.Future[None]) -> bool:
-    """Wake a waiter; False where it was cancelled meanwhile."""
+def resolve(waiter: asyncio.Future[Any], outcome: object = None) -> bool:
+    """Wake a waiter with a result, or an exception to raise; False where it was cancelled meanwhile."""
     if waiter.done():
         return False
-    waiter.set_result(None)
+    if isinstance(outcome, Exception):
+        waiter.set_exception(outcome)
+    else:
+        waiter.set_result(outcome)
     return True
-
-
-def fail_waiter(waiter: asyncio.Future[None], error: Exception) -> None:
-    """Raise an error in a waiter, unless it was cancelled meanwhile."""
-    if not waiter.done():
-        waiter.set_exception(error)
 
 
 _WAVE = 32  # requests that start in one turn of an event loop, as long as none has to wait for the next
@@ -75,21 +72,22 @@ class StartThrottle:
     def now_or_later(self) -> asyncio.Future[None] | None:
         """Return what a request on the running loop has to wait for; None where it may start in this turn."""
         loop = asyncio.get_running_loop()
-        starts = self._of(loop)
-        if starts.has_room():
+        if self._of(loop).start_now():
             return None
         waiter = loop.create_future()
-        starts.add(waiter)
+        self.wake(waiter)
         return waiter
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
         """Wake a waiter of the running loop in one of the loop's next turns."""
-        self._of(waiter.get_loop()).add(waiter)
+        self._of(waiter.get_loop()).later.append(waiter)
 
     def _of(self, loop: asyncio.AbstractEventLoop) -> _LoopStarts:
+        """Return the loop's entry, with its next turn scheduled."""
         starts = self._by_loop.get(loop)
         if starts is None:
             starts = self._by_loop[loop] = _LoopStarts(loop)
+        starts.schedule()
         return starts
 
 
@@ -98,24 +96,18 @@ class _LoopStarts:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._later: deque[asyncio.Future[None]] = deque()
+        self.later: deque[asyncio.Future[None]] = deque()
         self._started = 0  # in this turn
         self._is_scheduled = False
 
-    def has_room(self) -> bool:
+    def start_now(self) -> bool:
         """Return whether one more may start in this turn, and count it."""
-        if self._later or self._started >= _WAVE:
-            return False
-        self._schedule()
-        self._started += 1
-        return True
+        free = not self.later and self._started < _WAVE
+        self._started += free
+        return free
 
-    def add(self, waiter: asyncio.Future[None]) -> None:
-        """Let one start in a later turn."""
-        self._schedule()
-        self._later.append(waiter)
-
-    def _schedule(self) -> None:
+    def schedule(self) -> None:
+        """Have the loop begin the next turn, if it is not going to."""
         if not self._is_scheduled:
             self._loop.call_soon(self._next_turn)
             self._is_scheduled = True
@@ -123,47 +115,43 @@ class _LoopStarts:
     def _next_turn(self) -> None:
         try:
             self._is_scheduled, self._started, woken = False, 0, 0
-            while self._later and woken < _AT_A_TIME:
-                if resolve(self._later.popleft()):
+            while self.later and woken < _AT_A_TIME:
+                if resolve(self.later.popleft()):
                     woken, self._started = woken + 1, _WAVE  # a newcomer does not pass them
         finally:
-            if self._started or self._later:
-                self._schedule()
+            if self._started or self.later:
+                self.schedule()
 
 
 class DeferringLock:
     """A lock for state that collected objects hand something back to.
 
-    The garbage collector may run anywhere, also inside a locked region of the same thread. What a collected
-    stream or coroutine wants done then waits until that region is left: it neither deadlocks nor sees the
-    state half changed.
+    The garbage collector and signal handlers may run anywhere, also inside a locked region of the same
+    thread. What a collected stream or coroutine wants done then waits until that region is left: it neither
+    deadlocks nor sees the state half changed.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._inside = False
+        self._depth = 0  # how many regions the thread that holds the lock is in, each within the one before
         self._later: deque[Callable[[], None]] = deque()
 
     def __enter__(self) -> None:
         self._lock.acquire()
-        self._inside = True
+        self._depth += 1
 
     def __exit__(self, *_: object) -> None:
         try:
-            while self._later:
+            while self._later and self._depth == 1:
                 self._later.popleft()()
         finally:
-            self._inside = False
+            self._depth -= 1
             self._lock.release()
 
     def when_free(self, action: Callable[[], None]) -> None:
         """Call `action` under the lock: now, or when this thread leaves the region that it is in."""
-        with self._lock:
-            if self._inside:
-                self._later.append(action)
-                return
         with self:
-            action()
+            self._later.append(action)
 
 
 class ForkAware(Protocol):
@@ -171,21 +159,22 @@ class ForkAware(Protocol):
 
     def before_fork(self) -> None:
         """Let go of it, and keep other threads from taking it until the fork is over."""
+        return  # by default nothing
 
     def after_fork(self, *, child: bool) -> None:  # the same on both sides
         """Go on, in the parent or in the child."""
 
 
-_LOCK = threading.RLock()  # held during a fork, which adds no thing meanwhile
-_THINGS: weakref.WeakSet[ForkAware] = weakref.WeakSet()
-_HELD: list[ForkAware] = []  # what was told of the fork that is going on
+_LOCK = threading.RLock()  # held during a fork: no object is added meanwhile
+_FORK_AWARE: weakref.WeakSet[ForkAware] = weakref.WeakSet()
+_PREPARED: list[ForkAware] = []  # for the fork that is going on
 
 
 def mind_forks(thing: ForkAware) -> None:
-    """Tell a thing of every fork for as long as it lives."""
+    """Call an object's `before_fork` and `after_fork` at every fork for as long as it lives."""
     _register()
     with _LOCK:
-        _THINGS.add(thing)
+        _FORK_AWARE.add(thing)
 
 
 @functools.cache
@@ -200,22 +189,22 @@ def _register() -> None:
 
 def _before() -> None:
     _LOCK.acquire()
-    _HELD.extend(_THINGS)
-    for thing in _HELD:
+    _PREPARED.extend(_FORK_AWARE)
+    for thing in _PREPARED:
         thing.before_fork()
 
 
 def _after(*, child: bool) -> None:
-    for thing in _HELD:
+    for thing in _PREPARED:
         thing.after_fork(child=child)
-    _HELD.clear()
+    _PREPARED.clear()
     _LOCK.release()
 
 
 _LINGER = 0.1  # seconds an idle thread waits for more jobs, and thereby at most delays the interpreter's end
 
 
-class Background:
+class Background(ForkAware):
     """Does jobs in groups on one thread, which ends when it has had nothing to do for a moment."""
 
     def __init__(self, name: str, work: Callable[[Sequence[Any]], Sequence[Any]]) -> None:
@@ -250,18 +239,19 @@ class Background:
         if thread is not None:
             thread.join()
 
-    def before_fork(self) -> None:
-        """Nothing: the jobs go on in the parent."""
-
     def after_fork(self, *, child: bool) -> None:  # the same on both sides
-        """Forget thread and jobs in the child."""
+        """Forget thread and jobs in the child; they go on in the parent."""
         if child:
             self._reset()
 
     def _run(self) -> None:
         while group := self._next_group():
+            try:
+                outcomes = self._work([job for job, _ in group])
+            except Exception as error:  # noqa: BLE001  # raised where each job was asked for
+                outcomes = [error] * len(group)
             by_loop = defaultdict(list)
-            for (_, waiter), outcome in zip(group, self._outcomes(group), strict=True):
+            for (_, waiter), outcome in zip(group, outcomes, strict=True):
                 by_loop[waiter.get_loop()].append((waiter, outcome))
             for loop, pairs in by_loop.items():
                 call_on(loop, _hand_out, pairs)
@@ -275,16 +265,7 @@ class Background:
                 self._thread = None
             return group
 
-    def _outcomes(self, group: Sequence[tuple[Any, Any]]) -> Sequence[Any]:
-        try:
-            return self._work([job for job, _ in group])
-        except Exception as error:  # noqa: BLE001  # raised where each job was asked for
-            return [error] * len(group)
-
 
 def _hand_out(pairs: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
     for waiter, outcome in pairs:
-        if isinstance(outcome, Exception):
-            fail_waiter(waiter, outcome)
-        elif not waiter.done():
-            waiter.set_result(outcome)
+        resolve(waiter, outcome)

@@ -318,6 +318,37 @@ async def test_it_survives_a_fork(path: Path) -> None:
     assert names(path.parent) == {path.name}
 
 
+FORKED_WHILE_WAITING = """
+    import asyncio, sys
+    from openai_eval_client._cache.store import Store
+
+    async def main(path):
+        store = Store(path)
+        putting = asyncio.ensure_future(store.put(b"key", b"value"))
+        await asyncio.sleep(0.5)
+        began = time.monotonic()
+        if not os.fork():
+            os._exit(0)
+        print("forked", time.monotonic() - began < 20, flush=True)
+        assert await putting
+        store.close()
+
+    asyncio.run(main(sys.argv[1]))
+"""
+
+
+@POSIX
+async def test_a_fork_does_not_wait_until_another_program_is_done(store: Store, path: Path) -> None:
+    """The put that waits for that program does: it goes on after the fork."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        parent = started(QUIET + textwrap.dedent(FORKED_WHILE_WAITING), path)
+        assert await asyncio.to_thread(parent.stdout.readline) == "forked True\n"
+        other.execute("ROLLBACK")
+    assert await asyncio.to_thread(outcome, parent) == ""
+    assert await store.get(b"key") == b"value"
+
+
 # --- mutual exclusion -------------------------------------------------------------------------------------
 
 HOLDING = """

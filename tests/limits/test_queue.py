@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._limits.queue import ConcurrencyLimit, ModelQueue, State, Waiter
+from openai_eval_client._wire.failures import Outcome
 from openai_eval_client._wire.headers import StatedLimit
+from openai_eval_client._wire.usage import Usage
 
 EPSILON = 1e-6
 
@@ -60,7 +62,7 @@ class Queue:
         return True
 
     def finish(self, waiter: Waiter, tokens: float | None = None) -> None:
-        self.queue.settle(waiter, tokens)
+        self.queue.settle(waiter, Outcome(usage=None if tokens is None else Usage(tokens, 0)))
         self.pump()
 
 
@@ -243,11 +245,11 @@ def test_limits_that_are_not_given_are_learned() -> None:
 
 def test_output_that_is_not_bounded_is_reserved_at_the_running_mean() -> None:
     """The guess gives way to what this model's answers take."""
-    queue = Queue(limits()).queue
+    queue = Queue(limits())
     for length in (100, 300):
-        queue.observe_output(length)
-    assert queue.expected_output == pytest.approx(200)
-    assert queue.output_length() == pytest.approx({"mean": 200, "spread": 100})
+        queue.queue.settle(queue.ask(1), Outcome(200, {}, Usage(1, length)))
+    assert queue.queue.expected_output == pytest.approx(200)
+    assert queue.queue.output_length() == pytest.approx({"mean": 200, "spread": 100})
 
 
 EVENTS = st.lists(

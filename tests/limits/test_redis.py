@@ -115,7 +115,7 @@ def test_a_url_is_shown_without_what_is_secret(url: object, shown: str) -> None:
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error comes as soon as a client is made."""
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "openai_eval_client._limits.redis", raising=False)
+    monkeypatch.delitem(sys.modules, "openai_eval_client._limits.shared", raising=False)
     with pytest.raises(ImportError, match=r"pip install 'openai-eval-client\[redis\]'"):
         OpenAIClient(config(), rate_limit=limits(GONE))
 

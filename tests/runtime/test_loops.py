@@ -1,11 +1,11 @@
-"""One thread that does jobs in groups, for any number of event loops."""
+"""A thread that does jobs in groups, a lock for collected objects, starting a few requests in a turn."""
 
 import asyncio
 import threading
 
 import pytest
 
-from openai_eval_client._runtime.loops import Background
+from openai_eval_client._runtime import Background, DeferringLock, StartThrottle
 
 
 async def test_jobs_that_wait_are_done_together() -> None:
@@ -56,3 +56,75 @@ async def test_what_the_work_raises_is_raised_for_each_job_of_its_group() -> Non
         await background.do("bad")
     assert await background.do("good") == "good"
     background.finish()
+
+
+# --- the lock for collected objects -------------------------------------------------------------------------
+
+
+def test_what_is_deferred_waits_for_the_outermost_region() -> None:
+    """Also where the thread enters a region inside it, as a signal handler that reads statistics does."""
+    lock, done = DeferringLock(), []
+    with lock:
+        lock.when_free(lambda: done.append("first"))
+        with lock:
+            lock.when_free(lambda: done.append("second"))
+        assert done == []
+        lock.when_free(lambda: done.append("third"))
+        assert done == []
+    assert done == ["first", "second", "third"]
+    lock.when_free(lambda: done.append("at once"))
+    assert done[-1] == "at once"
+
+
+def test_an_action_that_fails_leaves_the_lock_free() -> None:
+    """Its error is raised where the region ends; the actions behind it follow with the next region."""
+    lock, done = DeferringLock(), []
+    with pytest.raises(ZeroDivisionError), lock:  # noqa: PT012  # it is raised where the region ends
+        lock.when_free(lambda: 1 // 0)
+        lock.when_free(lambda: done.append("behind it"))
+    thread = threading.Thread(target=lock.when_free, args=(lambda: done.append("another thread"),))
+    thread.start()
+    thread.join(10)
+    assert done == ["behind it", "another thread"]
+
+
+# --- a few in a turn ----------------------------------------------------------------------------------------
+
+
+async def test_those_admitted_at_once_start_a_few_at_a_time() -> None:
+    """In their order, without those cancelled meanwhile, and with nothing left behind."""
+    starts, loop, order = StartThrottle(), asyncio.get_running_loop(), []
+    waiters = [loop.create_future() for _ in range(30)]
+    for number, waiter in enumerate(waiters):
+        waiter.add_done_callback(lambda done, number=number: done.cancelled() or order.append(number))
+        starts.wake(waiter)
+    waiters[3].cancel()
+    at_most, turns = 0, 0
+    while len(order) < 29:
+        before = len(order)
+        await asyncio.sleep(0)
+        at_most, turns = max(at_most, len(order) - before), turns + 1
+    assert order == [number for number in range(30) if number != 3]
+    assert at_most == 8
+    assert turns < 9
+
+
+async def test_a_waiter_added_while_others_are_woken_is_woken_too() -> None:
+    """As the collector adds them, wherever it runs; an exception on the way holds up no other."""
+
+    class Reentrant(asyncio.Future):
+        def done(self) -> bool:
+            if not inner:
+                inner.append(asyncio.get_running_loop().create_future())
+                starts.wake(inner[0])
+                raise KeyError
+            return super().done()
+
+    starts, loop, inner = StartThrottle(), asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda *_: None)
+    outer = [loop.create_future(), Reentrant(), loop.create_future()]
+    for waiter in outer:
+        starts.wake(waiter)
+    await asyncio.wait_for(asyncio.gather(outer[0], outer[2]), 5)
+    await asyncio.wait_for(inner[0], 5)
+    assert not outer[1].done()

@@ -26,7 +26,7 @@ class VirtualRedis:
     """The Redis of one run: it may be down, and counts the messages that it answers."""
 
     def __init__(self, client, loop: VirtualLoop, *, trip: float = 0.002) -> None:
-        from openai_eval_client._limits.redis import script  # an extra
+        from openai_eval_client._limits.shared import script  # an extra
 
         self.loop = loop
         self.trip = trip
@@ -60,11 +60,11 @@ class VirtualBackend:
     def ask(self, _model, message, done) -> None:
         """The reply comes a round trip later."""
         outcome = self.redis.answer({**message, "worker": self.name})
-        self.redis.loop.call_later(self.redis.trip, done, outcome)
+        if "leaving" not in message:
+            self.redis.loop.call_later(self.redis.trip, done, outcome)
 
-    def leave(self, messages) -> None:
-        for message in messages.values():
-            self.redis.answer({**message, "worker": self.name})
+    def close(self) -> None:
+        pass
 
 
 @dataclass
