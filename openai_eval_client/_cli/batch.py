@@ -11,10 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import openai
 import pydantic
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typer import Argument, Option
 
 from openai_eval_client._cli import exits
 from openai_eval_client._cli import options as opt
@@ -33,11 +30,13 @@ if TYPE_CHECKING:
 
     from openai_eval_client.client import OpenAIClient
     from openai_eval_client.config import OpenAIConfig
+    from openai_eval_client.errors import BatchError
     from openai_eval_client.models import BatchJobStatus
 
 batch_app = typer.Typer(no_args_is_help=True)
 
-Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
+_SHOWN_ERRORS = 10  # of a job's, in its table
+Job = Annotated[str, Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
 
 
 @batch_app.callback()
@@ -74,7 +73,7 @@ def submit(
     ctx: typer.Context,
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="INPUT",
             help="A file of JSON lines; - is standard input. A line is a text, or an object with prompt or "
             "messages and any parameter of the API.",
@@ -85,12 +84,12 @@ def submit(
     temperature: opt.Temperature = None,
     max_tokens: opt.MaxTokens = None,
     system: opt.System = None,
-    api: opt.ApiOption = opt.Api.chat,
+    api: opt.ApiOption = "chat",
     window: opt.Window = opt.DEFAULT_WINDOW,
     cache: opt.Cache = None,
     metadata: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="KEY=VALUE",
             help="A note that the provider keeps with the job; up to 14 of them. (default: none)",
         ),
@@ -114,7 +113,7 @@ def submit(
             job = with_client(
                 config,
                 lambda client: client.submit_batch_job(
-                    requests, completion_window=window, metadata=pairs, api=api.value
+                    requests, completion_window=window, metadata=pairs, api=api
                 ),
                 cache=cache,
             )
@@ -175,7 +174,7 @@ def status(
     ctx: typer.Context,
     job: Job,
     *,
-    wait: Annotated[bool, typer.Option("--wait", help="Look every --interval until it has ended.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Look every --interval until it has ended.")] = False,
     interval: opt.Interval = opt.DEFAULT_INTERVAL,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -274,7 +273,7 @@ def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None
 def list_jobs(
     ctx: typer.Context,
     *,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Show N jobs at most.")] = 20,
+    limit: Annotated[int, Option(min=1, metavar="N", help="Show N jobs at most.")] = 20,
     as_json: opt.AsJson = False,
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""
@@ -283,7 +282,14 @@ def list_jobs(
         if as_json:
             typer.echo(f"[{','.join(job.model_dump_json() for job in jobs)}]")
         else:
-            print_table(_jobs_table(jobs))
+            counted = ("requests", "answered", "failed")
+            columns = ("created (UTC)", "status", *counted, "job")
+            exits.print_table(columns, map(_cells, jobs), right=counted)
+
+
+def _cells(job: BatchJobStatus) -> tuple[str, ...]:
+    counts = map(count, (job.request_count, job.completed_count, job.failed_count))
+    return f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, job.job_id
 
 
 async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
@@ -295,64 +301,30 @@ async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
     return found
 
 
-# --- tables -----------------------------------------------------------------------------------------------
-
-_SHOWN_ERRORS = 10  # of a job's, in its table
-_WIDE = 1000  # columns if there is no terminal: a job's id stays on one line
-
-
-def print_table(table: Table) -> None:
-    """Write a table to standard output."""
-    console = Console()
-    (console if console.is_terminal else Console(width=_WIDE)).print(table)
-
-
-def _show_job(found: BatchJobStatus, *, as_json: bool) -> None:
+def _show_job(job: BatchJobStatus, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(found.model_dump_json())
-    else:
-        print_table(_job_table(found))
+        typer.echo(job.model_dump_json())
+        return
+    exits.print_fields(
+        {
+            "job": job.job_id,
+            "status": job.status,
+            "created": f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC",
+            "ended": f"{job.completed_at:%Y-%m-%d %H:%M:%S} UTC" if job.completed_at else "",
+            "requests": count(job.request_count),
+            "answered": count(job.completed_count),
+            "failed": count(job.failed_count),
+            "errors": _errors(job.errors),
+        }
+    )
 
 
-def _job_table(found: BatchJobStatus) -> Table:
-    rows = {
-        "job": found.job_id,
-        "status": found.status,
-        "created": f"{found.created_at:%Y-%m-%d %H:%M:%S} UTC",
-        "ended": f"{found.completed_at:%Y-%m-%d %H:%M:%S} UTC" if found.completed_at else "",
-        "requests": count(found.request_count),
-        "answered": count(found.completed_count),
-        "failed": count(found.failed_count),
-        "errors": _errors(found),
-    }
-    table = Table(show_header=False, box=box.SIMPLE)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, Text(value))
-    return table
-
-
-def _errors(found: BatchJobStatus) -> str:
+def _errors(errors: Sequence[BatchError]) -> str:
     lines = [
         (f"request {error.index}: " if error.line else "")
         + (f"{error.code}: " if error.code else "")
         + error.message
-        for error in found.errors[:_SHOWN_ERRORS]
+        for error in errors[:_SHOWN_ERRORS]
     ]
-    more = len(found.errors) - len(lines)
+    more = len(errors) - len(lines)
     return "\n".join([*lines, f"and {more} more"] if more else lines)
-
-
-def _jobs_table(jobs: Sequence[BatchJobStatus]) -> Table:
-    table = Table(box=box.SIMPLE)
-    for name in ("created (UTC)", "status"):
-        table.add_column(name)
-    for name in ("requests", "answered", "failed"):
-        table.add_column(name, justify="right")
-    table.add_column("job", overflow="fold")
-    for job in jobs:
-        counts = map(count, (job.request_count, job.completed_count, job.failed_count))
-        table.add_row(f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, Text(job.job_id))
-    return table

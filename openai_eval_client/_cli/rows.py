@@ -71,38 +71,30 @@ class Source:
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row as an object, with its line; a text is an object with a prompt."""
-        with self._open() as file:
+        path = self.path
+        with open(sys.stdin.fileno(), "rb", closefd=False) if path is None else path.open("rb") as file:
             yield from self._of_json(file) if self._form == "jsonl" else self._of_table(file)
 
     def reject_input(self, line: int, why: str) -> NoReturn:
         """Raise the error of a line."""
         raise ValidationError(f"{self.name}, line {line}: {why}", field="input")
 
-    def _open(self) -> IO[bytes]:
-        if self.path is None:
-            return open(sys.stdin.fileno(), "rb", closefd=False)
-        return self.path.open("rb")
-
-    def _texts(self, file: IO[bytes]) -> Iterator[str]:
+    def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
-            yield self._decoded(line, number)
+            if text := self._decoded(number, line).strip():
+                yield number, self._object(text, number)
 
-    def _decoded(self, line: bytes, number: int) -> str:
+    def _decoded(self, number: int, line: bytes) -> str:
         try:
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
 
-    def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, text in enumerate(self._texts(file), start=1):
-            if text.strip():
-                yield number, self._object(text, number)
-
     def _object(self, text: str, line: int) -> dict[str, Any]:
         try:
             value = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
-            self.reject_input(line, not_json(text.strip(), error))
+            self.reject_input(line, not_json(text, error))
         if isinstance(value, str):
             return {self._column or "prompt": value}
         if not isinstance(value, dict):
@@ -111,23 +103,20 @@ class Source:
 
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(_LONGEST_FIELD)
-        delimiter = "\t" if self._form == "tsv" else ","
-        reader = csv.reader(self._texts(file), delimiter=delimiter, strict=True)
+        texts = itertools.starmap(self._decoded, enumerate(file, start=1))
+        reader = csv.reader(texts, delimiter="\t" if self._form == "tsv" else ",", strict=True)
         try:
-            yield from self._records(reader)
+            header = next(reader, [])
+            for name, times in Counter(header).items():
+                if times > 1:
+                    self.reject_input(1, f"the column {name!r} is there twice")
+            for fields in filter(None, reader):
+                if len(fields) != len(header):
+                    counts = f"{len(fields)} fields, but the header has {len(header)}"
+                    self.reject_input(reader.line_num, counts)
+                yield reader.line_num, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             self.reject_input(reader.line_num, f"not CSV: {error}")
-
-    def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-        header: list[str] = next(reader, [])
-        twice = [name for name, times in Counter(header).items() if times > 1]
-        if twice:
-            self.reject_input(1, f"the column {twice[0]!r} is there twice")
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                self.reject_input(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")
-            if fields:
-                yield reader.line_num, dict(zip(header, fields, strict=True))
 
     def _prompt(self, data: dict[str, Any], index: int, line: int) -> str | list[Any]:
         keys = [self._column] if self._column else [key for key in _PROMPT_KEYS if data.get(key) is not None]
@@ -183,8 +172,6 @@ _OURS = ("index", "response", "error")
 
 def carried(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return an input row as it stands in the output: a key of its own that is ours there is renamed."""
-    if not any(key in data for key in _OURS):
-        return dict(data)
     renamed: dict[str, Any] = {}
     for key, value in data.items():
         name = key
@@ -310,15 +297,14 @@ class Output:
 
     def _lock(self) -> None:
         """Keep other runs from the file, on systems that can."""
-        with contextlib.suppress(ImportError):
+        try:
             import fcntl  # not everywhere
 
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in {errno.EAGAIN, errno.EACCES}:
-                    return  # a file system without locks
-                raise ValidationError(f"{self.path}: another run writes to it", field="output") from None
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValidationError(f"{self.path}: another run writes to it", field="output") from None
+        except (ImportError, OSError):  # a file system without locks
+            return
 
     def _reject(self, line: int, why: str) -> NoReturn:
         raise ValidationError(f"{self.path}, line {line}: {why}", field="output")
