@@ -71,9 +71,9 @@ def limits(
     key_file: opt.KeyFile = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Show the limits of this key, as the server states them. Sends a request of one word for each model.
+    """Show the limits of this key, as the server states them. A request of one word is sent for each model.
 
-    Exit codes: 0 asked; 2 bad usage; 4 refused by the server; 130 interrupted.
+    Exit codes: 0 shown; 2 bad usage; 4 refused by the server; 130 interrupted.
     """
     exits.show_log()
     with exits.exit_codes():

@@ -26,7 +26,7 @@ from openai_eval_client.errors import PartialFailureError, ValidationError
 from openai_eval_client.models import BatchRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from openai_eval_client.client import OpenAIClient
     from openai_eval_client.config import OpenAIConfig
@@ -99,8 +99,8 @@ def submit(
 
     A line's own model, temperature, max_tokens or system prompt wins over the option.
     """
-    given = {"temperature": temperature, "max_tokens": max_tokens, "system": system}
-    defaults = {name: value for name, value in given.items() if value is not None}
+    options = {"temperature": temperature, "max_tokens": max_tokens, "system": system}
+    defaults = {name: value for name, value in options.items() if value is not None}
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
     with exit_codes(interrupted=interrupted):
         pairs = opt.split_pairs("--metadata", metadata or [], "KEY=VALUE")
@@ -129,20 +129,20 @@ def read_requests(source: Source, defaults: Mapping[str, Any]) -> tuple[list[Bat
     requests: list[BatchRequest] = []
     numbers: list[int] = []
     for line, data in source.objects():
-        given = {key: value for key, value in data.items() if value is not None}
-        requests.append(_request(given, defaults, source, line))
+        requests.append(_request(data, defaults, source, line))
         numbers.append(line)
     if not requests:
         raise ValidationError(f"{source.name}: empty: give a request a line", field="input")
     return requests, numbers
 
 
-def _request(given: dict[str, Any], defaults: Mapping[str, Any], source: Source, line: int) -> BatchRequest:
-    added = {name: value for name, value in defaults.items() if not _NAMES[name] & given.keys()}
-    if _has_system_message(given):
+def _request(data: Mapping[str, Any], defaults: Mapping[str, Any], source: Source, line: int) -> BatchRequest:
+    parameters = {name: value for name, value in data.items() if value is not None}
+    added = {name: value for name, value in defaults.items() if not _NAMES[name] & parameters.keys()}
+    if _has_system_message(parameters):
         added.pop("system", None)
     try:
-        return BatchRequest.model_validate({**added, **given}, strict=True)
+        return BatchRequest.model_validate({**added, **parameters}, strict=True)
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
         why = problem["msg"].removeprefix("Value error, ")
@@ -150,8 +150,8 @@ def _request(given: dict[str, Any], defaults: Mapping[str, Any], source: Source,
         source.reject_input(line, f"{where}{why}")
 
 
-def _has_system_message(given: Mapping[str, Any]) -> bool:
-    messages = given.get("messages", given.get("prompt"))
+def _has_system_message(parameters: Mapping[str, Any]) -> bool:
+    messages = parameters.get("messages", parameters.get("prompt"))
     return isinstance(messages, list) and any(
         isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES for message in messages
     )
@@ -163,7 +163,7 @@ def by_lines(error: ValidationError, name: str, numbers: Sequence[int]) -> str:
     if error.index is None:
         return message
     own = f"{name}, line {numbers[error.index]}: {_OWN_INDEX.sub('', message)}"
-    return _OTHER_INDEX.sub(lambda found: f"line {numbers[int(found[1])]}", own)
+    return _OTHER_INDEX.sub(lambda match: f"line {numbers[int(match[1])]}", own)
 
 
 # --- status, results, cancel, list ------------------------------------------------------------------------
@@ -174,50 +174,50 @@ def status(
     ctx: typer.Context,
     job: Job,
     *,
-    wait: Annotated[bool, Option("--wait", help="Look every --interval until it has ended.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Look every --interval until the job has ended.")] = False,
     interval: opt.Interval = opt.DEFAULT_INTERVAL,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show how far a job is.
 
     With --wait the exit code says how it ended: 0 all answered, 1 some failed,
-    4 not one was run. Without, it is 0 whatever the status.
+    4 none was run. Without --wait it is 0, whatever the status.
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
-        found = with_client(
+        latest = with_client(
             _config(ctx),
             lambda client: _wait_for(client, job, interval) if wait else client.get_batch_status(job),
         )
-        _show_job(found, as_json=as_json)
+        _show_job(latest, as_json=as_json)
     if wait:
-        sys.exit(_exit_code(found))
+        sys.exit(_exit_code(latest))
 
 
 async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJobStatus:
     """Look at a job until it has ended; once it was found, no outage of the server ends the wait."""
     check_number(interval, "interval", above=0)
-    found = await client.get_batch_status(job)
+    latest = await client.get_batch_status(job)
     shown_last = ""
-    while not found.has_ended:
-        line = f"{found.status}: {count(found.completed_count)} of {count(found.request_count)} answered"
-        line += f", {count(found.failed_count)} failed" if found.failed_count else ""
+    while not latest.has_ended:
+        line = f"{latest.status}: {count(latest.completed_count)} of {count(latest.request_count)} answered"
+        line += f", {count(latest.failed_count)} failed" if latest.failed_count else ""
         if line != shown_last:
             shown_last = line
             say(line)
         await asyncio.sleep(interval)
         try:
-            found = await client.get_batch_status(job)
+            latest = await client.get_batch_status(job)
         except openai.APIError as error:
             if not read_failure(error).retry:
                 raise
             say(f"no answer ({error}): again in {duration(interval)}", style="yellow")
-    return found
+    return latest
 
 
-def _exit_code(found: BatchJobStatus) -> int:
-    if found.status == "failed" and not found.completed_count:
+def _exit_code(job: BatchJobStatus) -> int:
+    if job.status == "failed" and not job.completed_count:
         return exits.REFUSED
-    return 0 if found.completed_count == found.request_count else exits.SOME_FAILED
+    return 0 if job.completed_count == job.request_count else exits.SOME_FAILED
 
 
 @batch_app.command()
@@ -225,15 +225,18 @@ def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> No
     """Write a job's results as JSON lines, one for each request, in the order of the input.
 
     A line has the index, counted from 0, and the response or the error. A file
-    gets its name when it is whole. If the job has not ended, nothing is
+    gets its name once it is complete. If the job has not ended, nothing is
     written, and the exit code is 1.
     """
-    with exit_codes(), _opened(output) as file:
+    whole: contextlib.AbstractContextManager[IO[bytes]]
+    whole = contextlib.nullcontext(sys.stdout.buffer) if output == "-" else replacing(output)
+    with exit_codes(), whole as file:
         outcomes = with_client(_config(ctx), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):
             custom_id = getattr(outcome, "custom_id", None)
             named = {} if custom_id is None else {"custom_id": custom_id}
             file.write(line_of({"index": index, **named}, outcome, only_ascii=True))
+        file.flush()  # a pipe that was closed is found out here
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if failures:
         refused = len(failures) == len(outcomes) and all(map(exits.is_refusal, failures))
@@ -250,16 +253,6 @@ async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
     cost = exits.cost_text(sum(amount or 0 for amount in costs), costs.count(None))
     say(f"requests answered: {count(len(responses))}, {cost}")
     return responses
-
-
-@contextlib.contextmanager
-def _opened(output: str) -> Iterator[IO[bytes]]:
-    if output == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()  # a pipe that was closed is found out here
-    else:
-        with replacing(output) as file:
-            yield file
 
 
 @batch_app.command()
@@ -293,12 +286,12 @@ def _cells(job: BatchJobStatus) -> tuple[str, ...]:
 
 
 async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
-    found: list[BatchJobStatus] = []
+    jobs: list[BatchJobStatus] = []
     async for job in client.list_batch_jobs():
-        found.append(job)
-        if len(found) == limit:
+        jobs.append(job)
+        if len(jobs) == limit:
             break
-    return found
+    return jobs
 
 
 def _show_job(job: BatchJobStatus, *, as_json: bool) -> None:

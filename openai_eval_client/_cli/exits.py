@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import openai
@@ -186,14 +185,15 @@ _NOT_OURS = (signal.SIG_IGN, None)  # as a shell has it for what runs in the bac
 
 @contextlib.contextmanager
 def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[asyncio.Event]:
-    """Handle the signals that come while a task does something, and yield an event that the first one sets.
+    """Handle the signals that come while a task is inside, and yield an event that the first one sets.
 
-    The task is then cancelled after `GRACE` seconds; a second signal ends the process with `last_words`. With
-    `at_once`, the first one cancels the task, and a second one raises KeyboardInterrupt.
+    `GRACE` seconds later the task is cancelled, and leaves the block without an error; a second signal ends
+    the process with `last_words`. With `at_once`, the first signal cancels the task at once, and a second one
+    raises KeyboardInterrupt.
     """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     cancel: Callable[[], object] = loop.stop if task is None else task.cancel
-    stop, seen = asyncio.Event(), threading.Event()
+    stop, seen = asyncio.Event(), False
 
     def on_first() -> None:
         stop.set()
@@ -203,8 +203,9 @@ def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[as
             say(f"interrupted: requests in flight may finish, for {GRACE:g} s; {again}")
 
     def on_signal(*_: object) -> None:
-        if not seen.is_set():
-            seen.set()
+        nonlocal seen
+        if not seen:
+            seen = True
             loop.call_soon_threadsafe(on_first)
         elif at_once:
             cleanup.close()
@@ -216,7 +217,11 @@ def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[as
         for number in _SIGNALS:
             if signal.getsignal(number) not in _NOT_OURS:
                 cleanup.callback(signal.signal, number, signal.signal(number, on_signal))
-        yield stop
+        try:
+            yield stop
+        except asyncio.CancelledError:
+            if not stop.is_set():  # not by a signal
+                raise
 
 
 def _end(last_words: str) -> NoReturn:
@@ -231,13 +236,9 @@ def with_client(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T
     # Before Python 3.11, `asyncio.run` leaves it to chance which task gets the `KeyboardInterrupt`.
 
     async def working() -> T:
-        with interruptible(at_once=True) as stop:
-            try:
-                async with OpenAIClient(config, **options) as client:
-                    return await work(client)
-            except asyncio.CancelledError:
-                if not stop.is_set():
-                    raise
-                raise KeyboardInterrupt from None
+        with interruptible(at_once=True):
+            async with OpenAIClient(config, **options) as client:
+                return await work(client)
+        raise KeyboardInterrupt  # a signal has cancelled it
 
     return asyncio.run(working())

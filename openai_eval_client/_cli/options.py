@@ -22,7 +22,6 @@ DEFAULT_CONCURRENT = _LIMITS.max_concurrent
 DEFAULT_WINDOW, DEFAULT_INTERVAL = _BATCH.completion_window, _BATCH.polling_interval
 DEFAULT_MODEL = OpenAIConfig.model_fields["default_model"].default
 
-
 Api = Literal["chat", "responses"]
 Form = Literal["jsonl", "csv", "tsv"]
 
@@ -35,12 +34,10 @@ Input = Annotated[
     ),
 ]
 PromptColumn = Annotated[
-    str | None,
-    Option(metavar="NAME", help="The key or column of the prompt. (default: prompt or messages)"),
+    str | None, Option(metavar="NAME", help="The key or column of the prompt. (default: prompt or messages)")
 ]
 FormOption = Annotated[
-    Form | None,
-    Option("--format", help="The input's format. (default: as the file's name ends, else jsonl)"),
+    Form | None, Option("--format", help="The input's format. (default: as the file's name ends, else jsonl)")
 ]
 Limit = Annotated[int | None, Option(min=1, metavar="N", help="Only the first N rows. (default: all)")]
 Model = Annotated[str | None, Option(help=f"The model to ask. (default: {DEFAULT_MODEL})")]
@@ -51,8 +48,7 @@ Schema = Annotated[
 ]
 Temperature = Annotated[float | None, Option(min=0, help="Sampling temperature. (default: the API's)")]
 MaxTokens = Annotated[
-    int | None,
-    Option(min=1, metavar="N", help="Output tokens of an answer at most. (default: the API's)"),
+    int | None, Option(min=1, metavar="N", help="Output tokens of an answer at most. (default: the API's)")
 ]
 ApiOption = Annotated[Api, Option("--api", help="Chat completions, or the Responses API.")]
 Params = Annotated[
@@ -63,8 +59,8 @@ Params = Annotated[
         help="Any other parameter of the API, such as seed=7; may be repeated. (default: none)",
     ),
 ]
-Rpm = Annotated[int, Option(min=0, metavar="N", help="Requests per minute; 0: what the server states.")]
-Tpm = Annotated[int, Option(min=0, metavar="N", help="Tokens per minute; 0: what the server states.")]
+Rpm = Annotated[int, Option(min=0, metavar="N", help="Requests per minute; 0: as many as the server states.")]
+Tpm = Annotated[int, Option(min=0, metavar="N", help="Tokens per minute; 0: as many as the server states.")]
 MaxConcurrent = Annotated[int, Option(min=1, metavar="N", help="Requests in flight at most.")]
 BaseUrl = Annotated[
     str | None,
@@ -81,7 +77,9 @@ OutputFile = Annotated[
 ]
 Cache = Annotated[
     Path | None,
-    Option(metavar="FILE", help="Keep answers and batches here, and use those in it. (default: none)"),
+    Option(
+        metavar="FILE", help="Keep answers and batches in this file, and use those it has. (default: none)"
+    ),
 ]
 Window = Annotated[str, Option(metavar="TIME", help="The time limit of a batch, such as 24h or 7d.")]
 Interval = Annotated[float, Option(metavar="SECONDS", help="Time between two looks at a batch.")]

@@ -81,7 +81,8 @@ class Source:
 
     def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
-            if text := self._decoded(number, line).strip():
+            text = self._decoded(number, line)
+            if text.strip():
                 yield number, self._object(text, number)
 
     def _decoded(self, number: int, line: bytes) -> str:
@@ -94,7 +95,7 @@ class Source:
         try:
             value = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
-            self.reject_input(line, not_json(text, error))
+            self.reject_input(line, not_json(text.strip(), error))
         if isinstance(value, str):
             return {self._column or "prompt": value}
         if not isinstance(value, dict):
@@ -252,8 +253,6 @@ class Output:
     def done(self, *, without_errors: bool, only_look: bool = False) -> dict[int, bytes]:
         """Return the fingerprint of each row there is, by its index; remove a line that a crash tore."""
         rows: dict[int, bytes] = {}
-        self.failed = 0
-        self.models.clear()
         end, line = 0, b"\n"
         for number, line, row in self._rows():
             end += len(line)
@@ -277,10 +276,9 @@ class Output:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 row = _parsed(line)
-                if row is None and not line.endswith(b"\n"):
+                if not row and not line.endswith(b"\n"):
                     return
-                index = None if row is None else row.get("index")
-                if row is None or not isinstance(index, int) or ("response" in row) == ("error" in row):
+                if not isinstance(row.get("index"), int) or ("response" in row) == ("error" in row):
                     self._reject(number, "not a row that this command has written")
                 yield number, line, row
 
@@ -316,10 +314,10 @@ def _model_of(row: Mapping[str, Any]) -> list[str]:
     return [model] if isinstance(model, str) else []
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object in a line; None if there is none."""
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return the object in a line; an empty one if there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return {}
+    return value if isinstance(value, dict) else {}

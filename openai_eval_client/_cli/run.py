@@ -49,13 +49,13 @@ def run(  # one name for each option
     *,
     output: opt.OutputFile = "-",
     resume: Annotated[
-        bool, Option("--resume", help="Go on with an output: ask for the rows it lacks.")
+        bool, Option("--resume", help="Continue an output: ask for the rows it lacks.")
     ] = False,
     retry_failed: Annotated[
-        bool, Option("--retry-failed", help="With --resume: ask failed rows again.")
+        bool, Option("--retry-failed", help="With --resume: ask again for rows that failed.")
     ] = False,
     overwrite: Annotated[
-        bool, Option("--overwrite", help="Begin anew: what is in the output is lost.")
+        bool, Option("--overwrite", help="Begin anew; what the output has is lost.")
     ] = False,
     model: opt.Model = None,
     system: opt.System = None,
@@ -83,14 +83,11 @@ def run(  # one name for each option
             "what failed. (default: none)",
         ),
     ] = None,
-    batch: Annotated[
-        bool, Option("--batch", help="Use the Batch API: half the price, within a day.")
-    ] = False,
+    batch: Annotated[bool, Option("--batch", help="Use the Batch API: half the price, in a day.")] = False,
     window: opt.Window = opt.DEFAULT_WINDOW,
     interval: opt.Interval = opt.DEFAULT_INTERVAL,
     timeout: Annotated[
-        float | None,
-        Option(metavar="SECONDS", help=f"Time limit of an attempt. (default: {_TIMEOUT:g})"),
+        float | None, Option(metavar="SECONDS", help=f"Time limit of an attempt. (default: {_TIMEOUT:g})")
     ] = None,
     max_retries: Annotated[
         int | None, Option(min=0, metavar="N", help=f"Attempts after the first. (default: {_RETRIES})")
@@ -116,8 +113,8 @@ def run(  # one name for each option
     --progress.
 
     Exit codes: 0 all answered; 1 some failed; 2 bad input or usage; 3 budget
-    reached; 4 refused by the server for all (key, model, quota, no server there);
-    130 interrupted. After Ctrl-C, requests in flight may finish for 5 seconds.
+    reached; 4 the server refuses all rows (key, model, quota) or is not there;
+    130 interrupted. After Ctrl-C, requests in flight have 5 seconds to finish.
     """
     show_log(verbose=verbose)
     with exit_codes():
@@ -176,7 +173,7 @@ def estimate(
     tpm: opt.Tpm = opt.DEFAULT_TPM,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Say what a file of prompts would need: tokens, dollars, minutes. Sends nothing, and needs no key."""
+    """Estimate what a file of prompts needs: tokens, dollars, minutes. Nothing is sent, and no key needed."""
     show_log()
     with exit_codes():
         work = FileRun(
@@ -409,12 +406,9 @@ async def _answer(run: FileRun, output: Output) -> Result:
         with exits.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
             try:
                 await answer_all(run, client, output, result, stop)
-            except asyncio.CancelledError:
-                if not stop.is_set():
-                    raise
             except (openai.OpenAIError, OSError) as error:  # what the rows without an outcome had in common
                 result.error = error
-            result.interrupted = stop.is_set()
+        result.interrupted = stop.is_set()
         result.stats = client.stats
         if run.report is not None:
             try:
