@@ -83,7 +83,9 @@ def run(  # one name for each option
             "what failed. (default: none)",
         ),
     ] = None,
-    batch: Annotated[bool, Option("--batch", help="Use the Batch API: half the price, in a day.")] = False,
+    batch: Annotated[
+        bool, Option("--batch", help="Use the Batch API: half the price, within a day.")
+    ] = False,
     window: opt.Window = opt.DEFAULT_WINDOW,
     interval: opt.Interval = opt.DEFAULT_INTERVAL,
     timeout: Annotated[
@@ -113,7 +115,7 @@ def run(  # one name for each option
     --progress.
 
     Exit codes: 0 all answered; 1 some failed; 2 bad input or usage; 3 budget
-    reached; 4 the server refuses all rows (key, model, quota) or is not there;
+    reached; 4 no server there, or it refuses every row (key, model, quota);
     130 interrupted. After Ctrl-C, requests in flight have 5 seconds to finish.
     """
     show_log(verbose=verbose)
@@ -173,7 +175,7 @@ def estimate(
     tpm: opt.Tpm = opt.DEFAULT_TPM,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Estimate what a file of prompts needs: tokens, dollars, minutes. Nothing is sent, and no key needed."""
+    """Estimate what a file of prompts needs: tokens, dollars, minutes. Nothing is sent; no key is needed."""
     show_log()
     with exit_codes():
         work = FileRun(
