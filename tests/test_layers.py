@@ -54,10 +54,10 @@ WRAPPED = {
     "imagesize": {"_tokens.body"},
     "redis": {"_limits.shared"},
     "tqdm": {"_report.progress"},
-    "rich": {"_cli.app", "_cli.batch", "_cli.exits"},
+    "rich": {"_cli.exits"},
     "tiktoken": {"_tokens.counter"},
     "pandas": {"_report.rows"},
-    "typer": {"_cli.app", "_cli.batch", "_cli.options", "_cli.run", "_cli.work"},
+    "typer": {"_cli.app", "_cli.batch", "_cli.options", "_cli.run"},
 }
 LATE = {
     "aiohttp",

@@ -11,10 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import openai
 import pydantic
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typer import Argument, Option
 
 from openai_eval_client._cli import exits
 from openai_eval_client._cli import options as opt
@@ -29,15 +26,17 @@ from openai_eval_client.errors import PartialFailureError, ValidationError
 from openai_eval_client.models import BatchRequest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from openai_eval_client.client import OpenAIClient
     from openai_eval_client.config import OpenAIConfig
+    from openai_eval_client.errors import BatchError
     from openai_eval_client.models import BatchJobStatus
 
 batch_app = typer.Typer(no_args_is_help=True)
 
-Job = Annotated[str, typer.Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
+_SHOWN_ERRORS = 10  # of a job's, in its table
+Job = Annotated[str, Argument(metavar="JOB", help="The id that submit printed, or that of any batch.")]
 
 
 @batch_app.callback()
@@ -74,7 +73,7 @@ def submit(
     ctx: typer.Context,
     source: Annotated[
         str,
-        typer.Argument(
+        Argument(
             metavar="INPUT",
             help="A file of JSON lines; - is standard input. A line is a text, or an object with prompt or "
             "messages and any parameter of the API.",
@@ -85,12 +84,12 @@ def submit(
     temperature: opt.Temperature = None,
     max_tokens: opt.MaxTokens = None,
     system: opt.System = None,
-    api: opt.ApiOption = opt.Api.chat,
+    api: opt.ApiOption = "chat",
     window: opt.Window = opt.DEFAULT_WINDOW,
     cache: opt.Cache = None,
     metadata: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             metavar="KEY=VALUE",
             help="A note that the provider keeps with the job; up to 14 of them. (default: none)",
         ),
@@ -100,8 +99,8 @@ def submit(
 
     A line's own model, temperature, max_tokens or system prompt wins over the option.
     """
-    given = {"temperature": temperature, "max_tokens": max_tokens, "system": system}
-    defaults = {name: value for name, value in given.items() if value is not None}
+    options = {"temperature": temperature, "max_tokens": max_tokens, "system": system}
+    defaults = {name: value for name, value in options.items() if value is not None}
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
     with exit_codes(interrupted=interrupted):
         pairs = opt.split_pairs("--metadata", metadata or [], "KEY=VALUE")
@@ -114,7 +113,7 @@ def submit(
             job = with_client(
                 config,
                 lambda client: client.submit_batch_job(
-                    requests, completion_window=window, metadata=pairs, api=api.value
+                    requests, completion_window=window, metadata=pairs, api=api
                 ),
                 cache=cache,
             )
@@ -130,20 +129,20 @@ def read_requests(source: Source, defaults: Mapping[str, Any]) -> tuple[list[Bat
     requests: list[BatchRequest] = []
     numbers: list[int] = []
     for line, data in source.objects():
-        given = {key: value for key, value in data.items() if value is not None}
-        requests.append(_request(given, defaults, source, line))
+        requests.append(_request(data, defaults, source, line))
         numbers.append(line)
     if not requests:
         raise ValidationError(f"{source.name}: empty: give a request a line", field="input")
     return requests, numbers
 
 
-def _request(given: dict[str, Any], defaults: Mapping[str, Any], source: Source, line: int) -> BatchRequest:
-    added = {name: value for name, value in defaults.items() if not _NAMES[name] & given.keys()}
-    if _has_system_message(given):
+def _request(data: Mapping[str, Any], defaults: Mapping[str, Any], source: Source, line: int) -> BatchRequest:
+    parameters = {name: value for name, value in data.items() if value is not None}
+    added = {name: value for name, value in defaults.items() if not _NAMES[name] & parameters.keys()}
+    if _has_system_message(parameters):
         added.pop("system", None)
     try:
-        return BatchRequest.model_validate({**added, **given}, strict=True)
+        return BatchRequest.model_validate({**added, **parameters}, strict=True)
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
         why = problem["msg"].removeprefix("Value error, ")
@@ -151,8 +150,8 @@ def _request(given: dict[str, Any], defaults: Mapping[str, Any], source: Source,
         source.reject_input(line, f"{where}{why}")
 
 
-def _has_system_message(given: Mapping[str, Any]) -> bool:
-    messages = given.get("messages", given.get("prompt"))
+def _has_system_message(parameters: Mapping[str, Any]) -> bool:
+    messages = parameters.get("messages", parameters.get("prompt"))
     return isinstance(messages, list) and any(
         isinstance(message, dict) and message.get("role") in _SYSTEM_ROLES for message in messages
     )
@@ -164,7 +163,7 @@ def by_lines(error: ValidationError, name: str, numbers: Sequence[int]) -> str:
     if error.index is None:
         return message
     own = f"{name}, line {numbers[error.index]}: {_OWN_INDEX.sub('', message)}"
-    return _OTHER_INDEX.sub(lambda found: f"line {numbers[int(found[1])]}", own)
+    return _OTHER_INDEX.sub(lambda match: f"line {numbers[int(match[1])]}", own)
 
 
 # --- status, results, cancel, list ------------------------------------------------------------------------
@@ -175,50 +174,50 @@ def status(
     ctx: typer.Context,
     job: Job,
     *,
-    wait: Annotated[bool, typer.Option("--wait", help="Look every --interval until it has ended.")] = False,
+    wait: Annotated[bool, Option("--wait", help="Look every --interval until the job has ended.")] = False,
     interval: opt.Interval = opt.DEFAULT_INTERVAL,
     as_json: opt.AsJson = False,
 ) -> None:
     """Show how far a job is.
 
     With --wait the exit code says how it ended: 0 all answered, 1 some failed,
-    4 not one was run. Without, it is 0 whatever the status.
+    4 none was run. Without --wait it is 0, whatever the status.
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
-        found = with_client(
+        latest = with_client(
             _config(ctx),
             lambda client: _wait_for(client, job, interval) if wait else client.get_batch_status(job),
         )
-        _show_job(found, as_json=as_json)
+        _show_job(latest, as_json=as_json)
     if wait:
-        sys.exit(_exit_code(found))
+        sys.exit(_exit_code(latest))
 
 
 async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJobStatus:
     """Look at a job until it has ended; once it was found, no outage of the server ends the wait."""
     check_number(interval, "interval", above=0)
-    found = await client.get_batch_status(job)
+    latest = await client.get_batch_status(job)
     shown_last = ""
-    while not found.has_ended:
-        line = f"{found.status}: {count(found.completed_count)} of {count(found.request_count)} answered"
-        line += f", {count(found.failed_count)} failed" if found.failed_count else ""
+    while not latest.has_ended:
+        line = f"{latest.status}: {count(latest.completed_count)} of {count(latest.request_count)} answered"
+        line += f", {count(latest.failed_count)} failed" if latest.failed_count else ""
         if line != shown_last:
             shown_last = line
             say(line)
         await asyncio.sleep(interval)
         try:
-            found = await client.get_batch_status(job)
+            latest = await client.get_batch_status(job)
         except openai.APIError as error:
             if not read_failure(error).retry:
                 raise
             say(f"no answer ({error}): again in {duration(interval)}", style="yellow")
-    return found
+    return latest
 
 
-def _exit_code(found: BatchJobStatus) -> int:
-    if found.status == "failed" and not found.completed_count:
+def _exit_code(job: BatchJobStatus) -> int:
+    if job.status == "failed" and not job.completed_count:
         return exits.REFUSED
-    return 0 if found.completed_count == found.request_count else exits.SOME_FAILED
+    return 0 if job.completed_count == job.request_count else exits.SOME_FAILED
 
 
 @batch_app.command()
@@ -226,15 +225,18 @@ def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> No
     """Write a job's results as JSON lines, one for each request, in the order of the input.
 
     A line has the index, counted from 0, and the response or the error. A file
-    gets its name when it is whole. If the job has not ended, nothing is
+    gets its name once it is complete. If the job has not ended, nothing is
     written, and the exit code is 1.
     """
-    with exit_codes(), _opened(output) as file:
+    whole: contextlib.AbstractContextManager[IO[bytes]]
+    whole = contextlib.nullcontext(sys.stdout.buffer) if output == "-" else replacing(output)
+    with exit_codes(), whole as file:
         outcomes = with_client(_config(ctx), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):
             custom_id = getattr(outcome, "custom_id", None)
             named = {} if custom_id is None else {"custom_id": custom_id}
             file.write(line_of({"index": index, **named}, outcome, only_ascii=True))
+        file.flush()  # a pipe that was closed is found out here
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if failures:
         refused = len(failures) == len(outcomes) and all(map(exits.is_refusal, failures))
@@ -253,16 +255,6 @@ async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
     return responses
 
 
-@contextlib.contextmanager
-def _opened(output: str) -> Iterator[IO[bytes]]:
-    if output == "-":
-        yield sys.stdout.buffer
-        sys.stdout.buffer.flush()  # a pipe that was closed is found out here
-    else:
-        with replacing(output) as file:
-            yield file
-
-
 @batch_app.command()
 def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None:
     """Cancel a job; what is answered already stays, and is paid."""
@@ -274,7 +266,7 @@ def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None
 def list_jobs(
     ctx: typer.Context,
     *,
-    limit: Annotated[int, typer.Option(min=1, metavar="N", help="Show N jobs at most.")] = 20,
+    limit: Annotated[int, Option(min=1, metavar="N", help="Show N jobs at most.")] = 20,
     as_json: opt.AsJson = False,
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""
@@ -283,76 +275,49 @@ def list_jobs(
         if as_json:
             typer.echo(f"[{','.join(job.model_dump_json() for job in jobs)}]")
         else:
-            print_table(_jobs_table(jobs))
+            counted = ("requests", "answered", "failed")
+            columns = ("created (UTC)", "status", *counted, "job")
+            exits.print_table(columns, map(_cells, jobs), right=counted)
+
+
+def _cells(job: BatchJobStatus) -> tuple[str, ...]:
+    counts = map(count, (job.request_count, job.completed_count, job.failed_count))
+    return f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, job.job_id
 
 
 async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
-    found: list[BatchJobStatus] = []
+    jobs: list[BatchJobStatus] = []
     async for job in client.list_batch_jobs():
-        found.append(job)
-        if len(found) == limit:
+        jobs.append(job)
+        if len(jobs) == limit:
             break
-    return found
+    return jobs
 
 
-# --- tables -----------------------------------------------------------------------------------------------
-
-_SHOWN_ERRORS = 10  # of a job's, in its table
-_WIDE = 1000  # columns if there is no terminal: a job's id stays on one line
-
-
-def print_table(table: Table) -> None:
-    """Write a table to standard output."""
-    console = Console()
-    (console if console.is_terminal else Console(width=_WIDE)).print(table)
-
-
-def _show_job(found: BatchJobStatus, *, as_json: bool) -> None:
+def _show_job(job: BatchJobStatus, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(found.model_dump_json())
-    else:
-        print_table(_job_table(found))
+        typer.echo(job.model_dump_json())
+        return
+    exits.print_fields(
+        {
+            "job": job.job_id,
+            "status": job.status,
+            "created": f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC",
+            "ended": f"{job.completed_at:%Y-%m-%d %H:%M:%S} UTC" if job.completed_at else "",
+            "requests": count(job.request_count),
+            "answered": count(job.completed_count),
+            "failed": count(job.failed_count),
+            "errors": _errors(job.errors),
+        }
+    )
 
 
-def _job_table(found: BatchJobStatus) -> Table:
-    rows = {
-        "job": found.job_id,
-        "status": found.status,
-        "created": f"{found.created_at:%Y-%m-%d %H:%M:%S} UTC",
-        "ended": f"{found.completed_at:%Y-%m-%d %H:%M:%S} UTC" if found.completed_at else "",
-        "requests": count(found.request_count),
-        "answered": count(found.completed_count),
-        "failed": count(found.failed_count),
-        "errors": _errors(found),
-    }
-    table = Table(show_header=False, box=box.SIMPLE)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        if value:
-            table.add_row(name, Text(value))
-    return table
-
-
-def _errors(found: BatchJobStatus) -> str:
+def _errors(errors: Sequence[BatchError]) -> str:
     lines = [
         (f"request {error.index}: " if error.line else "")
         + (f"{error.code}: " if error.code else "")
         + error.message
-        for error in found.errors[:_SHOWN_ERRORS]
+        for error in errors[:_SHOWN_ERRORS]
     ]
-    more = len(found.errors) - len(lines)
+    more = len(errors) - len(lines)
     return "\n".join([*lines, f"and {more} more"] if more else lines)
-
-
-def _jobs_table(jobs: Sequence[BatchJobStatus]) -> Table:
-    table = Table(box=box.SIMPLE)
-    for name in ("created (UTC)", "status"):
-        table.add_column(name)
-    for name in ("requests", "answered", "failed"):
-        table.add_column(name, justify="right")
-    table.add_column("job", overflow="fold")
-    for job in jobs:
-        counts = map(count, (job.request_count, job.completed_count, job.failed_count))
-        table.add_row(f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, Text(job.job_id))
-    return table

@@ -9,23 +9,23 @@ import logging
 import os
 import signal
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import openai
 import pydantic
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from openai_eval_client._format import count, usd
 from openai_eval_client._report import bar_is_open, write_above
 from openai_eval_client._wire import Kind, code_of, meaning_of, read_failure, status_of
 from openai_eval_client.client import OpenAIClient
-from openai_eval_client.errors import BatchError, BudgetExceededError, QuotaError, ValidationError
+from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator
-
-    from typing_extensions import Self
+    from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
 
     from openai_eval_client.config import OpenAIConfig
 
@@ -55,6 +55,29 @@ def cost_text(cost: Any, unpriced: int) -> str:
     return f"{usd(float(cost))} USD" + (f" and {count(unpriced)} unpriced" if unpriced else "")
 
 
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Write names and values to standard output as a table, without those whose value is empty."""
+    print_table(["", ""], [field for field in fields.items() if field[1]], show_header=False)
+
+
+def print_table(
+    columns: Iterable[str],
+    rows: Iterable[Iterable[str]],
+    *,
+    right: Container[str] = (),  # the columns that are aligned to the right
+    show_header: bool = True,
+) -> None:
+    """Write a table to standard output."""
+    table = Table(box=box.SIMPLE, show_header=show_header)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    # Without a terminal, the table is as wide as need be: a job's id stays on one line.
+    (console if console.is_terminal else Console(width=1000)).print(table)
+
+
 class _LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(record.getMessage(), style="yellow" if record.levelno >= logging.WARNING else "dim")
@@ -72,20 +95,18 @@ def show_log(*, verbose: bool = False) -> None:
 
 SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
-ErrorKind = tuple[str, int | None, str]  # of an error: its class, HTTP status and code
-
 _REFUSALS = {Kind.REFUSED_KEY, Kind.REFUSED_MODEL, Kind.NOT_FOUND, Kind.OUT_OF_QUOTA}
 _BY_JOB_CODE = {  # of a BatchError about a whole job; any other code: none of its requests was run
     **dict.fromkeys(("validating", "in_progress", "finalizing", "cancelling"), SOME_FAILED),
     "unsupported_endpoint": BAD_INPUT,
 }
 _CHECK_URL = "check --base-url or OPENAI_BASE_URL: it goes up to /v1"
-_TO_CHECK: dict[type[Exception], str] = {
-    openai.AuthenticationError: "check OPENAI_API_KEY or --api-key-file",
-    openai.PermissionDeniedError: "check what the key may do, and --model",
-    openai.NotFoundError: "check --model",
-    openai.BadRequestError: "check --model and the parameters",
-    QuotaError: "check the account's credit",
+_TO_CHECK = {
+    Kind.OUT_OF_QUOTA: "check the account's credit",
+    Kind.REFUSED_KEY: "check OPENAI_API_KEY or --api-key-file, and whether that key may use --model",
+    Kind.REFUSED_MODEL: "check --model",
+    Kind.NOT_FOUND: _CHECK_URL,
+    Kind.UNREACHABLE: f"{_CHECK_URL}, and whether its server runs",
 }
 
 
@@ -113,27 +134,25 @@ def message_of(error: openai.OpenAIError) -> str:
     return f"{error}\nwhat had been created was cancelled: {job}" if job else str(error)
 
 
-def kind_of(error: Exception) -> ErrorKind:
-    """Return the kind of error that a row failed with; unlike its message, it quotes no prompt."""
-    return type(error).__name__, status_of(error), code_of(error)
-
-
-def explain(kind: ErrorKind) -> str:
-    """Return a kind of error and what it means."""
-    name = " ".join(str(part) for part in kind if part)
+def explain(error: Exception) -> str:
+    """Return the kind of an error and what it means; unlike the error's message, this quotes no prompt."""
+    kind = type(error).__name__, status_of(error), code_of(error)
     means = meaning_of(*kind).partition("; sent again")[0].replace("the exception", "its row")
-    return f"{name}: {means}"
+    return f"{' '.join(str(part) for part in kind if part)}: {means}"
 
 
 def what_to_check(error: Exception | None, *, answered: bool) -> str:
     """Return what to change if the same command would fail the same way; "" if it need not."""
-    if isinstance(error, BudgetExceededError) and not answered:
-        return "nothing fits: raise --max-cost, or lower --max-tokens"
-    if isinstance(error, openai.NotFoundError) and "model" not in str(error).lower():
-        return _CHECK_URL
-    if error is not None and read_failure(error).kind is Kind.UNREACHABLE:
-        return f"{_CHECK_URL}, and whether its server runs"
-    return next((advice for kind, advice in _TO_CHECK.items() if isinstance(error, kind)), "")
+    if error is None:
+        return ""
+    if isinstance(error, BudgetExceededError):
+        return "" if answered else "nothing fits: raise --max-cost, or lower --max-tokens"
+    if isinstance(error, openai.BadRequestError):
+        return "check --model and the parameters"
+    kind = read_failure(error).kind
+    if kind is Kind.NOT_FOUND and "model" in str(error).lower():
+        kind = Kind.REFUSED_MODEL
+    return _TO_CHECK.get(kind, "")
 
 
 @contextlib.contextmanager
@@ -164,84 +183,62 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOT_OURS = (signal.SIG_IGN, None)  # as a shell has it for what runs in the background; not from Python
 
 
-class Interrupts:
-    """Handles the signals while it is entered, inside a running event loop.
+@contextlib.contextmanager
+def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[asyncio.Event]:
+    """Handle the signals that come while a task is inside, and yield an event that the first one sets.
 
-    The first one sets `event`, and cancels the task after `GRACE` seconds; a second one ends the process with
-    `last_words`. With `at_once`, the first one cancels the task, and a second one raises KeyboardInterrupt.
+    `GRACE` seconds later the task is cancelled, and leaves the block without an error; a second signal ends
+    the process with `last_words`. With `at_once`, the first signal cancels the task at once, and a second one
+    raises KeyboardInterrupt.
     """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    cancel: Callable[[], object] = loop.stop if task is None else task.cancel
+    stop, seen = asyncio.Event(), False
 
-    def __init__(self, *, at_once: bool = False, last_words: str = "") -> None:
-        self.event = asyncio.Event()
-        self._at_once = at_once
-        self._last_words = last_words
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._seen = False
+    def on_first() -> None:
+        stop.set()
+        cleanup.callback(loop.call_later(0 if at_once else GRACE, cancel).cancel)
+        if not at_once:
+            again = "interrupt again to end at once"
+            say(f"interrupted: requests in flight may finish, for {GRACE:g} s; {again}")
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            handled = [number for number in _SIGNALS if signal.getsignal(number) not in _NOT_OURS]
-            self._before = {number: signal.signal(number, self._on_signal) for number in handled}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: object) -> None:  # noqa: ARG002  # what the system hands over
-        if self._seen:
-            self._end()
-        self._seen = True
-        self._loop.call_soon_threadsafe(self._stop)
-
-    def _end(self) -> NoReturn:
-        if self._at_once:
-            self._restore()
+    def on_signal(*_: object) -> None:
+        nonlocal seen
+        if not seen:
+            seen = True
+            loop.call_soon_threadsafe(on_first)
+        elif at_once:
+            cleanup.close()
             raise KeyboardInterrupt
-        below = "\n\n" if bar_is_open() else ""
-        with contextlib.suppress(OSError):  # not by `say`: the signal may have come in the middle of a print
-            os.write(sys.stderr.fileno(), f"{below}{self._last_words}\n".encode())
-        os._exit(INTERRUPTED)
+        else:
+            _end(last_words)
 
-    def _stop(self) -> None:
-        cancel: Callable[[], object] = self._task.cancel if self._task is not None else self._loop.stop
-        self.event.set()
-        if self._at_once:
-            cancel()
-            return
-        self._timer = self._loop.call_later(GRACE, cancel)
-        say(f"interrupted: requests in flight may finish, for {GRACE:g} s; interrupt again to end at once")
+    with contextlib.ExitStack() as cleanup:
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in _NOT_OURS:
+                cleanup.callback(signal.signal, number, signal.signal(number, on_signal))
+        try:
+            yield stop
+        except asyncio.CancelledError:
+            if not stop.is_set():  # not by a signal
+                raise
 
 
-def complete(work: Coroutine[Any, Any, T]) -> T:
-    """Run work to its end; a signal cancels it at once, whatever task is running."""
-    # Before Python 3.11, `asyncio.run` leaves it to chance which task gets the `KeyboardInterrupt`.
-
-    async def working() -> T:
-        with Interrupts(at_once=True) as signals:
-            try:
-                return await work
-            except asyncio.CancelledError:
-                if not signals.event.is_set():
-                    raise
-                raise KeyboardInterrupt from None
-
-    return asyncio.run(working())
+def _end(last_words: str) -> NoReturn:
+    below = "\n\n" if bar_is_open() else ""
+    with contextlib.suppress(OSError):  # not by `say`: the signal may have come in the middle of a print
+        os.write(sys.stderr.fileno(), f"{below}{last_words}\n".encode())
+    os._exit(INTERRUPTED)
 
 
 def with_client(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T]], **options: Any) -> T:
-    """Do work with a client, which is closed afterwards; a signal ends it, as in `complete`."""
+    """Do work with a client, which is closed afterwards; a signal cancels it at once, whatever task runs."""
+    # Before Python 3.11, `asyncio.run` leaves it to chance which task gets the `KeyboardInterrupt`.
 
     async def working() -> T:
-        async with OpenAIClient(config, **options) as client:
-            return await work(client)
+        with interruptible(at_once=True):
+            async with OpenAIClient(config, **options) as client:
+                return await work(client)
+        raise KeyboardInterrupt  # a signal has cancelled it
 
-    return complete(working())
+    return asyncio.run(working())

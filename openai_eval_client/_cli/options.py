@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from enum import Enum
 from pathlib import Path  # typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import ValidationError
@@ -23,90 +22,68 @@ DEFAULT_CONCURRENT = _LIMITS.max_concurrent
 DEFAULT_WINDOW, DEFAULT_INTERVAL = _BATCH.completion_window, _BATCH.polling_interval
 DEFAULT_MODEL = OpenAIConfig.model_fields["default_model"].default
 
-
-class Api(str, Enum):
-    """The endpoints that a request may be for."""
-
-    chat = "chat"
-    responses = "responses"
-
-
-class Form(str, Enum):
-    """The formats of an input."""
-
-    jsonl = "jsonl"
-    csv = "csv"
-    tsv = "tsv"
-
+Api = Literal["chat", "responses"]
+Form = Literal["jsonl", "csv", "tsv"]
 
 Input = Annotated[
     str,
-    typer.Argument(
+    Argument(
         metavar="INPUT",
         help="A file of JSON lines, CSV or TSV; - is standard input. A line of JSON is a text, or an object "
         "with prompt or messages, whose other keys are copied to the output.",
     ),
 ]
 PromptColumn = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="The key or column of the prompt. (default: prompt or messages)"),
+    str | None, Option(metavar="NAME", help="The key or column of the prompt. (default: prompt or messages)")
 ]
 FormOption = Annotated[
-    Form | None,
-    typer.Option("--format", help="The input's format. (default: as the file's name ends, else jsonl)"),
+    Form | None, Option("--format", help="The input's format. (default: as the file's name ends, else jsonl)")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N rows. (default: all)")]
-Model = Annotated[str | None, typer.Option(help=f"The model to ask. (default: {DEFAULT_MODEL})")]
-System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="A system prompt for all rows. (default: none)")
-]
+Limit = Annotated[int | None, Option(min=1, metavar="N", help="Only the first N rows. (default: all)")]
+Model = Annotated[str | None, Option(help=f"The model to ask. (default: {DEFAULT_MODEL})")]
+System = Annotated[str | None, Option(metavar="TEXT", help="A system prompt for all rows. (default: none)")]
 Schema = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FILE", help="The JSON schema that answers must fit: structured outputs. (default: none)"
-    ),
+    Option(metavar="FILE", help="The JSON schema that answers must fit: structured outputs. (default: none)"),
 ]
-Temperature = Annotated[float | None, typer.Option(min=0, help="Sampling temperature. (default: the API's)")]
+Temperature = Annotated[float | None, Option(min=0, help="Sampling temperature. (default: the API's)")]
 MaxTokens = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Output tokens of an answer at most. (default: the API's)"),
+    int | None, Option(min=1, metavar="N", help="Output tokens of an answer at most. (default: the API's)")
 ]
-ApiOption = Annotated[Api, typer.Option("--api", help="Chat completions, or the Responses API.")]
+ApiOption = Annotated[Api, Option("--api", help="Chat completions, or the Responses API.")]
 Params = Annotated[
     list[str] | None,
-    typer.Option(
+    Option(
         "--param",
         metavar="KEY=JSON",
         help="Any other parameter of the API, such as seed=7; may be repeated. (default: none)",
     ),
 ]
-Rpm = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Requests per minute; 0: go by what the server states.")
-]
-Tpm = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Tokens per minute; 0: go by what the server states.")
-]
-MaxConcurrent = Annotated[int, typer.Option(min=1, metavar="N", help="Requests in flight at most.")]
+Rpm = Annotated[int, Option(min=0, metavar="N", help="Requests per minute; 0: as many as the server states.")]
+Tpm = Annotated[int, Option(min=0, metavar="N", help="Tokens per minute; 0: as many as the server states.")]
+MaxConcurrent = Annotated[int, Option(min=1, metavar="N", help="Requests in flight at most.")]
 BaseUrl = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="The API's address, up to /v1. (default: OPENAI_BASE_URL, or OpenAI's)"),
+    Option(metavar="URL", help="The API's address, up to /v1. (default: OPENAI_BASE_URL, or OpenAI's)"),
 ]
 KeyFile = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--api-key-file", metavar="FILE", help="A file with the API key. (default: the key in OPENAI_API_KEY)"
     ),
 ]
 OutputFile = Annotated[
-    str, typer.Option("--output", "-o", metavar="FILE", help="Where to write rows; - is standard output.")
+    str, Option("--output", "-o", metavar="FILE", help="Where to write rows; - is standard output.")
 ]
 Cache = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Keep answers and batches here, and use those in it. (default: none)"),
+    Option(
+        metavar="FILE", help="Keep answers and batches in this file, and use those it has. (default: none)"
+    ),
 ]
-Window = Annotated[str, typer.Option(metavar="TIME", help="The time limit of a batch, such as 24h or 7d.")]
-Interval = Annotated[float, typer.Option(metavar="SECONDS", help="Time between two looks at a batch.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Window = Annotated[str, Option(metavar="TIME", help="The time limit of a batch, such as 24h or 7d.")]
+Interval = Annotated[float, Option(metavar="SECONDS", help="Time between two looks at a batch.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 
 
 def api_config(
@@ -147,7 +124,7 @@ def request_params(pairs: Iterable[str], schema: Path | None, api: Api, **named:
     }
     if schema is not None:
         params["response_format"] = _response_format(schema, api)
-    named["api"] = api.value
+    named["api"] = api
     twice = sorted(params.keys() & {*named, "max_cost", "model", "temperature", "timeout"})
     if twice:
         raise ValidationError(f"--param {twice[0]}: there is an option for it", field="param")
@@ -177,6 +154,6 @@ def _response_format(path: Path, api: Api) -> dict[str, Any]:
     if not isinstance(schema.get("schema"), dict):
         name = re.sub(r"[^a-zA-Z0-9_-]+", "_", str(schema.get("title") or path.stem))[:64]
         schema = {"name": name, "schema": schema, "strict": True}
-    if api is Api.responses:
+    if api == "responses":
         return {"type": "json_schema", **schema}
     return {"type": "json_schema", "json_schema": schema}

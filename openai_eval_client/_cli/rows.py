@@ -71,32 +71,25 @@ class Source:
 
     def objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each row as an object, with its line; a text is an object with a prompt."""
-        with self._open() as file:
+        path = self.path
+        with open(sys.stdin.fileno(), "rb", closefd=False) if path is None else path.open("rb") as file:
             yield from self._of_json(file) if self._form == "jsonl" else self._of_table(file)
 
     def reject_input(self, line: int, why: str) -> NoReturn:
         """Raise the error of a line."""
         raise ValidationError(f"{self.name}, line {line}: {why}", field="input")
 
-    def _open(self) -> IO[bytes]:
-        if self.path is None:
-            return open(sys.stdin.fileno(), "rb", closefd=False)
-        return self.path.open("rb")
-
-    def _texts(self, file: IO[bytes]) -> Iterator[str]:
+    def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
-            yield self._decoded(line, number)
+            text = self._decoded(number, line)
+            if text.strip():
+                yield number, self._object(text, number)
 
-    def _decoded(self, line: bytes, number: int) -> str:
+    def _decoded(self, number: int, line: bytes) -> str:
         try:
             return line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
             self.reject_input(number, f"not UTF-8: {error.reason} at byte {error.start}")
-
-    def _of_json(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
-        for number, text in enumerate(self._texts(file), start=1):
-            if text.strip():
-                yield number, self._object(text, number)
 
     def _object(self, text: str, line: int) -> dict[str, Any]:
         try:
@@ -111,23 +104,20 @@ class Source:
 
     def _of_table(self, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(_LONGEST_FIELD)
-        delimiter = "\t" if self._form == "tsv" else ","
-        reader = csv.reader(self._texts(file), delimiter=delimiter, strict=True)
+        texts = itertools.starmap(self._decoded, enumerate(file, start=1))
+        reader = csv.reader(texts, delimiter="\t" if self._form == "tsv" else ",", strict=True)
         try:
-            yield from self._records(reader)
+            header = next(reader, [])
+            for name, times in Counter(header).items():
+                if times > 1:
+                    self.reject_input(1, f"the column {name!r} is there twice")
+            for fields in filter(None, reader):
+                if len(fields) != len(header):
+                    counts = f"{len(fields)} fields, but the header has {len(header)}"
+                    self.reject_input(reader.line_num, counts)
+                yield reader.line_num, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             self.reject_input(reader.line_num, f"not CSV: {error}")
-
-    def _records(self, reader: Any) -> Iterator[tuple[int, dict[str, Any]]]:
-        header: list[str] = next(reader, [])
-        twice = [name for name, times in Counter(header).items() if times > 1]
-        if twice:
-            self.reject_input(1, f"the column {twice[0]!r} is there twice")
-        for fields in reader:
-            if fields and len(fields) != len(header):
-                self.reject_input(reader.line_num, f"{len(fields)} fields, but the header has {len(header)}")
-            if fields:
-                yield reader.line_num, dict(zip(header, fields, strict=True))
 
     def _prompt(self, data: dict[str, Any], index: int, line: int) -> str | list[Any]:
         keys = [self._column] if self._column else [key for key in _PROMPT_KEYS if data.get(key) is not None]
@@ -183,8 +173,6 @@ _OURS = ("index", "response", "error")
 
 def carried(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return an input row as it stands in the output: a key of its own that is ours there is renamed."""
-    if not any(key in data for key in _OURS):
-        return dict(data)
     renamed: dict[str, Any] = {}
     for key, value in data.items():
         name = key
@@ -265,8 +253,6 @@ class Output:
     def done(self, *, without_errors: bool, only_look: bool = False) -> dict[int, bytes]:
         """Return the fingerprint of each row there is, by its index; remove a line that a crash tore."""
         rows: dict[int, bytes] = {}
-        self.failed = 0
-        self.models.clear()
         end, line = 0, b"\n"
         for number, line, row in self._rows():
             end += len(line)
@@ -290,10 +276,9 @@ class Output:
             file.seek(0)
             for number, line in enumerate(file, start=1):
                 row = _parsed(line)
-                if row is None and not line.endswith(b"\n"):
+                if not row and not line.endswith(b"\n"):
                     return
-                index = None if row is None else row.get("index")
-                if row is None or not isinstance(index, int) or ("response" in row) == ("error" in row):
+                if not isinstance(row.get("index"), int) or ("response" in row) == ("error" in row):
                     self._reject(number, "not a row that this command has written")
                 yield number, line, row
 
@@ -310,15 +295,14 @@ class Output:
 
     def _lock(self) -> None:
         """Keep other runs from the file, on systems that can."""
-        with contextlib.suppress(ImportError):
+        try:
             import fcntl  # not everywhere
 
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in {errno.EAGAIN, errno.EACCES}:
-                    return  # a file system without locks
-                raise ValidationError(f"{self.path}: another run writes to it", field="output") from None
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValidationError(f"{self.path}: another run writes to it", field="output") from None
+        except (ImportError, OSError):  # a file system without locks
+            return
 
     def _reject(self, line: int, why: str) -> NoReturn:
         raise ValidationError(f"{self.path}, line {line}: {why}", field="output")
@@ -330,10 +314,10 @@ def _model_of(row: Mapping[str, Any]) -> list[str]:
     return [model] if isinstance(model, str) else []
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the object in a line; None if there is none."""
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return the object in a line; an empty one if there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
+        return {}
+    return value if isinstance(value, dict) else {}

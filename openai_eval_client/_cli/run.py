@@ -1,30 +1,45 @@
-"""The commands `run` and `estimate`."""
+"""The commands `run` and `estimate`: a file of prompts answered, online or by batch, and summed up."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import re
+import shlex
 import sys
 import tempfile
-from operator import attrgetter
+import time
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
+import openai
 import typer
+from typer import Option
 
+from openai_eval_client._cli import exits
 from openai_eval_client._cli import options as opt
-from openai_eval_client._cli.exits import exit_codes, say, show_log, with_client
-from openai_eval_client._cli.rows import Output, Source
-from openai_eval_client._cli.work import FileRun, answer, sum_up
-from openai_eval_client._format import count
+from openai_eval_client._cli.exits import cost_text, exit_codes, say, show_log, with_client
+from openai_eval_client._cli.rows import Output, Source, carried, fingerprint, line_of, read_in_thread
+from openai_eval_client._format import count, duration
+from openai_eval_client._wire import read_failure
+from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig
 from openai_eval_client.errors import ValidationError
+from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import AsyncIterable, Iterable, Iterator
+
+    from openai_eval_client._cli.rows import Row
+    from openai_eval_client.config import RateLimitConfig
+    from openai_eval_client.models import ModelResponse
+
+T = TypeVar("T")
 
 _TIMEOUT, _RETRIES = (OpenAIConfig.model_fields[name].default for name in ("timeout", "max_retries"))
 
@@ -34,13 +49,13 @@ def run(  # one name for each option
     *,
     output: opt.OutputFile = "-",
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an output: ask only for rows that it lacks.")
+        bool, Option("--resume", help="Continue an output: ask for the rows it lacks.")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="With --resume: ask again for rows that failed.")
+        bool, Option("--retry-failed", help="With --resume: ask again for rows that failed.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Begin anew: what is in the output is lost.")
+        bool, Option("--overwrite", help="Begin anew; what the output has is lost.")
     ] = False,
     model: opt.Model = None,
     system: opt.System = None,
@@ -48,7 +63,7 @@ def run(  # one name for each option
     temperature: opt.Temperature = None,
     max_tokens: opt.MaxTokens = None,
     param: opt.Params = None,
-    api: opt.ApiOption = opt.Api.chat,
+    api: opt.ApiOption = "chat",
     prompt_column: opt.PromptColumn = None,
     form: opt.FormOption = None,
     limit: opt.Limit = None,
@@ -57,42 +72,37 @@ def run(  # one name for each option
     max_concurrent: opt.MaxConcurrent = opt.DEFAULT_CONCURRENT,
     max_cost: Annotated[
         float | None,
-        typer.Option(
-            min=0, metavar="USD", help="The most it may cost; needs --max-tokens. (default: any amount)"
-        ),
+        Option(min=0, metavar="USD", help="The most it may cost; needs --max-tokens. (default: any amount)"),
     ] = None,
     cache: opt.Cache = None,
     report: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             metavar="FILE",
             help="When the run ends, however it ends, write a page about it: what held it up, what it cost, "
             "what failed. (default: none)",
         ),
     ] = None,
     batch: Annotated[
-        bool, typer.Option("--batch", help="Use the Batch API: half the price, within a day.")
+        bool, Option("--batch", help="Use the Batch API: half the price, within a day.")
     ] = False,
     window: opt.Window = opt.DEFAULT_WINDOW,
     interval: opt.Interval = opt.DEFAULT_INTERVAL,
     timeout: Annotated[
-        float | None,
-        typer.Option(metavar="SECONDS", help=f"Time limit of an attempt. (default: {_TIMEOUT:g})"),
+        float | None, Option(metavar="SECONDS", help=f"Time limit of an attempt. (default: {_TIMEOUT:g})")
     ] = None,
     max_retries: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help=f"Attempts after the first. (default: {_RETRIES})")
+        int | None, Option(min=0, metavar="N", help=f"Attempts after the first. (default: {_RETRIES})")
     ] = None,
     base_url: opt.BaseUrl = None,
     key_file: opt.KeyFile = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would cost, and send nothing.")
-    ] = False,
-    progress: Annotated[bool, typer.Option(help="Show progress on standard error.")] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show waits and retries as well.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what it would cost, and send nothing.")] = False,
+    progress: Annotated[bool, Option(help="Show progress on standard error.")] = True,
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    verbose: Annotated[bool, Option("--verbose", "-v", help="Show waits and retries as well.")] = False,
     as_json: Annotated[
         bool,
-        typer.Option(
+        Option(
             "--json", help="Print the summary as JSON; if the rows go to standard output, to standard error."
         ),
     ] = False,
@@ -105,13 +115,13 @@ def run(  # one name for each option
     --progress.
 
     Exit codes: 0 all answered; 1 some failed; 2 bad input or usage; 3 budget
-    reached; 4 refused by the server for all (key, model, quota, no server there);
-    130 interrupted. After Ctrl-C, requests in flight may finish for 5 seconds.
+    reached; 4 no server there, or it refuses every row (key, model, quota);
+    130 interrupted. After Ctrl-C, requests in flight have 5 seconds to finish.
     """
     show_log(verbose=verbose)
     with exit_codes():
         work = FileRun(
-            Source(source, column=prompt_column, form=form and form.value, limit=limit),
+            Source(source, column=prompt_column, form=form, limit=limit),
             opt.api_config(
                 base_url=base_url,
                 key_file=key_file,
@@ -143,8 +153,8 @@ def run(  # one name for each option
         )
         work.progress = progress and not work.quiet and not (output == "-" and sys.stdout.isatty())
         _check_usage(work)
-        if model is None and not work.quiet:
-            say(f"model: {work.config.default_model}, the default; --model names another")
+        if model is None:
+            work.note(f"model: {work.config.default_model}, the default; --model names another")
         code = _estimate_rest(work) if dry_run else _carry_out(work)
     sys.exit(code)
 
@@ -157,7 +167,7 @@ def estimate(
     schema: opt.Schema = None,
     max_tokens: opt.MaxTokens = None,
     param: opt.Params = None,
-    api: opt.ApiOption = opt.Api.chat,
+    api: opt.ApiOption = "chat",
     prompt_column: opt.PromptColumn = None,
     form: opt.FormOption = None,
     limit: opt.Limit = None,
@@ -165,69 +175,90 @@ def estimate(
     tpm: opt.Tpm = opt.DEFAULT_TPM,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Say what a file of prompts would need: tokens, dollars, minutes. Sends nothing, and needs no key."""
+    """Estimate what a file of prompts needs: tokens, dollars, minutes. Nothing is sent; no key is needed."""
     show_log()
     with exit_codes():
         work = FileRun(
-            Source(source, column=prompt_column, form=form and form.value, limit=limit),
+            Source(source, column=prompt_column, form=form, limit=limit),
             opt.api_config(needs_key=False, default_model=model),
             opt.rate_limit(rpm, tpm),
             opt.request_params(param or [], schema, api, max_tokens=max_tokens, system=system),
             as_json=as_json,
         )
-        _prepare(work)
         _show_estimate(work)
 
 
-def _carry_out(work: FileRun) -> int:
-    """Answer the rows that are not done, and return the exit code."""
-    with _opened(work) as file:
-        failed_before = file.failed
-        _prepare(work)
-        result = asyncio.run(answer(work, file))
-    if not (result.answered or result.failed or work.done or result.error or result.interrupted):
-        raise _no_rows(work)
-    code = result.exit_code(failed_before)
-    sum_up(work, result, code)
-    return code
+# --- what is to be done -----------------------------------------------------------------------------------
 
 
-def _estimate_rest(work: FileRun) -> int:
-    """Show what the rows that are not done would cost, and leave the output as it is."""
-    if work.resume:
-        with _opened(work, only_look=True):
-            if not work.quiet:
-                say(f"there already, and not estimated: {count(len(work.done))}")
-    if work.cache is not None and not work.quiet:
-        say("the cache is not looked at: answers that it has are estimated as well, but cost nothing")
-    _prepare(work)
-    _show_estimate(work)
-    return 0
+@dataclass(slots=True)
+class FileRun:
+    """A file of prompts, and how it is to be answered."""
+
+    source: Source
+    config: OpenAIConfig
+    limits: RateLimitConfig
+    params: dict[str, Any]  # what the client is asked with every row
+    output: str = "-"  # the file of the rows, or "-" for standard output
+    resume: bool = False  # whether to go on with it
+    retry_failed: bool = False  # whether to ask again for its rows that failed
+    overwrite: bool = False  # whether to empty it first
+    cache: Path | None = None
+    by_batch: bool = False  # whether to use the Batch API
+    batch: BatchConfig | None = None  # how to use it
+    report: Path | None = None  # the page about the run
+    progress: bool = False  # whether to show it
+    quiet: bool = False  # whether to say errors only
+    as_json: bool = False  # whether to sum up as JSON
+    done: dict[int, bytes] = field(default_factory=dict)  # rows in the output: index and fingerprint
+    total: int = 0  # rows to answer; not known for a stream
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows that are to be answered."""
+        for row in self.source.rows():
+            known = self.done.get(row.index)
+            if known is None:
+                yield row
+            elif known != fingerprint(carried(row.data)):
+                why = f"not what the output has at index {row.index}: the input changed"
+                self.source.reject_input(row.line, why)
+
+    def feed(self, prompts: Iterable[T]) -> Iterable[T] | AsyncIterable[T]:
+        """Return the rows' prompts in the form that the client needs."""
+        return read_in_thread(prompts) if self.source.is_stream else _Sized(prompts, self.total)
+
+    def note(self, message: str, *, style: str | None = None) -> None:
+        """Say it, unless only errors are to be said."""
+        if not self.quiet:
+            say(message, style=style)
 
 
-def _show_estimate(work: FileRun) -> None:
-    params = {name: value for name, value in work.params.items() if name != "max_cost"}
-    found = with_client(
-        work.config,
-        lambda client: client.estimate(work.each(attrgetter("prompt")), **params),
-        rate_limit=work.limits,
-    )
-    typer.echo(found.model_dump_json() if work.as_json else str(found))
+class _Sized:
+    """An iterable whose length is known beforehand."""
+
+    def __init__(self, items: Iterable[Any], length: int) -> None:
+        self._items, self._length = items, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._items)
 
 
-def _check_usage(work: FileRun) -> None:
-    if work.resume and work.overwrite:
+def _check_usage(run: FileRun) -> None:
+    if run.resume and run.overwrite:
         raise ValidationError("--resume goes on, --overwrite begins anew: give one of them", field="resume")
-    if work.retry_failed and not work.resume:
+    if run.retry_failed and not run.resume:
         raise ValidationError("--retry-failed needs --resume", field="retry_failed")
-    if work.resume and work.output == "-":
+    if run.resume and run.output == "-":
         raise ValidationError("--resume needs --output: standard output cannot be read back", field="resume")
-    source = None if work.source.is_stream else work.source.path
-    output = None if work.output == "-" else Path(work.output).expanduser()
+    source = None if run.source.is_stream else run.source.path
+    output = None if run.output == "-" else Path(run.output).expanduser()
     _check_apart("output", output, input=source)
-    if work.report is not None:
-        _check_apart("report", work.report, input=source, output=output, cache=work.cache)
-        _check_can_write(work.report)
+    if run.report is not None:
+        _check_apart("report", run.report, input=source, output=output, cache=run.cache)
+        _check_can_write(run.report)
 
 
 def _check_apart(option: str, path: Path | None, **others: Path | None) -> None:
@@ -252,34 +283,21 @@ def _check_can_write(path: Path) -> None:
         raise
 
 
-@contextlib.contextmanager
-def _opened(work: FileRun, *, only_look: bool = False) -> Iterator[Output]:
-    """Open the output, and take from it what is done already."""
-    name = work.output
-    file = Output(name)
-    try:
-        if work.resume and not file.is_regular:
-            raise ValidationError(f"--resume: {name} is no file that can be read back", field="resume")
-        if work.resume:
-            work.done = file.done(without_errors=work.retry_failed, only_look=only_look)
-        elif work.overwrite and file.is_regular:
-            file.clear()
-        elif not file.is_empty:
-            why = "is not empty: --resume goes on with it, --overwrite begins anew"
-            raise ValidationError(f"{name}: {why}", field="output")
-        if not work.quiet:
-            _warn_of_models(file.models, work.config.default_model)
-        yield file
-    finally:
-        file.close()
-
-
-def _warn_of_models(models: Mapping[str, int], model: str) -> None:
-    """Warn if no response in the output is by the model that is asked, or by a dated version of it."""
-    version = re.compile(rf"{re.escape(model)}(-\d.*)?")
-    if models and not any(version.fullmatch(name) for name in models):
-        there, names = count(sum(models.values())), ", ".join(sorted(models))
-        say(f"the answers there ({there}) are of {names}; this run asks {model}", style="yellow")
+def _look_at_output(run: FileRun, file: Output, *, only_look: bool = False) -> None:
+    """Take from the output what is done already, or empty it."""
+    if run.resume and not file.is_regular:
+        raise ValidationError(f"--resume: {run.output} is no file that can be read back", field="resume")
+    if run.resume:
+        run.done = file.done(without_errors=run.retry_failed, only_look=only_look)
+    elif run.overwrite and file.is_regular:
+        file.clear()
+    elif not file.is_empty:
+        why = "is not empty: --resume goes on with it, --overwrite begins anew"
+        raise ValidationError(f"{run.output}: {why}", field="output")
+    version = re.compile(rf"{re.escape(run.config.default_model)}(-\d.*)?")  # the model, or a dated version
+    if file.models and not any(version.fullmatch(name) for name in file.models):
+        there = f"the answers there ({count(file.models.total())}) are of {', '.join(sorted(file.models))}"
+        run.note(f"{there}; this run asks {run.config.default_model}", style="yellow")
 
 
 # Keys of a row that look as if they were to be sent, though a run sends the same with every row.
@@ -287,21 +305,259 @@ _SAMPLING = {"max_completion_tokens", "max_tokens", "seed", "temperature", "top_
 _LIKE_PARAMETERS = _SAMPLING | {"model", "response_format", "system"}
 
 
-def _prepare(work: FileRun) -> None:
+def _look_at_input(run: FileRun) -> None:
     """Look at all rows, if they can be read twice, before anything is paid."""
-    if work.source.is_stream:
+    if run.source.is_stream:
         return
     unsent: set[str] = set()
-    for row in work.rows():
-        work.total += 1
+    for row in run.rows():
+        run.total += 1
         unsent |= _LIKE_PARAMETERS & row.data.keys()
-    work.progress = work.progress and work.total > 0
-    if not work.total and not work.done:
-        raise _no_rows(work)
-    if unsent and not work.quiet:
+    run.progress = run.progress and run.total > 0
+    if not run.total and not run.done:
+        raise _no_rows(run)
+    if unsent:
         names = ", ".join(sorted(unsent))
-        say(f"copied to the output, not sent: {names}; options set them for all rows", style="yellow")
+        run.note(f"copied to the output, not sent: {names}; options set them for all rows", style="yellow")
 
 
-def _no_rows(work: FileRun) -> ValidationError:
-    return ValidationError(f"{work.source.name}: no rows", field="input")
+def _no_rows(run: FileRun) -> ValidationError:
+    return ValidationError(f"{run.source.name}: no rows", field="input")
+
+
+# --- the commands' work -----------------------------------------------------------------------------------
+
+
+def _estimate_rest(run: FileRun) -> int:
+    """Show what the rows that are not done would cost, and leave the output as it is."""
+    if run.resume:
+        with contextlib.closing(Output(run.output)) as file:
+            _look_at_output(run, file, only_look=True)
+        run.note(f"there already, and not estimated: {count(len(run.done))}")
+    if run.cache is not None:
+        run.note("the cache is not looked at: answers that it has are estimated as well, but cost nothing")
+    return _show_estimate(run)
+
+
+def _show_estimate(run: FileRun) -> int:
+    _look_at_input(run)
+    prompts = run.feed(row.prompt for row in run.rows())
+    params = {name: value for name, value in run.params.items() if name != "max_cost"}
+    estimated = with_client(
+        run.config, lambda client: client.estimate(prompts, **params), rate_limit=run.limits
+    )
+    typer.echo(estimated.model_dump_json() if run.as_json else str(estimated))
+    return 0
+
+
+def _carry_out(run: FileRun) -> int:
+    """Answer the rows that are not done, and return the exit code."""
+    with contextlib.closing(Output(run.output)) as file:
+        _look_at_output(run, file)
+        _look_at_input(run)
+        result = asyncio.run(_answer(run, file))
+    if not (result.answered or result.failed or run.done or result.error or result.interrupted):
+        raise _no_rows(run)
+    code = result.exit_code(file.failed)
+    _sum_up(run, result, code)
+    return code
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run came to."""
+
+    answered: int = 0  # rows with a response
+    failed: int = 0  # rows with an error
+    kinds: Counter[str] = field(default_factory=Counter)  # of those errors, each explained
+    cached: int = 0  # answers from the cache
+    seconds: float = 0.0  # wall time
+    stats: ClientStats = field(default_factory=ClientStats)
+    error: Exception | None = None  # what ended the run early
+    interrupted: bool = False  # whether a signal did
+    jobs: str | None = None  # batches that go on
+    report_error: OSError | None = None  # why there is no report
+
+    def count(self, outcome: ModelResponse | Exception) -> None:
+        """Count the outcome of a row."""
+        if isinstance(outcome, Exception):
+            self.failed += 1
+            self.kinds[exits.explain(outcome)] += 1
+        else:
+            self.answered += 1
+            self.cached += outcome.cached
+
+    def exit_code(self, failed_before: int) -> int:
+        """Return the exit code, given the rows of the output that had failed before."""
+        if self.interrupted:
+            return exits.INTERRUPTED
+        if self.error is not None:
+            return exits.exit_code_of(self.error)
+        if self.failed or failed_before:
+            return exits.SOME_FAILED
+        return exits.BAD_INPUT if self.report_error else 0
+
+
+async def _answer(run: FileRun, output: Output) -> Result:
+    """Answer the rows, write their outcomes, and then the report, however the run ended."""
+    result, began = Result(), time.monotonic()
+    last_words = "" if run.output == "-" else f"to go on: {_resume_command()}"
+    answer_all = _answer_by_batch if run.by_batch else _answer_online
+    client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
+    async with client:
+        with exits.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
+            try:
+                await answer_all(run, client, output, result, stop)
+            except (openai.OpenAIError, OSError) as error:  # what the rows without an outcome had in common
+                result.error = error
+        result.interrupted = stop.is_set()
+        result.stats = client.stats
+        if run.report is not None:
+            try:
+                client.report(run.report)
+            except OSError as error:
+                result.report_error = error
+    result.seconds = time.monotonic() - began
+    return result
+
+
+async def _answer_online(
+    run: FileRun, client: OpenAIClient, output: Output, result: Result, stop: asyncio.Event
+) -> None:
+    """Write each outcome as it comes."""
+    taken: dict[int, Row] = {}
+
+    def prompts() -> Iterator[Any]:
+        for position, row in enumerate(run.rows()):
+            taken[position] = row
+            yield row.prompt
+
+    feed = run.feed(prompts())
+    stream = client.as_completed(feed, progress=run.progress, stop_event=stop, **run.params)
+    async with contextlib.aclosing(stream) as outcomes:
+        async for position, outcome in outcomes:
+            row = taken.pop(position)
+            if isinstance(outcome, Exception) and read_failure(outcome).ends_run(
+                run.limits.max_wait, answered=bool(result.answered)
+            ):
+                continue  # raised in the end: it is not this row's fault
+            line = _line_of(row, outcome)
+            if output.is_regular:
+                output.write(line)
+            else:
+                await asyncio.to_thread(output.write, line)  # a pipe may be full
+            result.count(outcome)  # what is not written is not done
+
+
+async def _answer_by_batch(
+    run: FileRun, client: OpenAIClient, output: Output, result: Result, _: asyncio.Event
+) -> None:
+    """Write the outcomes in the end, in order; a signal cancels the task."""
+    rows = [row async for row in read_in_thread(run.rows())]
+    outcomes: list[Any] = []
+    try:
+        outcomes = await client.batch_generate(
+            [row.prompt for row in rows],
+            use_batch_api=True,
+            return_exceptions=True,
+            progress=run.progress,
+            **run.params,
+        )
+    except (openai.OpenAIError, asyncio.CancelledError) as error:
+        outcomes = getattr(error, "responses", [])
+        result.jobs = getattr(error, "job_id", None)
+        raise
+    finally:
+        for row, outcome in zip(rows, outcomes, strict=False):
+            if outcome is not None:
+                output.write(_line_of(row, outcome))
+                result.count(outcome)
+
+
+def _line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
+    return line_of({**carried(row.data), "index": row.index}, outcome)
+
+
+# --- the summary ------------------------------------------------------------------------------------------
+
+
+def _sum_up(run: FileRun, result: Result, code: int) -> None:
+    """Say what a run came to, and how to go on."""
+    reader_left = isinstance(result.error, BrokenPipeError)
+    quiet = run.quiet or reader_left or (code == exits.BAD_INPUT and not result.answered + result.failed)
+    if run.as_json:
+        print_to = sys.stderr if run.output == "-" else sys.stdout
+        typer.echo(json.dumps(_summary(run, result, code)), file=print_to)
+    elif not quiet:
+        say(_counts(run, result))
+        for kind, times in result.kinds.most_common(3):
+            say(f"  {count(times)} x {kind}")
+    if result.report_error is not None:
+        say(f"no report: {run.report}: {result.report_error.strerror}", style="red")
+    elif run.report is not None and not quiet:
+        say(f"report: {run.report}")
+    if isinstance(result.error, openai.OpenAIError):
+        say(exits.message_of(result.error), style="red")
+    hint = _hint(run, result, code)
+    if hint and not quiet:
+        say(hint)
+    if isinstance(result.error, OSError):
+        raise result.error
+
+
+def _summary(run: FileRun, result: Result, code: int) -> dict[str, Any]:
+    stats = ("unpriced", "prompt_tokens", "completion_tokens", "rate_limited", "retries")
+    return {
+        "exit_code": code,
+        "input": run.source.name,
+        "output": run.output,
+        "model": run.config.default_model,
+        "answered": result.answered,
+        "failed": result.failed,
+        "skipped": len(run.done),
+        "cached": result.cached,
+        "cost": float(result.stats.cost),
+        **{name: getattr(result.stats, name) for name in stats},
+        "seconds": round(result.seconds, 3),
+        "interrupted": result.interrupted,
+        "error": None if result.error is None else str(result.error),
+    }
+
+
+def _counts(run: FileRun, result: Result) -> str:
+    stats = result.stats
+    total = "" if run.source.is_stream else f" of {count(run.total)}"
+    parts = [f"{count(result.answered)}{total} answered"]
+    parts += [f"{count(result.failed)} failed"] if result.failed else []
+    parts += [f"{count(len(run.done))} there before"] if run.done else []
+    parts += [f"{count(result.cached)} from the cache"] if result.cached else []
+    parts.append(cost_text(stats.cost, stats.unpriced))
+    parts += [f"{count(stats.rate_limited)} x 429"] if stats.rate_limited else []
+    return ", ".join([*parts, duration(result.seconds)])
+
+
+def _hint(run: FileRun, result: Result, code: int) -> str:
+    """Return how to go on, if anything is left to do."""
+    if result.jobs:
+        results = f"their results: openai-eval-client batch results {result.jobs}"
+        waiting = f"to wait for them: {_resume_command()}"
+        return f"the batches go on; {results if run.cache is None else waiting}"
+    if code == exits.SOME_FAILED and run.output != "-":
+        return f"to ask again for what failed: {_resume_command()} --retry-failed"
+    if code == 0 or (code == exits.BAD_INPUT and not result.answered):
+        return ""
+    check = exits.what_to_check(result.error, answered=bool(result.answered))
+    if check:
+        resumable = run.output != "-" and (result.answered or run.done)
+        return f"{check}; then: {_resume_command()}" if resumable else check
+    if run.output != "-":
+        return f"to go on: {_resume_command()}"
+    return "" if run.cache is None else "what was answered is in the cache: the same command goes on"
+
+
+def _resume_command() -> str:
+    """Return the command line that goes on with this one's output."""
+    program = Path(sys.argv[0]).name
+    start = "python -m openai_eval_client" if program == "__main__.py" else program
+    kept = [argument for argument in sys.argv[1:] if argument not in {"--overwrite", "--resume"}]
+    return f"{start} {shlex.join([*kept, '--resume'])}"

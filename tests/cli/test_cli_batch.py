@@ -295,9 +295,9 @@ def test_a_wrong_key(arguments):
 def test_no_such_job():
     """4: the server knows none of that name, or not with this key."""
     with SimulatedServer(api_key=KEY) as server:
-        done = batch(server, "cancel", "batch_nobody_made")
+        done = batch(server, "cancel", "batch_never_made")
     assert done.returncode == 4
-    assert "batch_nobody_made" in done.stderr
+    assert "batch_never_made" in done.stderr
 
 
 def test_no_server_at_the_address():

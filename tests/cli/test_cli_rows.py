@@ -179,6 +179,8 @@ def test_failed_rows_are_dropped(tmp_path):
         output.write(line_of({"prompt": "a", "index": index}, outcome))
     assert set(output.done(without_errors=False)) == {0, 1}
     assert output.failed == 1
+    output.close()
+    output = Output(str(tmp_path / "out"))
     assert set(output.done(without_errors=True)) == {1}
     output.write(line_of({"prompt": "a", "index": 0}, RESPONSE))
     output.close()

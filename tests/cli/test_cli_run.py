@@ -1,4 +1,4 @@
-"""`run` and its kin against the simulated server: what is written, and how it ends."""
+"""`run`, `estimate` and `limits` against the simulated server: what is written, and how it ends."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from openai_eval_client import OpenAIConfig
 from openai_eval_client._cli import exits
 from openai_eval_client.testing import SimulatedServer
 
@@ -247,6 +248,11 @@ def test_rows_are_piped(folder):
     assert "Exception" not in errors
 
 
+def complete(work):
+    """Do what a command without rows does with its client."""
+    return exits.with_client(OpenAIConfig(api_key=KEY), lambda _: work())
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_the_work_whatever_task_it_meets(number):
     """A command without rows is cancelled as a whole: no task is left with an error that is not read."""
@@ -261,7 +267,7 @@ def test_a_signal_ends_the_work_whatever_task_it_meets(number):
         await asyncio.sleep(30)
 
     with pytest.raises(KeyboardInterrupt):
-        exits.complete(work())
+        complete(work)
     assert tasks[0].cancelled()
     assert signal.getsignal(number) is before
 
@@ -273,7 +279,7 @@ def test_a_cancellation_of_its_own_is_not_taken_for_a_signal():
         raise asyncio.CancelledError
 
     with pytest.raises(asyncio.CancelledError):
-        exits.complete(work())
+        complete(work)
 
 
 def test_the_second_signal_ends_even_the_clearing_up():
@@ -293,7 +299,7 @@ def test_the_second_signal_ends_even_the_clearing_up():
                 steps.append("interrupted")
 
     with pytest.raises(KeyboardInterrupt):
-        exits.complete(work())
+        complete(work)
     assert steps == ["cancelled", "interrupted"]
 
 
@@ -307,7 +313,7 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        assert exits.complete(work()) == "done"
+        assert complete(work) == "done"
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
