@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from openai_eval_client._validation import check_text, reject_input
-from openai_eval_client._wire import PATHS, check_parameters, check_prompt, read_json
+from openai_eval_client._wire import ENDPOINTS, check_parameters, check_prompt, read_json
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Parameters
 
 
-ENDPOINTS = {api: f"/v1{path}" for api, path in PATHS.items()}
+BATCH_PATHS = {row.api: f"/v1{row.end}" for row in ENDPOINTS if row.api and row.batchable}
 MOST_BYTES = 200_000_000  # of one input file: https://platform.openai.com/docs/guides/batch
 MIXED: Literal["mixed"] = "mixed"
 Temperature = float | Literal["mixed"] | None  # of all requests; None: none was given; "mixed": they differ
@@ -46,7 +46,7 @@ class BatchLine:
         line = {
             "custom_id": self.custom_id,
             "method": "POST",
-            "url": ENDPOINTS[self.parameters.api],
+            "url": BATCH_PATHS[self.parameters.api],
             "body": self.parameters.with_prompt(self.prompt),
         }
         data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -247,7 +247,7 @@ class RequestIndex:
     indexes: Any  # a sequence of int: of the request of each line that is not empty
     by_name: dict[str, int] | None = None  # the index of each custom_id; None where it ends with the index
     temperatures: dict[int, float | None] | None = None  # of each request, where they differ
-    temperature: float | None = None  # of all requests; None: none was given
+    temperature: Temperature = None  # of all requests, unless they differ
     empty: Sequence[int] = ()  # the numbers of the empty lines, rising
 
     def index_at(self, line: int) -> int | None:
@@ -263,8 +263,10 @@ class RequestIndex:
         return index_in(custom_id) if self.by_name is None else self.by_name.get(custom_id)
 
     def temperature_of(self, index: int) -> float | None:
-        """Return the temperature that a request asks."""
-        return self.temperature if self.temperatures is None else self.temperatures.get(index)
+        """Return the temperature that a request asks; None where it asks none, or it is not known."""
+        if self.temperatures is not None:
+            return self.temperatures.get(index)
+        return None if self.temperature == MIXED else self.temperature
 
 
 def read_index(lines: Iterable[bytes], *, numbered: bool, start: int) -> RequestIndex:
@@ -316,9 +318,9 @@ _TIERS = frozenset({None, "auto", "default"})
 
 def endpoint_of(api: object) -> str:
     """Return the endpoint of an api, "chat" or "responses"."""
-    if not isinstance(api, str) or api not in ENDPOINTS:
+    if not isinstance(api, str) or api not in BATCH_PATHS:
         reject_input("api", api, "must be 'chat' or 'responses'")
-    return ENDPOINTS[api]
+    return BATCH_PATHS[api]
 
 
 def list_requests(requests: object) -> list[BatchRequest]:
@@ -346,7 +348,7 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
     known: dict[Hashable, Parameters] = {}  # most requests of a job share theirs
     for index, (request, name) in enumerate(zip(requests, names, strict=True)):
         try:
-            key = _parameters_key(request)
+            key = _frozen((request.model, request.temperature, request.max_tokens, request.model_extra))
             parameters = known.get(key)
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
@@ -407,18 +409,8 @@ def _parameters(request: BatchRequest, api: str, default_model: str) -> Paramete
     )
 
 
-def _parameters_key(request: BatchRequest) -> Hashable:
-    """Return what tells the parameters of two requests apart, types included."""
-    named = (request.model, request.temperature, type(request.temperature), request.max_tokens)
-    extra = request.model_extra
-    try:
-        hash(named)
-    except TypeError:  # refused when its parameters are checked
-        return id(request)
-    return (*named, _frozen(extra)) if extra else named
-
-
 def _frozen(value: Any) -> Hashable:
+    """Return what tells a value from others, types included: 1 and 1.0 differ on the wire."""
     if isinstance(value, dict):
         return tuple((key, _frozen(item)) for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -18,11 +18,11 @@ from openai_eval_client._batches.files import (
     write_in_thread,
 )
 from openai_eval_client._batches.results import BatchBudget, BatchSettler
-from openai_eval_client._batches.resume import CachedAnswers, JobRecord, Journal
-from openai_eval_client._batches.run import BatchRun, Submission
+from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
 from openai_eval_client._batches.status import (
     SEPARATOR,
     Grouping,
+    JobRecord,
     check_metadata,
     failure_of,
     has_ended,

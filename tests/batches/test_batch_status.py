@@ -176,7 +176,7 @@ def test_a_refusal_for_enqueued_tokens_is_known() -> None:
     assert enqueued_refusal(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
     assert enqueued_refusal(with_errors({"code": "x", "message": "y"})) is None
     assert enqueued_refusal(with_errors(stated, status="completed")) is None
-    assert not is_enqueued_limit(None, "")
+    assert not is_enqueued_limit(BatchError(""))
 
 
 # --- grouped into jobs -----------------------------------------------------------------------------------
