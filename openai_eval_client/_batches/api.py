@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import tempfile
 import time
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import openai
 
+from openai_eval_client._batches.files import temporary_file
 from openai_eval_client._batches.status import enqueued_refusal, is_enqueued_limit, read_job_metadata
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
 from openai_eval_client._validation import shown
@@ -121,7 +121,7 @@ class BatchApi:
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start."""
-        file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
+        file = temporary_file()
         patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
         fetch = functools.partial(self._repeat, lambda: self._fetch(file_id, file), None)
         try:

@@ -56,8 +56,9 @@ class BatchLine:
         return data
 
 
-def _unnamed_file() -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="openai_eval_client-")  # deleted when it is closed
+def temporary_file() -> IO[bytes]:
+    """Return a new file on disk, which is deleted when it is closed."""
+    return tempfile.TemporaryFile(prefix="openai_eval_client-")
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +72,7 @@ class InputFile:
     indexes: array[int] = field(default_factory=lambda: array("L"))  # of each line's request, rising
     size: int = 0  # bytes
     digest: Any = field(default_factory=hashlib.sha256)
-    file: IO[bytes] = field(default_factory=_unnamed_file)
+    file: IO[bytes] = field(default_factory=temporary_file)
     file_id: str | None = None  # once it is uploaded
     tokens: int | None = None  # once they are counted
     done: int = 0  # how many of its requests have ended, when its batch was last looked at
@@ -314,13 +315,6 @@ def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, 
 
 _ONLINE_ONLY = ("extra_headers", "extra_query", "timeout")
 _TIERS = frozenset({None, "auto", "default"})
-
-
-def endpoint_of(api: object) -> str:
-    """Return the endpoint of an api, "chat" or "responses"."""
-    if not isinstance(api, str) or api not in BATCH_PATHS:
-        reject_input("api", api, "must be 'chat' or 'responses'")
-    return BATCH_PATHS[api]
 
 
 def list_requests(requests: object) -> list[BatchRequest]:

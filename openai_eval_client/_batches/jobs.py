@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._batches.api import BatchApi
 from openai_eval_client._batches.files import (
+    BATCH_PATHS,
     check_requests,
     close_files,
-    endpoint_of,
     is_numbered,
     list_requests,
     refuse_online_only,
@@ -115,13 +115,15 @@ class Batches:
         """Check all requests, upload them, and create the batches: all of them or none."""
         if window is not None:
             check_window(window, "completion_window")
-        endpoint, pairs = endpoint_of(api), check_metadata(metadata)
+        if not isinstance(api, str) or api not in BATCH_PATHS:
+            reject_input("api", api, "must be 'chat' or 'responses'")
+        pairs = check_metadata(metadata)
         given, default_model = list_requests(requests), self._config.default_model
         lines = check_requests(given, api=api, default_model=default_model)
         numbered = is_numbered(given, default_model=default_model)
         self._check_open()
         job = JobRecord(
-            endpoint=endpoint,
+            endpoint=BATCH_PATHS[api],
             window=window or self._batch.completion_window,
             metadata=pairs,
             indexes=range(len(given)),

@@ -388,10 +388,9 @@ def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Ou
         return
     known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
     certain = request_counts(batch)[1] <= known  # that no other request was answered
-    with exact():
-        lines = zip(file.indexes, file.costs, strict=True)
-        costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
-        file.reservation.settle(sum(costs, _NOTHING))
+    lines = zip(file.indexes, file.costs, strict=True)
+    costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+    file.reservation.settle(_sum(costs))
 
 
 def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
@@ -440,7 +439,7 @@ class BatchBudget:
 
     def commit(self, file: InputFile) -> None:
         """Reserve what a file can cost whose batch there is already, whether there is room or not."""
-        if self._budgets:
+        if self._budgets and file.reservation is None:
             file.reservation = commit(self._budgets, _sum(file.costs))
 
     def release(self, file: InputFile, *, keep: bool = False) -> None:
@@ -468,15 +467,14 @@ class BatchBudget:
         return budget.exceeded(file.costs[0])
 
     def _costs(self, file: InputFile, endpoint: str) -> list[Decimal]:
-        same: dict[Decimal, Decimal] = {}  # few lines differ, and all costs are kept
-        lines = zip(file.lines(), file.indexes, strict=True)
-        return [same.setdefault(cost, cost) for cost in (self._cost(*line, endpoint) for line in lines)]
-
-    def _cost(self, raw: bytes, index: int, endpoint: str) -> Decimal:
-        try:
-            return self._bounds.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
-        except ValidationError as error:
-            raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
+        costs, same = list[Decimal](), dict[Decimal, Decimal]()  # few lines differ, and all costs are kept
+        for raw, index in zip(file.lines(), file.indexes, strict=True):
+            try:
+                cost = self._bounds.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
+            except ValidationError as error:
+                raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
+            costs.append(same.setdefault(cost, cost))
+        return costs
 
 
 def _sum(costs: Iterable[Decimal]) -> Decimal:

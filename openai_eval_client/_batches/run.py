@@ -228,26 +228,21 @@ class Submission:
 
     async def _find(self, file: InputFile) -> Batch | None:
         """Return the batch that was made of a file before, with what it may cost reserved."""
-        batch = await self._look_for(file)
+        batch, made = None, self.job.made.get(file.key)
+        if made is not None:
+            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
+                batch = await self.api.get(made)
+        if batch is None and (self.job.recovered or file.key in self.job.unclear):
+            batch = await self.api.find(self.job, file)
         if batch is None:
             return None
         earlier = self.settler.unsettled.pop(batch.id, None)
         if earlier is not None:  # from an earlier call: it is reserved anew
             self.budget.release(earlier)
-        if not self.budget.reserve(file):
-            self.budget.commit(file)  # it costs that anyway
+        self.budget.commit(file)  # it costs that anyway
         about = {"batch_id": batch.id, "batch_status": batch.status}
         inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
         return batch
-
-    async def _look_for(self, file: InputFile) -> Batch | None:
-        known = self.job.made.get(file.key)
-        if known is not None:
-            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
-                return await self.api.get(known)
-        if not (self.job.recovered or file.key in self.job.unclear):
-            return None
-        return await self.api.find(self.job, file)
 
     async def _create(self, file: InputFile) -> Batch:
         """Upload a file, once, and create its batch."""
@@ -302,10 +297,9 @@ _JITTER = 0.9, 1.1  # times the polling interval
 
 @dataclass(kw_only=True, eq=False)
 class BatchRun(Submission):
-    """Answers the prompts of one call by jobs: a second one for what expired or failed by chance.
+    """Answers the prompts of one call by jobs: a second one for what expired or failed by chance."""
 
-    There are more only where the model refuses one parameter after the other.
-    """
+    # There are more only where the model refuses one parameter after the other.
 
     config: BatchConfig
     counter: TokenCounter
