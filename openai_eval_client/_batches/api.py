@@ -30,8 +30,8 @@ T = TypeVar("T")
 
 _URL = "https://client.invalid/"  # of the request that an error names
 _FILE_LAG = 60.0  # seconds for which a new file may be unknown
-_LATE = 2.0  # seconds after which a batch may still come about whose creation failed
-_SLOWEST = 50_000  # bytes a second: the deadline of an upload
+_LATE = 2.0  # seconds in which a batch may still appear whose creation seemed to fail
+_SLOWEST = 50_000  # bytes a second of the slowest upload that is waited for
 _PARTIAL, _BAD_REQUEST, _NOT_FOUND, _NO_SUCH_RANGE = 206, 400, 404, 416
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
 
@@ -183,7 +183,7 @@ class BatchApi:
         return page
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
-        """Append what is missing of a file; the answer may be the whole of it."""
+        """Append what is missing of a file; write all of it where the server does not send a part."""
         start = file.tell()
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
         content = self._sdk.files.with_streaming_response.content

@@ -21,10 +21,10 @@ from openai_eval_client._batches.results import BatchBudget, BatchSettler
 from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
 from openai_eval_client._batches.status import (
     SEPARATOR,
-    Grouping,
     JobRecord,
     check_metadata,
     failure_of,
+    group_jobs,
     has_ended,
     job_status,
     read_job_metadata,
@@ -179,15 +179,11 @@ class Batches:
 
     async def jobs(self) -> AsyncIterator[BatchJobStatus]:
         """Yield the account's jobs that this package submitted, the newest first."""
-        grouping = Grouping()
         self._check_open()
-        async with contextlib.aclosing(self._api.all_batches()) as batches:
-            async for batch in batches:
-                job = grouping.add(batch)
-                if job:
-                    yield await self._status_of(job)
-        for job in grouping.incomplete():
-            yield await self._status_of(job)
+        aclosing = contextlib.aclosing
+        async with aclosing(self._api.all_batches()) as batches, aclosing(group_jobs(batches)) as jobs:
+            async for job in jobs:
+                yield await self._status_of(job)
 
     async def _all(self, job_id: str) -> list[Batch]:
         self._check_open()

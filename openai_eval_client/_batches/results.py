@@ -44,6 +44,7 @@ from openai_eval_client._wire import (
     read_answer,
     read_body,
     read_failure,
+    read_json,
     status_error,
     usage_of,
 )
@@ -470,7 +471,7 @@ class BatchBudget:
         costs, same = list[Decimal](), dict[Decimal, Decimal]()  # few lines differ, and all costs are kept
         for raw, index in zip(file.lines(), file.indexes, strict=True):
             try:
-                cost = self._bounds.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
+                cost = self._bounds.most_by_batch(read_json(raw)["body"], endpoint, self._counter)
             except ValidationError as error:
                 raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
             costs.append(same.setdefault(cost, cost))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import hashlib
-import json
 import math
 import random
 import time
@@ -44,7 +44,7 @@ from openai_eval_client._online import attach_responses, outcomes_or_raise, resp
 from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
-from openai_eval_client._wire import of_error, read_failure
+from openai_eval_client._wire import of_error, read_failure, read_json
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -108,7 +108,9 @@ class CachedAnswers:
     async def take(self, prompts: Sequence[Any]) -> None:
         """Take the next sample of each prompt."""
         if self._cache is not None:
-            self._samples = await asyncio.to_thread(self._taken, self._cache, prompts)
+            bodies = map(self._parameters.with_prompt, prompts)
+            take = functools.partial(self._cache.take, parameters=self._parameters)
+            self._samples = await asyncio.to_thread(list, map(take, bodies))
             self.name = hashlib.sha256(b"".join(sample.key for sample in self._samples)).hexdigest()
 
     async def look_up(self) -> dict[int, ModelResponse]:
@@ -133,9 +135,6 @@ class CachedAnswers:
         for sample, response in zip(self._samples, responses, strict=False):
             if self._cache is not None and response is None:
                 self._cache.give_back(sample, self._parameters)
-
-    def _taken(self, cache: Cache, prompts: Sequence[Any]) -> list[Occurrence]:
-        return [cache.take(self._parameters.with_prompt(prompt), self._parameters) for prompt in prompts]
 
 
 # --- batches made of input files --------------------------------------------------------------------------
@@ -213,7 +212,6 @@ class Submission:
         return await self._find(file) or await self._create(file)
 
     def _start(self, file: InputFile, batch: Batch) -> None:
-        """Note the batch of a file."""
         self.running[batch.id] = file
         self.batches.append(batch)
         self.job.made[file.key] = batch.id
@@ -292,7 +290,6 @@ class Submission:
 
 _FILLED = 0.9  # of the enqueued limit by one file: the server counts a little differently
 _PATIENCE = 10  # polling intervals between two tries, at most, of a file that is refused again and again
-_JITTER = 0.9, 1.1  # times the polling interval
 
 
 @dataclass(kw_only=True, eq=False)
@@ -309,9 +306,11 @@ class BatchRun(Submission):
     cached: CachedAnswers
     progress: Progress | None
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
-    failed: Exception | None = None  # why the first of those requests was never run
     never_ran: int = 0  # requests whose batch was not created, or failed
-    broke: BudgetExceededError | None = None  # why requests were not submitted: too little money is left
+    failed: Exception | None = None  # the first reason for that
+    over_budget: BudgetExceededError | None = (
+        None  # why requests were not submitted: too little money is left
+    )
     _refused_alone: int = 0  # how often a file was refused with no other of ours enqueued
     _give_up_at: float = 0.0
     _repeated: set[int] = field(default_factory=set)  # requests that failed by chance once
@@ -350,7 +349,7 @@ class BatchRun(Submission):
                 job = job.recover(recorded.popleft())
             await self._run_job(job)
             none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
-            reason = self.broke or (self.failed if none_ran else None)
+            reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
                 await self.journal.forget()
                 raise reason
@@ -380,7 +379,7 @@ class BatchRun(Submission):
     def _pause(self) -> float:
         """Return the seconds until the next look: more and more where the server takes nothing of ours."""
         patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
-        return self.config.polling_interval * patience * random.uniform(*_JITTER)  # noqa: S311
+        return self.config.polling_interval * patience * random.uniform(0.9, 1.1)  # noqa: S311
 
     def _is_patient(self) -> bool:
         return time.monotonic() < self._give_up_at
@@ -402,7 +401,7 @@ class BatchRun(Submission):
 
     async def _reserve(self, file: InputFile) -> bool:
         """Reserve what a file may cost; with too little left, cut it, let it wait, or give it up."""
-        if self.broke is None:
+        if self.over_budget is None:
             if self.budget.reserve(file):
                 return True
             fitting = self.budget.fitting(file)
@@ -412,12 +411,12 @@ class BatchRun(Submission):
             if fitting is None and self._is_patient():
                 self._paused = True
                 return False
-            self.broke = self.budget.exceeded(file)
-        self._drop(self.broke)
+            self.over_budget = self.budget.exceeded(file)
+        self._drop(self.over_budget)
         return False
 
     def _pause_for(self, error: openai.OpenAIError) -> None:
-        """Let what waits wait for the next poll; raise what no waiting cures."""
+        """Put the files that wait off until the next poll; raise an error that time does not cure."""
         if not read_failure(error).retry or not self._is_patient():
             raise error
         text, about = "%d requests could not be submitted (%s): later again", of_error(error)
@@ -452,15 +451,16 @@ class BatchRun(Submission):
 
     async def _hold(self, error: Exception) -> None:
         """Keep the first file until there is room for it; cut it where there will never be."""
-        file, limit, pieces = self.waiting[0], enqueued_limit(error), 1
+        file, limit = self.waiting[0], enqueued_limit(error)
         self.budget.release(file, keep=file.key in self.job.unclear)
-        tokens = 0 if limit is None else await self._tokens(file)
+        pieces, often, is_too_large = 1, 1, False
         if limit is not None:
-            pieces = math.ceil(tokens / (limit * _FILLED))
-        often = 1 if limit is None else 2  # others may have used it up; or it counts otherwise
+            tokens = await self._tokens(file)
+            pieces, is_too_large = math.ceil(tokens / (limit * _FILLED)), tokens > limit
+            often = 2  # others may have used the limit up, or the server counts otherwise
         if pieces <= 1 and self._refused_alone >= often and not self.running:
             pieces = 2
-        if not self._is_patient() or (limit is not None and tokens > limit and file.count == 1):
+        if not self._is_patient() or (is_too_large and file.count == 1):
             self._give_up(error)
         elif pieces > 1 and file.count > 1:
             await self._cut(even_counts(file.count, pieces), "the enqueued limit")
@@ -483,7 +483,7 @@ class BatchRun(Submission):
         if file.tokens is None:
             total = 0
             for line in file.lines():
-                total += await self.counter.count_input(json.loads(line)["body"])
+                total += await self.counter.count_input(read_json(line)["body"])
                 await asyncio.sleep(0)  # counting short texts does not wait for anything
             file.tokens = total
         return file.tokens

@@ -21,7 +21,7 @@ from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJobStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 
     from openai.types import Batch
 
@@ -65,7 +65,7 @@ class JobMetadata(BaseModel):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What tells the batch from every other."""
+        """What tells it from every other batch."""
         return self.job, self.first, self.count
 
     def metadata(self) -> dict[str, str]:
@@ -187,31 +187,24 @@ def job_status(batches: Sequence[Batch], errors: Sequence[BatchError] = ()) -> B
     )
 
 
-class Grouping:
-    """Puts the batches of an account together into jobs, as they are listed: the newest first."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[str, list[tuple[int, int, Batch]]] = {}
-        self._whole: set[str] = set()
-
-    def add(self, batch: Batch) -> list[Batch]:
-        """Take in the next batch; return its job where that is whole now, else nothing."""
+async def group_jobs(batches: AsyncIterable[Batch]) -> AsyncGenerator[list[Batch], None]:
+    """Yield jobs, of batches listed the newest first: each once it is whole, and the others at the end."""
+    jobs: dict[str, list[tuple[int, int, Batch]]] = {}
+    whole: set[str] = set()
+    async for batch in batches:
         place = read_job_metadata(batch.metadata)
-        if place is None or place.job in self._whole:
-            return []
-        found = self._jobs.setdefault(place.job, [])
+        if place is None or place.job in whole:
+            continue
+        found = jobs.setdefault(place.job, [])
         end = place.first + place.count
         if any(first < end and place.first < first + count for first, count, _ in found):
-            return []  # a newer batch, which has some of its lines, has replaced it
+            continue  # a newer batch, which has some of its lines, has replaced it
         found.append((place.first, place.count, batch))
-        if sum(count for _, count, _ in found) < place.total:
-            return []
-        self._whole.add(place.job)
-        return _in_order(self._jobs.pop(place.job))
-
-    def incomplete(self) -> list[list[Batch]]:
-        """Return the jobs of which batches are missing."""
-        return [_in_order(found) for found in self._jobs.values()]
+        if sum(count for _, count, _ in found) >= place.total:
+            whole.add(place.job)
+            yield _in_order(jobs.pop(place.job))
+    for found in jobs.values():
+        yield _in_order(found)
 
 
 def _in_order(found: list[tuple[int, int, Batch]]) -> list[Batch]:
