@@ -342,7 +342,7 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
     known: dict[Hashable, Parameters] = {}  # most requests of a job share theirs
     for index, (request, name) in enumerate(zip(requests, names, strict=True)):
         try:
-            key = _frozen((request.model, request.temperature, request.max_tokens, request.model_extra))
+            key = _parameters_key(request)
             parameters = known.get(key)
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
@@ -403,8 +403,17 @@ def _parameters(request: BatchRequest, api: str, default_model: str) -> Paramete
     )
 
 
+def _parameters_key(request: BatchRequest) -> Hashable:
+    """Return what tells the parameters of two requests apart, types included: 1 is not 1.0 on the wire."""
+    named = (request.model, request.temperature, type(request.temperature), request.max_tokens)
+    try:
+        hash(named)
+    except TypeError:  # refused when its parameters are checked
+        return id(request)
+    return (*named, _frozen(request.model_extra)) if request.model_extra else named
+
+
 def _frozen(value: Any) -> Hashable:
-    """Return what tells a value from others, types included: 1 and 1.0 differ on the wire."""
     if isinstance(value, dict):
         return tuple((key, _frozen(item)) for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -407,12 +407,12 @@ class BatchRun(Submission):
             fitting = self.budget.fitting(file)
             if fitting:
                 await self._cut([fitting, file.count - fitting], "what is left of max_cost")
-                return False
-            if fitting is None and self._is_patient():
+            elif fitting is None and self._is_patient():
                 self._paused = True
-                return False
-            self.over_budget = self.budget.exceeded(file)
-        self._drop(self.over_budget)
+            else:
+                self.over_budget = self.budget.exceeded(file)
+        if self.over_budget is not None:
+            self._drop(self.over_budget)
         return False
 
     def _pause_for(self, error: openai.OpenAIError) -> None:

@@ -379,7 +379,7 @@ def test_the_order_of_the_lines_does_not_matter(lines: list[bytes]) -> None:
 
 @patient
 @given(st.lists(lines | st.builds(asked, names, temperature=values), max_size=6), st.booleans())
-def test_any_input_file_gives_a_index(lines: list[bytes], numbered: bool) -> None:
+def test_any_input_file_gives_an_index(lines: list[bytes], numbered: bool) -> None:
     """As many indexes as lines that are not empty; guessing from it does not fail either."""
     index = read_index(lines, numbered=numbered, start=0)
     assert len(index.indexes) == sum(not line.isspace() for line in lines)
