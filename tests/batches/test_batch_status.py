@@ -20,6 +20,7 @@ from openai_eval_client._batches.status import (
     JOB_KEY,
     LINES_KEY,
     JobMetadata,
+    enqueued_limit,
     enqueued_refusal,
     failure_of,
     group_jobs,
@@ -181,6 +182,14 @@ def test_a_refusal_for_enqueued_tokens_is_known() -> None:
     assert enqueued_refusal(with_errors({"code": "x", "message": "y"})) is None
     assert enqueued_refusal(with_errors(stated, status="completed")) is None
     assert not is_enqueued_limit(BatchError(""))
+
+
+@pytest.mark.parametrize(
+    ("message", "limit"), [("Limit: 90,000 enqueued tokens", 90_000), ("limit: 0", 1), ("too many", None)]
+)
+def test_how_many_tokens_may_be_enqueued(message: str, limit: int | None) -> None:
+    """As a refusal words it; 0 counts as 1, so that a file is cut down to single requests."""
+    assert enqueued_limit(BatchError(message)) == limit
 
 
 # --- grouped into jobs -----------------------------------------------------------------------------------
