@@ -5,18 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import tempfile
 import time
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import openai
 
-from openai_eval_client._batches.status import (
-    JobMetadata,
-    enqueued_refusal,
-    is_enqueued_limit,
-    read_job_metadata,
-)
+from openai_eval_client._batches.files import temporary_file
+from openai_eval_client._batches.status import enqueued_refusal, is_enqueued_limit, read_job_metadata
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
 from openai_eval_client._validation import shown
 from openai_eval_client._wire import forget_key, read_failure
@@ -25,19 +20,19 @@ from openai_eval_client.errors import QuotaError, ValidationError, sdk_httpx
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable
 
-    from openai.types import Batch
+    from openai.types import Batch, FileObject
 
     from openai_eval_client._batches.files import InputFile
-    from openai_eval_client._batches.resume import JobRecord
+    from openai_eval_client._batches.status import JobRecord
     from openai_eval_client.config import OpenAIConfig
 
+T = TypeVar("T")
 
 _URL = "https://client.invalid/"  # of the request that an error names
 _FILE_LAG = 60.0  # seconds for which a new file may be unknown
-_LATE = 2.0  # seconds after which a batch may still come about whose creation failed
-_SLOWEST = 50_000  # bytes a second: the deadline of an upload
-_BAD_REQUEST, _NOT_FOUND = 400, 404
-_PARTIAL, _NO_SUCH_RANGE = 206, 416
+_LATE = 2.0  # seconds in which a batch may still appear whose creation seemed to fail
+_SLOWEST = 50_000  # bytes a second of the slowest upload that is waited for
+_PARTIAL, _BAD_REQUEST, _NOT_FOUND, _NO_SUCH_RANGE = 206, 400, 404, 416
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
 
 
@@ -53,21 +48,22 @@ class BatchApi:
 
     async def upload(self, input_file: InputFile) -> str:
         """Upload an input file and return its id, once the server knows it."""
+        files = self._sdk.files
 
-        async def attempt() -> Any:
+        def attempt() -> Awaitable[FileObject]:
             file = ("requests.jsonl", input_file.lines(), "application/jsonl")
-            return _checked(await self._sdk.files.create(file=file, purpose="batch", timeout=None))
+            return _checked(files.create(file=file, purpose="batch", timeout=None))
 
         uploaded = await self._repeat(attempt, self._timeout + input_file.size / _SLOWEST)
-        look = functools.partial(self._sdk.files.retrieve, uploaded.id, timeout=None)
+        look = functools.partial(files.retrieve, uploaded.id, timeout=None)
         with contextlib.suppress(openai.APIError):  # some servers have no such endpoint
             await _once_known(uploaded.id, functools.partial(self._repeat, look, self._timeout), _FILE_LAG)
-        return str(uploaded.id)
+        return uploaded.id
 
     async def create(self, job: JobRecord, file: InputFile) -> Batch:
         """Create the batch of an uploaded file, once: after an unclear failure it is looked for first."""
 
-        async def attempt() -> Any:
+        async def attempt() -> Batch:
             if file.key in job.unclear:
                 await asyncio.sleep(min(_LATE, self._timeout / 4))
                 found = await self.find(job, file)
@@ -82,12 +78,11 @@ class BatchApi:
                 raise
 
         create = functools.partial(self._repeat, attempt, self._timeout)
-        batch: Batch = await _once_known(str(file.file_id), create, _FILE_LAG)
-        return batch
+        return await _once_known(str(file.file_id), create, _FILE_LAG)
 
     async def find(self, job: JobRecord, file: InputFile) -> Batch | None:
         """Return the newest batch that was made of a file, None where there is none."""
-        wanted = (job.name, file.first, file.count)
+        wanted = job.name, file.first, file.count
         async with contextlib.aclosing(self.all_batches(since=job.since)) as batches:
             async for batch in batches:
                 known = read_job_metadata(batch.metadata)
@@ -110,30 +105,25 @@ class BatchApi:
 
     async def get(self, batch_id: str) -> Batch:
         """Look a batch up."""
-
-        async def attempt() -> Any:
-            return _checked(await self._sdk.batches.retrieve(batch_id, timeout=None))
-
-        batch: Batch = await self._repeat(attempt, self._timeout)
-        return batch
+        look = functools.partial(self._sdk.batches.retrieve, batch_id, timeout=None)
+        return await self._repeat(lambda: _checked(look()), self._timeout)
 
     async def cancel(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
 
-        async def attempt() -> Any:
+        async def attempt() -> Batch | None:
             try:
-                return _checked(await self._sdk.batches.cancel(batch_id, timeout=None))
+                return await _checked(self._sdk.batches.cancel(batch_id, timeout=None))
             except (openai.BadRequestError, openai.ConflictError):  # it has ended
                 return None
 
-        cancelled: Batch | None = await self._repeat(attempt, self._timeout)
-        return cancelled or await self.get(batch_id)
+        return await self._repeat(attempt, self._timeout) or await self.get(batch_id)
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start."""
-        file = tempfile.TemporaryFile(prefix="openai_eval_client-")  # noqa: SIM115  # the caller's
+        file = temporary_file()
         patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
-        fetch = functools.partial(self._repeat, functools.partial(self._fetch, file_id, file), None)
+        fetch = functools.partial(self._repeat, lambda: self._fetch(file_id, file), None)
         try:
             while True:
                 before = file.tell()
@@ -149,31 +139,32 @@ class BatchApi:
         file.seek(0)
         return file
 
-    async def _repeat(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
+    async def _repeat(self, attempt: Callable[[], Awaitable[T]], seconds: float | None) -> T:
         """Make a call with so many seconds for each attempt, again where that may help."""
         once = functools.partial(self._attempt, attempt, seconds)
-        return await retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)()
+        repeated = retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)
+        answer: T = await repeated()
+        return answer
 
     async def _attempt(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
         try:
             return await call_sdk(attempt(), seconds=seconds, url=_URL)
         except openai.APIError as error:
             forget_key(error, self._key)
-            if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error.code, error.message):
+            if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error):
                 raise QuotaError(error.message, response=error.response, body=error.body) from None
             raise
 
-    async def _create(self, job: JobRecord, file: InputFile) -> Any:
+    async def _create(self, job: JobRecord, file: InputFile) -> Batch:
+        call = self._sdk.batches.create(
+            completion_window=job.window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
+            endpoint=job.endpoint,  # type: ignore[arg-type]
+            input_file_id=str(file.file_id),
+            metadata=job.metadata_of(file),
+            timeout=None,
+        )
         try:
-            return _checked(
-                await self._sdk.batches.create(
-                    completion_window=job.window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
-                    endpoint=job.endpoint,  # type: ignore[arg-type]
-                    input_file_id=str(file.file_id),
-                    metadata={**job.metadata, **JobMetadata.of(file, job.name, job.total).metadata()},
-                    timeout=None,
-                )
-            )
+            return await _checked(call)
         except openai.APIStatusError as error:
             if error.param == "completion_window" or (
                 isinstance(error, openai.BadRequestError) and "completion_window" in error.message
@@ -192,7 +183,7 @@ class BatchApi:
         return page
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
-        """Append what is missing of a file; the answer may be the whole of it."""
+        """Append what is missing of a file; write all of it where the server does not send a part."""
         start = file.tell()
         headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={start}-"} if start else {})}
         content = self._sdk.files.with_streaming_response.content
@@ -218,8 +209,9 @@ class BatchApi:
                 file.write(chunk)
 
 
-def _checked(answer: Any) -> Any:
+async def _checked(call: Awaitable[T]) -> T:
     """Return an object of the API; refuse a page of something in between, which the SDK returns as text."""
+    answer = await call
     if not isinstance(getattr(answer, "id", None), str):
         raise _garbled(answer)
     return answer
@@ -230,16 +222,16 @@ def _garbled(answer: object) -> openai.APIConnectionError:
     return openai.APIConnectionError(message=f"no object of the API: {shown(answer)}", request=request)
 
 
-async def _once_known(file_id: str, action: Callable[[], Awaitable[Any]], seconds: float) -> Any:
+async def _once_known(file_id: str, action: Callable[[], Awaitable[T]], seconds: float) -> T:
     """Do something with a file, again for so many seconds while the server does not know of it yet."""
-    is_unknown = functools.partial(_is_unknown_file, file_id=file_id)
-    return await retry_for(action, is_worth=is_unknown, seconds=seconds)()
 
+    def is_unknown(error: openai.APIStatusError) -> bool:
+        message = error.message.lower()
+        names_it = any(text in message for text in (file_id.lower(), "no such", "not found"))
+        return error.status_code in {_BAD_REQUEST, _NOT_FOUND} and "file" in message and names_it
 
-def _is_unknown_file(error: openai.APIStatusError, *, file_id: str) -> bool:
-    message = error.message.lower()
-    names_it = file_id.lower() in message or "no such" in message or "not found" in message
-    return error.status_code in {_BAD_REQUEST, _NOT_FOUND} and "file" in message and names_it
+    answer: T = await retry_for(action, is_worth=is_unknown, seconds=seconds)()
+    return answer
 
 
 def _from_the_start(file: IO[bytes], request: Any) -> openai.APIConnectionError:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from openai_eval_client._validation import check_text, reject_input
-from openai_eval_client._wire import PATHS, check_parameters, check_prompt, read_json
+from openai_eval_client._wire import ENDPOINTS, check_parameters, check_prompt, read_json
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Parameters
 
 
-ENDPOINTS = {api: f"/v1{path}" for api, path in PATHS.items()}
+BATCH_PATHS = {row.api: f"/v1{row.end}" for row in ENDPOINTS if row.api and row.batchable}
 MOST_BYTES = 200_000_000  # of one input file: https://platform.openai.com/docs/guides/batch
 MIXED: Literal["mixed"] = "mixed"
 Temperature = float | Literal["mixed"] | None  # of all requests; None: none was given; "mixed": they differ
@@ -46,7 +46,7 @@ class BatchLine:
         line = {
             "custom_id": self.custom_id,
             "method": "POST",
-            "url": ENDPOINTS[self.parameters.api],
+            "url": BATCH_PATHS[self.parameters.api],
             "body": self.parameters.with_prompt(self.prompt),
         }
         data = json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -56,8 +56,9 @@ class BatchLine:
         return data
 
 
-def _unnamed_file() -> IO[bytes]:
-    return tempfile.TemporaryFile(prefix="openai_eval_client-")  # deleted when it is closed
+def temporary_file() -> IO[bytes]:
+    """Return a new file on disk, which is deleted when it is closed."""
+    return tempfile.TemporaryFile(prefix="openai_eval_client-")
 
 
 @dataclass(slots=True, eq=False)
@@ -71,7 +72,7 @@ class InputFile:
     indexes: array[int] = field(default_factory=lambda: array("L"))  # of each line's request, rising
     size: int = 0  # bytes
     digest: Any = field(default_factory=hashlib.sha256)
-    file: IO[bytes] = field(default_factory=_unnamed_file)
+    file: IO[bytes] = field(default_factory=temporary_file)
     file_id: str | None = None  # once it is uploaded
     tokens: int | None = None  # once they are counted
     done: int = 0  # how many of its requests have ended, when its batch was last looked at
@@ -247,7 +248,7 @@ class RequestIndex:
     indexes: Any  # a sequence of int: of the request of each line that is not empty
     by_name: dict[str, int] | None = None  # the index of each custom_id; None where it ends with the index
     temperatures: dict[int, float | None] | None = None  # of each request, where they differ
-    temperature: float | None = None  # of all requests; None: none was given
+    temperature: Temperature = None  # of all requests, unless they differ
     empty: Sequence[int] = ()  # the numbers of the empty lines, rising
 
     def index_at(self, line: int) -> int | None:
@@ -263,8 +264,10 @@ class RequestIndex:
         return index_in(custom_id) if self.by_name is None else self.by_name.get(custom_id)
 
     def temperature_of(self, index: int) -> float | None:
-        """Return the temperature that a request asks."""
-        return self.temperature if self.temperatures is None else self.temperatures.get(index)
+        """Return the temperature that a request asks; None where it asks none, or it is not known."""
+        if self.temperatures is not None:
+            return self.temperatures.get(index)
+        return None if self.temperature == MIXED else self.temperature
 
 
 def read_index(lines: Iterable[bytes], *, numbered: bool, start: int) -> RequestIndex:
@@ -312,13 +315,6 @@ def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, 
 
 _ONLINE_ONLY = ("extra_headers", "extra_query", "timeout")
 _TIERS = frozenset({None, "auto", "default"})
-
-
-def endpoint_of(api: object) -> str:
-    """Return the endpoint of an api, "chat" or "responses"."""
-    if not isinstance(api, str) or api not in ENDPOINTS:
-        reject_input("api", api, "must be 'chat' or 'responses'")
-    return ENDPOINTS[api]
 
 
 def list_requests(requests: object) -> list[BatchRequest]:
@@ -408,14 +404,13 @@ def _parameters(request: BatchRequest, api: str, default_model: str) -> Paramete
 
 
 def _parameters_key(request: BatchRequest) -> Hashable:
-    """Return what tells the parameters of two requests apart, types included."""
+    """Return what tells the parameters of two requests apart, types included: 1 is not 1.0 on the wire."""
     named = (request.model, request.temperature, type(request.temperature), request.max_tokens)
-    extra = request.model_extra
     try:
         hash(named)
     except TypeError:  # refused when its parameters are checked
         return id(request)
-    return (*named, _frozen(extra)) if extra else named
+    return (*named, _frozen(request.model_extra)) if request.model_extra else named
 
 
 def _frozen(value: Any) -> Hashable:

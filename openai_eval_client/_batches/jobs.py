@@ -9,22 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._batches.api import BatchApi
 from openai_eval_client._batches.files import (
+    BATCH_PATHS,
     check_requests,
     close_files,
-    endpoint_of,
     is_numbered,
     list_requests,
     refuse_online_only,
     write_in_thread,
 )
 from openai_eval_client._batches.results import BatchBudget, BatchSettler
-from openai_eval_client._batches.resume import CachedAnswers, JobRecord, Journal
-from openai_eval_client._batches.run import BatchRun, Submission
+from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
 from openai_eval_client._batches.status import (
     SEPARATOR,
-    Grouping,
+    JobRecord,
     check_metadata,
     failure_of,
+    group_jobs,
     has_ended,
     job_status,
     read_job_metadata,
@@ -115,13 +115,15 @@ class Batches:
         """Check all requests, upload them, and create the batches: all of them or none."""
         if window is not None:
             check_window(window, "completion_window")
-        endpoint, pairs = endpoint_of(api), check_metadata(metadata)
+        if not isinstance(api, str) or api not in BATCH_PATHS:
+            reject_input("api", api, "must be 'chat' or 'responses'")
+        pairs = check_metadata(metadata)
         given, default_model = list_requests(requests), self._config.default_model
         lines = check_requests(given, api=api, default_model=default_model)
         numbered = is_numbered(given, default_model=default_model)
         self._check_open()
         job = JobRecord(
-            endpoint=endpoint,
+            endpoint=BATCH_PATHS[api],
             window=window or self._batch.completion_window,
             metadata=pairs,
             indexes=range(len(given)),
@@ -177,15 +179,11 @@ class Batches:
 
     async def jobs(self) -> AsyncIterator[BatchJobStatus]:
         """Yield the account's jobs that this package submitted, the newest first."""
-        grouping = Grouping()
         self._check_open()
-        async with contextlib.aclosing(self._api.all_batches()) as batches:
-            async for batch in batches:
-                job = grouping.add(batch)
-                if job:
-                    yield await self._status_of(job)
-        for job in grouping.incomplete():
-            yield await self._status_of(job)
+        aclosing = contextlib.aclosing
+        async with aclosing(self._api.all_batches()) as batches, aclosing(group_jobs(batches)) as jobs:
+            async for job in jobs:
+                yield await self._status_of(job)
 
     async def _all(self, job_id: str) -> list[Batch]:
         self._check_open()

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batches.files import (
-    ENDPOINTS,
+    BATCH_PATHS,
     MIXED,
     RequestIndex,
     custom_id_of,
@@ -42,11 +42,13 @@ from openai_eval_client._wire import (
     estimate_usage,
     is_answer,
     read_answer,
+    read_body,
     read_failure,
+    read_json,
     status_error,
     usage_of,
 )
-from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError, sdk_httpx
+from openai_eval_client.errors import BatchError, ValidationError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from openai_eval_client._batches.files import InputFile, Temperature
     from openai_eval_client._cost import Budgets, CostBudget, Pricer
     from openai_eval_client._tokens import TokenCounter
+    from openai_eval_client.errors import BudgetExceededError
 
     Outcome = ModelResponse | Exception
 
@@ -80,15 +83,9 @@ class BatchResults:
     names: dict[int, str] = field(default_factory=dict)  # the caller's own custom_ids, where they are known
 
     @property
-    def answered(self) -> int:
-        """How many requests have a response."""
-        return sum(isinstance(outcome, ModelResponse) for outcome in self.outcomes.values())
-
-    def counts(self) -> tuple[int, int, int, int]:
-        """Return how many requests were answered and how many failed, and the answers' tokens in and out."""
-        usages = [each.usage for each in self.outcomes.values() if isinstance(each, ModelResponse)]
-        tokens = [sum(u.prompt_tokens for u in usages), sum(u.completion_tokens for u in usages)]
-        return len(usages), len(self.outcomes) - len(usages), tokens[0], tokens[1]
+    def responses(self) -> dict[int, ModelResponse]:
+        """The outcomes that are responses."""
+        return {n: outcome for n, outcome in self.outcomes.items() if isinstance(outcome, ModelResponse)}
 
 
 class LineReader:
@@ -148,16 +145,20 @@ class LineReader:
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
         status, body = response.get("status_code", _OK), response.get("body")
-        if status == _OK and isinstance(body, dict) and is_answer(body, self._parameters.api):
-            return self._answer(body, raw, temperature, response.get("request_id"))
-        if isinstance(status, int) and status >= _BAD_REQUEST:
-            return _status_error(status, body, response.get("request_id"))
+        request_id = response.get("request_id")
+        request_id = request_id if isinstance(request_id, str) else None
+        if status == _OK or (isinstance(status, int) and status >= _BAD_REQUEST):
+            error = _failure(int(status), body, request_id, self._parameters.api)
+            if error is None:
+                return self._answer(body, raw, temperature, request_id)
+            if isinstance(error, openai.APIStatusError):
+                return error
         if line.get("error"):
             return _line_error(line["error"], index)
         return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
 
     def _answer(
-        self, body: dict[str, Any], raw: bytes, temperature: float | None, request_id: object
+        self, body: Any, raw: bytes, temperature: float | None, request_id: str | None
     ) -> ModelResponse:
         usage = usage_of(body)
         return read_answer(
@@ -167,7 +168,7 @@ class LineReader:
             cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
             kept=raw,  # a tenth of the parsed body's memory
             temperature=temperature,
-            request_id=request_id if isinstance(request_id, str) else None,
+            request_id=request_id,
             latency=0.0,
         )
 
@@ -189,15 +190,23 @@ def _line_error(error: object, index: int) -> BatchError:
     )
 
 
-def _status_error(status: int, body: Any, request_id: object) -> openai.APIStatusError:
-    """Return the SDK's own error for a line that was refused."""
+def _failure(status: int, body: Any, request_id: str | None, api: str) -> openai.APIError | None:
+    """Return the error that such a response is online; None for an answer."""
+    if status == _OK and is_answer(body, api) and not body.get("error"):
+        return None  # as nearly always: quicker than to encode and to read it again
     headers = {"content-type": "application/json"}
-    if isinstance(request_id, str) and is_header_text(request_id):
+    if request_id is not None and is_header_text(request_id):
         headers["x-request-id"] = request_id
     request = sdk_httpx().Request("POST", "https://batch.invalid/")
     content = json.dumps(body).encode()  # half a surrogate pair stays escaped
-    answer = sdk_httpx().Response(status, headers=headers, content=content, request=request)
-    return status_error(status, body, answer)
+    reply = sdk_httpx().Response(status, headers=headers, content=content, request=request)
+    if status != _OK:
+        return status_error(status, body, reply)
+    try:
+        read_body(reply, api)
+    except openai.APIError as error:
+        return error
+    return None
 
 
 class BatchSettler:
@@ -215,22 +224,25 @@ class BatchSettler:
         self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, schema: Any = None
     ) -> BatchResults:
         """Read the results of a batch; without its input file, its first request may have index `offset`."""
-        api = next((api for api, path in ENDPOINTS.items() if path == batch.endpoint), None)
+        api = next((api for api, path in BATCH_PATHS.items() if path == batch.endpoint), None)
         if api is None:
             message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
             raise BatchError(message, code="unsupported_endpoint")
         pricer = self._ledger.pricer_for(None)
         await pricer.ready()
-        reader = LineReader(api, schema, pricer, model=_model_of(batch, file))
+        source = file or read_job_metadata(batch.metadata)
+        model = (source and source.model) or getattr(batch, "model", None) or ""
+        reader = LineReader(api, schema, pricer, model=model)
         async with contextlib.AsyncExitStack() as stack:
             files = [
                 stack.enter_context(found)
                 for file_id in (batch.output_file_id, batch.error_file_id)
                 if file_id and (found := await self._download(batch, "result", file_id)) is not None
             ]
-            index = await self._index(batch, offset) if file is None else _index_of_file(file)
-            if index is None:
-                index = await asyncio.to_thread(_guessed_index, batch, files, offset)
+            if file is not None:
+                index = RequestIndex(file.indexes, temperature=file.temperature)
+            else:
+                index = await self._stated_index(batch, offset) or await _guess_index(batch, files, offset)
             results = await asyncio.to_thread(reader.read, files, index)
         _warn_of_oddities(batch, results)
         explain_missing(batch, results, index)
@@ -239,7 +251,7 @@ class BatchSettler:
         if batch.id not in self._booked:  # else it was settled before
             self._booked.add(batch.id)
             self._ledger.book_batch(reader.prices)
-            self._recorder.settled(*results.counts())
+            self._record(results)
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
             _settle_reservation(submitted, batch, results.outcomes)
@@ -248,26 +260,34 @@ class BatchSettler:
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
         """Turn the lines of a batch's file, in its errors, into positions in the caller's list."""
         named = [error for error in errors if error.line is not None]
-        index = await self._index(batch, offset) if named else None
+        index = await self._stated_index(batch, offset) if named else None
         if index is None:
             return
         for error in named:
             request = index.index_at(error.line or 0)
             error.line = None if request is None else request + 1
 
-    async def _index(self, batch: Batch, offset: int) -> RequestIndex | None:
-        """Return what a batch was asked; None where its input file is gone and its metadata do not tell."""
-        job, start = read_job_metadata(batch.metadata), _start_of(batch, offset)
-        stated = None
+    def _record(self, results: BatchResults) -> None:
+        answers = results.responses.values()
+        self._recorder.settled(
+            len(answers),
+            len(results.outcomes) - len(answers),
+            sum(answer.usage.prompt_tokens for answer in answers),
+            sum(answer.usage.completion_tokens for answer in answers),
+            finish_reasons=Counter(answer.finish_reason for answer in answers),
+        )
+
+    async def _stated_index(self, batch: Batch, offset: int) -> RequestIndex | None:
+        """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""
+        stated, (start, numbered, temperature) = None, _numbering(batch, offset)
+        job = read_job_metadata(batch.metadata)
         if job is not None and job.start is not None and job.numbered:
-            indexes = range(start, start + job.count)
-            stated = RequestIndex(indexes, temperature=_one_temperature(job.temperature))
+            stated = RequestIndex(range(start, start + job.count), temperature=temperature)
             if job.temperature != MIXED:
                 return stated
         file = await self._download(batch, "input", batch.input_file_id)
         if file is None:
             return stated
-        numbered = job is not None and job.numbered
         with file:
             return await asyncio.to_thread(read_index, file, numbered=numbered, start=start)
 
@@ -285,11 +305,7 @@ class BatchSettler:
         self, batch: Batch, results: BatchResults, indexes: Sequence[int], reader: LineReader
     ) -> None:
         """Estimate the usage that the server left out, as for answers online."""
-        without: dict[int, ModelResponse] = {
-            index: outcome
-            for index, outcome in results.outcomes.items()
-            if isinstance(outcome, ModelResponse) and outcome.usage.estimated
-        }
+        without = {n: response for n, response in results.responses.items() if response.usage.estimated}
         if not without:
             return
         bodies: dict[int, Any] = {}
@@ -319,8 +335,8 @@ def explain_missing(batch: Batch, results: BatchResults, index: RequestIndex) ->
 
 def _name_outcomes(results: BatchResults, index: RequestIndex) -> None:
     """Give each outcome the custom_id that the caller gave its request."""
-    named = index.by_name or {}
-    results.names.update({request: name for name, request in named.items() if name != numbered_id(request)})
+    named = (index.by_name or {}).items()
+    results.names.update({request: name for name, request in named if name != numbered_id(request)})
     for request, name in results.names.items():
         outcome: Any = results.outcomes.get(request)
         if isinstance(outcome, ModelResponse):
@@ -335,41 +351,29 @@ def _warn_of_oddities(batch: Batch, results: BatchResults) -> None:
         if times:
             text = "batch %s: %d %s in its result files"
             warn(text, batch.id, times, what, event="batch_results_odd", batch_id=batch.id)
-    stated, held = batch.request_counts, results.answered
+    stated, held = batch.request_counts, len(results.responses)
     if stated is not None and (stated.completed or 0) != held:
         text = "batch %s: the API counts %d completed requests, its files hold %d answers"
         warn(text, batch.id, stated.completed or 0, held, event="batch_results_odd", batch_id=batch.id)
 
 
-def _model_of(batch: Batch, file: InputFile | None) -> str:
-    """Return the model that a batch was asked for, as far as that is known."""
-    source = file or read_job_metadata(batch.metadata)
-    return (source and source.model) or getattr(batch, "model", None) or ""
-
-
-def _one_temperature(temperature: Temperature) -> float | None:
-    return None if temperature == MIXED else temperature
-
-
-def _index_of_file(file: InputFile) -> RequestIndex:
-    return RequestIndex(file.indexes, temperature=_one_temperature(file.temperature))
-
-
-def _start_of(batch: Batch, offset: int) -> int:
-    """Return the index of a batch's first request; `offset` where its metadata do not say it."""
+def _numbering(batch: Batch, offset: int) -> tuple[int, bool, Temperature]:
+    """Return a batch's first index, whether its custom_ids hold the indexes, and its temperature."""
     job = read_job_metadata(batch.metadata)
-    return offset if job is None or job.start is None else job.start
+    if job is None:
+        return offset, False, None
+    return offset if job.start is None else job.start, job.numbered, job.temperature
 
 
-def _guessed_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
+async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
     """Return what a batch was asked whose input file is gone, as far as its results tell."""
-    job, count = read_job_metadata(batch.metadata), request_counts(batch)[0]
-    numbered = job is not None and job.numbered
+    start, numbered, temperature = _numbering(batch, offset)
     if not numbered:
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
-    index = guess_index(files, numbered=numbered, start=_start_of(batch, offset), count=count)
-    index.temperature = None if job is None else _one_temperature(job.temperature)
+    count = request_counts(batch)[0]
+    index = await asyncio.to_thread(guess_index, files, numbered=numbered, start=start, count=count)
+    index.temperature = temperature
     return index
 
 
@@ -385,10 +389,9 @@ def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Ou
         return
     known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
     certain = request_counts(batch)[1] <= known  # that no other request was answered
-    with exact():
-        lines = zip(file.indexes, file.costs, strict=True)
-        costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
-        file.reservation.settle(sum(costs, _NOTHING))
+    lines = zip(file.indexes, file.costs, strict=True)
+    costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+    file.reservation.settle(_sum(costs))
 
 
 def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
@@ -422,14 +425,9 @@ class BatchBudget:
 
     def reserve(self, file: InputFile) -> bool:
         """Reserve what a file can cost, unless it is reserved; return whether there is room for it now."""
-        if file.reservation is not None or not self._budgets:
-            return True
-        try:
-            reservation = reserve_now(self._budgets, _sum(file.costs))
-        except BudgetExceededError:
-            return False
-        file.reservation = reservation
-        return reservation is not None
+        if self._budgets and file.reservation is None:
+            file.reservation = reserve_now(self._budgets, _sum(file.costs))
+        return not self._budgets or file.reservation is not None
 
     async def reserve_all(self, files: Sequence[InputFile]) -> None:
         """Reserve what all files can cost together, once there is room for it."""
@@ -442,7 +440,7 @@ class BatchBudget:
 
     def commit(self, file: InputFile) -> None:
         """Reserve what a file can cost whose batch there is already, whether there is room or not."""
-        if self._budgets:
+        if self._budgets and file.reservation is None:
             file.reservation = commit(self._budgets, _sum(file.costs))
 
     def release(self, file: InputFile, *, keep: bool = False) -> None:
@@ -450,7 +448,7 @@ class BatchBudget:
         if file.reservation is not None and keep:
             file.reservation.keep_reserved()
         elif file.reservation is not None:
-            file.reservation.settle(_NOTHING)
+            file.reservation.refund()
             file.reservation = None
 
     def fitting(self, file: InputFile) -> int | None:
@@ -470,15 +468,14 @@ class BatchBudget:
         return budget.exceeded(file.costs[0])
 
     def _costs(self, file: InputFile, endpoint: str) -> list[Decimal]:
-        same: dict[Decimal, Decimal] = {}  # few lines differ, and all costs are kept
-        lines = zip(file.lines(), file.indexes, strict=True)
-        return [same.setdefault(cost, cost) for cost in (self._cost(*line, endpoint) for line in lines)]
-
-    def _cost(self, raw: bytes, index: int, endpoint: str) -> Decimal:
-        try:
-            return self._payments.most_by_batch(json.loads(raw)["body"], endpoint, self._counter)
-        except ValidationError as error:
-            raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
+        costs, same = list[Decimal](), dict[Decimal, Decimal]()  # few lines differ, and all costs are kept
+        for raw, index in zip(file.lines(), file.indexes, strict=True):
+            try:
+                cost = self._payments.most_by_batch(read_json(raw)["body"], endpoint, self._counter)
+            except ValidationError as error:
+                raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
+            costs.append(same.setdefault(cost, cost))
+        return costs
 
 
 def _sum(costs: Iterable[Decimal]) -> Decimal:

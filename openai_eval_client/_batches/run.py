@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
+import functools
+import hashlib
+import math
 import random
 import time
 from collections import deque
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batches.files import (
-    ENDPOINTS,
+    BATCH_PATHS,
     BatchLine,
     close_files,
     cut_file,
@@ -25,9 +27,9 @@ from openai_eval_client._batches.files import (
     write_in_thread,
 )
 from openai_eval_client._batches.results import is_curable
-from openai_eval_client._batches.resume import JobRecord
 from openai_eval_client._batches.status import (
     SEPARATOR,
+    JobRecord,
     are_of_use,
     enqueued_limit,
     enqueued_refusal,
@@ -42,24 +44,97 @@ from openai_eval_client._online import attach_responses, outcomes_or_raise, resp
 from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
-from openai_eval_client._wire import of_error, read_failure
+from openai_eval_client._wire import of_error, read_failure, read_json
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from openai.types import Batch
 
     from openai_eval_client._batches.api import BatchApi
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import BatchBudget, BatchSettler, Outcome
-    from openai_eval_client._batches.resume import CachedAnswers, Journal
+    from openai_eval_client._cache import Cache, Occurrence
     from openai_eval_client._report import Progress
     from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import BatchConfig
     from openai_eval_client.errors import BatchError, BudgetExceededError
+
+
+# --- what is kept of a call -------------------------------------------------------------------------------
+
+_AT_ONCE = 100  # answers looked up or kept at a time
+
+
+class Journal:
+    """The jobs of one call as the cache remembers them; without a cache, none."""
+
+    def __init__(self, cache: Cache | None, name: str) -> None:
+        self._store = None if cache is None else cache.journal
+        self._name = name
+
+    def exclusive(self) -> contextlib.AbstractAsyncContextManager[Any]:
+        """Wait until no other process works under this name, and keep others waiting."""
+        return contextlib.nullcontext() if self._store is None else self._store.exclusive(self._name)
+
+    async def load(self) -> list[dict[str, Any]]:
+        """Return the records of the jobs."""
+        found = await self._store.journal_get(self._name) if self._store else None
+        return found["jobs"] if found else []
+
+    async def save(self, jobs: Iterable[JobRecord]) -> None:
+        """Record the jobs; they are on disk when the call returns."""
+        if self._store is not None:
+            await self._store.journal_put(self._name, {"jobs": [job.to_dict() for job in jobs]})
+
+    async def forget(self) -> None:
+        """Forget the records."""
+        if self._store is not None:
+            await self._store.journal_delete(self._name)
+
+
+class CachedAnswers:
+    """The cached answers to the prompts of one call; without a cache, none."""
+
+    def __init__(self, cache: Cache | None, parameters: Parameters) -> None:
+        self.name = ""  # tells these prompts and parameters from all others
+        self._cache = cache
+        self._parameters = parameters
+        self._samples: list[Occurrence] = []
+
+    async def take(self, prompts: Sequence[Any]) -> None:
+        """Take the next sample of each prompt."""
+        if self._cache is not None:
+            bodies = map(self._parameters.with_prompt, prompts)
+            take = functools.partial(self._cache.take, parameters=self._parameters)
+            self._samples = await asyncio.to_thread(list, map(take, bodies))
+            self.name = hashlib.sha256(b"".join(sample.key for sample in self._samples)).hexdigest()
+
+    async def look_up(self) -> dict[int, ModelResponse]:
+        """Return the answers there are, by the index of their prompt."""
+        answers: dict[int, ModelResponse] = {}
+        if self._cache is not None:
+            for first in range(0, len(self._samples), _AT_ONCE):
+                some = await self._cache.kept(self._samples[first : first + _AT_ONCE], self._parameters)
+                answers.update({first + n: response for n, response in some.items()})
+        return answers
+
+    async def keep(self, responses: Mapping[int, ModelResponse]) -> None:
+        """Keep new answers, by the index of their prompt."""
+        cache, answers = self._cache, list(responses.items())
+        if cache is not None:
+            for first in range(0, len(answers), _AT_ONCE):
+                some = answers[first : first + _AT_ONCE]
+                await asyncio.gather(*(cache.keep(self._samples[n].key, answer) for n, answer in some))
+
+    def give_back(self, responses: Sequence[ModelResponse | None]) -> None:
+        """Let a later call ask again for the prompts that have no answer."""
+        for sample, response in zip(self._samples, responses, strict=False):
+            if self._cache is not None and response is None:
+                self._cache.give_back(sample, self._parameters)
 
 
 # --- batches made of input files --------------------------------------------------------------------------
@@ -77,6 +152,8 @@ class Submission:
     waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
     running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
     batches: list[Batch] = field(default_factory=list)  # as they were when they were made or found
+    _held: bool = False  # until a batch ends: too many tokens are enqueued
+    _paused: bool = False  # until the next poll
 
     @property
     def job(self) -> JobRecord:
@@ -124,17 +201,17 @@ class Submission:
 
     async def _submit_waiting(self) -> None:
         """Make a batch of each file that waits, in their order, as long as none has to be held back."""
-        while self.waiting and not self._is_held_back():
-            file = self.waiting[0]
-            batch = await self._find(file)
-            if batch is None and not self._is_held_back() and await self._reserve(file):
-                batch = await self._create(file)
+        while self.waiting and not self._held and not self._paused:
+            batch = await self._make(self.waiting[0])
             if batch is not None:
                 self._start(self.waiting.popleft(), batch)
                 await self._save()
 
+    async def _make(self, file: InputFile) -> Batch | None:
+        """Return the batch of a file: the one that was made before, else a new one."""
+        return await self._find(file) or await self._create(file)
+
     def _start(self, file: InputFile, batch: Batch) -> None:
-        """Note the batch of a file."""
         self.running[batch.id] = file
         self.batches.append(batch)
         self.job.made[file.key] = batch.id
@@ -148,60 +225,32 @@ class Submission:
         await self.journal.save(self.jobs)
 
     async def _find(self, file: InputFile) -> Batch | None:
-        """Return the batch that was made of a file before."""
-        try:
-            batch = await self._look_for(file)
-        except openai.APIError as error:
-            self._pause_for(error)
+        """Return the batch that was made of a file before, with what it may cost reserved."""
+        batch, made = None, self.job.made.get(file.key)
+        if made is not None:
+            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
+                batch = await self.api.get(made)
+        if batch is None and (self.job.recovered or file.key in self.job.unclear):
+            batch = await self.api.find(self.job, file)
+        if batch is None:
             return None
-        if batch is not None:
-            kept = self.settler.unsettled.pop(batch.id, None)
-            if kept is not None:  # from an earlier call: it is reserved anew
-                self.budget.release(kept)
-            if not self.budget.reserve(file):
-                self.budget.commit(file)  # it costs that anyway
-            about = {"batch_id": batch.id, "batch_status": batch.status}
-            inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
+        earlier = self.settler.unsettled.pop(batch.id, None)
+        if earlier is not None:  # from an earlier call: it is reserved anew
+            self.budget.release(earlier)
+        self.budget.commit(file)  # it costs that anyway
+        about = {"batch_id": batch.id, "batch_status": batch.status}
+        inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
         return batch
 
-    async def _look_for(self, file: InputFile) -> Batch | None:
-        known = self.job.made.get(file.key)
-        if known is not None:
-            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
-                return await self.api.get(known)
-        if not (self.job.recovered or file.key in self.job.unclear):
-            return None
-        return await self.api.find(self.job, file)
-
-    async def _create(self, file: InputFile) -> Batch | None:
+    async def _create(self, file: InputFile) -> Batch:
         """Upload a file, once, and create its batch."""
-        try:
-            if file.file_id is None:
-                file.file_id = await self.api.upload(file)
-            batch = await self.api.create(self.job, file)
-        except openai.OpenAIError as error:
-            await self._refused(error)
-            return None
+        if file.file_id is None:
+            file.file_id = await self.api.upload(file)
+        batch = await self.api.create(self.job, file)
         about = {"batch_id": batch.id, "model": file.model, "requests": file.count}
         text = "batch %s created: %d requests of %s"
         inform(text, batch.id, file.count, file.model, event="batch_created", **about)
         return batch
-
-    def _is_held_back(self) -> bool:
-        """Return whether the files that wait cannot be submitted now."""
-        return False
-
-    async def _reserve(self, file: InputFile) -> bool:
-        """Return whether what a file may cost is reserved."""
-        return self.budget.reserve(file)
-
-    def _pause_for(self, error: openai.APIError) -> None:
-        """React to a failure that leaves it open whether the first file that waits has a batch."""
-        raise error
-
-    async def _refused(self, error: openai.OpenAIError) -> None:
-        """React to a failure to create the batch of the first file that waits."""
-        raise error
 
     async def _undo(self) -> bool:
         """Cancel the batches of a job that could not be made whole; the last may have been created unseen."""
@@ -240,17 +289,14 @@ class Submission:
 # --- prompts answered by batches --------------------------------------------------------------------------
 
 _FILLED = 0.9  # of the enqueued limit by one file: the server counts a little differently
-_ALONE = 1  # refusals of a file that is not cut yet, with no other of ours enqueued
 _PATIENCE = 10  # polling intervals between two tries, at most, of a file that is refused again and again
-_JITTER = 0.9, 1.1  # times the polling interval
 
 
 @dataclass(kw_only=True, eq=False)
 class BatchRun(Submission):
-    """Answers the prompts of one call by jobs: a second one for what expired or failed by chance.
+    """Answers the prompts of one call by jobs: a second one for what expired or failed by chance."""
 
-    There are more only where the model refuses one parameter after the other.
-    """
+    # There are more only where the model refuses one parameter after the other.
 
     config: BatchConfig
     counter: TokenCounter
@@ -260,11 +306,11 @@ class BatchRun(Submission):
     cached: CachedAnswers
     progress: Progress | None
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
-    failed: Exception | None = None  # why the first of those requests was never run
     never_ran: int = 0  # requests whose batch was not created, or failed
-    broke: BudgetExceededError | None = None  # why requests were not submitted: too little money is left
-    _held: bool = False  # until a batch ends: too many tokens are enqueued
-    _paused: bool = False  # until the next poll
+    failed: Exception | None = None  # the first reason for that
+    over_budget: BudgetExceededError | None = (
+        None  # why requests were not submitted: too little money is left
+    )
     _refused_alone: int = 0  # how often a file was refused with no other of ours enqueued
     _give_up_at: float = 0.0
     _repeated: set[int] = field(default_factory=set)  # requests that failed by chance once
@@ -274,12 +320,11 @@ class BatchRun(Submission):
         """Return the responses in input order."""
         try:
             async with self.journal.exclusive():
-                await self.cached.look_up()
-                self.outcomes.update(self.cached.found)
+                self.outcomes.update(await self.cached.look_up())
                 await self._run()
                 await self.journal.forget()
         except BaseException as error:
-            error.__dict__["job_id"] = SEPARATOR.join(self.unsettled if self.jobs else ()) or None
+            error.__dict__["job_id"] = SEPARATOR.join(self.unsettled) or None
             attach_responses(error, responses_of(self._in_order()))
             raise
         finally:
@@ -294,16 +339,17 @@ class BatchRun(Submission):
         wanted = missing
         while wanted or recorded:
             job = JobRecord(
-                endpoint=ENDPOINTS[self.parameters.api],
+                endpoint=BATCH_PATHS[self.parameters.api],
                 window=self.config.completion_window,
                 indexes=wanted,
                 most_lines=self.config.max_batch_size,
                 refused=self.unsupported.of(self.parameters.model),
             )
-            await self._run_job(job.recover(recorded.popleft()) if recorded else job)
-            reason: Exception | None = self.broke
-            if len(self.jobs) == 1 and self.never_ran == self.job.total:
-                reason = reason or self.failed
+            if recorded:
+                job = job.recover(recorded.popleft())
+            await self._run_job(job)
+            none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
+            reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
                 await self.journal.forget()
                 raise reason
@@ -333,32 +379,44 @@ class BatchRun(Submission):
     def _pause(self) -> float:
         """Return the seconds until the next look: more and more where the server takes nothing of ours."""
         patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
-        return self.config.polling_interval * patience * random.uniform(*_JITTER)  # noqa: S311
+        return self.config.polling_interval * patience * random.uniform(0.9, 1.1)  # noqa: S311
 
     def _is_patient(self) -> bool:
         return time.monotonic() < self._give_up_at
 
-    def _is_held_back(self) -> bool:
-        return self._held or self._paused
+    async def _make(self, file: InputFile) -> Batch | None:
+        """Return the batch of a file; None where it has to wait, was cut, or was given up."""
+        try:
+            batch = await self._find(file)
+        except openai.APIError as error:
+            self._pause_for(error)
+            return None
+        if batch is not None or not await self._reserve(file):
+            return batch
+        try:
+            return await self._create(file)
+        except openai.OpenAIError as error:
+            await self._refused(error)
+            return None
 
     async def _reserve(self, file: InputFile) -> bool:
         """Reserve what a file may cost; with too little left, cut it, let it wait, or give it up."""
-        if self.broke is None:
+        if self.over_budget is None:
             if self.budget.reserve(file):
                 return True
             fitting = self.budget.fitting(file)
             if fitting:
                 await self._cut([fitting, file.count - fitting], "what is left of max_cost")
-                return False
-            if fitting is None and self._is_patient():
+            elif fitting is None and self._is_patient():
                 self._paused = True
-                return False
-            self.broke = self.budget.exceeded(file)
-        self._drop(self.broke)
+            else:
+                self.over_budget = self.budget.exceeded(file)
+        if self.over_budget is not None:
+            self._drop(self.over_budget)
         return False
 
-    def _pause_for(self, error: openai.APIError) -> None:
-        """Let what waits wait for the next poll; raise what no waiting cures."""
+    def _pause_for(self, error: openai.OpenAIError) -> None:
+        """Put the files that wait off until the next poll; raise an error that time does not cure."""
         if not read_failure(error).retry or not self._is_patient():
             raise error
         text, about = "%d requests could not be submitted (%s): later again", of_error(error)
@@ -368,21 +426,11 @@ class BatchRun(Submission):
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first file back, or give it up."""
         file = self.waiting[0]
-        code, message = getattr(error, "code", None), getattr(error, "message", str(error))
-        is_limit = is_enqueued_limit(code, message)
-        if is_limit or not read_failure(error).retry:
-            self.budget.release(file, keep=file.key in self.job.unclear)
-        if is_limit:
-            await self._hold(message, error)
-            return
-        left = sum(file.count for file in self.waiting)
-        has_begun = left < self.job.total or file.key in self.job.unclear  # else nothing would be lost
-        if (
-            isinstance(error, openai.APIError)
-            and has_begun
-            and read_failure(error).retry
-            and self._is_patient()
-        ):
+        left = sum(each.count for each in self.waiting)
+        has_begun = left < len(self.job.indexes) or file.key in self.job.unclear  # else nothing is lost
+        if is_enqueued_limit(error):
+            await self._hold(error)
+        elif has_begun and read_failure(error).retry and self._is_patient():
             self._pause_for(error)
         else:
             self._give_up(error)
@@ -401,19 +449,21 @@ class BatchRun(Submission):
         self.outcomes.update(dict.fromkeys(file.indexes, error))
         file.file.close()
 
-    async def _hold(self, message: str, error: Exception) -> None:
+    async def _hold(self, error: Exception) -> None:
         """Keep the first file until there is room for it; cut it where there will never be."""
-        file = self.waiting[0]
-        limit = enqueued_limit(message)
-        tokens = await self._tokens(file) if limit is not None else 0
-        often = _ALONE if limit is None else 2 * _ALONE  # others may have used it up; or it counts otherwise
-        if not self._is_patient() or (limit is not None and tokens > limit and file.count == 1):
+        file, limit = self.waiting[0], enqueued_limit(error)
+        self.budget.release(file, keep=file.key in self.job.unclear)
+        pieces, often, is_too_large = 1, 1, False
+        if limit is not None:
+            tokens = await self._tokens(file)
+            pieces, is_too_large = math.ceil(tokens / (limit * _FILLED)), tokens > limit
+            often = 2  # others may have used the limit up, or the server counts otherwise
+        if pieces <= 1 and self._refused_alone >= often and not self.running:
+            pieces = 2
+        if not self._is_patient() or (is_too_large and file.count == 1):
             self._give_up(error)
-        elif limit is not None and tokens > limit * _FILLED and file.count > 1:
-            pieces = -int(-tokens // (limit * _FILLED))
+        elif pieces > 1 and file.count > 1:
             await self._cut(even_counts(file.count, pieces), "the enqueued limit")
-        elif self._refused_alone >= often and file.count > 1 and not self.running:
-            await self._cut(even_counts(file.count, 2), "the enqueued limit")
         else:
             self._refused_alone += not self.running
             self._held = True
@@ -433,7 +483,7 @@ class BatchRun(Submission):
         if file.tokens is None:
             total = 0
             for line in file.lines():
-                total += await self.counter.count_input(json.loads(line)["body"])
+                total += await self.counter.count_input(read_json(line)["body"])
                 await asyncio.sleep(0)  # counting short texts does not wait for anything
             file.tokens = total
         return file.tokens
@@ -472,7 +522,7 @@ class BatchRun(Submission):
             await self._submit_again(batch, file, refusal)
             return
         results = await self.settler.settle(batch, file=file, schema=self.parameters.schema)
-        await self.cached.keep(results.outcomes)
+        await self.cached.keep(results.responses)
         self.running.pop(batch.id)
         self._held = False
         self._refused_alone = 0
@@ -485,11 +535,10 @@ class BatchRun(Submission):
     async def _submit_again(self, batch: Batch, file: InputFile, refusal: BatchError) -> None:
         """Let a file wait again whose batch was created, and refused when it was validated."""
         self.running.pop(batch.id)
-        self.budget.release(file)
         file.done = 0
         self.waiting.appendleft(file)
         self.job.made.pop(file.key, None)
-        await self._hold(refusal.message, refusal)
+        await self._hold(refusal)
         await self._save()
 
     def _is_worth(self, index: int, outcome: Outcome | None) -> bool:

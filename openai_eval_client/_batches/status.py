@@ -1,9 +1,15 @@
-"""What a batch object says: status, counts, errors, and the metadata that name its job."""
+"""A job and its batches: how it is recorded, the metadata that name it, and what a batch object says."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import json
 import re
+import time
+import uuid
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +21,7 @@ from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJobStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
 
     from openai.types import Batch
 
@@ -59,7 +65,7 @@ class JobMetadata(BaseModel):
 
     @property
     def key(self) -> tuple[str, int, int]:
-        """What tells the batch from every other."""
+        """What tells it from every other batch."""
         return self.job, self.first, self.count
 
     def metadata(self) -> dict[str, str]:
@@ -106,10 +112,56 @@ def _check_pair(key: str, value: object) -> None:
         reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
 
 
+_RECORDED = ("name", "since", "refused", "most_lines", "made", "spans")
+
+
+@dataclass(kw_only=True)
+class JobRecord:
+    """A job, recorded before each call that costs, so that a killed run goes on with the same batches."""
+
+    endpoint: str  # such as "/v1/chat/completions"
+    window: str  # the completion window, such as "24h"
+    metadata: dict[str, str] = field(default_factory=dict)  # the caller's own
+    indexes: Sequence[int]  # of its requests, rising
+    most_lines: int  # of an input file
+    refused: list[str] = field(default_factory=list)  # parameters that the model is known to refuse
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)  # in the metadata of each of its batches
+    since: float = field(default_factory=time.time)  # seconds since the epoch: no batch of it is older
+    made: dict[str, str] = field(default_factory=dict)  # the id of the batch of each file, by the file's key
+    spans: list[tuple[int, int]] = field(default_factory=list)  # first line and count of each file
+    unclear: set[str] = field(default_factory=set)  # keys of files whose batch may have been created unseen
+    recovered: bool = False  # whether an earlier program may have created batches that are not in `made`
+
+    def metadata_of(self, file: InputFile) -> dict[str, str]:
+        """Return the metadata of the batch of one of its files."""
+        return {**self.metadata, **JobMetadata.of(file, self.name, len(self.indexes)).metadata()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as it is recorded."""
+        return {"indexes": self._index_spans, **{name: getattr(self, name) for name in _RECORDED}}
+
+    def recover(self, saved: Mapping[str, Any]) -> JobRecord:
+        """Return it as an earlier program recorded it."""
+        known = {name: saved[name] for name in _RECORDED}
+        indexes = [index for first, count in saved["indexes"] for index in range(first, first + count)]
+        return dataclasses.replace(self, **known, indexes=indexes, recovered=True)
+
+    @functools.cached_property
+    def _index_spans(self) -> list[tuple[int, int]]:
+        """The indexes as spans of consecutive ones: first and count of each."""
+        gaps = itertools.groupby(enumerate(self.indexes), key=lambda pair: pair[1] - pair[0])
+        spans = [[index for _, index in span] for _, span in gaps]
+        return [(span[0], len(span)) for span in spans]
+
+
 SEPARATOR = "+"  # between the ids of a job's batches
 _RUNNING = ("validating", "in_progress", "finalizing", "cancelling")  # the least advanced first
 _ENDED = ("completed", "expired", "cancelled", "failed")  # the most useful first
-EXPIRED, CANCELLED, MISSING = "batch_expired", "batch_cancelled", "missing_result"  # the first two the API's
+EXPIRED, MISSING = "batch_expired", "missing_result"  # the first is the API's
+_NOT_ANSWERED = {  # why requests of a batch in this state have no result
+    "expired": (EXPIRED, "expired before this request was answered"),
+    "cancelled": ("batch_cancelled", "was cancelled before this request was answered"),
+}
 _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
 
@@ -135,31 +187,24 @@ def job_status(batches: Sequence[Batch], errors: Sequence[BatchError] = ()) -> B
     )
 
 
-class Grouping:
-    """Puts the batches of an account together into jobs, as they are listed: the newest first."""
-
-    def __init__(self) -> None:
-        self._jobs: dict[str, list[tuple[int, int, Batch]]] = {}
-        self._whole: set[str] = set()
-
-    def add(self, batch: Batch) -> list[Batch]:
-        """Take in the next batch; return its job where that is whole now, else nothing."""
+async def group_jobs(batches: AsyncIterable[Batch]) -> AsyncGenerator[list[Batch], None]:
+    """Yield jobs, of batches listed the newest first: each once it is whole, and the others at the end."""
+    jobs: dict[str, list[tuple[int, int, Batch]]] = {}
+    whole: set[str] = set()
+    async for batch in batches:
         place = read_job_metadata(batch.metadata)
-        if place is None or place.job in self._whole:
-            return []
-        found = self._jobs.setdefault(place.job, [])
+        if place is None or place.job in whole:
+            continue
+        found = jobs.setdefault(place.job, [])
         end = place.first + place.count
         if any(first < end and place.first < first + count for first, count, _ in found):
-            return []  # a newer batch, which has some of its lines, has replaced it
+            continue  # a newer batch, which has some of its lines, has replaced it
         found.append((place.first, place.count, batch))
-        if sum(count for _, count, _ in found) < place.total:
-            return []
-        self._whole.add(place.job)
-        return _in_order(self._jobs.pop(place.job))
-
-    def incomplete(self) -> list[list[Batch]]:
-        """Return the jobs of which batches are missing."""
-        return [_in_order(found) for found in self._jobs.values()]
+        if sum(count for _, count, _ in found) >= place.total:
+            whole.add(place.job)
+            yield _in_order(jobs.pop(place.job))
+    for found in jobs.values():
+        yield _in_order(found)
 
 
 def _in_order(found: list[tuple[int, int, Batch]]) -> list[Batch]:
@@ -198,8 +243,7 @@ def request_counts(batch: Batch) -> tuple[int, int, int]:
 
 def ended_at(batch: Batch) -> int | None:
     """Return when a batch ended, in seconds since the epoch."""
-    times = [getattr(batch, name, None) for name in _ENDS]
-    return max((time for time in times if time), default=None)
+    return max(filter(None, (getattr(batch, name, None) for name in _ENDS)), default=None)
 
 
 def _as_time(seconds: float) -> datetime:
@@ -240,11 +284,8 @@ def missing_error(batch: Batch) -> BatchError:
     if state == "failed":
         first = _first(stated_errors(batch))
         return BatchError(f"batch {batch.id} failed: {first.message}", code=first.code, param=first.param)
-    if state == "expired":
-        return BatchError(f"batch {batch.id} expired before this request was answered", code=EXPIRED)
-    if state == "cancelled":
-        return BatchError(f"batch {batch.id} was cancelled before this request was answered", code=CANCELLED)
-    return BatchError(f"batch {batch.id} is {state}, but no file of it has this result", code=MISSING)
+    code, why = _NOT_ANSWERED.get(state, (MISSING, f"is {state}, but no file of it has this result"))
+    return BatchError(f"batch {batch.id} {why}", code=code)
 
 
 def with_index(error: BatchError, index: int) -> BatchError:
@@ -256,16 +297,16 @@ def enqueued_refusal(batch: Batch) -> BatchError | None:
     """Return why a batch failed without having been begun: too many tokens were enqueued already."""
     if state_of(batch) != "failed":
         return None
-    errors = stated_errors(batch)
-    return next((error for error in errors if is_enqueued_limit(error.code, error.message)), None)
+    return next(filter(is_enqueued_limit, stated_errors(batch)), None)
 
 
-def enqueued_limit(message: str) -> int | None:
+def enqueued_limit(error: object) -> int | None:
     """Return how many tokens may be enqueued, as a refusal words it."""
-    found = _LIMIT.search(message)
-    return int(found[1].replace(",", "")) if found else None
+    found = _LIMIT.search(getattr(error, "message", ""))
+    return max(1, int(found[1].replace(",", ""))) if found else None
 
 
-def is_enqueued_limit(code: object, message: str) -> bool:
-    """Return whether a refusal says that too many tokens are enqueued."""
+def is_enqueued_limit(error: object) -> bool:
+    """Return whether an error says that too many tokens are enqueued."""
+    code, message = getattr(error, "code", None), getattr(error, "message", "")
     return code == "token_limit_exceeded" or "enqueued token limit" in message.lower()

@@ -136,7 +136,7 @@ def test_a_file_that_is_cut_keeps_its_lines(count: int, pieces: int, again: int,
     close_files([*cut_up, *renewed])
 
 
-def test_spans_of_other_files_are_not_cut_by() -> None:
+def test_spans_that_do_not_add_up_cut_nothing() -> None:
     """A record that does not add up leaves the files whole."""
     files = files_of(asked(10), most_lines=5)
     renewed = recut(files, [(0, 3), (3, 3), (5, 5), (40, 2)])
@@ -144,7 +144,7 @@ def test_spans_of_other_files_are_not_cut_by() -> None:
     close_files(renewed)
 
 
-def test_names() -> None:
+def test_custom_ids_on_the_wire() -> None:
     """Own ones, made ones; with several models an own one is followed by the index."""
     assert list(custom_ids([None, None], several_models=False)) == ["request-0", "request-1"]
     assert list(custom_ids(["a", None], several_models=False)) == ["a", "request-1"]

@@ -525,3 +525,17 @@ async def test_a_duplicate_is_billed_once() -> None:
             responses = await client.retrieve_batch_results(job.job_id)
             cost = float(client.stats.cost)
     assert cost == pytest.approx(sum(response.usage.estimated_cost for response in responses))
+
+
+async def test_how_answers_by_batch_ended_is_counted_once() -> None:
+    """The run's page shows their finish reasons beside those of answers online."""
+    cut = BatchRequest(prompt="one two three four", max_tokens=1)
+    with SimulatedServer(batch_seconds=0.01) as server:
+        async with connect(server) as client:
+            job = await client.submit_batch_job([*asked(2), cut])
+            await ended(client, job.job_id)
+            responses = await client.retrieve_batch_results(job.job_id)
+            await client.retrieve_batch_results(job.job_id)
+            reasons = client._account.recorder.report_data().finish_reasons
+    assert [response.finish_reason for response in responses] == ["stop", "stop", "length"]
+    assert reasons == {"stop": 2, "length": 1}

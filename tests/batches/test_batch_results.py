@@ -74,7 +74,7 @@ def test_an_answer_is_read() -> None:
     assert (response.usage.total_tokens, response.usage.estimated_cost) == (5, 0.5)
     assert (response.request_id, response.latency_ms) == ("r1", 0.0)
     assert response.raw.choices[0].message.content == "hi"
-    assert (results.lines, results.answered, +results.oddities) == (1, 1, {})
+    assert (results.lines, len(results.responses), +results.oddities) == (1, 1, {})
 
 
 def test_half_an_emoji_in_an_answer_is_replaced() -> None:
@@ -169,6 +169,28 @@ def test_a_200_without_an_answer_is_no_answer(case: str, status: Any) -> None:
     (error,) = read([refusal("request-0", status, NO_ANSWERS[case])]).outcomes.values()
     assert (type(error), error.code, error.line) == (BatchError, "no_answer", 1)
     assert is_curable(error)
+
+
+PROXY_ERRORS = {
+    "a status": ({"error": {"message": "busy", "code": 503}}, openai.InternalServerError),
+    "the API's word": ({"error": {"message": "slow", "type": "rate_limit_error"}}, openai.RateLimitError),
+    "beside no choices": ({"choices": [], "error": {"message": "no", "code": 400}}, openai.BadRequestError),
+}
+
+
+@pytest.mark.parametrize("case", PROXY_ERRORS)
+def test_a_200_that_holds_an_error_is_that_error(case: str) -> None:
+    """As online: its class is that of the status that it names."""
+    body, kind = PROXY_ERRORS[case]
+    (error,) = read([refusal("request-0", 200, body)]).outcomes.values()
+    assert (type(error), error.request_id) == (kind, "r2")
+    assert is_curable(error) == (kind is not openai.BadRequestError)
+
+
+def test_an_answer_with_an_error_beside_it_is_an_answer() -> None:
+    """As online, as long as there is a choice."""
+    (response,) = read([refusal("request-0", 200, {**body_of("hi"), "error": "odd"})]).outcomes.values()
+    assert response.content == "hi"
 
 
 def test_a_line_cut_anywhere_loses_no_other_result() -> None:
@@ -357,7 +379,7 @@ def test_the_order_of_the_lines_does_not_matter(lines: list[bytes]) -> None:
 
 @patient
 @given(st.lists(lines | st.builds(asked, names, temperature=values), max_size=6), st.booleans())
-def test_any_input_file_gives_a_index(lines: list[bytes], numbered: bool) -> None:
+def test_any_input_file_gives_an_index(lines: list[bytes], numbered: bool) -> None:
     """As many indexes as lines that are not empty; guessing from it does not fail either."""
     index = read_index(lines, numbered=numbered, start=0)
     assert len(index.indexes) == sum(not line.isspace() for line in lines)

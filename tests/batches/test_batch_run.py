@@ -387,8 +387,8 @@ async def test_a_file_that_the_server_counts_higher_is_cut_in_the_end(refused: A
 
 async def test_a_limit_that_is_not_named_cuts_in_halves() -> None:
     """Only after a second refusal with nothing else of ours enqueued."""
-    refusal_said = {"errors": [{"code": "token_limit_exceeded", "message": "Too many enqueued tokens."}]}
-    with SimulatedServer(batch_seconds=0.01, batch_plans=[refusal_said] * 2) as server:
+    refused_later = {"errors": [{"code": "token_limit_exceeded", "message": "Too many enqueued tokens."}]}
+    with SimulatedServer(batch_seconds=0.01, batch_plans=[refused_later] * 2) as server:
         async with connect(server) as client:
             assert contents(await client.batch_generate(EIGHT, use_batch_api=True)) == echoes(EIGHT)
             assert list(map(len, await submitted(client, server))) == [8, 8, 4, 4]

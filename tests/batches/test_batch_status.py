@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from datetime import datetime, timezone
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from batches import MODEL, patient
@@ -18,10 +19,11 @@ from openai_eval_client._batches.files import check_requests, write_files
 from openai_eval_client._batches.status import (
     JOB_KEY,
     LINES_KEY,
-    Grouping,
     JobMetadata,
+    enqueued_limit,
     enqueued_refusal,
     failure_of,
+    group_jobs,
     has_ended,
     is_enqueued_limit,
     job_status,
@@ -30,6 +32,9 @@ from openai_eval_client._batches.status import (
     request_counts,
     stated_errors,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 RUNNING = ("validating", "in_progress", "finalizing", "cancelling")
 ENDED = ("completed", "expired", "cancelled", "failed")
@@ -176,7 +181,15 @@ def test_a_refusal_for_enqueued_tokens_is_known() -> None:
     assert enqueued_refusal(with_errors({"code": None, "message": "Enqueued token limit reached for m"}))
     assert enqueued_refusal(with_errors({"code": "x", "message": "y"})) is None
     assert enqueued_refusal(with_errors(stated, status="completed")) is None
-    assert not is_enqueued_limit(None, "")
+    assert not is_enqueued_limit(BatchError(""))
+
+
+@pytest.mark.parametrize(
+    ("message", "limit"), [("Limit: 90,000 enqueued tokens", 90_000), ("limit: 0", 1), ("too many", None)]
+)
+def test_how_many_tokens_may_be_enqueued(message: str, limit: int | None) -> None:
+    """As a refusal words it; 0 counts as 1, so that a file is cut down to single requests."""
+    assert enqueued_limit(BatchError(message)) == limit
 
 
 # --- grouped into jobs -----------------------------------------------------------------------------------
@@ -194,6 +207,26 @@ def accounts(draw: Any) -> list[tuple[str, int, int, int]]:
     return draw(st.permutations(found))
 
 
+def grouped(batches: list[Batch]) -> tuple[list[list[Batch]], list[list[Batch]]]:
+    """Return the jobs that come while batches are listed, and those that come at the end."""
+    whole: list[list[Batch]] = []
+    incomplete: list[list[Batch]] = []
+    jobs = whole
+
+    async def listed() -> AsyncIterator[Batch]:
+        nonlocal jobs
+        for each in batches:
+            yield each
+        jobs = incomplete
+
+    async def group() -> None:
+        async for job in group_jobs(listed()):
+            jobs.append(job)
+
+    asyncio.run(group())
+    return whole, incomplete
+
+
 @patient
 @given(accounts())
 def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, int]]) -> None:
@@ -202,9 +235,8 @@ def test_batches_are_grouped_into_whole_jobs(account: list[tuple[str, int, int, 
         placed(first, count, total, record, name=f"b{n}")
         for n, (record, first, count, total) in enumerate(account)
     ]
-    grouping = Grouping()
-    jobs = [job for each in batches if (job := grouping.add(each))]
-    assert grouping.incomplete() == []
+    jobs, incomplete = grouped(batches)
+    assert incomplete == []
     assert len(jobs) == len({record for record, *_ in account})
     for job in jobs:
         records = {each.metadata[JOB_KEY] for each in job}
@@ -227,18 +259,14 @@ def test_a_job_without_one_of_its_batches_is_incomplete(
     lost = account[which % len(account)]
     left = [entry for entry in account if entry != lost]
     assume(left)
-    grouping = Grouping()
-    whole = [
-        job for n, (i, f, c, t) in enumerate(left) if (job := grouping.add(placed(f, c, t, i, name=f"b{n}")))
-    ]
-    found = whole + grouping.incomplete()
+    whole, incomplete = grouped([placed(f, c, t, i, name=f"b{n}") for n, (i, f, c, t) in enumerate(left)])
+    found = whole + incomplete
     names = [{each.metadata[JOB_KEY] for each in job} for job in found]
     assert sorted(name for (name,) in names) == sorted({entry[0] for entry in left})
-    assert len(grouping.incomplete()) == (lost[0] in {entry[0] for entry in left})
+    assert len(incomplete) == (lost[0] in {entry[0] for entry in left})
 
 
 def test_batches_of_others_are_no_jobs() -> None:
-    grouping = Grouping()
     odd = [
         None,
         {},
@@ -248,8 +276,7 @@ def test_batches_of_others_are_no_jobs() -> None:
         {JOB_KEY: "x", LINES_KEY: "no"},
         "text",
     ]
-    assert [grouping.add(batch(metadata=metadata)) for metadata in odd] == [[]] * len(odd)
-    assert grouping.incomplete() == []
+    assert grouped([batch(metadata=metadata) for metadata in odd]) == ([], [])
 
 
 # --- the metadata of a batch --------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ async def read_ratios(count: int) -> tuple[float, float, float]:
             reader = LineReader("chat", None, client._account.ledger.pricer_for(None))
     with file:
         ours, results = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
-        if results.answered != count:
-            raise SystemExit(f"{results.answered} of {count} results were read")
+        if len(results.responses) != count:
+            raise SystemExit(f"{len(results.responses)} of {count} results were read")
         del results
         file.seek(0)
         kept, _ = cpu(lambda: list(map(json.loads, file)))

@@ -44,12 +44,12 @@ def connect(
     cache: Path | None = None,
     **options: Any,
 ) -> OpenAIClient:
-    """Return a client of a server, in a hurry."""
+    """Return a client of a server, which polls often and knows no rate limits."""
     url = server if isinstance(server, str) else server.base_url
     config = OpenAIConfig(**{"api_key": KEY, "base_url": url, "default_model": MODEL, **options})
-    hurried = BatchConfig(**{"polling_interval": SOON, "auto_batch_threshold": 1, **(batch or {})})
-    wide = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
-    return OpenAIClient(config, batch=hurried, rate_limit=wide, cache=cache, http_client=http_client)
+    often = BatchConfig(**{"polling_interval": SOON, "auto_batch_threshold": 1, **(batch or {})})
+    unlimited = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
+    return OpenAIClient(config, batch=often, rate_limit=unlimited, cache=cache, http_client=http_client)
 
 
 def asked(count: int, **params: Any) -> list[BatchRequest]:
@@ -190,6 +190,6 @@ def refusal(status: int, message: str, **error: Any) -> Callable[[Any], Any]:
 
 
 async def steps(many: int) -> None:
-    """Let the event loop go so many steps."""
+    """Let the event loop make so many steps."""
     for _ in range(many):
         await asyncio.sleep(0)
