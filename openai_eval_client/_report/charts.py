@@ -19,16 +19,15 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats
 
 
-_VIEW = 'viewBox="0 0 440 214"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 430.0, 22.0, 176.0  # the ends of the axes
 _LINE = 11.0  # the height of a line of text
-_LABEL, _EDGE = 66.0, 60.0  # widths of a label beside a mark, and of half a label under a break
+_LABEL = 66.0  # the width of a label beside a mark
 _TICKS, _TIME_TICKS = 4, 6  # of an axis of amounts, and of time at most
-_HEADROOM = 1.08  # above the highest column
 _TIME_STEPS = (
-    *(0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800),
-    *(3600, 7200, 14_400, 21_600, 43_200, 86_400),
+    *(0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200),
+    *(86_400 * days for days in (1, 2, 5, 10, 30)),
 )
+_HEADROOM = 1.08  # above the highest column
 _FAR = 8.0  # times the highest column: a limit beyond is named, not drawn
 _PEAK, _CUT = 2.0, 1.3  # times the other columns: one above the first is cut off at the second
 _MANY, _USUAL = 10, 0.9  # columns from which a peak may be cut off; the share of them that are no peaks
@@ -51,7 +50,7 @@ _CAUSES = {
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-def _svg(title: str, about: str, parts: Iterable[str], attributes: str = _VIEW) -> Markup:
+def _svg(title: str, about: str, parts: Iterable[str], attributes: str = 'viewBox="0 0 440 214"') -> Markup:
     """Return an image that says what it shows."""
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
@@ -60,46 +59,57 @@ def _svg(title: str, about: str, parts: Iterable[str], attributes: str = _VIEW) 
 
 
 def _x(share: float) -> float:
-    return _LEFT + (_RIGHT - _LEFT) * min(share, 1.0)
+    return _LEFT + (_RIGHT - _LEFT) * min(max(share, 0.0), 1.0)  # what is beyond the axis stands at its end
 
 
 def _y(share: float) -> float:
-    return _BOTTOM - (_BOTTOM - _TOP) * min(max(share, 0.0), 1.0)  # what is beyond the axis stands at its end
+    return _BOTTOM - (_BOTTOM - _TOP) * min(max(share, 0.0), 1.0)
 
 
-def _text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
+def _text(x: float, y: float, words: str, anchor: str = "", style: str = "") -> str:
+    """Return a text; without an anchor it is centred, or ends at the right edge."""
+    anchor = anchor or ("end" if x > _RIGHT - 3 * len(words) else "middle")
     kind = f' class="{style}"' if style else ""
     return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
+def _label(x: float, y: float, words: str) -> str:
+    """Return a text beside a mark, on the side where there is room."""
+    if x > _RIGHT - _LABEL:
+        return _text(x - 5, y, words, "end", "label")
+    return _text(x + 5, y, words, "start", "label")
+
+
+def _path(style: str, steps: str, tooltip: str = "") -> str:
+    about = f"<title>{escape(tooltip)}</title>" if tooltip else ""
+    return f'<path class="{style}" d="M{steps}">{about}</path>'
+
+
 def _column(style: str, x: tuple[float, float], y: tuple[float, float], tooltip: str) -> str:
-    """Return a column between two places and two shares of the axis of amounts."""
-    upper, width = _y(y[1]), x[1] - x[0]
+    """Return a column between two shares of the axis of time and two of the axis of amounts."""
+    left, upper = _x(x[0]), _y(y[1])
+    width = _x(x[1]) - left
     width = max(width - 0.6 if width > _WIDE else width, 0.4)
     return (
-        f'<rect class="{style}" x="{x[0]:.2f}" y="{upper:.2f}" width="{width:.2f}" '
-        f'height="{max(_y(y[0]) - upper, 0.0):.2f}"><title>{escape(tooltip)}</title></rect>'
+        f'<rect class="{style}" x="{left:.2f}" y="{upper:.2f}" width="{width:.2f}" '
+        f'height="{_y(y[0]) - upper:.2f}"><title>{escape(tooltip)}</title></rect>'
     )
 
 
-def _amounts(highest: float, unit: str) -> tuple[float, str]:
-    """Return the upper end of an axis of amounts, and the axis with round ticks."""
-    top = _HEADROOM * highest
-    power = 10.0 ** math.floor(math.log10(top / _TICKS))
+def _amounts(top: float, unit: str) -> Iterator[str]:
+    """Draw an axis of amounts, with round ticks."""
     least = top / _TICKS * (1 - 1e-9)
+    power = 10.0 ** math.floor(math.log10(least))
     step = next(power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= least)
-    drawn = _text(2, _TOP - 10, unit, "start")
+    yield _text(2, _TOP - 10, unit, "start")
     for value in (number * step for number in range(_TICKS + 1) if number * step <= top):
         y = _y(value / top)
-        drawn += f'<path class="{"grid" if value else "axis"}" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
-        drawn += _text(_LEFT - 5, y + 4, short(value), "end")
-    return top, drawn
+        yield _path("grid" if value else "axis", f"{_LEFT} {y:.1f}H{_RIGHT}")
+        yield _text(_LEFT - 5, y + 4, short(value), "end")
 
 
 def _time_tick(x: float, seconds: float) -> str:
-    anchor = "end" if x > _RIGHT - 14 else "middle"
-    label = _text(x, _BOTTOM + 18, duration(seconds), anchor)
-    return f'<path class="axis" d="M{x:.1f} {_BOTTOM}v4"/>{label}'
+    return _path("axis", f"{x:.1f} {_BOTTOM}v4") + _text(x, _BOTTOM + 18, duration(seconds))
 
 
 # --- columns over time ------------------------------------------------------------------------------------
@@ -110,7 +120,7 @@ class Layer(NamedTuple):
 
     label: str  # what they count
     style: str  # their class in the style sheet
-    values: Sequence[float]  # one for each column
+    values: Sequence[float] = ()  # one for each column
 
 
 class TimeAxis:
@@ -131,9 +141,9 @@ class TimeAxis:
 
     def rates(self, values: Sequence[float]) -> list[float]:
         """Return the same per unit of time; the last column counts as half a column at least."""
-        past = [max(self.seconds - n * self.step, self.step / 2) for n in range(self._columns)]
-        lengths = [min(self.step, seconds) for seconds in past] if self._columns > 1 else [self.step]
-        return [total * self.scale / length for total, length in zip(self.sums(values), lengths, strict=True)]
+        lengths = (self.seconds - n * self.step for n in range(self._columns))
+        units = (min(max(length, self.step / 2), self.step) / self.scale for length in lengths)
+        return [total / unit for total, unit in zip(self.sums(values), units, strict=True)]
 
     def totals(self, counts: str) -> list[float]:
         """Return what happened in each column, of all models together."""
@@ -159,25 +169,27 @@ class TimeAxis:
         sums = [sum(values) for values in zip(*(layer.values for layer in layers), strict=True)]
         highest = max([*sums, *(line.values if line else ())])
         near = {label: value for label, value in limits.items() if value <= _FAR * highest}
-        top, axis = _amounts(_reach(sums, max([highest, *near.values()]), near.values()), unit)
-        parts = [axis, *self._ticks(), *self._stacked(layers, unit, top), *self._peaks(sums, top)]
+        top = _reach(sums, max([highest, *near.values()]), near.values())
+        parts = [*_amounts(top, unit), *self._ticks(), *self._stacked(layers, unit, top)]
+        parts += self._peaks(sums, top)
         if line:
-            points = (f"{x:.2f} {_y(v / top):.2f}" for n, v in enumerate(line.values) for x in self._span(n))
-            parts.append(f'<path class="line {line.style}" d="M{"L".join(points)}"/>')
+            points = (
+                f"{_x(x):.2f} {_y(v / top):.2f}" for n, v in enumerate(line.values) for x in self._span(n)
+            )
+            parts.append(_path(f"line {line.style}", "L".join(points)))
         parts += [*_limit_marks(near, top), *self._breaks()]
         if far := ", ".join(sorted(limits.keys() - near.keys())):
-            parts.append(_text(_RIGHT, _TOP - 10, f"far below {far}", "end"))
+            parts.append(_text(_RIGHT, _TOP - 10, f"far below {far}"))
         mean, most = map(short, (sum(sums) / len(sums), max(sums)))
         about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
         return _svg(title, about + "".join(f" {label}." for label in limits), parts)
 
-    def _span(self, number: int) -> tuple[float, float]:
-        return _x(number * self.step / self.seconds), _x((number + 1) * self.step / self.seconds)
+    def _span(self, column: float) -> tuple[float, float]:
+        return column * self.step / self.seconds, (column + 1) * self.step / self.seconds
 
     def _ticks(self) -> Iterator[str]:
-        longest = _TIME_STEPS[-1]
-        fits = (step for step in _TIME_STEPS if self.seconds / step <= _TIME_TICKS)
-        step = next(fits, longest * math.ceil(self.seconds / longest / _TIME_TICKS))
+        fitting = (step for step in _TIME_STEPS if self.seconds / step <= _TIME_TICKS)
+        step = next(fitting, self.seconds / _TIME_TICKS)
         for number in range(int(self.seconds / step) + 1):
             yield _time_tick(_x(number * step / self.seconds), number * step)
 
@@ -195,28 +207,26 @@ class TimeAxis:
         """Mark the columns that are higher than the chart; the highest says how high."""
         for number, total in enumerate(sums):
             if total > top:
-                x = sum(self._span(number)) / 2
-                yield f'<path class="cut" d="M{x - 4:.1f} {_TOP + 1}l4 -6l4 6z"/>'
+                x = sum(map(_x, self._span(number))) / 2
+                yield _path("cut", f"{x - 4:.1f} {_TOP + 1}l4 -6l4 6z")
                 if sums.index(max(sums)) == number:
-                    anchor, shift = ("start", 7) if x < (_LEFT + _RIGHT) / 2 else ("end", -7)
-                    yield _text(x + shift, _TOP, f"up to {short(total)}", anchor, "label")
+                    yield _label(x + 2, _TOP, f"up to {short(total)}")
 
     def _breaks(self) -> Iterator[str]:
         """Mark where time is left out; where that is often, only the tooltip says how much."""
         for number, idle in self.history.breaks.items():
             x = _x((number + 0.5) * self.history.width / self.seconds)
             tooltip = f"{duration(idle)} in which nothing happened are left out here"
-            yield f'<path class="break" d="M{x:.1f} {_TOP}V{_BOTTOM}"><title>{tooltip}</title></path>'
+            yield _path("break", f"{x:.1f} {_TOP}V{_BOTTOM}", tooltip)
             if len(self.history.breaks) <= _LABELLED:
-                anchor = "end" if x > _RIGHT - _EDGE else "middle"
-                yield _text(x, _BOTTOM + 34, f"{duration(idle)} idle", anchor)
+                yield _text(x, _BOTTOM + 34, f"{duration(idle)} idle")
 
 
 def _reach(sums: Sequence[float], highest: float, limits: Iterable[float]) -> float:
     """Return how high a chart reaches: above all but a peak, as a full bucket at the start makes one."""
     usual = max([sorted(sums)[int(_USUAL * (len(sums) - 1))], *limits])
     is_peak = len(sums) >= _MANY and highest > _PEAK * usual > 0
-    return _CUT * usual if is_peak else max(highest, 1e-9)
+    return _HEADROOM * (_CUT * usual if is_peak else max(highest, 1e-9))
 
 
 def _limit_marks(limits: Mapping[str, float], top: float) -> Iterator[str]:
@@ -224,7 +234,7 @@ def _limit_marks(limits: Mapping[str, float], top: float) -> Iterator[str]:
     for number, (label, value) in enumerate(sorted(limits.items(), key=lambda pair: -pair[1])):
         y = _y(value / top)
         below = number > 0 and y + 2 * _LINE < _BOTTOM
-        yield f'<path class="limit" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
+        yield _path("limit", f"{_LEFT} {y:.1f}H{_RIGHT}")
         yield _text(_RIGHT - 2, y + _LINE if below else y - 4, label, "end", "label")
 
 
@@ -239,26 +249,24 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     for number, times in classes.items():
         bars[(number - first) // wide] += times
     margin = max(2, (_FEWEST_BARS - max(bars)) // 2)
-    slots = max(bars) + 1 + 2 * margin
+    slots, top = max(bars) + 1 + 2 * margin, _HEADROOM * max(bars.values())
 
     def edge(slot: float) -> float:
         return Histogram.value_of(first + (slot - margin) * wide - 0.5)
 
     def place(seconds: float) -> float:
-        return _x(max(0.0, math.log(seconds / edge(0)) / math.log(edge(slots) / edge(0))))
+        return _x(math.log(seconds / edge(0)) / math.log(edge(slots) / edge(0)))
 
-    top, axis = _amounts(max(bars.values()), "requests")
-    parts = [axis, *(_time_tick(place(value), value) for value in _log_ticks(edge(0), edge(slots)))]
+    parts = [*_amounts(top, "requests")]
+    parts += [_time_tick(place(value), value) for value in _log_ticks(edge(0), edge(slots))]
     for slot, times in sorted((slot + margin, times) for slot, times in bars.items()):
         tooltip = f"{duration(edge(slot))} to {duration(edge(slot + 1))}: {times:,}"
-        parts.append(_column("time", (_x(slot / slots), _x((slot + 1) / slots)), (0.0, times / top), tooltip))
-    for level, (label, seconds) in enumerate(marks.items()):
+        parts.append(_column("time", (slot / slots, (slot + 1) / slots), (0.0, times / top), tooltip))
+    labels = [f"{label} {duration(seconds)}" for label, seconds in marks.items()]
+    for level, (label, seconds) in enumerate(zip(labels, marks.values(), strict=True)):
         x, y = place(seconds), _TOP - 10 + _LINE * 1.2 * level
-        anchor, shift = ("end", -4) if x > _RIGHT - _LABEL else ("start", 4)
-        parts.append(f'<path class="mark" d="M{x:.1f} {_BOTTOM}V{y - 8:.1f}"/>')
-        parts.append(_text(x + shift, y, f"{label} {duration(seconds)}", anchor, "label"))
-    about = ", ".join(f"{label} {duration(seconds)}" for label, seconds in marks.items())
-    return _svg("Latency", f"{sum(classes.values()):,} requests; {about}.", parts)
+        parts += [_path("mark", f"{x:.1f} {_BOTTOM}V{y - 8:.1f}"), _label(x, y, label)]
+    return _svg("Latency", f"{sum(classes.values()):,} requests; {', '.join(labels)}.", parts)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -295,9 +303,8 @@ def _figures(heading: str, drawn: Iterable[str], note: str = "") -> Markup:
 
 def _figure(heading: object, drawn: str, *layers: Layer | None, kind: str = "") -> Markup:
     """Return a chart under its heading, with the keys of its colours."""
-    keys = [_swatch(layer.style, layer.label) for layer in layers if layer]
-    caption = "".join(f'<span class="key">{key}</span>' for key in keys)
-    caption = f"<figcaption>{caption}</figcaption>" if keys else ""
+    keys = (f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers if layer)
+    caption = f"<figcaption>{''.join(keys)}</figcaption>" if layers else ""
     return Markup(f'<figure class="card {kind}"><h3>{escape(heading)}</h3>{drawn}{caption}</figure>')
 
 
@@ -307,10 +314,10 @@ def _swatch(style: str, label: str) -> Markup:
 
 def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the charts of the models that reserved most, against their limits."""
-    models, known = axis.history.models, {each.model: each for each in limits}
-    largest = sorted(known.keys() & models.keys(), key=lambda model: (-sum(models[model].reserved), model))
-    drawn = [chart for model in largest[:_DRAWN] for chart in _of_model(axis, models[model], known[model])]
-    left = len(models) - len(largest[:_DRAWN])
+    models, known = axis.history.models, [each for each in limits if each.model in axis.history.models]
+    largest = sorted(known, key=lambda each: (-sum(models[each.model].reserved), each.model))[:_DRAWN]
+    drawn = [chart for each in largest for chart in _of_model(axis, models[each.model], each)]
+    left = len(models) - len(largest)
     more = f" The table of models has {count(left)} more." if left else ""
     wide = duration(axis.step)
     note = f"Each column is {wide}. At first, a full bucket lets more through than the limit.{more}"
@@ -326,20 +333,17 @@ def _of_model(axis: TimeAxis, timeline: ModelTimeline, limits: ModelLimits) -> I
         ("requests", limits.requests, sent, None),
         ("tokens", limits.tokens, reserved, used),
     ):
-        heading = Markup(f"{name(limits.model)}: {dimension} per {axis.unit}")
-        title, unit = f"{dimension} per {axis.unit}, {limits.model}", f"{dimension}/{axis.symbol}"
-        drawn = axis.draw(title, unit, layer, line=line, limits=_marked(limit, axis))
-        yield _figure(heading, drawn, layer, line)
+        title, unit = f"{dimension} per {axis.unit}", f"{dimension}/{axis.symbol}"
+        marks = _marked(limit, axis)
+        drawn = axis.draw(f"{title}, {limits.model}", unit, layer, line=line, limits=marks)
+        yield _figure(Markup(f"{name(limits.model)}: {title}"), drawn, layer, line)
 
 
 def _marked(limit: Limit, axis: TimeAxis) -> dict[str, float]:
     """Return the limits to be marked, by label."""
-    known = {"limit": limit.configured, "server's limit": limit.server}
-    if limit.configured == limit.server:
-        known.pop("server's limit")
-    return {
-        f"{label} {short(value)}/min": value * axis.scale / _MINUTE for label, value in known.items() if value
-    }
+    server = None if limit.server == limit.configured else limit.server
+    known = (("limit", limit.configured), ("server's limit", server))
+    return {f"{label} {short(value)}/min": value * axis.scale / _MINUTE for label, value in known if value}
 
 
 def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
@@ -380,5 +384,5 @@ def _latency(stats: ClientStats, data: ReportData) -> Iterator[Markup]:
     known = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
     marks = {label: value for label, value in known.items() if value is not None}
     if data.latency:
-        layer = Layer("attempts that were answered; the axis of time is logarithmic", "time", ())
+        layer = Layer("attempts that were answered; the axis of time is logarithmic", "time")
         yield _figure("How long answers took", histogram(data.latency, marks), layer)
