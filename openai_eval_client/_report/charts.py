@@ -12,7 +12,7 @@ from openai_eval_client._report.html import Markup, escape, name, section, table
 from openai_eval_client._stats import Histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openai_eval_client._limits import Limit, ModelLimits
     from openai_eval_client._stats import History, ModelTimeline, ReportData
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 430.0, 22.0, 176.0  # the ends of the axes
-_LINE = 11.0  # the height of a line of text
 _LABEL = 66.0  # the width of a label beside a mark
 _TICKS, _TIME_TICKS = 4, 6  # of an axis of amounts, and of time at most
 _TIME_STEPS = (
@@ -58,58 +57,58 @@ def _svg(title: str, about: str, parts: Iterable[str], attributes: str = 'viewBo
     )
 
 
-def _x(share: float) -> float:
-    return _LEFT + (_RIGHT - _LEFT) * min(max(share, 0.0), 1.0)  # what is beyond the axis stands at its end
+class _Chart:
+    """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
+    def __init__(
+        self, top: float, unit: str, share_of: Callable[[float], float], ticks: Iterable[float]
+    ) -> None:
+        self.top = top
+        self._share_of = share_of  # where a time stands on its axis, from 0 to 1
+        self.parts: list[str] = []
+        self.text(2, _TOP - 10, unit, "start")
+        least = top / _TICKS * (1 - 1e-9)
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= least)
+        for value in (number * step for number in range(_TICKS + 1) if number * step <= top):
+            self.path("grid" if value else "axis", f"{_LEFT} {self.y(value):.1f}H{_RIGHT}")
+            self.text(_LEFT - 5, self.y(value) + 4, short(value), "end")
+        for seconds in ticks:
+            self.path("axis", f"{self.x(seconds):.1f} {_BOTTOM}v4")
+            self.text(self.x(seconds), _BOTTOM + 18, duration(seconds))
 
-def _y(share: float) -> float:
-    return _BOTTOM - (_BOTTOM - _TOP) * min(max(share, 0.0), 1.0)
+    def x(self, seconds: float) -> float:
+        """Return where a time stands; what is beyond the axis stands at its end."""
+        return _LEFT + (_RIGHT - _LEFT) * min(max(self._share_of(seconds), 0.0), 1.0)
 
+    def y(self, amount: float) -> float:
+        """Return where an amount stands, likewise."""
+        return _BOTTOM - (_BOTTOM - _TOP) * min(max(amount / self.top, 0.0), 1.0)
 
-def _text(x: float, y: float, words: str, anchor: str = "", style: str = "") -> str:
-    """Return a text; without an anchor it is centred, or ends at the right edge."""
-    anchor = anchor or ("end" if x > _RIGHT - 3 * len(words) else "middle")
-    kind = f' class="{style}"' if style else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    def path(self, style: str, steps: str, tooltip: str = "") -> None:
+        """Draw a line."""
+        about = f"<title>{escape(tooltip)}</title>" if tooltip else ""
+        self.parts.append(f'<path class="{style}" d="M{steps}">{about}</path>')
 
+    def text(self, x: float, y: float, words: str, anchor: str = "", style: str = "") -> None:
+        """Write a text; without an anchor it is centred, or ends at the right edge."""
+        anchor = anchor or ("end" if x > _RIGHT - 3 * len(words) else "middle")
+        kind = f' class="{style}"' if style else ""
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self.parts.append(f"<text{kind} {place}>{escape(words)}</text>")
 
-def _label(x: float, y: float, words: str) -> str:
-    """Return a text beside a mark, on the side where there is room."""
-    if x > _RIGHT - _LABEL:
-        return _text(x - 5, y, words, "end", "label")
-    return _text(x + 5, y, words, "start", "label")
+    def label(self, x: float, y: float, words: str) -> None:
+        """Write a text beside a mark, on the side where there is room."""
+        anchor, shift = ("end", -5) if x > _RIGHT - _LABEL else ("start", 5)
+        self.text(x + shift, y, words, anchor, "label")
 
-
-def _path(style: str, steps: str, tooltip: str = "") -> str:
-    about = f"<title>{escape(tooltip)}</title>" if tooltip else ""
-    return f'<path class="{style}" d="M{steps}">{about}</path>'
-
-
-def _column(style: str, x: tuple[float, float], y: tuple[float, float], tooltip: str) -> str:
-    """Return a column between two shares of the axis of time and two of the axis of amounts."""
-    left, upper = _x(x[0]), _y(y[1])
-    width = _x(x[1]) - left
-    width = max(width - 0.6 if width > _WIDE else width, 0.4)
-    return (
-        f'<rect class="{style}" x="{left:.2f}" y="{upper:.2f}" width="{width:.2f}" '
-        f'height="{_y(y[0]) - upper:.2f}"><title>{escape(tooltip)}</title></rect>'
-    )
-
-
-def _amounts(top: float, unit: str) -> Iterator[str]:
-    """Draw an axis of amounts, with round ticks."""
-    least = top / _TICKS * (1 - 1e-9)
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= least)
-    yield _text(2, _TOP - 10, unit, "start")
-    for value in (number * step for number in range(_TICKS + 1) if number * step <= top):
-        y = _y(value / top)
-        yield _path("grid" if value else "axis", f"{_LEFT} {y:.1f}H{_RIGHT}")
-        yield _text(_LEFT - 5, y + 4, short(value), "end")
-
-
-def _time_tick(x: float, seconds: float) -> str:
-    return _path("axis", f"{x:.1f} {_BOTTOM}v4") + _text(x, _BOTTOM + 18, duration(seconds))
+    def column(self, style: str, times: tuple[float, float], below: float, amount: float, about: str) -> None:
+        """Draw a column between two times, on what is below it."""
+        left, upper = self.x(times[0]), self.y(below + amount)
+        width = self.x(times[1]) - left
+        width = max(width - 0.6 if width > _WIDE else width, 0.4)
+        place = f'x="{left:.2f}" y="{upper:.2f}" width="{width:.2f}" height="{self.y(below) - upper:.2f}"'
+        self.parts.append(f'<rect class="{style}" {place}><title>{escape(about)}</title></rect>')
 
 
 # --- columns over time ------------------------------------------------------------------------------------
@@ -170,56 +169,53 @@ class TimeAxis:
         highest = max([*sums, *(line.values if line else ())])
         near = {label: value for label, value in limits.items() if value <= _FAR * highest}
         top = _reach(sums, max([highest, *near.values()]), near.values())
-        parts = [*_amounts(top, unit), *self._ticks(), *self._stacked(layers, unit, top)]
-        parts += self._peaks(sums, top)
+        chart = _Chart(top, unit, lambda seconds: seconds / self.seconds, self._ticks())
+        self._stack(chart, layers, unit)
+        self._mark_peaks(chart, sums)
         if line:
-            points = (
-                f"{_x(x):.2f} {_y(v / top):.2f}" for n, v in enumerate(line.values) for x in self._span(n)
-            )
-            parts.append(_path(f"line {line.style}", "L".join(points)))
-        parts += [*_limit_marks(near, top), *self._breaks()]
+            steps = ((n + end, value) for n, value in enumerate(line.values) for end in (0, 1))
+            points = (f"{chart.x(n * self.step):.2f} {chart.y(value):.2f}" for n, value in steps)
+            chart.path(f"line {line.style}", "L".join(points))
+        _mark_limits(chart, near)
+        self._mark_breaks(chart)
         if far := ", ".join(sorted(limits.keys() - near.keys())):
-            parts.append(_text(_RIGHT, _TOP - 10, f"far below {far}"))
+            chart.text(_RIGHT, _TOP - 10, f"far below {far}")
         mean, most = map(short, (sum(sums) / len(sums), max(sums)))
         about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
-        return _svg(title, about + "".join(f" {label}." for label in limits), parts)
+        return _svg(title, about + "".join(f" {label}." for label in limits), chart.parts)
 
-    def _span(self, column: float) -> tuple[float, float]:
-        return column * self.step / self.seconds, (column + 1) * self.step / self.seconds
-
-    def _ticks(self) -> Iterator[str]:
+    def _ticks(self) -> list[float]:
         fitting = (step for step in _TIME_STEPS if self.seconds / step <= _TIME_TICKS)
         step = next(fitting, self.seconds / _TIME_TICKS)
-        for number in range(int(self.seconds / step) + 1):
-            yield _time_tick(_x(number * step / self.seconds), number * step)
+        return [number * step for number in range(int(self.seconds / step) + 1)]
 
-    def _stacked(self, layers: Sequence[Layer], unit: str, top: float) -> Iterator[str]:
+    def _stack(self, chart: _Chart, layers: Sequence[Layer], unit: str) -> None:
         below = [0.0] * self._columns
         for layer in layers:
             for number, value in enumerate(layer.values):
                 if value:
-                    tooltip = f"{duration(number * self.step)}: {short(value)} {unit} {layer.label}"
-                    y = below[number] / top, (below[number] + value) / top
-                    yield _column(layer.style, self._span(number), y, tooltip)
+                    begin = number * self.step
+                    about = f"{duration(begin)}: {short(value)} {unit} {layer.label}"
+                    chart.column(layer.style, (begin, begin + self.step), below[number], value, about)
                     below[number] += value
 
-    def _peaks(self, sums: Sequence[float], top: float) -> Iterator[str]:
+    def _mark_peaks(self, chart: _Chart, sums: Sequence[float]) -> None:
         """Mark the columns that are higher than the chart; the highest says how high."""
         for number, total in enumerate(sums):
-            if total > top:
-                x = sum(map(_x, self._span(number))) / 2
-                yield _path("cut", f"{x - 4:.1f} {_TOP + 1}l4 -6l4 6z")
+            if total > chart.top:
+                x = chart.x((number + 0.5) * self.step)
+                chart.path("cut", f"{x - 4:.1f} {_TOP + 1}l4 -6l4 6z")
                 if sums.index(max(sums)) == number:
-                    yield _label(x + 2, _TOP, f"up to {short(total)}")
+                    chart.label(x + 2, _TOP, f"up to {short(total)}")
 
-    def _breaks(self) -> Iterator[str]:
+    def _mark_breaks(self, chart: _Chart) -> None:
         """Mark where time is left out; where that is often, only the tooltip says how much."""
         for number, idle in self.history.breaks.items():
-            x = _x((number + 0.5) * self.history.width / self.seconds)
+            x = chart.x((number + 0.5) * self.history.width)
             tooltip = f"{duration(idle)} in which nothing happened are left out here"
-            yield _path("break", f"{x:.1f} {_TOP}V{_BOTTOM}", tooltip)
+            chart.path("break", f"{x:.1f} {_TOP}V{_BOTTOM}", tooltip)
             if len(self.history.breaks) <= _LABELLED:
-                yield _text(x, _BOTTOM + 34, f"{duration(idle)} idle")
+                chart.text(x, _BOTTOM + 34, f"{duration(idle)} idle")
 
 
 def _reach(sums: Sequence[float], highest: float, limits: Iterable[float]) -> float:
@@ -229,13 +225,12 @@ def _reach(sums: Sequence[float], highest: float, limits: Iterable[float]) -> fl
     return _HEADROOM * (_CUT * usual if is_peak else max(highest, 1e-9))
 
 
-def _limit_marks(limits: Mapping[str, float], top: float) -> Iterator[str]:
+def _mark_limits(chart: _Chart, limits: Mapping[str, float]) -> None:
     """Mark each limit; its label stands above the highest, and below the others where there is room."""
     for number, (label, value) in enumerate(sorted(limits.items(), key=lambda pair: -pair[1])):
-        y = _y(value / top)
-        below = number > 0 and y + 2 * _LINE < _BOTTOM
-        yield _path("limit", f"{_LEFT} {y:.1f}H{_RIGHT}")
-        yield _text(_RIGHT - 2, y + _LINE if below else y - 4, label, "end", "label")
+        y = chart.y(value)
+        chart.path("limit", f"{_LEFT} {y:.1f}H{_RIGHT}")
+        chart.text(_RIGHT - 2, y + 11 if number and y + 22 < _BOTTOM else y - 4, label, "end", "label")
 
 
 # --- latency ----------------------------------------------------------------------------------------------
@@ -249,24 +244,23 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     for number, times in classes.items():
         bars[(number - first) // wide] += times
     margin = max(2, (_FEWEST_BARS - max(bars)) // 2)
-    slots, top = max(bars) + 1 + 2 * margin, _HEADROOM * max(bars.values())
 
-    def edge(slot: float) -> float:
-        return Histogram.value_of(first + (slot - margin) * wide - 0.5)
+    def edge(bar: int) -> float:
+        return Histogram.value_of(first + bar * wide - 0.5)
 
-    def place(seconds: float) -> float:
-        return _x(math.log(seconds / edge(0)) / math.log(edge(slots) / edge(0)))
-
-    parts = [*_amounts(top, "requests")]
-    parts += [_time_tick(place(value), value) for value in _log_ticks(edge(0), edge(slots))]
-    for slot, times in sorted((slot + margin, times) for slot, times in bars.items()):
-        tooltip = f"{duration(edge(slot))} to {duration(edge(slot + 1))}: {times:,}"
-        parts.append(_column("time", (slot / slots, (slot + 1) / slots), (0.0, times / top), tooltip))
+    low, high = edge(-margin), edge(max(bars) + 1 + margin)
+    top, share_of = _HEADROOM * max(bars.values()), lambda at: math.log(at / low) / math.log(high / low)
+    chart = _Chart(top, "requests", share_of, _log_ticks(low, high))
+    for bar, times in sorted(bars.items()):
+        tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
+        chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)
     labels = [f"{label} {duration(seconds)}" for label, seconds in marks.items()]
     for level, (label, seconds) in enumerate(zip(labels, marks.values(), strict=True)):
-        x, y = place(seconds), _TOP - 10 + _LINE * 1.2 * level
-        parts += [_path("mark", f"{x:.1f} {_BOTTOM}V{y - 8:.1f}"), _label(x, y, label)]
-    return _svg("Latency", f"{sum(classes.values()):,} requests; {', '.join(labels)}.", parts)
+        x, y = chart.x(seconds), _TOP - 10 + 13.2 * level
+        chart.path("mark", f"{x:.1f} {_BOTTOM}V{y - 8:.1f}")
+        chart.label(x, y, label)
+    about = f"{sum(classes.values()):,} requests; {', '.join(labels)}."
+    return _svg("Latency", about, chart.parts)
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

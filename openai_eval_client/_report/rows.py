@@ -18,22 +18,12 @@ if TYPE_CHECKING:
 
 _COLUMNS = {  # in their order, with types that allow for rows without a value
     "index": "int64",
-    "content": "object",
-    "finish_reason": "object",
-    "model": "object",
-    "prompt_tokens": "Int64",
-    "completion_tokens": "Int64",
-    "total_tokens": "Int64",
-    "cached_tokens": "Int64",
-    "reasoning_tokens": "Int64",
-    "cost": "Float64",
-    "latency_ms": "Float64",
-    "temperature": "Float64",
+    **dict.fromkeys(("content", "finish_reason", "model"), "object"),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), "Int64"),
+    **dict.fromkeys(("cached_tokens", "reasoning_tokens"), "Int64"),
+    **dict.fromkeys(("cost", "latency_ms", "temperature"), "Float64"),
     "cached": "boolean",
-    "request_id": "object",
-    "refusal": "object",
-    "error": "object",
-    "error_type": "object",
+    **dict.fromkeys(("request_id", "refusal", "error", "error_type"), "object"),
 }
 
 
