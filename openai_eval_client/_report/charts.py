@@ -15,25 +15,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openai_eval_client._limits import Limit, ModelLimits
-    from openai_eval_client._stats import History, ModelTimeline, ReportData
+    from openai_eval_client._stats import History, ReportData
     from openai_eval_client.models import ClientStats
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 430.0, 22.0, 176.0  # the ends of the axes
 _LABEL = 66.0  # the width of a label beside a mark
 _TICKS, _TIME_TICKS = 4, 6  # of an axis of amounts, and of time at most
-_TIME_STEPS = (
-    *(0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200),
+_ROUND_TIMES = (
+    *(digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)),
+    *(10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200),
     *(86_400 * days for days in (1, 2, 5, 10, 30)),
 )
-_HEADROOM = 1.08  # above the highest column
 _FAR = 8.0  # times the highest column: a limit beyond is named, not drawn
 _PEAK, _CUT = 2.0, 1.3  # times the other columns: one above the first is cut off at the second
-_MANY, _USUAL = 10, 0.9  # columns from which a peak may be cut off; the share of them that are no peaks
-_BARS, _FEWEST_BARS = 36, 12  # of a histogram
+_MANY = 10  # columns from which a peak may be cut off
 _LABELLED = 3  # breaks whose length is written under them
 _WIDE = 3.0  # a column from which there is a gap to the next
-_COLUMNS = 80  # of a chart over time, at most
+_COLUMNS, _BARS = 80, 36  # of a chart over time, and of a histogram, at most
 _DRAWN = 6  # models that have charts of their own
 _MINUTE = 60.0
 _CAUSES = {
@@ -61,9 +60,9 @@ class _Chart:
     """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
     def __init__(
-        self, top: float, unit: str, share_of: Callable[[float], float], ticks: Iterable[float]
+        self, highest: float, unit: str, share_of: Callable[[float], float], ticks: Iterable[float]
     ) -> None:
-        self.top = top
+        self.top = top = 1.08 * highest
         self._share_of = share_of  # where a time stands on its axis, from 0 to 1
         self.parts: list[str] = []
         self.text(2, _TOP - 10, unit, "start")
@@ -163,13 +162,14 @@ class TimeAxis:
         *layers: Layer,
         line: Layer | None = None,
         limits: Mapping[str, float] = MappingProxyType({}),
+        model: str = "",
     ) -> Markup:
-        """Return columns on this axis, with a line over them, and limits marked by label."""
+        """Return a figure of columns, with a line over them, and limits marked by label."""
         sums = [sum(values) for values in zip(*(layer.values for layer in layers), strict=True)]
         highest = max([*sums, *(line.values if line else ())])
         near = {label: value for label, value in limits.items() if value <= _FAR * highest}
-        top = _reach(sums, max([highest, *near.values()]), near.values())
-        chart = _Chart(top, unit, lambda seconds: seconds / self.seconds, self._ticks())
+        reach = _reach(sums, max([highest, *near.values()]), near.values())
+        chart = _Chart(reach, unit, lambda seconds: seconds / self.seconds, self._ticks())
         self._stack(chart, layers, unit)
         self._mark_peaks(chart, sums)
         if line:
@@ -182,10 +182,13 @@ class TimeAxis:
             chart.text(_RIGHT, _TOP - 10, f"far below {far}")
         mean, most = map(short, (sum(sums) / len(sums), max(sums)))
         about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
-        return _svg(title, about + "".join(f" {label}." for label in limits), chart.parts)
+        about += "".join(f" {label}." for label in limits)
+        drawn = _svg(f"{title}, {model}" if model else title, about, chart.parts)
+        heading = Markup(f"{name(model)}: {title}") if model else title
+        return _figure(heading, drawn, *layers, *([line] if line else ()))
 
     def _ticks(self) -> list[float]:
-        fitting = (step for step in _TIME_STEPS if self.seconds / step <= _TIME_TICKS)
+        fitting = (step for step in _ROUND_TIMES if self.seconds / step <= _TIME_TICKS)
         step = next(fitting, self.seconds / _TIME_TICKS)
         return [number * step for number in range(int(self.seconds / step) + 1)]
 
@@ -220,9 +223,9 @@ class TimeAxis:
 
 def _reach(sums: Sequence[float], highest: float, limits: Iterable[float]) -> float:
     """Return how high a chart reaches: above all but a peak, as a full bucket at the start makes one."""
-    usual = max([sorted(sums)[int(_USUAL * (len(sums) - 1))], *limits])
+    usual = max([sorted(sums)[int(0.9 * (len(sums) - 1))], *limits])
     is_peak = len(sums) >= _MANY and highest > _PEAK * usual > 0
-    return _HEADROOM * (_CUT * usual if is_peak else max(highest, 1e-9))
+    return _CUT * usual if is_peak else max(highest, 1e-9)
 
 
 def _mark_limits(chart: _Chart, limits: Mapping[str, float]) -> None:
@@ -243,14 +246,20 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     bars: Counter[int] = Counter()
     for number, times in classes.items():
         bars[(number - first) // wide] += times
-    margin = max(2, (_FEWEST_BARS - max(bars)) // 2)
+    margin = max(2, (12 - max(bars)) // 2)  # bars beside them: few do not fill the chart
 
     def edge(bar: int) -> float:
         return Histogram.value_of(first + bar * wide - 0.5)
 
     low, high = edge(-margin), edge(max(bars) + 1 + margin)
-    top, share_of = _HEADROOM * max(bars.values()), lambda at: math.log(at / low) / math.log(high / low)
-    chart = _Chart(top, "requests", share_of, _log_ticks(low, high))
+
+    def share_of(seconds: float) -> float:
+        return math.log(seconds / low) / math.log(high / low)
+
+    ticks = [seconds for seconds in _ROUND_TIMES if low <= seconds <= high] or [math.sqrt(low * high)]
+    chart = _Chart(
+        max(bars.values()), "requests", share_of, ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
+    )
     for bar, times in sorted(bars.items()):
         tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
         chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)
@@ -261,16 +270,6 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
         chart.label(x, y, label)
     about = f"{sum(classes.values()):,} requests; {', '.join(labels)}."
     return _svg("Latency", about, chart.parts)
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return round times between two, not too many of them."""
-    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [digit * power for power in powers for digit in digits if low <= digit * power <= high]
-        if len(ticks) <= _TIME_TICKS + 1:
-            break
-    return ticks or [math.sqrt(low * high)]
 
 
 # --- the charts of a run ----------------------------------------------------------------------------------
@@ -295,9 +294,9 @@ def _figures(heading: str, drawn: Iterable[str], note: str = "") -> Markup:
     return section(heading, f'<div class="figures">{"".join(drawn)}</div>', note=note)
 
 
-def _figure(heading: object, drawn: str, *layers: Layer | None, kind: str = "") -> Markup:
+def _figure(heading: object, drawn: str, *layers: Layer, kind: str = "") -> Markup:
     """Return a chart under its heading, with the keys of its colours."""
-    keys = (f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers if layer)
+    keys = (f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers)
     caption = f"<figcaption>{''.join(keys)}</figcaption>" if layers else ""
     return Markup(f'<figure class="card {kind}"><h3>{escape(heading)}</h3>{drawn}{caption}</figure>')
 
@@ -308,29 +307,24 @@ def _swatch(style: str, label: str) -> Markup:
 
 def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return the charts of the models that reserved most, against their limits."""
-    models, known = axis.history.models, [each for each in limits if each.model in axis.history.models]
+    models, drawn = axis.history.models, []
+    known = [each for each in limits if each.model in models]
     largest = sorted(known, key=lambda each: (-sum(models[each.model].reserved), each.model))[:_DRAWN]
-    drawn = [chart for each in largest for chart in _of_model(axis, models[each.model], each)]
+    for model, requests, tokens, *_ in largest:
+        timeline = models[model]
+        layer = Layer("sent", "admitted", axis.rates(timeline.admitted))
+        title, unit = f"requests per {axis.unit}", f"requests/{axis.symbol}"
+        drawn.append(axis.draw(title, unit, layer, limits=_marked(requests, axis), model=model))
+        layer = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
+        line = Layer("used by answers", "used", axis.rates(timeline.used))
+        title, unit = f"tokens per {axis.unit}", f"tokens/{axis.symbol}"
+        drawn.append(axis.draw(title, unit, layer, line=line, limits=_marked(tokens, axis), model=model))
     left = len(models) - len(largest)
     more = f" The table of models has {count(left)} more." if left else ""
     wide = duration(axis.step)
     note = f"Each column is {wide}. At first, a full bucket lets more through than the limit.{more}"
     if drawn:
         yield _figures("Requests and tokens against their limits", drawn, note)
-
-
-def _of_model(axis: TimeAxis, timeline: ModelTimeline, limits: ModelLimits) -> Iterator[Markup]:
-    sent = Layer("sent", "admitted", axis.rates(timeline.admitted))
-    reserved = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
-    used = Layer("used by answers", "used", axis.rates(timeline.used))
-    for dimension, limit, layer, line in (
-        ("requests", limits.requests, sent, None),
-        ("tokens", limits.tokens, reserved, used),
-    ):
-        title, unit = f"{dimension} per {axis.unit}", f"{dimension}/{axis.symbol}"
-        marks = _marked(limit, axis)
-        drawn = axis.draw(f"{title}, {limits.model}", unit, layer, line=line, limits=marks)
-        yield _figure(Markup(f"{name(limits.model)}: {title}"), drawn, layer, line)
 
 
 def _marked(limit: Limit, axis: TimeAxis) -> dict[str, float]:
@@ -346,14 +340,12 @@ def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup
     is_marked = len(bounds) == 1 and max(means) <= bounds[0] < math.inf
     marks = {f"max_concurrent {bounds[0]:g}": bounds[0]} if is_marked else {}
     layer = Layer("in flight", "flight", means)
-    drawn = axis.draw("Requests in flight", "requests", layer, limits=marks)
-    yield _figure("Requests in flight, on average", drawn, layer)
+    yield axis.draw("Requests in flight, on average", "requests", layer, limits=marks)
     limited = Layer("status 429", "rate_limited", axis.totals("rate_limited"))
     failed = Layer("other failures", "failed", axis.totals("failed"))
     if any(limited.values) or any(failed.values):
-        title, step = "Attempts without an answer", duration(axis.step)
-        drawn = axis.draw(title, f"in {step}", limited, failed)
-        yield _figure(f"{title}, each {step}", drawn, limited, failed)
+        step = duration(axis.step)
+        yield axis.draw(f"Attempts without an answer, each {step}", f"in {step}", limited, failed)
 
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
@@ -376,7 +368,7 @@ def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
 
 def _latency(stats: ClientStats, data: ReportData) -> Iterator[Markup]:
     known = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
-    marks = {label: value for label, value in known.items() if value is not None}
     if data.latency:
         layer = Layer("attempts that were answered; the axis of time is logarithmic", "time")
-        yield _figure("How long answers took", histogram(data.latency, marks), layer)
+        drawn = histogram(data.latency, {label: value for label, value in known.items() if value is not None})
+        yield _figure("How long answers took", drawn, layer)

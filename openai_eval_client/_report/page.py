@@ -7,6 +7,7 @@ import os
 import time
 from operator import itemgetter
 from pathlib import Path
+from string import Template
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats
 
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # the browser makes sure that nothing is loaded
 _ROWS = 40  # of the table of costs
 _MINUTE = 60.0
 _LITTLE = 0.05  # of all time: waits that do not matter
@@ -200,15 +200,12 @@ def write_report(path: str | os.PathLike[str], account: Account, base_url: str, 
     bound, began_at = bottleneck(stats, limits, data.history), data.history.began_at
     began = "" if began_at is None else f", first request {clock(began_at)}"
     about = f"{urlsplit(base_url).hostname or base_url}{began}; written {clock(time.time())}"
-    heading, style = escape(title or "Run report"), Path(__file__).with_name("report.css").read_text("utf-8")
-    page = (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        f"<title>{heading}</title><style>{style}</style></head><body><main>\n"
-        f'<header><h1>{heading}</h1><p class="meta">{escape(about)}</p>'
-        f'<p class="summary">{escape(_summary(stats, data.history, bound))}</p></header>\n'
-        f"{''.join(_sections(stats, data, limits, bound))}</main></body></html>\n"
+    template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+    page = template.substitute(
+        title=escape(title or "Run report"),
+        about=escape(about),
+        summary=escape(_summary(stats, data.history, bound)),
+        sections="".join(_sections(stats, data, limits, bound)),
     )
     return write_page(path, page)
 

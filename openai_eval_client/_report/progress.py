@@ -67,10 +67,10 @@ class ProgressSnapshot:
     failed: int = 0
     unpriced: int = 0  # answers whose price is not known
     cost: float = 0.0  # USD so far
-    projected: float | None = None  # USD for all prompts; None where that is unknown
+    projected: float | None = None  # USD for all prompts; None where that is unknown, and once all are done
     seconds: float = 0.0  # since the run began
     rate: float = 0.0  # outcomes per second in the last minute
-    left: float | None = None  # seconds until it is done, at that rate and within the limits
+    left: float | None = None  # seconds until all are done, at that rate and within the limits; likewise
     used: dict[str, float] = field(default_factory=dict)  # in the last minute, but no more than its limit
 
 
@@ -103,30 +103,26 @@ class Meter:
         while len(self._samples) > 2 and self._samples[1][0] <= now - _MINUTE:  # noqa: PLR2004  # first and last
             self._samples.popleft()
         began, done, spent = self._samples[0]
-        rate = (run.done - done) / max(now - began, 1e-9)
+        rate, rest = (run.done - done) / max(now - began, 1e-9), (run.total or 0) - run.done
+        is_priced = rest > 0 and run.done > run.unpriced
         return replace(
             run,
             limits=limits,
             in_flight=state.in_flight,
             rate_limited=state.rate_limited - self._start.rate_limited,
             retries=state.retries - self._start.retries,
-            projected=run.cost * run.total / run.done if run.total and run.done > run.unpriced else None,
+            projected=run.cost + run.cost / run.done * rest if is_priced else None,
             seconds=now - self._began,
             rate=rate,
-            left=self._seconds_left(state, rate),
+            left=rest * self._seconds_each(limits, rate) if rest > 0 and rate else None,
             used={name: min(n, limits.limits.get(name) or n) for name, n in _since(spent, limits).items()},
         )
 
-    def _seconds_left(self, state: ProgressSnapshot, rate: float) -> float | None:
-        """Return the time at this rate, or longer where the limits allow no more."""
-        run = self._run
-        if run.total is None or not rate:
-            return None
-        seconds = [1 / rate]  # that one prompt takes
-        for name, spent in _since(self._start.limits.spent, state.limits).items():
-            if limit := state.limits.limits.get(name):
-                seconds.append(spent / run.done / (limit / _MINUTE))
-        return max(run.total - run.done, 0) * max(seconds)
+    def _seconds_each(self, limits: LimitStatus, rate: float) -> float:
+        """Return the time of a prompt at this rate, or longer where the limits allow no more."""
+        spent = _since(self._start.limits.spent, limits)
+        known = [(spent[name], limit) for name, limit in limits.limits.items() if limit]
+        return max([1 / rate, *(number / self._run.done / limit * _MINUTE for number, limit in known)])
 
 
 def _since(before: dict[str, float], limits: LimitStatus) -> dict[str, float]:
@@ -136,8 +132,7 @@ def _since(before: dict[str, float], limits: LimitStatus) -> dict[str, float]:
 def headline(state: ProgressSnapshot, share: str = "") -> str:
     """Return how far a run is: count, rate and time, and what it waits for."""
     done = f"{state.done:,}{share}" if state.total is None else f"{state.done:,}/{state.total:,}{share}"
-    is_open = state.left is not None and state.done != state.total
-    time_text = f"{timer(state.left or 0.0)} left" if is_open else timer(state.seconds)
+    time_text = timer(state.seconds) if state.left is None else f"{timer(state.left)} left"
     return ", ".join(filter(None, (done, f"{short(state.rate)}/s", time_text, _waiting_for(state))))
 
 
@@ -145,13 +140,11 @@ def _waiting_for(state: ProgressSnapshot) -> str:
     """Return what a run waits for, if that is not an answer."""
     if state.in_flight is None and state.done != state.total:
         return "waiting for the Batch API"
-    limits = state.limits
-    if not limits.waiting or limits.cause == "concurrency":
+    cause, seconds = state.limits.cause, state.limits.seconds
+    if not state.limits.waiting or cause == "concurrency":
         return ""
-    length = f" {timer(limits.seconds)}" if limits.seconds >= _LONG_WAIT else ""
-    if limits.cause == "pause":
-        return f"paused by the server{length}"
-    return f"waiting{length} for {_NAMES[limits.cause]}"
+    length = f" {timer(seconds)}" if seconds >= _LONG_WAIT else ""
+    return f"paused by the server{length}" if cause == "pause" else f"waiting{length} for {_NAMES[cause]}"
 
 
 def details(state: ProgressSnapshot) -> list[str]:
@@ -170,8 +163,7 @@ def details(state: ProgressSnapshot) -> list[str]:
 def _money(state: ProgressSnapshot) -> str:
     if state.unpriced and not state.cost:
         return "cost unknown"
-    is_open = state.projected is not None and state.done != state.total
-    projected = f" of ~${usd(state.projected or 0.0)}" if is_open else ""
+    projected = "" if state.projected is None else f" of ~${usd(state.projected)}"
     return f"${usd(state.cost)}{projected}" + (f" + {state.unpriced:,} unpriced" if state.unpriced else "")
 
 
