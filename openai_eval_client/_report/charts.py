@@ -48,14 +48,6 @@ _CAUSES = {
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-def _svg(title: str, about: str, parts: Iterable[str], attributes: str = 'viewBox="0 0 440 214"') -> Markup:
-    """Return an image that says what it shows."""
-    return Markup(
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
-        f"<title>{escape(title)}</title><desc>{escape(about)}</desc>{''.join(parts)}</svg>"
-    )
-
-
 class _Chart:
     """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
@@ -183,9 +175,7 @@ class TimeAxis:
         mean, most = map(short, (sum(sums) / len(sums), max(sums)))
         about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
         about += "".join(f" {label}." for label in limits)
-        drawn = _svg(f"{title}, {model}" if model else title, about, chart.parts)
-        heading = Markup(f"{name(model)}: {title}") if model else title
-        return _figure(heading, drawn, *layers, *([line] if line else ()))
+        return _figure(title, about, chart.parts, *layers, *([line] if line else ()), model=model)
 
     def _ticks(self) -> list[float]:
         fitting = (step for step in _ROUND_TIMES if self.seconds / step <= _TIME_TICKS)
@@ -269,43 +259,60 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
         chart.path("mark", f"{x:.1f} {_BOTTOM}V{y - 8:.1f}")
         chart.label(x, y, label)
     about = f"{sum(classes.values()):,} requests; {', '.join(labels)}."
-    return _svg("Latency", about, chart.parts)
+    layer = Layer("attempts that were answered; the axis of time is logarithmic", "time")
+    return _figure("How long answers took", about, chart.parts, layer)
 
 
 # --- the charts of a run ----------------------------------------------------------------------------------
 
 
-def chart_sections(stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
+def chart_sections(stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits]) -> Iterator[str]:
     """Return the sections of a report that are charts."""
     if data.history.models:
         axis = TimeAxis(data.history)
-        yield from _against_limits(axis, limits)
+        yield _against_limits(axis, limits)
         yield _figures("In flight, and refused", _in_flight(axis, limits))
-    drawn = [*_where_time_went(stats), *_latency(stats, data)]
-    if drawn:
-        note = (
-            "Time is summed over all requests: ten that wait for a second are ten seconds. "
-            "Prompts that were not taken up yet do not count."
-        )
-        yield _figures("Where time went", drawn, note)
+    percentiles = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
+    marks = {label: value for label, value in percentiles.items() if value is not None}
+    latency = [histogram(data.latency, marks)] if data.latency else []
+    note = (
+        "Time is summed over all requests: ten that wait for a second are ten seconds. "
+        "Prompts that were not taken up yet do not count."
+    )
+    yield _figures("Where time went", [*_where_time_went(stats), *latency], note)
 
 
-def _figures(heading: str, drawn: Iterable[str], note: str = "") -> Markup:
-    return section(heading, f'<div class="figures">{"".join(drawn)}</div>', note=note)
+def _figures(heading: str, drawn: Iterable[str], note: str = "") -> str:
+    content = "".join(drawn)
+    return section(heading, f'<div class="figures">{content}</div>', note=note) if content else ""
 
 
-def _figure(heading: object, drawn: str, *layers: Layer, kind: str = "") -> Markup:
-    """Return a chart under its heading, with the keys of its colours."""
+def _figure(
+    title: str,
+    about: str,
+    parts: Iterable[str],
+    *layers: Layer,
+    model: str = "",
+    attributes: str = 'viewBox="0 0 440 214"',
+    below: str = "",
+) -> Markup:
+    """Return an image that says what it shows, under its heading, with the keys of its colours."""
+    heading = f"{name(model)}: {escape(title)}" if model else escape(title)
     keys = (f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers)
     caption = f"<figcaption>{''.join(keys)}</figcaption>" if layers else ""
-    return Markup(f'<figure class="card {kind}"><h3>{escape(heading)}</h3>{drawn}{caption}</figure>')
+    return Markup(
+        f'<figure class="card"><h3>{heading}</h3>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
+        f"<title>{escape(f'{title}, {model}' if model else title)}</title><desc>{escape(about)}</desc>"
+        f"{''.join(parts)}</svg>{below}{caption}</figure>"
+    )
 
 
 def _swatch(style: str, label: str) -> Markup:
     return Markup(f'<span class="swatch {style}"></span>{escape(label)}')
 
 
-def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
+def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
     """Return the charts of the models that reserved most, against their limits."""
     models, drawn = axis.history.models, []
     known = [each for each in limits if each.model in models]
@@ -323,8 +330,7 @@ def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[M
     more = f" The table of models has {count(left)} more." if left else ""
     wide = duration(axis.step)
     note = f"Each column is {wide}. At first, a full bucket lets more through than the limit.{more}"
-    if drawn:
-        yield _figures("Requests and tokens against their limits", drawn, note)
+    return _figures("Requests and tokens against their limits", drawn, note)
 
 
 def _marked(limit: Limit, axis: TimeAxis) -> dict[str, float]:
@@ -361,14 +367,5 @@ def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
         at += share
     if spent:
         attributes = 'class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"'
-        bar = _svg("Where time went", "; ".join(about), parts, attributes)
-        shares = table(("", "time", "share"), rows)
-        yield _figure("Time of all requests together", f"{bar}{shares}", kind="share")
-
-
-def _latency(stats: ClientStats, data: ReportData) -> Iterator[Markup]:
-    known = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
-    if data.latency:
-        layer = Layer("attempts that were answered; the axis of time is logarithmic", "time")
-        drawn = histogram(data.latency, {label: value for label, value in known.items() if value is not None})
-        yield _figure("How long answers took", drawn, layer)
+        shares, title = table(("", "time", "share"), rows), "Time of all requests together"
+        yield _figure(title, "; ".join(about), parts, attributes=attributes, below=shares)
