@@ -356,10 +356,10 @@ def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
     known = {"server": stats.server_seconds, "retries": stats.retry_seconds, **stats.wait_seconds_by}
-    spent = {cause: known[cause] for cause in {**_CAUSES, **known} if known.get(cause, 0.0) > 0}
+    spent = {cause: known[cause] for cause in _CAUSES if known.get(cause, 0.0) > 0}
     rows, parts, about, at = [], [], [], 0.0
     for cause, seconds in spent.items():
-        label, share = _CAUSES.get(cause, f"waiting: {cause}"), seconds / sum(spent.values())
+        label, share = _CAUSES[cause], seconds / sum(spent.values())
         rows.append((_swatch(cause, label), duration(seconds), percent(share)))
         about.append(f"{label} {percent(share)}")
         place = f'x="{100 * at:.3f}" y="0" width="{100 * share:.3f}" height="8"'

@@ -61,10 +61,7 @@ def bottleneck(stats: ClientStats, limits: Sequence[ModelLimits], history: Histo
     _, cause, model = max(waits, key=itemgetter(0))
     if cause == "pause":
         return _paused(stats, model)
-    if cause in _DIMENSIONS:
-        return _limited(cause, model, history)
-    is_known = cause == "concurrency"
-    return _concurrency(model, history) if is_known else Bottleneck(f"held up by {cause} ({model.model})")
+    return _concurrency(model, history) if cause == "concurrency" else _limited(cause, model, history)
 
 
 def _server(stats: ClientStats, history: History) -> Bottleneck:
@@ -134,11 +131,10 @@ def _limited(dimension: str, limits: ModelLimits, history: History) -> Bottlenec
         "The Batch API (use_batch_api=True) has limits of its own, and half the price; "
         "a higher usage tier or another model has higher ones."
     )
-    smaller = _smaller_requests(timeline, limits) if dimension == "tokens" else _FEWER_REQUESTS
-    return Bottleneck(f"bound by {where}", [*corrections, smaller, elsewhere])
-
-
-_FEWER_REQUESTS = "Several questions in one prompt make fewer requests of the same tokens."
+    less = "Several questions in one prompt make fewer requests of the same tokens."
+    if dimension == "tokens":
+        less = _smaller_requests(timeline, limits)
+    return Bottleneck(f"bound by {where}", [*corrections, less, elsewhere])
 
 
 def _smaller_requests(timeline: ModelTimeline, limits: ModelLimits) -> str:
