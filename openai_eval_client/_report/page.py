@@ -79,8 +79,8 @@ def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
     most = max(stats.rate_limited_by, key=stats.rate_limited_by.__getitem__, default="unknown")
     named = "" if most == "unknown" else f", mostly for {most}"
     share = (
-        "Programs that spend the same quota at the same time can share it (redis_url); "
-        "else lower the configured limits to the part of it that is this program's."
+        "Programs that use the same quota at the same time can share it (redis_url); "
+        "otherwise lower the configured limits to this program's part of it."
     )
     corrections = _corrections(limits, *_DIMENSIONS)
     headline = f"held up by the server: {count(stats.rate_limited)} times 429{named}"
@@ -122,7 +122,7 @@ def _limited(dimension: str, limits: ModelLimits, history: History) -> Bottlenec
         text = (
             "It was short: a client begins with one second's quota, and learns the rest from the answers."
             if timeline.last - timeline.first < _MINUTE
-            else "Requests waited although the limit was not used up on the whole: they came in bursts, or "
+            else "Requests waited although the limit was not used up overall: they came in bursts, or "
             "the server had less left than its limit says, as it does where other programs spend the same "
             "quota."
         )
@@ -167,7 +167,7 @@ def _corrections(limits: ModelLimits, *dimensions: str) -> Iterator[str]:
         elif configured > _FAR_FROM * server:
             yield (
                 f"The server's limit is {count(server)}, less than the {count(configured)} configured: "
-                f"{setting} says it from the start."
+                f"{setting} keeps to it from the start."
             )
 
 

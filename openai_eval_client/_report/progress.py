@@ -70,7 +70,7 @@ class ProgressSnapshot:
     projected: float | None = None  # USD for all prompts; None where that is unknown, and once all are done
     seconds: float = 0.0  # since the run began
     rate: float = 0.0  # outcomes per second in the last minute
-    left: float | None = None  # seconds until all are done, at that rate and within the limits; likewise
+    left: float | None = None  # seconds until all are done, at that rate and within the limits; None likewise
     used: dict[str, float] = field(default_factory=dict)  # in the last minute, but no more than its limit
 
 
@@ -97,7 +97,7 @@ class Meter:
         self._run.done = max(self._run.done, round(fraction * (self._run.total or 0)))
 
     def read(self, state: ProgressSnapshot, now: float) -> ProgressSnapshot:
-        """Return what the client gives, with everything else added."""
+        """Return how far the run is, from what the client gives and what was counted."""
         run, limits = self._run, state.limits
         self._samples.append((now, run.done, limits.spent))
         while len(self._samples) > 2 and self._samples[1][0] <= now - _MINUTE:  # noqa: PLR2004  # first and last
@@ -111,7 +111,7 @@ class Meter:
             in_flight=state.in_flight,
             rate_limited=state.rate_limited - self._start.rate_limited,
             retries=state.retries - self._start.retries,
-            projected=run.cost + run.cost / run.done * rest if is_priced else None,
+            projected=run.cost * (1 + rest / run.done) if is_priced else None,
             seconds=now - self._began,
             rate=rate,
             left=rest * self._seconds_each(limits, rate) if rest > 0 and rate else None,
@@ -126,6 +126,7 @@ class Meter:
 
 
 def _since(before: dict[str, float], limits: LimitStatus) -> dict[str, float]:
+    """Return what was spent of each limit since then."""
     return {name: spent - before.get(name, 0.0) for name, spent in limits.spent.items()}
 
 
@@ -191,11 +192,10 @@ class Bar:
         class Line(tqdm):  # type: ignore[misc,unused-ignore]  # tqdm has no types
             monitor_interval = 0  # no thread: lines are painted by a timer
 
-        forms = ["{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}"]
-        size: dict[str, int] = {"dynamic_ncols": True}
-        if not in_notebook():
-            forms.append("{desc}")
-            size = dict(zip(("ncols", "nrows"), _size(), strict=True))
+        columns, rows = _size()
+        size = {"dynamic_ncols": in_notebook(), "ncols": columns, "nrows": rows}  # there as wide as the page
+        forms = ["{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}", "{desc}"]
+        forms = forms[:1] if in_notebook() else forms
         self._lines = [Line(total=total, bar_format=form, file=sys.stderr, **size) for form in forms]
 
     def show(self, state: ProgressSnapshot) -> None:
@@ -275,9 +275,10 @@ class Display:
         if in_notebook() or (sys.stderr is not None and sys.stderr.isatty()):
             try:
                 self._bar = Bar(self._total)
-                self._show()
             except ModuleNotFoundError:
                 _write(_MISSING)
+            else:
+                self._show()
         self._schedule()
 
     def _schedule(self) -> None:
@@ -301,6 +302,6 @@ class Display:
         try:
             act()
         except Exception:  # a run is worth more than its display
-            text = "progress cannot be shown; the run goes on without"
+            text = "progress cannot be shown; the run goes on without it"
             logger.exception(text, extra={"event": "progress_failed"})
             self._is_broken = True

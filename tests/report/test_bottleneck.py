@@ -65,7 +65,7 @@ def test_reservations_that_are_too_large_are_named():
             600_000,
             "RateLimitConfig(tokens_per_minute=600000) would admit up to 10.0 times as much",
         ),
-        (600_000, 60_000, "tokens_per_minute=60000 says it from the start"),
+        (600_000, 60_000, "tokens_per_minute=60000 keeps to it from the start"),
         (60_000, 60_000, None),
         (60_000, None, None),
     ],
