@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import html
+import itertools
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-_SECOND, _MINUTE, _HOUR, _DAY = 1.0, 60.0, 3600.0, 86_400.0
+_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _DIME = 0.1  # USD
 _SMALL = 10.0  # below it, one digit after the point says something
 
@@ -60,24 +61,14 @@ def bounds_text(
 
 def duration(seconds: float) -> str:
     """Return a time in its two largest units: 4 min 10 s."""
-    if not seconds:
-        return "0 s"
-    if seconds < _SECOND:
+    for (large, unit), (small, smaller) in itertools.pairwise(_UNITS):
+        if seconds >= large:
+            whole, rest = divmod(int(seconds), large)
+            return f"{whole} {unit} {rest // small} {smaller}" if rest >= small else f"{whole} {unit}"
+    if 0 < seconds < 1:
         return f"{1000 * seconds:.0f} ms"
-    if seconds < _MINUTE:
-        shown = f"{seconds:.1f}".removesuffix(".0") if seconds < _SMALL else f"{min(seconds, 59.4):.0f}"
-        return f"{shown} s"
-    if seconds < _HOUR:
-        return _two_units(seconds, (_MINUTE, "min"), (_SECOND, "s"))
-    if seconds < _DAY:
-        return _two_units(seconds, (_HOUR, "h"), (_MINUTE, "min"))
-    return _two_units(seconds, (_DAY, "d"), (_HOUR, "h"))
-
-
-def _two_units(seconds: float, large: tuple[float, str], small: tuple[float, str]) -> str:
-    whole, rest = divmod(int(seconds), int(large[0]))
-    rest //= int(small[0])
-    return f"{whole} {large[1]} {rest} {small[1]}" if rest else f"{whole} {large[1]}"
+    shown = f"{seconds:.1f}".removesuffix(".0") if seconds < _SMALL else f"{min(seconds, 59.4):.0f}"
+    return f"{shown} s"
 
 
 def timer(seconds: float) -> str:

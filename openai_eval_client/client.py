@@ -11,7 +11,7 @@ from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import Caller, collect, estimate, pool_for
-from openai_eval_client._report import Display, Guarded, ProgressSnapshot, both, write_report
+from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSnapshot, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
@@ -221,7 +221,7 @@ class OpenAIClient:
                 listed,
                 parameters,
                 budget=budget,
-                progress=both(callback, None if display is None else display.reach),
+                progress=Progress(None if display is None else display.reach, callback),
                 return_exceptions=return_exceptions,
             )
 
@@ -492,10 +492,10 @@ class OpenAIClient:
 
         def probe() -> ProgressSnapshot:
             rate_limited, retries = self._account.recorder.rate_limited_and_retries
-            limits, in_flight = (
-                (None, None) if pool is None else (self._account.limiter.status(model), pool.in_flight)
-            )
-            return ProgressSnapshot(limits, in_flight, rate_limited, retries)
+            if pool is None:
+                return ProgressSnapshot(rate_limited=rate_limited, retries=retries)
+            limits = self._account.limiter.status(model) or NO_LIMITS
+            return ProgressSnapshot(limits, pool.in_flight, rate_limited, retries)
 
         return Display(total, probe)
 
@@ -520,9 +520,8 @@ class OpenAIClient:
         return client
 
 
-def _guarded(callback: Callable[[float], Any] | None) -> Guarded | None:
+def _guarded(callback: Callable[[float], Any] | None) -> Progress:
     """Return a callback whose exceptions harm no run."""
-    if callback is None:
-        return None
-    check_callback(callback, "progress_callback")
-    return Guarded(callback)
+    if callback is not None:
+        check_callback(callback, "progress_callback")
+    return Progress(callback)

@@ -77,4 +77,4 @@ def test_the_command_line(server, tmp_path: Path) -> None:
 def test_data_files_are_installed() -> None:
     """The wheel has the files that are not Python."""
     root = Path(openai_eval_client.__file__).parent
-    assert all((root / name).is_file() for name in ("py.typed", "_report/report.css", "_limits/shared.lua"))
+    assert all((root / name).is_file() for name in ("py.typed", "_report/report.html", "_limits/shared.lua"))

@@ -87,7 +87,7 @@ class Batches:
         parameters: Parameters,
         *,
         budget: CostBudget | None,
-        progress: Progress | None,
+        progress: Progress,
         return_exceptions: bool,
     ) -> list[Any]:
         """Answer prompts by batches, with the contract of `batch_generate`."""

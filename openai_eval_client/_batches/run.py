@@ -41,7 +41,6 @@ from openai_eval_client._batches.status import (
 )
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
-from openai_eval_client._report import report
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
 from openai_eval_client._wire import of_error, read_failure, read_json
@@ -304,7 +303,7 @@ class BatchRun(Submission):
     prompts: Sequence[Any]  # checked
     parameters: Parameters
     cached: CachedAnswers
-    progress: Progress | None
+    progress: Progress
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
     never_ran: int = 0  # requests whose batch was not created, or failed
     failed: Exception | None = None  # the first reason for that
@@ -329,7 +328,7 @@ class BatchRun(Submission):
             raise
         finally:
             self.cached.give_back(responses_of(self._in_order()))
-        await report(self.progress, 1.0)
+        await self.progress(1.0)
         return outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
 
     async def _run(self) -> None:
@@ -499,7 +498,7 @@ class BatchRun(Submission):
         fraction = (len(self.prompts) - left) / len(self.prompts)
         if self._reported < fraction < 1:
             self._reported = fraction
-            await report(self.progress, fraction)
+            await self.progress(fraction)
 
     async def _look(self, batch_id: str, file: InputFile) -> None:
         try:

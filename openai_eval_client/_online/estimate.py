@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from openai_eval_client._cost import exact
 from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, ModelQueue
 from openai_eval_client._online.pool import iterate
-from openai_eval_client._report import report
 from openai_eval_client._wire import Usage, check_prompt, max_output
 from openai_eval_client.models import CostEstimate
 
@@ -39,7 +38,7 @@ async def estimate(
     *,
     counter: TokenCounter,
     account: Account,
-    progress: Progress | None,
+    progress: Progress,
 ) -> CostEstimate:
     """Estimate what prompts would need."""
     total = len(prompts) if isinstance(prompts, Sized) else 0
@@ -48,9 +47,9 @@ async def estimate(
         async for chunk in chunks:
             sizes.update(await _count_all(chunk, sizes.total(), parameters, counter))
             if sizes.total() < total:
-                await report(progress, sizes.total() / total)
+                await progress(sizes.total() / total)
     estimated = await asyncio.to_thread(_priced, sizes, parameters, account)
-    await report(progress, 1.0)
+    await progress(1.0)
     return estimated
 
 

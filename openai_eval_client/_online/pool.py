@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, AsyncIterable
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._limits import ConcurrencyLimit
-from openai_eval_client._report import report
 from openai_eval_client._validation import check_count
 from openai_eval_client._wire import check_prompt, read_failure
 from openai_eval_client.errors import PartialFailureError
@@ -256,14 +255,14 @@ async def collect(
     pool: WorkerPool,
     prompts: Sequence[Any],
     *,
-    progress: Progress | None,
+    progress: Progress,
     display: Display | None,
     return_exceptions: bool,
 ) -> list[Any]:
     """Answer all prompts and return the responses in input order."""
     outcomes: list[Any] = [None] * len(prompts)
     if not prompts:
-        await report(progress, 1.0)
+        await progress(1.0)
     try:
         async with contextlib.aclosing(pool.run(prompts, display=display)) as stream:
             done = 0
@@ -271,7 +270,7 @@ async def collect(
                 outcomes[index] = outcome
                 done += 1
                 if pool.error is None:
-                    await report(progress, done / len(prompts))
+                    await progress(done / len(prompts))
     except (Exception, asyncio.CancelledError) as error:
         for index, outcome in pool.unclaimed():
             outcomes[index] = outcome

@@ -12,30 +12,27 @@ from openai_eval_client._report.html import Markup, escape, name, section, table
 from openai_eval_client._stats import Histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openai_eval_client._limits import Limit, ModelLimits
-    from openai_eval_client._stats import History, ModelTimeline, ReportData
+    from openai_eval_client._stats import History, ReportData
     from openai_eval_client.models import ClientStats
 
 
-_VIEW = 'viewBox="0 0 440 214"'
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 430.0, 22.0, 176.0  # the ends of the axes
-_LINE = 11.0  # the height of a line of text
-_LABEL, _EDGE = 66.0, 60.0  # widths of a label beside a mark, and of half a label under a break
+_LABEL = 66.0  # the width of a label beside a mark
 _TICKS, _TIME_TICKS = 4, 6  # of an axis of amounts, and of time at most
-_HEADROOM = 1.08  # above the highest column
-_TIME_STEPS = (
-    *(0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800),
-    *(3600, 7200, 14_400, 21_600, 43_200, 86_400),
+_ROUND_TIMES = (
+    *(digit * 10.0**power for power in range(-6, 1) for digit in (1, 2, 5)),
+    *(10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400, 21_600, 43_200),
+    *(86_400 * days for days in (1, 2, 5, 10, 30)),
 )
 _FAR = 8.0  # times the highest column: a limit beyond is named, not drawn
 _PEAK, _CUT = 2.0, 1.3  # times the other columns: one above the first is cut off at the second
-_MANY, _USUAL = 10, 0.9  # columns from which a peak may be cut off; the share of them that are no peaks
-_BARS, _FEWEST_BARS = 36, 12  # of a histogram
+_MANY = 10  # columns from which a peak may be cut off
 _LABELLED = 3  # breaks whose length is written under them
 _WIDE = 3.0  # a column from which there is a gap to the next
-_COLUMNS = 80  # of a chart over time, at most
+_COLUMNS, _BARS = 80, 36  # of a chart over time, and of a histogram, at most
 _DRAWN = 6  # models that have charts of their own
 _MINUTE = 60.0
 _CAUSES = {
@@ -51,55 +48,58 @@ _CAUSES = {
 # --- drawing ----------------------------------------------------------------------------------------------
 
 
-def _svg(title: str, about: str, parts: Iterable[str], attributes: str = _VIEW) -> Markup:
-    """Return an image that says what it shows."""
-    return Markup(
-        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
-        f"<title>{escape(title)}</title><desc>{escape(about)}</desc>{''.join(parts)}</svg>"
-    )
+class _Chart:
+    """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
+    def __init__(
+        self, highest: float, unit: str, share_of: Callable[[float], float], ticks: Iterable[float]
+    ) -> None:
+        self.top = top = 1.08 * highest
+        self._share_of = share_of  # where a time stands on its axis, from 0 to 1
+        self.parts: list[str] = []
+        self.text(2, _TOP - 10, unit, "start")
+        least = top / _TICKS * (1 - 1e-9)
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= least)
+        for value in (number * step for number in range(_TICKS + 1) if number * step <= top):
+            self.path("grid" if value else "axis", f"{_LEFT} {self.y(value):.1f}H{_RIGHT}")
+            self.text(_LEFT - 5, self.y(value) + 4, short(value), "end")
+        for seconds in ticks:
+            self.path("axis", f"{self.x(seconds):.1f} {_BOTTOM}v4")
+            self.text(self.x(seconds), _BOTTOM + 18, duration(seconds))
 
-def _x(share: float) -> float:
-    return _LEFT + (_RIGHT - _LEFT) * min(share, 1.0)
+    def x(self, seconds: float) -> float:
+        """Return where a time stands; what is beyond the axis stands at its end."""
+        return _LEFT + (_RIGHT - _LEFT) * min(max(self._share_of(seconds), 0.0), 1.0)
 
+    def y(self, amount: float) -> float:
+        """Return where an amount stands, likewise."""
+        return _BOTTOM - (_BOTTOM - _TOP) * min(max(amount / self.top, 0.0), 1.0)
 
-def _y(share: float) -> float:
-    return _BOTTOM - (_BOTTOM - _TOP) * min(max(share, 0.0), 1.0)  # what is beyond the axis stands at its end
+    def path(self, style: str, steps: str, tooltip: str = "") -> None:
+        """Draw a line."""
+        about = f"<title>{escape(tooltip)}</title>" if tooltip else ""
+        self.parts.append(f'<path class="{style}" d="M{steps}">{about}</path>')
 
+    def text(self, x: float, y: float, words: str, anchor: str = "", style: str = "") -> None:
+        """Write a text; without an anchor it is centred, or ends at the right edge."""
+        anchor = anchor or ("end" if x > _RIGHT - 3 * len(words) else "middle")
+        kind = f' class="{style}"' if style else ""
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self.parts.append(f"<text{kind} {place}>{escape(words)}</text>")
 
-def _text(x: float, y: float, words: str, anchor: str, style: str = "") -> str:
-    kind = f' class="{style}"' if style else ""
-    return f'<text{kind} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+    def label(self, x: float, y: float, words: str) -> None:
+        """Write a text beside a mark, on the side where there is room."""
+        anchor, shift = ("end", -5) if x > _RIGHT - _LABEL else ("start", 5)
+        self.text(x + shift, y, words, anchor, "label")
 
-
-def _column(style: str, x: tuple[float, float], y: tuple[float, float], tooltip: str) -> str:
-    """Return a column between two places and two shares of the axis of amounts."""
-    upper, width = _y(y[1]), x[1] - x[0]
-    width = max(width - 0.6 if width > _WIDE else width, 0.4)
-    return (
-        f'<rect class="{style}" x="{x[0]:.2f}" y="{upper:.2f}" width="{width:.2f}" '
-        f'height="{max(_y(y[0]) - upper, 0.0):.2f}"><title>{escape(tooltip)}</title></rect>'
-    )
-
-
-def _amounts(highest: float, unit: str) -> tuple[float, str]:
-    """Return the upper end of an axis of amounts, and the axis with round ticks."""
-    top = _HEADROOM * highest
-    power = 10.0 ** math.floor(math.log10(top / _TICKS))
-    least = top / _TICKS * (1 - 1e-9)
-    step = next(power * nice for nice in (1.0, 2.0, 2.5, 5.0, 10.0) if power * nice >= least)
-    drawn = _text(2, _TOP - 10, unit, "start")
-    for value in (number * step for number in range(_TICKS + 1) if number * step <= top):
-        y = _y(value / top)
-        drawn += f'<path class="{"grid" if value else "axis"}" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
-        drawn += _text(_LEFT - 5, y + 4, short(value), "end")
-    return top, drawn
-
-
-def _time_tick(x: float, seconds: float) -> str:
-    anchor = "end" if x > _RIGHT - 14 else "middle"
-    label = _text(x, _BOTTOM + 18, duration(seconds), anchor)
-    return f'<path class="axis" d="M{x:.1f} {_BOTTOM}v4"/>{label}'
+    def column(self, style: str, times: tuple[float, float], below: float, amount: float, about: str) -> None:
+        """Draw a column between two times, on what is below it."""
+        left, upper = self.x(times[0]), self.y(below + amount)
+        width = self.x(times[1]) - left
+        width = max(width - 0.6 if width > _WIDE else width, 0.4)
+        place = f'x="{left:.2f}" y="{upper:.2f}" width="{width:.2f}" height="{self.y(below) - upper:.2f}"'
+        self.parts.append(f'<rect class="{style}" {place}><title>{escape(about)}</title></rect>')
 
 
 # --- columns over time ------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Layer(NamedTuple):
 
     label: str  # what they count
     style: str  # their class in the style sheet
-    values: Sequence[float]  # one for each column
+    values: Sequence[float] = ()  # one for each column
 
 
 class TimeAxis:
@@ -131,9 +131,9 @@ class TimeAxis:
 
     def rates(self, values: Sequence[float]) -> list[float]:
         """Return the same per unit of time; the last column counts as half a column at least."""
-        past = [max(self.seconds - n * self.step, self.step / 2) for n in range(self._columns)]
-        lengths = [min(self.step, seconds) for seconds in past] if self._columns > 1 else [self.step]
-        return [total * self.scale / length for total, length in zip(self.sums(values), lengths, strict=True)]
+        lengths = (self.seconds - n * self.step for n in range(self._columns))
+        units = (min(max(length, self.step / 2), self.step) / self.scale for length in lengths)
+        return [total / unit for total, unit in zip(self.sums(values), units, strict=True)]
 
     def totals(self, counts: str) -> list[float]:
         """Return what happened in each column, of all models together."""
@@ -154,78 +154,76 @@ class TimeAxis:
         *layers: Layer,
         line: Layer | None = None,
         limits: Mapping[str, float] = MappingProxyType({}),
+        model: str = "",
     ) -> Markup:
-        """Return columns on this axis, with a line over them, and limits marked by label."""
+        """Return a figure of columns, with a line over them, and limits marked by label."""
         sums = [sum(values) for values in zip(*(layer.values for layer in layers), strict=True)]
         highest = max([*sums, *(line.values if line else ())])
         near = {label: value for label, value in limits.items() if value <= _FAR * highest}
-        top, axis = _amounts(_reach(sums, max([highest, *near.values()]), near.values()), unit)
-        parts = [axis, *self._ticks(), *self._stacked(layers, unit, top), *self._peaks(sums, top)]
+        reach = _reach(sums, max([highest, *near.values()]), near.values())
+        chart = _Chart(reach, unit, lambda seconds: seconds / self.seconds, self._ticks())
+        self._stack(chart, layers, unit)
+        self._mark_peaks(chart, sums)
         if line:
-            points = (f"{x:.2f} {_y(v / top):.2f}" for n, v in enumerate(line.values) for x in self._span(n))
-            parts.append(f'<path class="line {line.style}" d="M{"L".join(points)}"/>')
-        parts += [*_limit_marks(near, top), *self._breaks()]
+            steps = ((n + end, value) for n, value in enumerate(line.values) for end in (0, 1))
+            points = (f"{chart.x(n * self.step):.2f} {chart.y(value):.2f}" for n, value in steps)
+            chart.path(f"line {line.style}", "L".join(points))
+        _mark_limits(chart, near)
+        self._mark_breaks(chart)
         if far := ", ".join(sorted(limits.keys() - near.keys())):
-            parts.append(_text(_RIGHT, _TOP - 10, f"far below {far}", "end"))
+            chart.text(_RIGHT, _TOP - 10, f"far below {far}")
         mean, most = map(short, (sum(sums) / len(sums), max(sums)))
         about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
-        return _svg(title, about + "".join(f" {label}." for label in limits), parts)
+        about += "".join(f" {label}." for label in limits)
+        return _figure(title, about, chart.parts, *layers, *([line] if line else ()), model=model)
 
-    def _span(self, number: int) -> tuple[float, float]:
-        return _x(number * self.step / self.seconds), _x((number + 1) * self.step / self.seconds)
+    def _ticks(self) -> list[float]:
+        fitting = (step for step in _ROUND_TIMES if self.seconds / step <= _TIME_TICKS)
+        step = next(fitting, self.seconds / _TIME_TICKS)
+        return [number * step for number in range(int(self.seconds / step) + 1)]
 
-    def _ticks(self) -> Iterator[str]:
-        longest = _TIME_STEPS[-1]
-        fits = (step for step in _TIME_STEPS if self.seconds / step <= _TIME_TICKS)
-        step = next(fits, longest * math.ceil(self.seconds / longest / _TIME_TICKS))
-        for number in range(int(self.seconds / step) + 1):
-            yield _time_tick(_x(number * step / self.seconds), number * step)
-
-    def _stacked(self, layers: Sequence[Layer], unit: str, top: float) -> Iterator[str]:
+    def _stack(self, chart: _Chart, layers: Sequence[Layer], unit: str) -> None:
         below = [0.0] * self._columns
         for layer in layers:
             for number, value in enumerate(layer.values):
                 if value:
-                    tooltip = f"{duration(number * self.step)}: {short(value)} {unit} {layer.label}"
-                    y = below[number] / top, (below[number] + value) / top
-                    yield _column(layer.style, self._span(number), y, tooltip)
+                    begin = number * self.step
+                    about = f"{duration(begin)}: {short(value)} {unit} {layer.label}"
+                    chart.column(layer.style, (begin, begin + self.step), below[number], value, about)
                     below[number] += value
 
-    def _peaks(self, sums: Sequence[float], top: float) -> Iterator[str]:
+    def _mark_peaks(self, chart: _Chart, sums: Sequence[float]) -> None:
         """Mark the columns that are higher than the chart; the highest says how high."""
         for number, total in enumerate(sums):
-            if total > top:
-                x = sum(self._span(number)) / 2
-                yield f'<path class="cut" d="M{x - 4:.1f} {_TOP + 1}l4 -6l4 6z"/>'
+            if total > chart.top:
+                x = chart.x((number + 0.5) * self.step)
+                chart.path("cut", f"{x - 4:.1f} {_TOP + 1}l4 -6l4 6z")
                 if sums.index(max(sums)) == number:
-                    anchor, shift = ("start", 7) if x < (_LEFT + _RIGHT) / 2 else ("end", -7)
-                    yield _text(x + shift, _TOP, f"up to {short(total)}", anchor, "label")
+                    chart.label(x + 2, _TOP, f"up to {short(total)}")
 
-    def _breaks(self) -> Iterator[str]:
+    def _mark_breaks(self, chart: _Chart) -> None:
         """Mark where time is left out; where that is often, only the tooltip says how much."""
         for number, idle in self.history.breaks.items():
-            x = _x((number + 0.5) * self.history.width / self.seconds)
+            x = chart.x((number + 0.5) * self.history.width)
             tooltip = f"{duration(idle)} in which nothing happened are left out here"
-            yield f'<path class="break" d="M{x:.1f} {_TOP}V{_BOTTOM}"><title>{tooltip}</title></path>'
+            chart.path("break", f"{x:.1f} {_TOP}V{_BOTTOM}", tooltip)
             if len(self.history.breaks) <= _LABELLED:
-                anchor = "end" if x > _RIGHT - _EDGE else "middle"
-                yield _text(x, _BOTTOM + 34, f"{duration(idle)} idle", anchor)
+                chart.text(x, _BOTTOM + 34, f"{duration(idle)} idle")
 
 
 def _reach(sums: Sequence[float], highest: float, limits: Iterable[float]) -> float:
     """Return how high a chart reaches: above all but a peak, as a full bucket at the start makes one."""
-    usual = max([sorted(sums)[int(_USUAL * (len(sums) - 1))], *limits])
+    usual = max([sorted(sums)[int(0.9 * (len(sums) - 1))], *limits])
     is_peak = len(sums) >= _MANY and highest > _PEAK * usual > 0
     return _CUT * usual if is_peak else max(highest, 1e-9)
 
 
-def _limit_marks(limits: Mapping[str, float], top: float) -> Iterator[str]:
+def _mark_limits(chart: _Chart, limits: Mapping[str, float]) -> None:
     """Mark each limit; its label stands above the highest, and below the others where there is room."""
     for number, (label, value) in enumerate(sorted(limits.items(), key=lambda pair: -pair[1])):
-        y = _y(value / top)
-        below = number > 0 and y + 2 * _LINE < _BOTTOM
-        yield f'<path class="limit" d="M{_LEFT} {y:.1f}H{_RIGHT}"/>'
-        yield _text(_RIGHT - 2, y + _LINE if below else y - 4, label, "end", "label")
+        y = chart.y(value)
+        chart.path("limit", f"{_LEFT} {y:.1f}H{_RIGHT}")
+        chart.text(_RIGHT - 2, y + 11 if number and y + 22 < _BOTTOM else y - 4, label, "end", "label")
 
 
 # --- latency ----------------------------------------------------------------------------------------------
@@ -238,108 +236,108 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     bars: Counter[int] = Counter()
     for number, times in classes.items():
         bars[(number - first) // wide] += times
-    margin = max(2, (_FEWEST_BARS - max(bars)) // 2)
-    slots = max(bars) + 1 + 2 * margin
+    margin = max(2, (12 - max(bars)) // 2)  # bars beside them: few do not fill the chart
 
-    def edge(slot: float) -> float:
-        return Histogram.value_of(first + (slot - margin) * wide - 0.5)
+    def edge(bar: int) -> float:
+        return Histogram.value_of(first + bar * wide - 0.5)
 
-    def place(seconds: float) -> float:
-        return _x(max(0.0, math.log(seconds / edge(0)) / math.log(edge(slots) / edge(0))))
+    low, high = edge(-margin), edge(max(bars) + 1 + margin)
 
-    top, axis = _amounts(max(bars.values()), "requests")
-    parts = [axis, *(_time_tick(place(value), value) for value in _log_ticks(edge(0), edge(slots)))]
-    for slot, times in sorted((slot + margin, times) for slot, times in bars.items()):
-        tooltip = f"{duration(edge(slot))} to {duration(edge(slot + 1))}: {times:,}"
-        parts.append(_column("time", (_x(slot / slots), _x((slot + 1) / slots)), (0.0, times / top), tooltip))
-    for level, (label, seconds) in enumerate(marks.items()):
-        x, y = place(seconds), _TOP - 10 + _LINE * 1.2 * level
-        anchor, shift = ("end", -4) if x > _RIGHT - _LABEL else ("start", 4)
-        parts.append(f'<path class="mark" d="M{x:.1f} {_BOTTOM}V{y - 8:.1f}"/>')
-        parts.append(_text(x + shift, y, f"{label} {duration(seconds)}", anchor, "label"))
-    about = ", ".join(f"{label} {duration(seconds)}" for label, seconds in marks.items())
-    return _svg("Latency", f"{sum(classes.values()):,} requests; {about}.", parts)
+    def share_of(seconds: float) -> float:
+        return math.log(seconds / low) / math.log(high / low)
 
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return round times between two, not too many of them."""
-    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [digit * power for power in powers for digit in digits if low <= digit * power <= high]
-        if len(ticks) <= _TIME_TICKS + 1:
-            break
-    return ticks or [math.sqrt(low * high)]
+    ticks = [seconds for seconds in _ROUND_TIMES if low <= seconds <= high] or [math.sqrt(low * high)]
+    chart = _Chart(
+        max(bars.values()), "requests", share_of, ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
+    )
+    for bar, times in sorted(bars.items()):
+        tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
+        chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)
+    labels = [f"{label} {duration(seconds)}" for label, seconds in marks.items()]
+    for level, (label, seconds) in enumerate(zip(labels, marks.values(), strict=True)):
+        x, y = chart.x(seconds), _TOP - 10 + 13.2 * level
+        chart.path("mark", f"{x:.1f} {_BOTTOM}V{y - 8:.1f}")
+        chart.label(x, y, label)
+    about = f"{sum(classes.values()):,} requests; {', '.join(labels)}."
+    layer = Layer("attempts that were answered; the axis of time is logarithmic", "time")
+    return _figure("How long answers took", about, chart.parts, layer)
 
 
 # --- the charts of a run ----------------------------------------------------------------------------------
 
 
-def chart_sections(stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
+def chart_sections(stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits]) -> Iterator[str]:
     """Return the sections of a report that are charts."""
     if data.history.models:
         axis = TimeAxis(data.history)
-        yield from _against_limits(axis, limits)
+        yield _against_limits(axis, limits)
         yield _figures("In flight, and refused", _in_flight(axis, limits))
-    drawn = [*_where_time_went(stats), *_latency(stats, data)]
-    if drawn:
-        note = (
-            "Time is summed over all requests: ten that wait for a second are ten seconds. "
-            "Prompts that were not taken up yet do not count."
-        )
-        yield _figures("Where time went", drawn, note)
+    percentiles = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
+    marks = {label: value for label, value in percentiles.items() if value is not None}
+    latency = [histogram(data.latency, marks)] if data.latency else []
+    note = (
+        "Time is summed over all requests: ten that wait for a second are ten seconds. "
+        "Prompts that were not taken up yet do not count."
+    )
+    yield _figures("Where time went", [*_where_time_went(stats), *latency], note)
 
 
-def _figures(heading: str, drawn: Iterable[str], note: str = "") -> Markup:
-    return section(heading, f'<div class="figures">{"".join(drawn)}</div>', note=note)
+def _figures(heading: str, drawn: Iterable[str], note: str = "") -> str:
+    content = "".join(drawn)
+    return section(heading, f'<div class="figures">{content}</div>', note=note) if content else ""
 
 
-def _figure(heading: object, drawn: str, *layers: Layer | None, kind: str = "") -> Markup:
-    """Return a chart under its heading, with the keys of its colours."""
-    keys = [_swatch(layer.style, layer.label) for layer in layers if layer]
-    caption = "".join(f'<span class="key">{key}</span>' for key in keys)
-    caption = f"<figcaption>{caption}</figcaption>" if keys else ""
-    return Markup(f'<figure class="card {kind}"><h3>{escape(heading)}</h3>{drawn}{caption}</figure>')
+def _figure(
+    title: str,
+    about: str,
+    parts: Iterable[str],
+    *layers: Layer,
+    model: str = "",
+    attributes: str = 'viewBox="0 0 440 214"',
+    below: str = "",
+) -> Markup:
+    """Return an image that says what it shows, under its heading, with the keys of its colours."""
+    heading = f"{name(model)}: {escape(title)}" if model else escape(title)
+    keys = (f'<span class="key">{_swatch(layer.style, layer.label)}</span>' for layer in layers)
+    caption = f"<figcaption>{''.join(keys)}</figcaption>" if layers else ""
+    return Markup(
+        f'<figure class="card"><h3>{heading}</h3>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" role="img" {attributes}>'
+        f"<title>{escape(f'{title}, {model}' if model else title)}</title><desc>{escape(about)}</desc>"
+        f"{''.join(parts)}</svg>{below}{caption}</figure>"
+    )
 
 
 def _swatch(style: str, label: str) -> Markup:
     return Markup(f'<span class="swatch {style}"></span>{escape(label)}')
 
 
-def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
+def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
     """Return the charts of the models that reserved most, against their limits."""
-    models, known = axis.history.models, {each.model: each for each in limits}
-    largest = sorted(known.keys() & models.keys(), key=lambda model: (-sum(models[model].reserved), model))
-    drawn = [chart for model in largest[:_DRAWN] for chart in _of_model(axis, models[model], known[model])]
-    left = len(models) - len(largest[:_DRAWN])
+    models, drawn = axis.history.models, []
+    known = [each for each in limits if each.model in models]
+    largest = sorted(known, key=lambda each: (-sum(models[each.model].reserved), each.model))[:_DRAWN]
+    for model, requests, tokens, *_ in largest:
+        timeline = models[model]
+        layer = Layer("sent", "admitted", axis.rates(timeline.admitted))
+        title, unit = f"requests per {axis.unit}", f"requests/{axis.symbol}"
+        drawn.append(axis.draw(title, unit, layer, limits=_marked(requests, axis), model=model))
+        layer = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
+        line = Layer("used by answers", "used", axis.rates(timeline.used))
+        title, unit = f"tokens per {axis.unit}", f"tokens/{axis.symbol}"
+        drawn.append(axis.draw(title, unit, layer, line=line, limits=_marked(tokens, axis), model=model))
+    left = len(models) - len(largest)
     more = f" The table of models has {count(left)} more." if left else ""
     wide = duration(axis.step)
     note = f"Each column is {wide}. At first, a full bucket lets more through than the limit.{more}"
-    if drawn:
-        yield _figures("Requests and tokens against their limits", drawn, note)
-
-
-def _of_model(axis: TimeAxis, timeline: ModelTimeline, limits: ModelLimits) -> Iterator[Markup]:
-    sent = Layer("sent", "admitted", axis.rates(timeline.admitted))
-    reserved = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
-    used = Layer("used by answers", "used", axis.rates(timeline.used))
-    for dimension, limit, layer, line in (
-        ("requests", limits.requests, sent, None),
-        ("tokens", limits.tokens, reserved, used),
-    ):
-        heading = Markup(f"{name(limits.model)}: {dimension} per {axis.unit}")
-        title, unit = f"{dimension} per {axis.unit}, {limits.model}", f"{dimension}/{axis.symbol}"
-        drawn = axis.draw(title, unit, layer, line=line, limits=_marked(limit, axis))
-        yield _figure(heading, drawn, layer, line)
+    return _figures("Requests and tokens against their limits", drawn, note)
 
 
 def _marked(limit: Limit, axis: TimeAxis) -> dict[str, float]:
     """Return the limits to be marked, by label."""
-    known = {"limit": limit.configured, "server's limit": limit.server}
-    if limit.configured == limit.server:
-        known.pop("server's limit")
-    return {
-        f"{label} {short(value)}/min": value * axis.scale / _MINUTE for label, value in known.items() if value
-    }
+    server = None if limit.server == limit.configured else limit.server
+    known = (("limit", limit.configured), ("server's limit", server))
+    return {f"{label} {short(value)}/min": value * axis.scale / _MINUTE for label, value in known if value}
 
 
 def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
@@ -348,22 +346,20 @@ def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup
     is_marked = len(bounds) == 1 and max(means) <= bounds[0] < math.inf
     marks = {f"max_concurrent {bounds[0]:g}": bounds[0]} if is_marked else {}
     layer = Layer("in flight", "flight", means)
-    drawn = axis.draw("Requests in flight", "requests", layer, limits=marks)
-    yield _figure("Requests in flight, on average", drawn, layer)
+    yield axis.draw("Requests in flight, on average", "requests", layer, limits=marks)
     limited = Layer("status 429", "rate_limited", axis.totals("rate_limited"))
     failed = Layer("other failures", "failed", axis.totals("failed"))
     if any(limited.values) or any(failed.values):
-        title, step = "Attempts without an answer", duration(axis.step)
-        drawn = axis.draw(title, f"in {step}", limited, failed)
-        yield _figure(f"{title}, each {step}", drawn, limited, failed)
+        step = duration(axis.step)
+        yield axis.draw(f"Attempts without an answer, each {step}", f"in {step}", limited, failed)
 
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
     known = {"server": stats.server_seconds, "retries": stats.retry_seconds, **stats.wait_seconds_by}
-    spent = {cause: known[cause] for cause in {**_CAUSES, **known} if known.get(cause, 0.0) > 0}
+    spent = {cause: known[cause] for cause in _CAUSES if known.get(cause, 0.0) > 0}
     rows, parts, about, at = [], [], [], 0.0
     for cause, seconds in spent.items():
-        label, share = _CAUSES.get(cause, f"waiting: {cause}"), seconds / sum(spent.values())
+        label, share = _CAUSES[cause], seconds / sum(spent.values())
         rows.append((_swatch(cause, label), duration(seconds), percent(share)))
         about.append(f"{label} {percent(share)}")
         place = f'x="{100 * at:.3f}" y="0" width="{100 * share:.3f}" height="8"'
@@ -371,14 +367,5 @@ def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
         at += share
     if spent:
         attributes = 'class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"'
-        bar = _svg("Where time went", "; ".join(about), parts, attributes)
-        shares = table(("", "time", "share"), rows)
-        yield _figure("Time of all requests together", f"{bar}{shares}", kind="share")
-
-
-def _latency(stats: ClientStats, data: ReportData) -> Iterator[Markup]:
-    known = {"p50": stats.latency_p50, "p95": stats.latency_p95, "p99": stats.latency_p99}
-    marks = {label: value for label, value in known.items() if value is not None}
-    if data.latency:
-        layer = Layer("attempts that were answered; the axis of time is logarithmic", "time", ())
-        yield _figure("How long answers took", histogram(data.latency, marks), layer)
+        shares, title = table(("", "time", "share"), rows), "Time of all requests together"
+        yield _figure(title, "; ".join(about), parts, attributes=attributes, below=shares)

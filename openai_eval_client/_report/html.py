@@ -51,13 +51,13 @@ def table(
 
 
 def _row(cells: Sequence[object], tag: str, texts: int) -> str:
-    first = ' scope="col"' if tag == "th" else ' scope="row"'
-    parts = []
+    row = ""
     for number, cell in enumerate(cells):
-        kind, scope = ("th", first) if tag == "th" or not number else (tag, "")
+        kind = "td" if tag == "td" and number else "th"
+        scope = "" if kind == "td" else ' scope="col"' if tag == "th" else ' scope="row"'
         align = "left" if number < texts else "right"
-        parts.append(f'<{kind}{scope} style="text-align:{align}">{escape(cell)}</{kind}>')
-    return f"<tr>{''.join(parts)}</tr>"
+        row += f'<{kind}{scope} style="text-align:{align}">{escape(cell)}</{kind}>'
+    return f"<tr>{row}</tr>"
 
 
 def section(heading: str, content: str, *, note: str = "") -> Markup:
@@ -102,21 +102,20 @@ def _known(value: Any, shown: Callable[[Any], str]) -> str:
 
 @as_html.register(CostEstimate)
 def _estimate_table(estimate: CostEstimate) -> Markup:
-    fields = {
-        "output tokens": ("completion_tokens", count),
-        "online": ("cost", dollars),
-        "by batch": ("batch_cost", dollars),
-    }
-    bounds = ("low", "expected", "high")
+
+    def bounds(field: str, shown: Callable[[Any], str]) -> list[str]:
+        values = (getattr(estimate, f"{field}_{bound}") for bound in ("low", "expected", "high"))
+        return [_known(value, shown) for value in values]
+
     rows = [
-        (label, *(_known(getattr(estimate, f"{field}_{bound}"), shown) for bound in bounds))
-        for label, (field, shown) in fields.items()
+        ("output tokens", *bounds("completion_tokens", count)),
+        ("online", *bounds("cost", dollars)),
+        ("by batch", *bounds("batch_cost", dollars)),
     ]
     time = "no limit is configured" if estimate.minutes is None else duration(60 * estimate.minutes)
-    asked = (
-        f"{count(estimate.requests)} requests to {estimate.model}: {count(estimate.prompt_tokens)} tokens in"
-    )
-    return table(("", "at least", "likely", "at most"), rows, caption=f"{asked}; at the limits: {time}")
+    asked, tokens = f"{count(estimate.requests)} requests to {estimate.model}", count(estimate.prompt_tokens)
+    caption = f"{asked}: {tokens} tokens in; at the limits: {time}"
+    return table(("", "at least", "likely", "at most"), rows, caption=caption)
 
 
 @as_html.register(BatchJobStatus)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._format import percent, short, timer, usd
+from openai_eval_client._limits import LimitStatus
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
@@ -19,34 +21,32 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from openai_eval_client._limits import LimitStatus
-
-
-Progress: TypeAlias = "Callable[[float], Any]"
 
 logger = logging.getLogger("openai_eval_client")
 
 _MINUTE = 60.0
 _LONG_WAIT = 1.0  # seconds from which the length of a wait is shown
 _NAMES = {"requests": "RPM", "tokens": "TPM"}
-_PAINT, _LOG = 0.25, 10.0  # seconds between two looks of a bar, and between two lines of a log
-_NARROW = 80  # columns of a terminal that does not know its width
+_PAINT, _LOG = 0.25, 10.0  # seconds between two paintings of a bar, and between two lines of a log
+_WIDTH = 80  # columns of a terminal that does not know its width
 _MISSING = "for a bar instead of these lines: pip install 'openai-eval-client[progress]'"
+NO_LIMITS = LimitStatus({}, {}, 0, "concurrency", 0.0)
 
 
-class Guarded:
-    """A callback whose first exception is logged, and whose later ones are ignored."""
+class Progress:
+    """Callbacks for the finished fraction; their first exception is logged, and later ones are ignored."""
 
-    def __init__(self, callback: Progress) -> None:
-        self._callback = callback
+    def __init__(self, *callbacks: Callable[[float], Any] | None) -> None:
+        self._callbacks = [callback for callback in callbacks if callback is not None]
         self._has_raised = False
 
     async def __call__(self, fraction: float) -> None:
-        """Call or await it."""
+        """Call or await each of them."""
         try:
-            result = self._callback(fraction)
-            if inspect.isawaitable(result):
-                await result
+            for callback in self._callbacks:
+                result = callback(fraction)
+                if inspect.isawaitable(result):
+                    await result
         except Exception:  # an error of the user's callback must not end the run
             if not self._has_raised:
                 text = "progress_callback raised at %.3f; the run goes on, and this is logged once"
@@ -54,29 +54,11 @@ class Guarded:
             self._has_raised = True
 
 
-async def report(progress: Progress | None, fraction: float) -> None:
-    """Call or await a callback, where there is one; what it raises is logged."""
-    if progress is not None:
-        await (progress if isinstance(progress, Guarded) else Guarded(progress))(fraction)
-
-
-def both(first: Progress | None, second: Progress | None) -> Progress | None:
-    """Return one callback for two, either of which may be missing."""
-    if first is None or second is None:
-        return first or second
-
-    async def call(fraction: float) -> None:
-        second(fraction)
-        await report(first, fraction)
-
-    return call
-
-
 @dataclass(slots=True)
 class ProgressSnapshot:
     """How far a run is. The client gives the first four; a `Meter` adds the others."""
 
-    limits: LimitStatus | None = None  # None before the first request, and where limits play no part
+    limits: LimitStatus = NO_LIMITS  # empty before the first request, and where limits play no part
     in_flight: int | None = None  # requests sent and not answered; None for the Batch API
     rate_limited: int = 0  # answers with status 429
     retries: int = 0
@@ -85,29 +67,11 @@ class ProgressSnapshot:
     failed: int = 0
     unpriced: int = 0  # answers whose price is not known
     cost: float = 0.0  # USD so far
-    projected: float | None = None  # USD for all prompts; None where that is unknown
+    projected: float | None = None  # USD for all prompts; None where that is unknown, and once all are done
     seconds: float = 0.0  # since the run began
     rate: float = 0.0  # outcomes per second in the last minute
-    left: float | None = None  # seconds until it is done, at that rate and within the limits
+    left: float | None = None  # seconds until all are done, at that rate and within the limits; None likewise
     used: dict[str, float] = field(default_factory=dict)  # in the last minute, but no more than its limit
-
-    @property
-    def per_minute(self) -> dict[str, float | None]:
-        """The limits on requests and tokens per minute, as far as they are known."""
-        return {} if self.limits is None else self.limits.limits
-
-    @property
-    def spent(self) -> dict[str, float]:
-        """Requests and tokens admitted since the client began."""
-        return {} if self.limits is None else self.limits.spent
-
-
-class _Sample(NamedTuple):
-    """Where a run stood at a moment."""
-
-    at: float
-    done: int
-    spent: dict[str, float]
 
 
 class Meter:
@@ -116,7 +80,7 @@ class Meter:
     def __init__(self, total: int | None, start: ProgressSnapshot, now: float) -> None:
         self._run = ProgressSnapshot(total=total)  # the counts alone
         self._start, self._began = start, now
-        self._samples = deque([_Sample(now, 0, start.spent)])
+        self._samples = deque([(now, 0, start.limits.spent)])  # a moment, and what was done and spent by then
 
     def count(self, outcome: object) -> None:
         """Count the outcome of one prompt."""
@@ -133,65 +97,62 @@ class Meter:
         self._run.done = max(self._run.done, round(fraction * (self._run.total or 0)))
 
     def read(self, state: ProgressSnapshot, now: float) -> ProgressSnapshot:
-        """Return what the client gives, with everything else added."""
-        run, start = self._run, self._start
-        self._samples.append(_Sample(now, run.done, state.spent))
-        while len(self._samples) > 2 and self._samples[1].at <= now - _MINUTE:  # noqa: PLR2004  # first and last
+        """Return how far the run is, from what the client gives and what was counted."""
+        run, limits = self._run, state.limits
+        self._samples.append((now, run.done, limits.spent))
+        while len(self._samples) > 2 and self._samples[1][0] <= now - _MINUTE:  # noqa: PLR2004  # first and last
             self._samples.popleft()
-        then = self._samples[0]
-        used = {name: number - then.spent.get(name, 0.0) for name, number in state.spent.items()}
-        rate = max(run.done - then.done, 0) / max(now - then.at, 1e-9)
+        began, done, spent = self._samples[0]
+        rate, rest = (run.done - done) / max(now - began, 1e-9), (run.total or 0) - run.done
+        is_priced = rest > 0 and run.done > run.unpriced
         return replace(
             run,
-            limits=state.limits,
+            limits=limits,
             in_flight=state.in_flight,
-            rate_limited=state.rate_limited - start.rate_limited,
-            retries=state.retries - start.retries,
-            projected=run.cost * run.total / run.done if run.total and run.done > run.unpriced else None,
+            rate_limited=state.rate_limited - self._start.rate_limited,
+            retries=state.retries - self._start.retries,
+            projected=run.cost * (1 + rest / run.done) if is_priced else None,
             seconds=now - self._began,
             rate=rate,
-            left=self._seconds_left(state, rate),
-            used={name: min(number, state.per_minute.get(name) or number) for name, number in used.items()},
+            left=rest * self._seconds_each(limits, rate) if rest > 0 and rate else None,
+            used={name: min(n, limits.limits.get(name) or n) for name, n in _since(spent, limits).items()},
         )
 
-    def _seconds_left(self, state: ProgressSnapshot, rate: float) -> float | None:
-        """Return the time at this rate, or longer where the limits allow no more."""
-        run = self._run
-        if run.total is None or not rate:
-            return None
-        rest = max(run.total - run.done, 0)
-        spent = {name: number - self._start.spent.get(name, 0.0) for name, number in state.spent.items()}
-        limits = {name: limit / _MINUTE for name, limit in state.per_minute.items() if limit}
-        return max([rest / rate, *(rest * spent[name] / run.done / limits[name] for name in limits)])
+    def _seconds_each(self, limits: LimitStatus, rate: float) -> float:
+        """Return the time of a prompt at this rate, or longer where the limits allow no more."""
+        spent = _since(self._start.limits.spent, limits)
+        known = [(spent[name], limit) for name, limit in limits.limits.items() if limit]
+        return max([1 / rate, *(number / self._run.done / limit * _MINUTE for number, limit in known)])
+
+
+def _since(before: dict[str, float], limits: LimitStatus) -> dict[str, float]:
+    """Return what was spent of each limit since then."""
+    return {name: spent - before.get(name, 0.0) for name, spent in limits.spent.items()}
 
 
 def headline(state: ProgressSnapshot, share: str = "") -> str:
     """Return how far a run is: count, rate and time, and what it waits for."""
-    done = f"{state.done:,}" if state.total is None else f"{state.done:,}/{state.total:,}"
-    has_more = state.left is not None and state.done != state.total
-    time_text = f"{timer(state.left or 0.0)} left" if has_more else timer(state.seconds)
-    parts = (f"{done}{share}", f"{short(state.rate)}/s", time_text, _waiting_for(state))
-    return ", ".join(filter(None, parts))
+    done = f"{state.done:,}{share}" if state.total is None else f"{state.done:,}/{state.total:,}{share}"
+    time_text = timer(state.seconds) if state.left is None else f"{timer(state.left)} left"
+    return ", ".join(filter(None, (done, f"{short(state.rate)}/s", time_text, _waiting_for(state))))
 
 
 def _waiting_for(state: ProgressSnapshot) -> str:
     """Return what a run waits for, if that is not an answer."""
     if state.in_flight is None and state.done != state.total:
         return "waiting for the Batch API"
-    limits = state.limits
-    if limits is None or not limits.waiting or limits.cause == "concurrency":
+    cause, seconds = state.limits.cause, state.limits.seconds
+    if not state.limits.waiting or cause == "concurrency":
         return ""
-    length = f" {timer(limits.seconds)}" if limits.seconds >= _LONG_WAIT else ""
-    if limits.cause == "pause":
-        return f"paused by the server{length}"
-    return f"waiting{length} for {_NAMES[limits.cause]}"
+    length = f" {timer(seconds)}" if seconds >= _LONG_WAIT else ""
+    return f"paused by the server{length}" if cause == "pause" else f"waiting{length} for {_NAMES[cause]}"
 
 
 def details(state: ProgressSnapshot) -> list[str]:
     """Return the rest, the most important first."""
     parts = [f"{state.failed:,} failed"] if state.failed else []
     for name, used in state.used.items():
-        limit = state.per_minute.get(name)
+        limit = state.limits.limits.get(name)
         parts.append(f"{_NAMES[name]} {short(used)}" + (f"/{short(limit)}" if limit else ""))
     parts += [] if state.in_flight is None else [f"{state.in_flight} in flight"]
     parts.append(_money(state))
@@ -203,8 +164,7 @@ def details(state: ProgressSnapshot) -> list[str]:
 def _money(state: ProgressSnapshot) -> str:
     if state.unpriced and not state.cost:
         return "cost unknown"
-    has_more = state.projected is not None and state.done != state.total
-    projected = f" of ~${usd(state.projected or 0.0)}" if has_more else ""
+    projected = "" if state.projected is None else f" of ~${usd(state.projected)}"
     return f"${usd(state.cost)}{projected}" + (f" + {state.unpriced:,} unpriced" if state.unpriced else "")
 
 
@@ -227,9 +187,16 @@ class Bar:
     """Two lines of a terminal, the first with a bar; in a notebook, one."""
 
     def __init__(self, total: int | None) -> None:
-        self._lines = [_line(total, "{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}")]
-        if not in_notebook():
-            self._lines.append(_line(None, "{desc}"))
+        from tqdm.auto import tqdm  # asks a notebook for its widgets, which takes time
+
+        class Line(tqdm):  # type: ignore[misc,unused-ignore]  # tqdm has no types
+            monitor_interval = 0  # no thread: lines are painted by a timer
+
+        columns, rows = _size()
+        size = {"dynamic_ncols": in_notebook(), "ncols": columns, "nrows": rows}  # there as wide as the page
+        forms = ["{percentage:3.0f}%|{bar}| {desc}" if total else "{desc}", "{desc}"]
+        forms = forms[:1] if in_notebook() else forms
+        self._lines = [Line(total=total, bar_format=form, file=sys.stderr, **size) for form in forms]
 
     def show(self, state: ProgressSnapshot) -> None:
         """Paint both lines."""
@@ -237,7 +204,8 @@ class Bar:
         first.n = state.done
         first.desc = headline(state) if rest else "  ".join([headline(state), *details(state)])
         for line in rest:
-            line.desc = fitted(details(state), line.dynamic_ncols(line.fp)[0])
+            first.ncols = line.ncols = _size()[0]
+            line.desc = fitted(details(state), line.ncols)
         for line in self._lines:
             line.refresh()
 
@@ -245,6 +213,21 @@ class Bar:
         """Leave the lines as they are, and go to the next."""
         for line in self._lines:
             line.close()
+
+
+def _size() -> tuple[int, int]:
+    """Return columns and rows of the terminal; some say that they have none, or nothing."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    except (AttributeError, OSError, ValueError):
+        columns = rows = 0
+    return columns or _WIDTH, rows
+
+
+def in_notebook() -> bool:
+    """Return whether this is the kernel of a notebook."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return "IPKernelApp" in getattr(shell, "config", ())
 
 
 def bar_is_open() -> bool:
@@ -260,41 +243,6 @@ def write_above(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def in_notebook() -> bool:
-    """Return whether this is the kernel of a notebook."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return "IPKernelApp" in getattr(shell, "config", ())
-
-
-def _line(total: int | None, form: str) -> Any:
-    from tqdm.auto import tqdm  # asks a notebook for its widgets, which takes time
-
-    class Line(tqdm):  # type: ignore[misc,unused-ignore]  # tqdm has no types
-        monitor_interval = 0  # no thread: lines are painted by a timer
-
-    line = Line(total=total, bar_format=form, dynamic_ncols=True, leave=True, file=sys.stderr)
-    measure = line.dynamic_ncols
-    if not in_notebook():
-        line.dynamic_ncols = lambda file: _shape(measure, file)
-        line.ncols, line.nrows = line.dynamic_ncols(line.fp)
-    return line
-
-
-def _shape(measure: Any, file: object) -> tuple[int, int | None]:
-    """Return columns and rows of a terminal; some say that they have none, or nothing."""
-    columns, rows = measure(file) if measure else (None, None)
-    return (columns, rows) if columns and columns > 0 else (_NARROW, None)
-
-
-def _open_bar(total: int | None) -> Bar | None:
-    if in_notebook() or (sys.stderr is not None and sys.stderr.isatty()):
-        try:
-            return Bar(total)
-        except ModuleNotFoundError:
-            _write(_MISSING)
-    return None
-
-
 def _write(text: str) -> None:
     if sys.stderr is not None:
         sys.stderr.write(f"openai_eval_client: {text}\n")
@@ -305,8 +253,7 @@ class Display:
     """Shows how far a run is while it is entered; an error of the display does not reach the run."""
 
     def __init__(self, total: int | None, probe: Callable[[], ProgressSnapshot]) -> None:
-        self._probe = probe
-        self._total = total
+        self._total, self._probe = total, probe
         self._meter = Meter(total, probe(), time.monotonic())
         self.count, self.reach = self._meter.count, self._meter.reach
         self._bar: Bar | None = None  # None: lines of a log, as standard error is no terminal
@@ -325,19 +272,22 @@ class Display:
             self._safely(self._bar.close)
 
     def _open(self) -> None:
-        self._bar = _open_bar(self._total)
-        if self._bar is not None:
-            self._show()
+        if in_notebook() or (sys.stderr is not None and sys.stderr.isatty()):
+            try:
+                self._bar = Bar(self._total)
+            except ModuleNotFoundError:
+                _write(_MISSING)
+            else:
+                self._show()
         self._schedule()
 
     def _schedule(self) -> None:
         seconds = _LOG if self._bar is None else _PAINT
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._tick)
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._safely, self._tick)
 
     def _tick(self) -> None:
-        self._safely(self._show)
-        if not self._is_broken:
-            self._schedule()
+        self._show()
+        self._schedule()
 
     def _show(self) -> None:
         state = self._meter.read(self._probe(), time.monotonic())
@@ -352,6 +302,6 @@ class Display:
         try:
             act()
         except Exception:  # a run is worth more than its display
-            text = "progress cannot be shown; the run goes on without"
+            text = "progress cannot be shown; the run goes on without it"
             logger.exception(text, extra={"event": "progress_failed"})
             self._is_broken = True

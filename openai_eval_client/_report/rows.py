@@ -16,31 +16,14 @@ if TYPE_CHECKING:
 
     Outcome = ModelResponse | BaseException | None
 
-_FIELDS = (
-    "content",
-    "finish_reason",
-    "model",
-    "latency_ms",
-    "temperature",
-    "cached",
-    "request_id",
-    "refusal",
-)
-_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
 _COLUMNS = {  # in their order, with types that allow for rows without a value
     "index": "int64",
-    "content": "object",
-    "finish_reason": "object",
-    "model": "object",
-    **dict.fromkeys(_COUNTS, "Int64"),
-    "cost": "Float64",
-    "latency_ms": "Float64",
-    "temperature": "Float64",
+    **dict.fromkeys(("content", "finish_reason", "model"), "object"),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), "Int64"),
+    **dict.fromkeys(("cached_tokens", "reasoning_tokens"), "Int64"),
+    **dict.fromkeys(("cost", "latency_ms", "temperature"), "Float64"),
     "cached": "boolean",
-    "request_id": "object",
-    "refusal": "object",
-    "error": "object",
-    "error_type": "object",
+    **dict.fromkeys(("request_id", "refusal", "error", "error_type"), "object"),
 }
 
 
@@ -111,9 +94,8 @@ def _cells(row: dict[str, Any], *, parsed: bool) -> dict[str, Any]:
     if not row:
         return {}
     response: ModelResponse = row["response"]
-    cells = {name: getattr(response, name) for name in _FIELDS}
-    cells |= {name: getattr(response.usage, name) for name in _COUNTS}
-    cells["cost"] = response.usage.estimated_cost
+    known = {**dict(response), **dict(response.usage), "cost": response.usage.estimated_cost}
+    cells = {name: known[name] for name in _COLUMNS if name in known}
     if parsed and isinstance(response.parsed, BaseModel):
         cells |= {f"parsed_{name}": value for name, value in response.parsed.model_dump().items()}
     return cells

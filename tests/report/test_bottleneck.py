@@ -65,7 +65,7 @@ def test_reservations_that_are_too_large_are_named():
             600_000,
             "RateLimitConfig(tokens_per_minute=600000) would admit up to 10.0 times as much",
         ),
-        (600_000, 60_000, "tokens_per_minute=60000 says it from the start"),
+        (600_000, 60_000, "tokens_per_minute=60000 keeps to it from the start"),
         (60_000, 60_000, None),
         (60_000, None, None),
     ],
@@ -148,9 +148,3 @@ def test_shares_are_of_the_lower_limit_and_count_the_burst():
     assert used["tokens"] == pytest.approx(60_000 / 60_600, rel=0.01)
     rested = limit_shares(limited, replace(history, breaks={3: 60.0, 9: 3600.0}))
     assert rested["requests"] == pytest.approx(600 / 2400, rel=0.01)
-
-
-def test_a_wait_for_something_else_is_named():
-    """A cause that has no advice has a headline."""
-    result = bottleneck(stats(), [limits({"elsewhere": 900.0})], ran())
-    assert result.headline == "held up by elsewhere (m)"

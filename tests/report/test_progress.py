@@ -163,7 +163,7 @@ def test_nothing_breaks_a_run(caplog, monkeypatch):
 
     display(35, probe=probe)
     assert [record.message for record in caplog.records] == [
-        "progress cannot be shown; the run goes on without"
+        "progress cannot be shown; the run goes on without it"
     ]
     monkeypatch.setattr(sys, "stderr", None)
     display(35)
