@@ -28,8 +28,9 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.item
 # Imports go down the floors; inside a room in any order, without a circle.
 FLOORS = [
     {"errors", "config", "_log", "_format", "_runtime"},
-    {"models", "_validation", "_tokens"},
+    {"models", "_validation"},
     {"_wire"},
+    {"_tokens"},
     {"_limits", "_cost", "_stats"},
     {"_account", "_cache"},
     {"_sdk", "_report"},

@@ -39,7 +39,6 @@ from openai_eval_client._validation import is_header_text
 from openai_eval_client._wire import (
     Parameters,
     Usage,
-    estimate_usage,
     is_answer,
     read_answer,
     read_failure,
@@ -300,11 +299,9 @@ class BatchSettler:
                 bodies = await asyncio.to_thread(read_bodies, file, wanted)
         for index, response in without.items():
             tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
-            await estimate_usage(response, tokens, self._counter)
-            usage = response.usage
-            estimate = Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
+            estimate = await self._counter.estimate_usage(response, tokens)
             with exact():
-                usage.estimated_cost = reader.price(response.model, estimate)
+                response.usage.estimated_cost = reader.price(response.model, estimate)
 
 
 def explain_missing(batch: Batch, results: BatchResults, index: RequestIndex) -> None:

@@ -62,8 +62,8 @@ class CostBounds:
     def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None = None) -> Decimal:
         """Return what an attempt came to, in USD: its `cost`, where that is known; else the most it can."""
         most, usage = demand.most_cost or _NOTHING, outcome.counted
-        if usage is None:  # an error status costs nothing, nor does what was never sent
-            return _NOTHING if not outcome.sent or not (outcome.ok or outcome.status is None) else most
+        if usage is None:
+            return most if outcome.may_be_billed else _NOTHING
         model = usage.model or str(demand.model)
         if cost is None:
             cost = self._ledger.price(model, usage, at=time.time())

@@ -100,14 +100,12 @@ class Ledger:
         A `cost` that is known already is taken over. None is returned where there is no answer, its price is
         not known, or the price list is not loaded yet.
         """
-        if demand.model is None or not outcome.sent:
+        if demand.model is None:
             return None
         if outcome.usage is not None:
             kind = "answered" if outcome.ok else "retried"
             return self._enter(kind, demand.model, outcome.usage, cost=cost)
-        # Where the server did not say, it may have been billed if it was answered, or if nothing came back;
-        # an error that came back was not.
-        if not demand.free and (outcome.ok or outcome.status is None):
+        if outcome.may_be_billed and not demand.free:
             output = max(0, round(reserved) - demand.input_tokens)
             self._enter("unaccounted", demand.model, Usage(demand.input_tokens, output))
         return None

@@ -18,7 +18,6 @@ from openai_eval_client._wire import (
     PATHS,
     Demand,
     Usage,
-    estimate_usage,
     forget_key,
     max_output,
     read_answer,
@@ -182,15 +181,9 @@ class Caller:
 
     async def _estimate(self, answer: dict[str, Any], response: ModelResponse, input_tokens: int) -> Usage:
         """Fill in usage where the server sent none, and return it."""
-        await estimate_usage(response, input_tokens, self._counter)
+        usage = await self._counter.estimate_usage(response, input_tokens)
         tier = answer.get("service_tier")
-        return Usage(
-            response.usage.prompt_tokens,
-            response.usage.completion_tokens,
-            model=response.model,
-            service_tier=tier if isinstance(tier, str) else None,
-            estimated=True,
-        )
+        return usage._replace(service_tier=tier if isinstance(tier, str) else None)
 
     def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from openai_eval_client._wire import INPUT_KEYS
+
 # Pixels assumed where the size cannot be seen: a web address, a file id, a broken data URL.
 _DEFAULT_SIZE = (1024, 1024)
 _MAX_SIDE = 2048  # pixels, as the next three
@@ -117,7 +119,6 @@ def _header_size(encoded: str) -> tuple[int, int] | None:
     return (int(width), int(height)) if width > 0 and height > 0 else None
 
 
-_INPUT_KEYS = ("messages", "input", "instructions", "prompt")
 _UNCOUNTED_KEYS = frozenset(
     {"annotations", "call_id", "encrypted_content", "id", "logprobs", "status", "tool_call_id", "type"}
 )
@@ -151,7 +152,7 @@ class Input:
     def of(cls, body: Mapping[str, Any], model: str, *, old: bool) -> Input:
         """Read the body of a request to any endpoint."""
         content = cls(model, old=old)
-        for key in _INPUT_KEYS:
+        for key in INPUT_KEYS:
             content._add_input(body.get(key))
         for key in ("tools", "functions"):
             if tools := body.get(key):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._wire.usage import MOST_TOKENS, token_count
+from openai_eval_client._wire.answers import MOST_TOKENS, token_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,8 +20,7 @@ class Endpoint(NamedTuple):
     output_caps: tuple[str, ...] | None = None  # what bounds the output; (): there is none; None: not known
     metered: bool = True  # runs a model, and so counts against RPM and TPM
     billed: bool = True  # may cost money
-    api: str | None = None  # its name for our own methods
-    batchable: bool = False  # our Batch API jobs take it
+    api: str | None = None  # its name for our own methods, the Batch API's included
 
 
 def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
@@ -31,16 +30,8 @@ def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
 
 # https://platform.openai.com/docs/api-reference; a path that is not here runs a model, and may cost money.
 ENDPOINTS = (
-    Endpoint(
-        "/chat/completions",
-        ("messages",),
-        ("max_completion_tokens", "max_tokens"),
-        api="chat",
-        batchable=True,
-    ),
-    Endpoint(
-        "/responses", ("input", "instructions"), ("max_output_tokens",), api="responses", batchable=True
-    ),
+    Endpoint("/chat/completions", ("messages",), ("max_completion_tokens", "max_tokens"), api="chat"),
+    Endpoint("/responses", ("input", "instructions"), ("max_output_tokens",), api="responses"),
     Endpoint("/completions", ("prompt",), ("max_tokens",)),
     Endpoint("/embeddings", ("input",), ()),
     Endpoint("/moderations", ("input",), (), billed=False),
@@ -50,7 +41,7 @@ ENDPOINTS = (
     *_other("files", "input_tokens", "items", "messages", "parts", "threads", "uploads"),
 )
 _UNKNOWN = Endpoint("")
-_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # where the endpoint is not known
+_CAPS = tuple(dict.fromkeys(cap for row in ENDPOINTS for cap in row.output_caps or ()))  # of any endpoint
 PATHS = {row.api: row.end for row in ENDPOINTS if row.api is not None}
 INPUT_KEYS = tuple(dict.fromkeys(key for row in ENDPOINTS for key in row.inputs))
 

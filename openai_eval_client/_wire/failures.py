@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
+from openai_eval_client._wire.answers import is_answer, read_json, read_usage
+from openai_eval_client._wire.endpoints import PATHS
 from openai_eval_client._wire.headers import refused_dimension, stated_wait
-from openai_eval_client._wire.usage import Usage, read_json, read_usage
 from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
@@ -21,7 +22,9 @@ from openai_eval_client.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+
+    from openai_eval_client._wire.answers import Usage
 
 _BAD_REQUEST, _SERVER_ERROR = 400, 500
 
@@ -93,14 +96,6 @@ REFUSALS = (
     Row(_5XX, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed; sent again"),
 )  # fmt: skip
 _UNKNOWN = Row((0, 999), None, Kind.SERVER_ERROR, _NEVER, _REQUEST, "see the exception")
-_MEANINGS = {  # of errors that have no status, by class
-    "TimeoutError": "no answer within timeout; sent again",
-    "APIConnectionError": "the connection failed, or the answer was cut short; sent again",
-    "APIResponseValidationError": "what came was no answer; sent again",
-    "BudgetExceededError": "max_cost left too little; not sent",
-    "RequestTooLargeError": "more tokens than the limit can ever admit; not sent",
-    "ValidationError": "the input is wrong; not sent",
-}
 
 
 class Failure(NamedTuple):
@@ -113,7 +108,7 @@ class Failure(NamedTuple):
     dimension: str | None = None  # the limit that it names: "requests" or "tokens"
     status: int | None = None
     code: str = ""  # the API's word for it; "" where it has none
-    billed: bool | None = False  # None: nobody can know
+    billed: bool = False  # whether it may have been billed
 
     def ends_run(self, max_wait: float, *, answered: bool) -> bool:
         """Return whether every other prompt would meet it; `answered`: whether any was answered so far."""
@@ -122,6 +117,24 @@ class Failure(NamedTuple):
         if self.kind is Kind.RATE_LIMITED:
             return (self.wait or 0.0) > max_wait
         return self.scope is not Scope.REQUEST
+
+
+# Errors that have no status: the first class that fits decides, what it means, and what a report says of it.
+_DROPPED = Failure(Kind.DROPPED, retry=True, billed=True)
+_LOCAL = Failure(Kind.LOCAL)
+_WITHOUT_STATUS: tuple[tuple[type[BaseException], Failure, str], ...] = (
+    (openai.APIResponseValidationError, Failure(Kind.UNREADABLE, retry=True, billed=True),
+        "what came was no answer; sent again"),
+    (TimeoutError, Failure(Kind.TIMED_OUT, retry=True, billed=True), "no answer within timeout; sent again"),
+    (openai.APIConnectionError, _DROPPED, "the connection failed, or the answer was cut short; sent again"),
+    (openai.APIError, _DROPPED._replace(retry=False), _UNKNOWN.meaning),
+    (BudgetExceededError, _LOCAL._replace(scope=_ACCOUNT), "max_cost left too little; not sent"),
+    (RequestTooLargeError, Failure(Kind.TOO_LARGE), "more tokens than the limit can ever admit; not sent"),
+    (ValidationError, _LOCAL, "the input is wrong; not sent"),
+    (openai.OpenAIError, _LOCAL, _UNKNOWN.meaning),
+    (RuntimeError, _LOCAL, _UNKNOWN.meaning),
+    (BaseException, _DROPPED._replace(retry=False), _UNKNOWN.meaning),
+)  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -141,6 +154,11 @@ class Outcome(NamedTuple):
     def sent(self) -> bool:
         """Whether anything was sent, as far as is known."""
         return self.failure is None or self.failure.kind not in {Kind.UNREACHABLE, Kind.LOCAL}
+
+    @property
+    def may_be_billed(self) -> bool:
+        """Whether the provider may have billed it, as far as its usage does not say."""
+        return self.failure is None or self.failure.billed
 
     @property
     def counted(self) -> Usage | None:
@@ -168,24 +186,20 @@ class Outcome(NamedTuple):
         return self.failure is not None and self.failure.kind is Kind.RATE_LIMITED
 
 
-NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
-UNKNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=None))
+NOT_SENT = Outcome(failure=_LOCAL)
+UNKNOWN = Outcome(failure=_DROPPED)
 
 
 def read_failure(error: BaseException) -> Failure:
     """Return what an exception means."""
     if isinstance(error, openai.APIStatusError):
         return _of_status_error(error)
-    if isinstance(error, openai.APIResponseValidationError):
-        return Failure(Kind.UNREADABLE, retry=True, billed=None)
-    if was_never_sent(error):
+    if _was_never_sent(error):
         return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT)
-    if isinstance(error, TimeoutError):
-        return Failure(Kind.TIMED_OUT, retry=True, billed=None)
-    if isinstance(error, openai.APIError) or not isinstance(error, openai.OpenAIError | RuntimeError):
-        return Failure(Kind.DROPPED, retry=isinstance(error, openai.APIConnectionError), billed=None)
-    kind = Kind.TOO_LARGE if isinstance(error, RequestTooLargeError) else Kind.LOCAL
-    return Failure(kind, scope=_own_scope(error))
+    failure = next(failure for kind, failure, _ in _WITHOUT_STATUS if isinstance(error, kind))
+    # A shared limit and a closed client are met by every request, as a budget is.
+    meets_all = type(error) is RuntimeError or getattr(error, "field", None) in {"max_cost", "redis_url"}
+    return failure._replace(scope=Scope.ACCOUNT) if meets_all else failure
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -200,18 +214,13 @@ def outcome_of(error: BaseException) -> Outcome:
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    text = body.decode(errors="replace")
-    words = [str(word) for word in _words(body)]
-    return Outcome(status, headers, failure=_refusal(status, headers, words, text))
-
-
-def _words(body: bytes) -> Iterator[Any]:
-    """Yield code and type of an error in a body."""
     try:
         error = read_json(body).get("error")
-        yield from (error.get("code"), error.get("type"))
+        words = [str(error.get("code")), str(error.get("type"))]
     except (ValueError, RecursionError, AttributeError):
-        return
+        words = []
+    failure = _refusal(status, headers, words, body.decode(errors="replace"))
+    return Outcome(status, headers, failure=failure)
 
 
 def _of_status_error(error: openai.APIStatusError) -> Failure:
@@ -224,8 +233,8 @@ def _of_status_error(error: openai.APIStatusError) -> Failure:
 
 def _refusal(status: int, headers: Mapping[str, str], words: list[str], message: str) -> Failure:
     row = _fitting(status, words, message)
-    told = headers.get("x-should-retry")  # the server's own word, which the SDK obeys as well
-    retry = told == "true" if told in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
+    wish = headers.get("x-should-retry")  # of the server, which the SDK obeys as well
+    retry = wish == "true" if wish in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
     return Failure(
         row.kind,
         retry=retry,
@@ -245,18 +254,12 @@ def _fitting(status: int, words: list[str], message: str = "") -> Row:
     return _UNKNOWN
 
 
-def _own_scope(error: BaseException) -> Scope:
-    """Return what else would meet an error of our own: a budget, a shared limit, a closed client meet all."""
-    if isinstance(error, ValidationError):
-        meets_all = error.field in {"max_cost", "redis_url"}
-    else:
-        meets_all = isinstance(error, BudgetExceededError) or type(error) is RuntimeError
-    return Scope.ACCOUNT if meets_all else Scope.REQUEST
-
-
 def meaning_of(name: str, status: int | None, code: str) -> str:
     """Return what an error means, for a reader, from the name of its class, its status and its code."""
-    return _MEANINGS.get(name, _UNKNOWN.meaning) if status is None else _fitting(status, [code]).meaning
+    if status is not None:
+        return _fitting(status, [code]).meaning
+    meanings = (meaning for kind, _, meaning in _WITHOUT_STATUS if kind.__name__ == name)
+    return next(meanings, _UNKNOWN.meaning)
 
 
 _NO_CONNECTION = frozenset(
@@ -264,12 +267,14 @@ _NO_CONNECTION = frozenset(
 )
 
 
-def was_never_sent(error: BaseException | None) -> bool:
-    """Return whether no connection came about: nobody listens, no such host, no TLS."""
+def _was_never_sent(error: BaseException | None) -> bool:
+    """Return whether no connection came about: a refused connection, no such host, no TLS."""
     # httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
-    while error is not None:
+    seen: set[int] = set()  # causes may form a circle
+    while error is not None and id(error) not in seen:
         if type(error).__name__ in _NO_CONNECTION:
             return True
+        seen.add(id(error))
         error = error.__cause__
     return False
 
@@ -326,52 +331,60 @@ def forget_key(error: openai.APIError, key: str) -> None:
 
 # --- errors made from what came ----------------------------------------------------------------------------
 
-_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
-    400: openai.BadRequestError,
-    401: openai.AuthenticationError,
-    403: openai.PermissionDeniedError,
-    404: openai.NotFoundError,
-    409: openai.ConflictError,
-    422: openai.UnprocessableEntityError,
-    429: openai.RateLimitError,
+_CLASSES: dict[int, tuple[type[openai.APIStatusError], tuple[str, ...]]] = {  # with the API's codes and types
+    400: (openai.BadRequestError, ("invalid_request_error",)),
+    401: (openai.AuthenticationError, ("authentication_error", "invalid_api_key")),
+    403: (openai.PermissionDeniedError, ("permission_error",)),
+    404: (openai.NotFoundError, ("model_not_found", "not_found_error")),
+    409: (openai.ConflictError, ()),
+    422: (openai.UnprocessableEntityError, ()),
+    429: (openai.RateLimitError, ("insufficient_quota", "rate_limit_error", "rate_limit_exceeded")),
 }
+_STATUS_BY_WORD = {word: status for status, (_, words) in _CLASSES.items() for word in words}
 _NUMBER = re.compile("[45][0-9][0-9]")
-_STATUS_BY_WORD = {
-    "authentication_error": 401,
-    "insufficient_quota": 429,
-    "invalid_api_key": 401,
-    "invalid_request_error": 400,
-    "model_not_found": 404,
-    "not_found_error": 404,
-    "permission_error": 403,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-}
 _OF_THE_BODY = {"content-encoding", "content-length", "transfer-encoding"}  # which is decoded by now
 
 
 def class_of(status: int) -> type[openai.APIStatusError]:
     """Return the class of the error that the SDK makes of a status."""
-    other = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
-    return _BY_STATUS.get(status, other)
+    if status in _CLASSES:
+        return _CLASSES[status][0]
+    return openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
 
 
 def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
     """Return the error that the SDK raises for a status, or ours where the account's credit is used up."""
     details = body.get("error", body) if isinstance(body, dict) else body
-    given = details if isinstance(details, dict) else {}
-    row = _fitting(status, [str(given.get("code")), str(given.get("type"))])
+    fields = details if isinstance(details, dict) else {}
+    row = _fitting(status, [str(fields.get("code")), str(fields.get("type"))])
     kind: Any = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
-    text = given.get("message")
+    text = fields.get("message")
     message = text if isinstance(text, str) and text else f"status {status}"
     error: openai.APIStatusError = kind(message, response=answer, body=details)
     return error
 
 
-def not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
+def read_body(reply: Any, api: str) -> dict[str, Any]:
+    """Return the JSON body of a 200.
+
+    Raises:
+        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
+        openai.APIStatusError: It is an error that names a status.
+    """
+    try:
+        body = read_json(reply.content)
+    except (ValueError, RecursionError):
+        body = None
+    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
+        raise _not_an_answer(reply, body, PATHS[api])
+    decoded: dict[str, Any] = body
+    return decoded
+
+
+def _not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
     """Return the error for a 200 that holds no answer."""
     # Proxies answer 200 before they know what comes of a request, and put an error into the body; its code is
-    # often the status of the server behind them. Where it tells none, the error is one that is tried again.
+    # often the status of the server behind them. Where it names none, the error is one that is tried again.
     reported = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
     status = _stated_status(body) if reported else None
     if status is None:
@@ -388,7 +401,7 @@ def not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
 def _stated_status(body: dict[str, Any]) -> int | None:
     """Return the HTTP status that an error object names, as a number or by the API's word for it."""
     error = body.get("error")
-    given = error if isinstance(error, dict) else body
-    words = [str(given.get(name)) for name in ("code", "status", "status_code", "type")]
+    fields = error if isinstance(error, dict) else body
+    words = [str(fields.get(name)) for name in ("code", "status", "status_code", "type")]
     named = [int(word) if _NUMBER.fullmatch(word) else _STATUS_BY_WORD.get(word) for word in words]
     return next((status for status in named if status is not None), None)

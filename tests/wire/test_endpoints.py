@@ -3,7 +3,6 @@
 import pytest
 
 from openai_eval_client._wire.endpoints import (
-    ENDPOINTS,
     INPUT_KEYS,
     PATHS,
     endpoint_of,
@@ -37,9 +36,8 @@ def test_a_post_to_a_path(path, metered, charged, free):
 
 
 def test_our_own_methods_ask_two_endpoints():
-    """By the names that `api=` takes; the Batch API takes both."""
+    """By the names that `api=` takes, for online prompts and the Batch API."""
     assert PATHS == {"chat": "/chat/completions", "responses": "/responses"}
-    assert {row.api for row in ENDPOINTS if row.batchable} == set(PATHS)
 
 
 def test_the_input_is_named_once():

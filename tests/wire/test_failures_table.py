@@ -120,12 +120,13 @@ def unreadable():
 @pytest.mark.parametrize(
     ("error", "kind", "retry", "billed"),
     [
-        (TimeoutError("no answer", request=None), Kind.TIMED_OUT, True, None),
-        (connection_error(), Kind.DROPPED, True, None),
+        (TimeoutError("no answer", request=None), Kind.TIMED_OUT, True, True),
+        (connection_error(), Kind.DROPPED, True, True),
         (caused_by(connection_error(), "ConnectError"), Kind.UNREACHABLE, True, False),
         (caused_by(connection_error(), "ClientConnectorError"), Kind.UNREACHABLE, True, False),
-        (unreadable(), Kind.UNREADABLE, True, None),
-        (KeyboardInterrupt(), Kind.DROPPED, False, None),
+        (unreadable(), Kind.UNREADABLE, True, True),
+        (KeyboardInterrupt(), Kind.DROPPED, False, True),
+        (openai.APIError("m", connection_error().request, body=None), Kind.DROPPED, False, True),
         (ValidationError("m", field="prompt"), Kind.LOCAL, False, False),
         (RequestTooLargeError("m", tokens=9, limit=1), Kind.TOO_LARGE, False, False),
     ],
@@ -134,7 +135,33 @@ def test_an_error_without_a_status(error, kind, retry, billed):
     """Whether it is worth another attempt, and whether it may have been billed."""
     failure = read_failure(error)
     assert (failure.kind, failure.retry, failure.billed) == (kind, retry, billed)
-    assert outcome_of(error).sent is (kind is not Kind.UNREACHABLE)
+    outcome = outcome_of(error)
+    assert outcome.sent is (kind is not Kind.UNREACHABLE)
+    assert outcome.may_be_billed is (billed or kind is Kind.LOCAL)  # whatever came of it was not said
+
+
+def test_a_circle_of_causes_is_followed_once():
+    """An error may be the cause of its own cause."""
+    error, cause = connection_error(), ValueError()
+    error.__cause__, cause.__cause__ = cause, error
+    assert read_failure(error).kind is Kind.DROPPED
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("TimeoutError", "no answer within timeout; sent again"),
+        ("APIConnectionError", "the connection failed, or the answer was cut short; sent again"),
+        ("APIResponseValidationError", "what came was no answer; sent again"),
+        ("BudgetExceededError", "max_cost left too little; not sent"),
+        ("RequestTooLargeError", "more tokens than the limit can ever admit; not sent"),
+        ("ValidationError", "the input is wrong; not sent"),
+        ("BatchError", "see the exception"),
+    ],
+)
+def test_an_error_without_a_status_has_a_meaning(name, meaning):
+    """By the name of its class."""
+    assert meaning_of(name, None, "") == meaning
 
 
 @pytest.mark.parametrize(
