@@ -14,7 +14,7 @@ from openai_eval_client._cost.pricing import EXACT
 from openai_eval_client._log import inform, warn
 from openai_eval_client._runtime import DeferringLock, call_on, fail_waiter, resolve
 from openai_eval_client._validation import check_cost
-from openai_eval_client._wire import endpoint_of, is_free, token_count
+from openai_eval_client._wire import endpoint_of, token_count
 from openai_eval_client.errors import BudgetExceededError, ValidationError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class CostBounds:
 
     async def most(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
         """Return the most that one attempt can cost, in USD."""
-        if is_free(path):
+        if endpoint_of(path).free:
             return _NOTHING
         output = most_output(body, path)
         await self.ready()

@@ -16,9 +16,7 @@ from openai_eval_client._wire import (
     Demand,
     Outcome,
     Tail,
-    is_charged,
-    is_free,
-    is_metered,
+    endpoint_of,
     max_output,
     read_json,
     read_usage,
@@ -31,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from openai_eval_client._account import Attempt
+    from openai_eval_client._wire import Endpoint
     from openai_eval_client.models import ClientStats
 
 
@@ -93,9 +92,11 @@ class _PacedClient:
     async def _admitted(self, request: Any) -> Attempt:
         """Return an attempt that may be sent."""
         try:
-            demand, body = await _read_demand(request, self.counter)
-            if is_charged(request.method, request.url.path):
-                most = await self.account.budgets.most(body, request.url.path, self.counter)
+            path = request.url.path
+            endpoint = endpoint_of(path, request.method)
+            demand, body = await _read_demand(request, endpoint, self.counter)
+            if endpoint.billed:
+                most = await self.account.budgets.most(body, path, self.counter)
                 demand = demand if most is None else demand._replace(most_cost=most)
             return await self.account.attempt(demand).begin()
         except openai.OpenAIError as error:
@@ -107,11 +108,13 @@ class _PacedClient:
         """Leave closing to the client itself."""
 
 
-async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dict[str, Any]]:
+async def _read_demand(
+    request: Any, endpoint: Endpoint, counter: TokenCounter
+) -> tuple[Demand, dict[str, Any]]:
     """Return what a request asks of the limits, and its body; an empty one where that cannot be read."""
-    path = request.url.path
-    if not is_metered(request.method, path):
+    if not endpoint.metered:
         return Demand(None), {}
+    path = request.url.path
     retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
     if not request.headers.get("content-type", "").startswith(_JSON):  # a form: its model is not at hand
         return Demand(path.rpartition("/")[2], max_output=0, retry=retry), {}
@@ -123,7 +126,7 @@ async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dic
     if not isinstance(model, str):
         return Demand(None), {}
     tokens = await counter.count_input(body)
-    return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path)), body
+    return Demand(model, tokens, max_output(body, path), retry=retry, free=endpoint.free), body
 
 
 def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:

@@ -22,6 +22,11 @@ class Endpoint(NamedTuple):
     billed: bool = True  # may cost money
     api: str | None = None  # its name for our own methods, the Batch API's included
 
+    @property
+    def free(self) -> bool:
+        """Whether it runs a model for nothing."""
+        return self.metered and not self.billed
+
 
 def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
     """Return endpoints that run no model themselves; the billed ones make the provider work all the same."""
@@ -41,32 +46,18 @@ ENDPOINTS = (
     *_other("files", "input_tokens", "items", "messages", "parts", "threads", "uploads"),
 )
 _UNKNOWN = Endpoint("")
+_NOT_POSTED = Endpoint("", metered=False, billed=False)
 _CAPS = tuple(dict.fromkeys(cap for row in ENDPOINTS for cap in row.output_caps or ()))  # of any endpoint
 PATHS = {row.api: row.end for row in ENDPOINTS if row.api is not None}
 INPUT_KEYS = tuple(dict.fromkeys(key for row in ENDPOINTS for key in row.inputs))
 
 
 @functools.lru_cache(maxsize=256)
-def endpoint_of(path: str) -> Endpoint:
+def endpoint_of(path: str, method: str = "POST") -> Endpoint:
     """Return the row of a path, whatever stands before its end."""
+    if method != "POST":
+        return _NOT_POSTED
     return next((row for row in ENDPOINTS if path.endswith(row.end)), _UNKNOWN)
-
-
-def is_metered(method: str, path: str) -> bool:
-    """Return whether a request runs a model, and so spends requests and tokens per minute."""
-    return method == "POST" and endpoint_of(path).metered
-
-
-def is_charged(method: str, path: str) -> bool:
-    """Return whether a request may cost money."""
-    row = endpoint_of(path)
-    return method == "POST" and (row.metered or row.billed)
-
-
-def is_free(path: str) -> bool:
-    """Return whether requests to an endpoint that runs a model cost nothing."""
-    row = endpoint_of(path)
-    return row.metered and not row.billed
 
 
 class Demand(NamedTuple):

@@ -59,7 +59,7 @@ class Scope(enum.Enum):
 class Row(NamedTuple):
     """One row of the table of refusals: the first that fits decides."""
 
-    statuses: tuple[int, int]  # the lowest and the highest
+    status: int  # or its first digit
     word: str | None  # the error's code or type, or a text in its message; None: any
     kind: Kind
     retry: bool
@@ -69,25 +69,23 @@ class Row(NamedTuple):
 
 _AGAIN, _NEVER = True, False  # whether the same request is worth another attempt
 _REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
-_4XX, _5XX = (400, 499), (500, 599)
+_4XX, _5XX = 4, 5
 # The API's codes: https://platform.openai.com/docs/guides/error-codes
 REFUSALS = (
-    Row((429, 429), "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
+    Row(429, "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
         "the account's credit is used up: waiting does not help"),
-    Row((429, 429), "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
+    Row(429, "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
         "more tokens than the limit can ever admit"),
-    Row((429, 429), None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
+    Row(429, None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
         "the server's limit was reached; sent again when it said"),
-    Row((401, 401), None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
-    Row((403, 403), "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT,
-        "the key is wrong or was withdrawn"),
-    Row((403, 403), None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
-    Row((404, 404), "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL,
-        "no such model, or not for this key"),
-    Row((404, 404), None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
-    Row((408, 408), None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
-    Row((409, 409), None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "in the way of another request; sent again"),
-    Row((413, 413), None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
+    Row(401, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
+    Row(403, "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
+    Row(403, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
+    Row(404, "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL, "no such model, or not for this key"),
+    Row(404, None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
+    Row(408, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
+    Row(409, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "in the way of another request; sent again"),
+    Row(413, None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
     Row(_4XX, "context_length_exceeded", Kind.TOO_LARGE, _NEVER, _REQUEST,
         "the prompt and max_tokens do not fit the model"),
     Row(_4XX, "content_policy_violation", Kind.CONTENT_REFUSED, _NEVER, _REQUEST,
@@ -95,7 +93,7 @@ REFUSALS = (
     Row(_4XX, None, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
     Row(_5XX, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed; sent again"),
 )  # fmt: skip
-_UNKNOWN = Row((0, 999), None, Kind.SERVER_ERROR, _NEVER, _REQUEST, "see the exception")
+_UNKNOWN = Row(0, None, Kind.SERVER_ERROR, _NEVER, _REQUEST, "see the exception")
 
 
 class Failure(NamedTuple):
@@ -248,8 +246,9 @@ def _refusal(status: int, headers: Mapping[str, str], words: list[str], message:
 
 def _fitting(status: int, words: list[str], message: str = "") -> Row:
     for row in REFUSALS:
-        low, high = row.statuses
-        if low <= status <= high and (row.word is None or row.word in words or row.word in message):
+        if row.status in {status, status // 100} and (
+            row.word is None or row.word in words or row.word in message
+        ):
             return row
     return _UNKNOWN
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI
 from openai_eval_client._wire.answers import _TAIL, Tail, Usage, read_usage, usage_of
-from openai_eval_client._wire.endpoints import is_metered, max_output
+from openai_eval_client._wire.endpoints import endpoint_of, max_output
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -53,13 +53,13 @@ from openai_eval_client.testing import SimulatedServer
 )
 def test_what_runs_a_model_is_metered(method, path, metered):
     """Only requests that run a model count against its requests and tokens per minute."""
-    assert is_metered(method, path) is metered
+    assert endpoint_of(path, method).metered is metered
 
 
 @pytest.mark.parametrize("prefix", ["files", "admin", "organization", "threads"])
 def test_a_gateway_may_have_any_address(prefix):
     """A prefix before the API's own path does not matter."""
-    assert is_metered("POST", f"/{prefix}/v1/chat/completions")
+    assert endpoint_of(f"/{prefix}/v1/chat/completions", "POST").metered
 
 
 @pytest.mark.parametrize("call", ["responses", "batches", "uploads"])
