@@ -110,11 +110,8 @@ class WorkerPool:
         for task in self._tasks - self._sending - {asyncio.current_task()}:
             task.cancel()
 
-    def sending(self) -> WorkerPool:
-        """Return what an item enters to send: in flight until its outcome, or until the attempt fails."""
-        return self
-
     def __enter__(self) -> None:
+        """Enter to send an item: it is in flight until its outcome, or until the attempt fails."""
         if self._stopped:
             raise asyncio.CancelledError
         task = asyncio.current_task()
@@ -196,7 +193,7 @@ class WorkerPool:
     async def _one(self, index: int, item: object) -> None:
         task = asyncio.current_task()
         try:
-            outcome = await self._work(index, item, sending=self.sending)
+            outcome = await self._work(index, item, sending=self)
         except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
             self._outcomes.put_nowait((index, error))
             if self._is_fatal(error, self._answered):
@@ -241,7 +238,7 @@ def pool_for(
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         if check:
             check_prompt(prompt, index)
-        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending())
+        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending)
 
     slots = max_concurrent or limits.max_concurrent
     return WorkerPool(

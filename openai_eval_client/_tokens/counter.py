@@ -131,13 +131,21 @@ class TokenCounter:
         content.texts.append(text)
         return await self._count(content, await self._fit(model))
 
-    async def estimate_usage(self, response: ModelResponse, input_tokens: int) -> Usage:
+    async def estimate_usage(
+        self, response: ModelResponse, input_tokens: int, *, service_tier: object = None
+    ) -> Usage:
         """Fill in the usage that the server left out, and return it."""
         usage, texts = response.usage, "\n".join(response.choices)
         usage.prompt_tokens = input_tokens
         usage.completion_tokens = await self.count_text(texts, response.model) if texts else 0
         usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-        return Usage(usage.prompt_tokens, usage.completion_tokens, model=response.model, estimated=True)
+        return Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            model=response.model,
+            service_tier=service_tier if isinstance(service_tier, str) else None,
+            estimated=True,
+        )
 
     def observe(self, model: str, counted: int, actual: int) -> None:
         """Learn from what a server reported, for models without a vocabulary of their own."""
