@@ -12,6 +12,7 @@ import openai
 from openai_eval_client._account import Account
 from openai_eval_client._sdk.transport import SdkClient, default_client
 from openai_eval_client._tokens import TokenCounter
+from openai_eval_client._validation import config_of
 from openai_eval_client._wire import (
     Demand,
     Outcome,
@@ -23,7 +24,6 @@ from openai_eval_client._wire import (
     refused,
 )
 from openai_eval_client.config import RateLimitConfig
-from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -40,7 +40,7 @@ _FAMILIES = ("httpx", "httpx2")
 
 
 class NotSent(BaseException):
-    """One of our errors before a request was sent: the SDK would send it again, were it an Exception."""
+    """One of our errors before a request was sent; if it were an Exception, the SDK would send again."""
 
     def __init__(self, error: openai.OpenAIError) -> None:
         super().__init__()
@@ -177,15 +177,8 @@ class _MeteredStream:
         self._settle()
 
 
-_ACCOUNT = (
-    "api_key",
-    "base_url",
-    "data_residency",
-    "organization",
-    "project",
-    "provider",
-    "workload_identity",
-)
+# Options of the SDK's constructor that may name another account.
+_NAMES = ("api_key", "base_url", "data_residency", "organization", "project", "provider", "workload_identity")
 
 
 def _signature() -> inspect.Signature:
@@ -245,7 +238,7 @@ class AsyncOpenAI(SdkClient):
         __init__.__signature__ = _signature()
 
         def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
-            """Copy, on the same budget; one for another account has the same limits to itself.
+            """Copy, with the same limits; a copy for another account has them to itself.
 
             Args:
                 **options: What is to differ, as the SDK's `copy` takes it.
@@ -253,8 +246,8 @@ class AsyncOpenAI(SdkClient):
             Returns:
                 The copy, on the same connections.
             """
-            named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
-            same = all(_same(value, getattr(self, name, None)) for name, value in named.items())
+            named = [name for name in _NAMES if options.get(name) is not None]
+            same = all(_as_text(options[name]) == _as_text(getattr(self, name, None)) for name in named)
             account = self._account if same else self._account.fresh()
             return super().copy(_extra_kwargs={"rate_limit": account, **(_extra_kwargs or {})}, **options)
 
@@ -286,22 +279,19 @@ class AsyncOpenAI(SdkClient):
 
 
 def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:
-    """Return whose limits a client of the SDK spends: key, server, organisation, project."""
-    return client.api_key, str(client.base_url).rstrip("/"), client.organization, client.project
+    """Return the account that a client of the SDK uses: key, server, organisation, project."""
+    return client.api_key, _as_text(client.base_url), client.organization, client.project
 
 
-def _same(value: object, other: object) -> bool:
-    """Whether a key, a name or an address is the one already used; addresses end with a slash or not."""
-    return str(value).rstrip("/") == str(other).rstrip("/")
+def _as_text(value: object) -> str:
+    """Return a key, a name or an address as text; addresses end with a slash or not."""
+    return str(value).rstrip("/")
 
 
 def _account(rate_limit: Any, view: Any) -> Account:
     if isinstance(rate_limit, Account):
         return rate_limit
-    if rate_limit is None and view is not None:
-        account: Account = view.account
-        return account
-    if rate_limit is not None and not isinstance(rate_limit, RateLimitConfig):
-        message = f"rate_limit: must be of class RateLimitConfig, not {type(rate_limit).__name__}"
-        raise ValidationError(message, field="rate_limit")
-    return Account(rate_limit)
+    if rate_limit is not None:
+        return Account(config_of("rate_limit", rate_limit, RateLimitConfig))
+    account: Account = Account() if view is None else view.account
+    return account
