@@ -57,21 +57,23 @@ class Scope(enum.Enum):
 
 
 class Row(NamedTuple):
-    """One row of the table of refusals: the first that fits decides."""
+    """One row of the table of failures: the first that fits decides."""
 
-    status: int  # or its first digit
+    of: int | type[BaseException]  # a status, or the first digit of one; the class of an error without one
     word: str | None  # the error's code or type, or a text in its message; None: any
     kind: Kind
     retry: bool
     scope: Scope
     meaning: str  # for the user, in a report
+    billed: bool = False  # whether it may have been billed
 
 
 _AGAIN, _NEVER = True, False  # whether the same request is worth another attempt
 _REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
 _4XX, _5XX = 4, 5
+_SEE = "see the exception"
 # The API's codes: https://platform.openai.com/docs/guides/error-codes
-REFUSALS = (
+FAILURES = (
     Row(429, "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
         "the account's credit is used up: waiting does not help"),
     Row(429, "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
@@ -92,8 +94,22 @@ REFUSALS = (
         "the provider refuses the content"),
     Row(_4XX, None, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
     Row(_5XX, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed; sent again"),
+    Row(openai.APIResponseValidationError, None, Kind.UNREADABLE, _AGAIN, _REQUEST,
+        "what came was no answer; sent again", billed=True),
+    Row(TimeoutError, None, Kind.TIMED_OUT, _AGAIN, _REQUEST,
+        "no answer within timeout; sent again", billed=True),
+    Row(openai.APIConnectionError, None, Kind.DROPPED, _AGAIN, _REQUEST,
+        "the connection failed, or the answer was cut short; sent again", billed=True),
+    Row(openai.APIError, None, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
+    Row(BudgetExceededError, None, Kind.LOCAL, _NEVER, _ACCOUNT, "max_cost left too little; not sent"),
+    Row(RequestTooLargeError, None, Kind.TOO_LARGE, _NEVER, _REQUEST,
+        "more tokens than the limit can ever admit; not sent"),
+    Row(ValidationError, None, Kind.LOCAL, _NEVER, _REQUEST, "the input is wrong; not sent"),
+    Row(openai.OpenAIError, None, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
+    Row(RuntimeError, None, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
+    Row(BaseException, None, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
 )  # fmt: skip
-_UNKNOWN = Row(0, None, Kind.SERVER_ERROR, _NEVER, _REQUEST, "see the exception")
+_UNKNOWN = Row(0, None, Kind.SERVER_ERROR, _NEVER, _REQUEST, _SEE)
 
 
 class Failure(NamedTuple):
@@ -115,24 +131,6 @@ class Failure(NamedTuple):
         if self.kind is Kind.RATE_LIMITED:
             return (self.wait or 0.0) > max_wait
         return self.scope is not Scope.REQUEST
-
-
-# Errors that have no status: the first class that fits decides, what it means, and what a report says of it.
-_DROPPED = Failure(Kind.DROPPED, retry=True, billed=True)
-_LOCAL = Failure(Kind.LOCAL)
-_WITHOUT_STATUS: tuple[tuple[type[BaseException], Failure, str], ...] = (
-    (openai.APIResponseValidationError, Failure(Kind.UNREADABLE, retry=True, billed=True),
-        "what came was no answer; sent again"),
-    (TimeoutError, Failure(Kind.TIMED_OUT, retry=True, billed=True), "no answer within timeout; sent again"),
-    (openai.APIConnectionError, _DROPPED, "the connection failed, or the answer was cut short; sent again"),
-    (openai.APIError, _DROPPED._replace(retry=False), _UNKNOWN.meaning),
-    (BudgetExceededError, _LOCAL._replace(scope=_ACCOUNT), "max_cost left too little; not sent"),
-    (RequestTooLargeError, Failure(Kind.TOO_LARGE), "more tokens than the limit can ever admit; not sent"),
-    (ValidationError, _LOCAL, "the input is wrong; not sent"),
-    (openai.OpenAIError, _LOCAL, _UNKNOWN.meaning),
-    (RuntimeError, _LOCAL, _UNKNOWN.meaning),
-    (BaseException, _DROPPED._replace(retry=False), _UNKNOWN.meaning),
-)  # fmt: skip
 
 
 class Outcome(NamedTuple):
@@ -184,8 +182,8 @@ class Outcome(NamedTuple):
         return self.failure is not None and self.failure.kind is Kind.RATE_LIMITED
 
 
-NOT_SENT = Outcome(failure=_LOCAL)
-UNKNOWN = Outcome(failure=_DROPPED)
+NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
+UNKNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=True))
 
 
 def read_failure(error: BaseException) -> Failure:
@@ -194,10 +192,10 @@ def read_failure(error: BaseException) -> Failure:
         return _of_status_error(error)
     if _was_never_sent(error):
         return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT)
-    failure = next(failure for kind, failure, _ in _WITHOUT_STATUS if isinstance(error, kind))
-    # A shared limit and a closed client are met by every request, as a budget is.
+    row = next(row for row in FAILURES if isinstance(row.of, type) and isinstance(error, row.of))
+    # A closed client, a wrong budget and shared limits out of reach are met by every request.
     meets_all = type(error) is RuntimeError or getattr(error, "field", None) in {"max_cost", "redis_url"}
-    return failure._replace(scope=Scope.ACCOUNT) if meets_all else failure
+    return Failure(row.kind, row.retry, Scope.ACCOUNT if meets_all else row.scope, billed=row.billed)
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -245,8 +243,8 @@ def _refusal(status: int, headers: Mapping[str, str], words: list[str], message:
 
 
 def _fitting(status: int, words: list[str], message: str = "") -> Row:
-    for row in REFUSALS:
-        if row.status in {status, status // 100} and (
+    for row in FAILURES:
+        if row.of in {status, status // 100} and (
             row.word is None or row.word in words or row.word in message
         ):
             return row
@@ -257,8 +255,7 @@ def meaning_of(name: str, status: int | None, code: str) -> str:
     """Return what an error means, for a reader, from the name of its class, its status and its code."""
     if status is not None:
         return _fitting(status, [code]).meaning
-    meanings = (meaning for kind, _, meaning in _WITHOUT_STATUS if kind.__name__ == name)
-    return next(meanings, _UNKNOWN.meaning)
+    return next((row.meaning for row in FAILURES if getattr(row.of, "__name__", None) == name), _SEE)
 
 
 _NO_CONNECTION = frozenset(
