@@ -152,7 +152,7 @@ class WorkerPool:
             async with contextlib.aclosing(iterate(items)) as source:
                 await self._take_from(source)
         except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
-            self.error = error if self.error is None else self.error
+            self.error = self.error or error
 
     async def _take_from(self, source: AsyncIterator[Any]) -> None:
         loop = asyncio.get_running_loop()

@@ -19,7 +19,7 @@ from openai_eval_client._wire import (
     Tail,
     endpoint_of,
     max_output,
-    read_json,
+    read_object,
     read_usage,
     refused,
 )
@@ -119,10 +119,10 @@ async def _read_demand(
     if not request.headers.get("content-type", "").startswith(_JSON):  # a form: its model is not at hand
         return Demand(path.rpartition("/")[2], max_output=0, retry=retry), {}
     try:
-        body = read_json(request.content)
-    except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
-        return Demand(None), {}
-    model = body.get("model") if isinstance(body, dict) else None
+        body = read_object(request.content)
+    except RuntimeError:  # one that is streamed
+        body = {}
+    model = body.get("model")
     if not isinstance(model, str):
         return Demand(None), {}
     tokens = await counter.count_input(body)

@@ -96,7 +96,7 @@ def read_usage(tail: bytes) -> Usage | None:
     """Return what an answer used, from its body or the end of it, or the end of a stream."""
     # It is the last `usage` object that counts. Where the object round it is not there as a whole, its model
     # is known only if it stands right before, as with embeddings.
-    whole = _decoded(tail) if len(tail) <= _TAIL and tail.lstrip().startswith(b"{") else {}
+    whole = read_object(tail) if len(tail) <= _TAIL and tail.lstrip().startswith(b"{") else {}
     usage = usage_of(whole)
     if usage is not None:
         return usage
@@ -111,7 +111,7 @@ def _read_event(tail: bytes, position: int) -> Usage | None:
     """Return what the event of a stream at a position says, where it is whole."""
     start, end = tail.rfind(b"\n", 0, position) + 1, tail.find(b"\n", position)
     field, _, data = tail[start : end if end >= 0 else len(tail)].partition(b":")
-    event = _decoded(data) if field == b"data" else {}
+    event = read_object(data) if field == b"data" else {}
     within = event.get("response")
     return usage_of(within if isinstance(within, dict) else event)
 
@@ -124,13 +124,13 @@ def _read_cut(tail: bytes, match: re.Match[bytes]) -> Usage | None:
         return None
     named = _MODEL_BEFORE.search(tail, max(0, match.start() - _LONGEST_NAME), match.start())
     tiers = list(_TIER.finditer(tail, 0, match.start())) or list(_TIER.finditer(tail, match.end()))
-    found = {"model": named, "service_tier": tiers[-1] if tiers else None}
-    names = {key: match and match[1].decode(errors="replace") for key, match in found.items()}
+    matches = {"model": named, "service_tier": tiers[-1] if tiers else None}
+    names = {key: match and match[1].decode(errors="replace") for key, match in matches.items()}
     return usage_of({"usage": usage, **names})
 
 
-def _decoded(data: bytes) -> dict[str, Any]:
-    """Return a JSON object; an empty one where there is none."""
+def read_object(data: bytes) -> dict[str, Any]:
+    """Decode a JSON object; return an empty one for anything else."""
     try:
         value = read_json(data)
     except (ValueError, RecursionError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
-from openai_eval_client._wire.answers import is_answer, read_json, read_usage
+from openai_eval_client._wire.answers import is_answer, read_json, read_object, read_usage
 from openai_eval_client._wire.endpoints import PATHS
 from openai_eval_client._wire.headers import refused_dimension, stated_wait
 from openai_eval_client.errors import (
@@ -210,11 +210,8 @@ def outcome_of(error: BaseException) -> Outcome:
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    try:
-        error = read_json(body).get("error")
-        words = [str(error.get("code")), str(error.get("type"))]
-    except (ValueError, RecursionError, AttributeError):
-        words = []
+    error = read_object(body).get("error")
+    words = [str(error.get("code")), str(error.get("type"))] if isinstance(error, dict) else []
     failure = _refusal(status, headers, words, body.decode(errors="replace"))
     return Outcome(status, headers, failure=failure)
 
@@ -325,7 +322,7 @@ def forget_key(error: openai.APIError, key: str) -> None:
             error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)
 
 
-# --- errors made from what came ----------------------------------------------------------------------------
+# --- errors made from an answer -------------------------------------------------------------------------------
 
 _CLASSES: dict[int, tuple[type[openai.APIStatusError], tuple[str, ...]]] = {  # with the API's codes and types
     400: (openai.BadRequestError, ("invalid_request_error",)),

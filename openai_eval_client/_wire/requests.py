@@ -77,20 +77,20 @@ def check_parameters(
         check_count(max_tokens, "max_tokens")
     if system is not None:
         check_text(system, "system")
-    given = {name: value for name, value in params.items() if value is not None}
-    _check_names(given, api)
-    extra: dict[str, Any] = {name: given.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
+    fields = {name: value for name, value in params.items() if value is not None}
+    _check_names(fields, api)
+    extra: dict[str, Any] = {name: fields.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
     check_mapping(extra["body"], "extra_body")
     check_headers(extra["headers"], "extra_headers")
     check_mapping(extra["query"], "extra_query")
-    schema = _take_schema(given, api)
+    schema = _take_schema(fields, api)
     ours = {
         "model": model,
         "temperature": temperature,
         "max_tokens" if api == "chat" else "max_output_tokens": max_tokens,
         "instructions": system if api == "responses" else None,
     }
-    body = {**{name: value for name, value in ours.items() if value is not None}, **given, **extra["body"]}
+    body = {**{name: value for name, value in ours.items() if value is not None}, **fields, **extra["body"]}
     _check_body(body)
     return Parameters(
         api=api,
@@ -145,17 +145,17 @@ def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> No
     check_json({name: plain}, field="prompt", index=index)
 
 
-def _check_names(given: Mapping[str, Any], api: str) -> None:
+def _check_names(fields: Mapping[str, Any], api: str) -> None:
     known = _known_names(api)
-    for name in [name for name in given if name not in known]:
+    for name in [name for name in fields if name not in known]:
         if name in _KEYWORDS:
-            reject_input(name, given[name], "not a parameter here")
+            reject_input(name, fields[name], "not a parameter here")
         alike = difflib.get_close_matches(name, known | _KEYWORDS, n=1)
         hint = f"did you mean {alike[0]}? " if alike else ""
         why = f"not a parameter; {hint}What only your server knows goes into extra_body={{{name!r}: ...}}"
-        reject_input(name, given[name], why)
-    if "n" in given:
-        check_count(given["n"], "n")
+        reject_input(name, fields[name], why)
+    if "n" in fields:
+        check_count(fields["n"], "n")
 
 
 @functools.cache
@@ -177,9 +177,9 @@ def _check_body(body: Mapping[str, Any]) -> None:
     check_json(body)
 
 
-def _take_schema(given: dict[str, Any], api: str) -> type[BaseModel] | None:
+def _take_schema(fields: dict[str, Any], api: str) -> type[BaseModel] | None:
     """Replace a pydantic class given as response_format by its JSON schema, and return the class."""
-    wanted = given.pop("response_format", None)
+    wanted = fields.pop("response_format", None)
     if wanted is None:
         return None
     schema = wanted if isinstance(wanted, type) and issubclass(wanted, BaseModel) else None
@@ -188,10 +188,10 @@ def _take_schema(given: dict[str, Any], api: str) -> type[BaseModel] | None:
         form = {"name": schema.__name__, "schema": strict, "strict": True}
         wanted = {"type": "json_schema", **({"json_schema": form} if api == "chat" else form)}
     if api == "chat":
-        given["response_format"] = wanted
+        fields["response_format"] = wanted
     else:
-        check_mapping(given.get("text", {}), "text")
-        given["text"] = {**given.get("text", {}), "format": wanted}
+        check_mapping(fields.get("text", {}), "text")
+        fields["text"] = {**fields.get("text", {}), "format": wanted}
     return schema
 
 

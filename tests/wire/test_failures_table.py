@@ -80,12 +80,12 @@ def _fits(row, status, code, message):
     return row.of in {status, status // 100} and (row.word is None or row.word == code or row.word in message)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_the_servers_own_word_on_trying_again_wins(told):
+@pytest.mark.parametrize("wish", [True, False])
+def test_the_servers_own_word_on_trying_again_wins(wish):
     """As it does with the SDK; but nothing makes an account without credit worth another attempt."""
-    word = {"x_should_retry": str(told).lower()}
-    assert read_failure(error_of(500, None, "m", **word)).retry is told
-    assert read_failure(error_of(400, None, "m", **word)).retry is told
+    word = {"x_should_retry": str(wish).lower()}
+    assert read_failure(error_of(500, None, "m", **word)).retry is wish
+    assert read_failure(error_of(400, None, "m", **word)).retry is wish
     assert not read_failure(error_of(429, "insufficient_quota", "m", **word)).retry
 
 
@@ -136,7 +136,7 @@ def test_an_error_without_a_status(error, kind, retry, billed):
     assert (failure.kind, failure.retry, failure.billed) == (kind, retry, billed)
     outcome = outcome_of(error)
     assert outcome.sent is (kind is not Kind.UNREACHABLE)
-    assert outcome.may_be_billed is (billed or kind is Kind.LOCAL)  # whatever came of it was not said
+    assert outcome.may_be_billed is (billed or kind is Kind.LOCAL)  # it does not show what came of it
 
 
 def test_a_circle_of_causes_is_followed_once():

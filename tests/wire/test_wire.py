@@ -199,12 +199,12 @@ def test_no_text_is_mistaken_for_usage(content):
 
 
 @given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
-def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
+def test_an_answer_cut_short_has_its_usage_or_none(content, inputs, outputs):
     """The connection may break at any byte."""
-    usage = {"prompt_tokens": given_, "completion_tokens": made}
+    usage = {"prompt_tokens": inputs, "completion_tokens": outputs}
     body = json.dumps({"content": content, "usage": usage}).encode()
     for end in range(len(body)):
-        assert counts_in(body[:end]) in {None, (given_, made)}
+        assert counts_in(body[:end]) in {None, (inputs, outputs)}
 
 
 @given(st.binary())
