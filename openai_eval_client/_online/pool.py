@@ -32,9 +32,9 @@ _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more
 class WorkerPool:
     """The workers of one run, each with one item at a time, and the outcomes of the items.
 
-    A worker whose item is answered goes on with the next one in the same turn of the event loop: what the one
-    needed is free before the other needs as much. Where one turn ends many requests, and a later one begins
-    as many, the garbage collector runs twice as often.
+    A worker whose item is answered begins the next one in the same turn of the event loop, so that memory is
+    freed before as much is needed again. Where one turn ends many requests, and a later one begins as many,
+    the garbage collector runs twice as often.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "t
 
 
 async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
-    """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours."""
+    """Make one call of the SDK; any failure of its connection is one of the SDK's errors, or ours."""
     try:
         async with deadline(seconds):
             return await call
@@ -138,7 +138,7 @@ def retrying(
 def retry_for(
     attempt: Callable[[], Awaitable[Any]], *, is_worth: Callable[[Any], bool], seconds: float
 ) -> Callable[[], Awaitable[Any]]:
-    """Return `attempt`, tried again for up to so many seconds while `is_worth` says so of its error."""
+    """Return `attempt`, tried again for up to so many seconds after each error that `is_worth` it."""
     repeated: Callable[[], Awaitable[Any]] = backoff.on_exception(
         backoff.expo,
         openai.APIStatusError,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ClientStats
 
 
-_UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: its sender knows NotSent
+_UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
@@ -132,7 +132,7 @@ async def _read_demand(
 def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
     if status >= _BAD_REQUEST:
         return refused(status, headers, tail)
-    usage = None if demand.model is None else read_usage(tail)  # a file may well hold that of others
+    usage = None if demand.model is None else read_usage(tail)  # a file may hold usage of other requests
     return Outcome(status, headers, usage)
 
 
@@ -152,7 +152,7 @@ class _MeteredStream:
         self._headers = response.headers
         self._attempt = attempt
         self._tail = Tail()
-        if self._status < _BAD_REQUEST:  # what they say holds now, not when the stream ends
+        if self._status < _BAD_REQUEST:  # they describe the limits now, not when the stream ends
             attempt.update_from_headers(self._headers)
             self._headers = None
 
@@ -162,7 +162,7 @@ class _MeteredStream:
             yield chunk
 
     async def aclose(self) -> None:
-        """Close the connection's end of it and give the slot back."""
+        """Close the stream and give the slot back."""
         try:
             await self._stream.aclose()
         finally:

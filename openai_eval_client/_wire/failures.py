@@ -322,7 +322,7 @@ def forget_key(error: openai.APIError, key: str) -> None:
             error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)
 
 
-# --- errors made from an answer -------------------------------------------------------------------------------
+# --- errors made from an answer ----------------------------------------------------------------------------
 
 _CLASSES: dict[int, tuple[type[openai.APIStatusError], tuple[str, ...]]] = {  # with the API's codes and types
     400: (openai.BadRequestError, ("invalid_request_error",)),

@@ -15,12 +15,11 @@ if TYPE_CHECKING:
 _DIGITS = 10  # of a number below _LONGEST
 _LONGEST = 1e9  # a number in a header: thirty years, or more tokens than any limit
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _LONGEST_RESET = 86_400.0  # seconds; beyond it a plain number is no duration, but perhaps a date
-_WAIT = re.compile(
-    r"(?:try again in|retry after) (?:((?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+)|(\d+(?:\.\d+)?) seconds?)"
-)
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
+_NUMBER = r"\d+(?:\.\d+)?"
+_PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)")
+_DURATION = re.compile(rf"(?:{_NUMBER}(?:ms|s|m|h|d))+")
+_WAIT = re.compile(rf"(?:try again in|retry after) (?:({_DURATION.pattern})|({_NUMBER}) seconds?)")
 DIMENSIONS = ("requests", "tokens")
 
 
