@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from openai_eval_client._cost import Budgets, Ledger
@@ -78,20 +79,13 @@ class Account:
         concurrency: ConcurrencyLimit | None = None,
         turn: int | None = None,
         budget: CostBudget | None = None,
-        sending: contextlib.AbstractContextManager[None] = _ALWAYS,
+        sending: contextlib.AbstractContextManager[None] | None = None,
     ) -> Attempt:
-        """Return an attempt to be entered: that waits until it may be sent; leaving settles it.
-
-        Args:
-            demand: What it asks of the limits.
-            concurrency: A concurrency limit of the call's own, instead of the model's.
-            turn: Its place in the queue; None: a new one.
-            budget: The call's own, from which it is paid besides the client's.
-            sending: Entered for as long as the request is in flight.
-        """
-        return Attempt(self, demand, concurrency=concurrency, turn=turn, budget=budget, sending=sending)
+        """Return an attempt to be entered: that waits until it may be sent; leaving settles it."""
+        return Attempt(self, demand, concurrency, turn, budget, sending or _ALWAYS)
 
 
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One HTTP attempt: admitted on entering, settled exactly once.
 
@@ -99,30 +93,19 @@ class Attempt:
     failures.
     """
 
-    __slots__ = (
-        "_account", "_budget", "_concurrency", "_cost", "_detached", "_outcome", "_permit", "_priced",
-        "_reservation", "_sending", "_settled", "_turn", "demand",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        account: Account,
-        demand: Demand,
-        *,
-        concurrency: ConcurrencyLimit | None,
-        turn: int | None,
-        budget: CostBudget | None,
-        sending: contextlib.AbstractContextManager[None],
-    ) -> None:
-        self.demand = demand
-        self._account = account
-        self._concurrency, self._turn, self._budget = concurrency, turn, budget
-        self._sending = sending
-        self._reservation: Reservation | None = None
-        self._permit: Permit | None = None
-        self._outcome: Outcome | None = None
-        self._cost: Decimal | None = None
-        self._detached = self._priced = self._settled = False
+    _account: Account
+    demand: Demand  # what it asks of the limits
+    _concurrency: ConcurrencyLimit | None  # of the call's own, instead of the model's
+    _turn: int | None  # its place in the queue; None: a new one
+    _budget: CostBudget | None  # the call's own, from which it is paid besides the client's
+    _sending: contextlib.AbstractContextManager[None]  # entered for as long as the request is in flight
+    _reservation: Reservation | None = field(default=None, init=False)
+    _permit: Permit | None = field(default=None, init=False)
+    _outcome: Outcome | None = field(default=None, init=False)
+    _cost: Decimal | None = field(default=None, init=False)
+    _detached: bool = field(default=False, init=False)
+    _priced: bool = field(default=False, init=False)
+    _settled: bool = field(default=False, init=False)
 
     async def begin(self) -> Attempt:
         """Wait until it may be sent, and reserve what it needs: its cost first, then its tokens.
@@ -156,11 +139,11 @@ class Attempt:
         return self
 
     def answered(self, status: int, headers: Mapping[str, str], usage: Usage | None) -> None:
-        """Say that it was answered, and what the answer used."""
+        """Note that it was answered, and what the answer used."""
         self._outcome = Outcome(status, headers, usage)
 
     def failed(self, outcome: Outcome) -> None:
-        """Say what came of it, where no exception does."""
+        """Note what came of it, where no exception shows it."""
         self._outcome = outcome
 
     def price(self) -> Decimal | None:

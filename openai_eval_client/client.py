@@ -207,15 +207,14 @@ class OpenAIClient:
         callback = _guarded(progress_callback)
         check_switch(progress, "progress")
         listed = list_prompts(prompts)
-        if not use_batch_api or self._are_too_few(listed):
+        by_batch = use_batch_api and self._are_enough(listed)
+        display = None
+        if progress:
+            display = self._display(parameters.model, len(listed), None if by_batch else pool)
+        if not by_batch:
             return await collect(
-                pool,
-                listed,
-                progress=callback,
-                display=self._display(parameters.model, len(listed), pool) if progress else None,
-                return_exceptions=return_exceptions,
+                pool, listed, progress=callback, display=display, return_exceptions=return_exceptions
             )
-        display = self._display(parameters.model, len(listed)) if progress else None
         with display or contextlib.nullcontext():
             return await self._jobs.collect(
                 listed,
@@ -479,15 +478,15 @@ class OpenAIClient:
         """Return the budget of one call, besides the client's; None without `max_cost`."""
         return self._account.budgets.budget_for(max_cost, parameters.body, PATHS[parameters.api])
 
-    def _are_too_few(self, prompts: Sequence[Prompt]) -> bool:
-        """Return whether prompts are too few for the Batch API; log it if so."""
+    def _are_enough(self, prompts: Sequence[Prompt]) -> bool:
+        """Return whether prompts are enough for the Batch API; log it if not."""
         count, least = len(prompts), self._batch.auto_batch_threshold
         if count < least:
             text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
             inform(text, count, least, event="batch_too_small", requests=count)
-        return count < least
+        return count >= least
 
-    def _display(self, model: str, total: int | None, pool: WorkerPool | None = None) -> Display:
+    def _display(self, model: str, total: int | None, pool: WorkerPool | None) -> Display:
         """Return what shows the progress of a call; without a pool the Batch API is at work."""
 
         def probe() -> ProgressSnapshot:

@@ -50,7 +50,15 @@ class _Config(BaseModel):
 
     @classmethod
     def model_validate_json(cls, *args: Any, **options: Any) -> Self:
-        """Read a config from JSON, which an error does not show; see `pydantic.BaseModel`."""
+        """Read a config from JSON; an error does not show it.
+
+        Args:
+            *args: What pydantic's own takes, the JSON first.
+            **options: Likewise.
+
+        Returns:
+            The config.
+        """
         with _named_in_errors(cls.__name__):
             return super().model_validate_json(*args, **options)
 

@@ -29,8 +29,9 @@ TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in MODULES.item
 FLOORS = [
     {"_format"},
     {"errors", "config", "_log", "_runtime"},
-    {"models", "_validation", "_tokens"},
+    {"models", "_validation"},
     {"_wire"},
+    {"_tokens"},
     {"_limits", "_cost", "_stats"},
     {"_account", "_cache"},
     {"_sdk", "_report"},

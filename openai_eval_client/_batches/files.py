@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from openai_eval_client._validation import check_text, reject_input
-from openai_eval_client._wire import ENDPOINTS, check_parameters, check_prompt, read_json
+from openai_eval_client._wire import BATCH_PATHS, check_parameters, check_prompt, read_json
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import BatchRequest
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Parameters
 
 
-BATCH_PATHS = {row.api: f"/v1{row.end}" for row in ENDPOINTS if row.api and row.batchable}
 MOST_BYTES = 200_000_000  # of one input file: https://platform.openai.com/docs/guides/batch
 MIXED: Literal["mixed"] = "mixed"
 Temperature = float | Literal["mixed"] | None  # of all requests; None: none was given; "mixed": they differ

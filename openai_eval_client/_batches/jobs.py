@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._batches.api import BatchApi
 from openai_eval_client._batches.files import (
-    BATCH_PATHS,
     check_requests,
     close_files,
     is_numbered,
@@ -36,6 +35,7 @@ from openai_eval_client._batches.status import (
 from openai_eval_client._log import warn
 from openai_eval_client._online import outcomes_or_raise
 from openai_eval_client._validation import check_window, reject_input
+from openai_eval_client._wire import BATCH_PATHS
 from openai_eval_client.errors import BatchError
 from openai_eval_client.models import BatchJob, BatchJobStatus
 

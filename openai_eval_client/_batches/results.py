@@ -13,7 +13,6 @@ from typing import IO, TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batches.files import (
-    BATCH_PATHS,
     MIXED,
     RequestIndex,
     custom_id_of,
@@ -37,9 +36,9 @@ from openai_eval_client._cost import commit, exact, reserve, reserve_now
 from openai_eval_client._log import warn
 from openai_eval_client._validation import is_header_text
 from openai_eval_client._wire import (
+    BATCH_PATHS,
     Parameters,
     Usage,
-    estimate_usage,
     is_answer,
     read_answer,
     read_body,
@@ -316,11 +315,9 @@ class BatchSettler:
                 bodies = await asyncio.to_thread(read_bodies, file, wanted)
         for index, response in without.items():
             tokens = await self._counter.count_input(bodies[index]) if index in bodies else 0
-            await estimate_usage(response, tokens, self._counter)
-            usage = response.usage
-            estimate = Usage(usage.prompt_tokens, usage.completion_tokens, estimated=True)
+            estimate = await self._counter.estimate_usage(response, tokens)
             with exact():
-                usage.estimated_cost = reader.price(response.model, estimate)
+                response.usage.estimated_cost = reader.price(response.model, estimate)
 
 
 def explain_missing(batch: Batch, results: BatchResults, index: RequestIndex) -> None:

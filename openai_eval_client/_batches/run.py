@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._batches.files import (
-    BATCH_PATHS,
     BatchLine,
     close_files,
     cut_file,
@@ -43,7 +42,7 @@ from openai_eval_client._log import inform, warn
 from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
-from openai_eval_client._wire import of_error, read_failure, read_json
+from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_json
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from openai_eval_client._cost.pricing import EXACT
 from openai_eval_client._log import inform, warn
 from openai_eval_client._runtime import DeferringLock, call_on, resolve
 from openai_eval_client._validation import check_cost
-from openai_eval_client._wire import endpoint_of, is_free, token_count
+from openai_eval_client._wire import endpoint_of, token_count
 from openai_eval_client.errors import BudgetExceededError, ValidationError
 
 if TYPE_CHECKING:
@@ -337,7 +337,7 @@ class Budgets:
         """Return the most that one attempt can cost, in USD; None where there is no budget to keep."""
         if not self.budgets(own):
             return None
-        if is_free(path):
+        if endpoint_of(path).free:
             return _NOTHING
         output = most_output(body, path)
         await self.ready()
@@ -356,7 +356,7 @@ class Budgets:
         """Return what an attempt cost in USD: its price, where that is known; else the most it can."""
         most, usage = demand.most_cost or _NOTHING, outcome.counted
         if usage is None:  # an error status costs nothing, nor does what was never sent
-            return _NOTHING if not outcome.sent or not (outcome.ok or outcome.status is None) else most
+            return most if outcome.may_be_billed else _NOTHING
         if cost is None:
             return most
         model = usage.model or str(demand.model)

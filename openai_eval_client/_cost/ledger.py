@@ -95,14 +95,12 @@ class Ledger:
 
     def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> Decimal | None:
         """Enter what came of an attempt; return what its answer costs in USD, None where not known yet."""
-        if demand.model is None or not outcome.sent:
+        if demand.model is None:
             return None
         if outcome.usage is not None:
             kind = "answered" if outcome.ok else "retried"
             return self._enter(kind, demand.model, outcome.usage)
-        # Where the server did not say, it may have been billed if it was answered, or if nothing came back;
-        # an error that came back was not.
-        if not demand.free and (outcome.ok or outcome.status is None):
+        if outcome.may_be_billed and not demand.free:
             output = max(0, round(reserved) - demand.input_tokens)
             self._enter("unaccounted", demand.model, Usage(demand.input_tokens, output))
         return None

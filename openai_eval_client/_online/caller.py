@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import os
@@ -17,8 +16,6 @@ from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._wire import (
     PATHS,
     Demand,
-    Usage,
-    estimate_usage,
     forget_key,
     max_output,
     read_answer,
@@ -28,6 +25,7 @@ from openai_eval_client._wire import (
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Awaitable, Callable, Sequence
     from decimal import Decimal
 
@@ -41,24 +39,19 @@ if TYPE_CHECKING:
     from openai_eval_client.models import ModelResponse
 
 
-_ALWAYS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-
-
 @dataclass(slots=True)
 class _Job:
     """One prompt on its way."""
 
-    parameters: Parameters  # what is asked
-    body: dict[str, Any]  # the request's body, as first asked for
+    parameters: Parameters
+    body: dict[str, Any]  # of the request, as first asked for
     sent: dict[str, Any]  # the body of the latest attempt: without what the model is known to refuse
-    concurrency: ConcurrencyLimit | None  # the concurrency bound it runs under; None: the model's
-    budget: CostBudget | None  # what it is paid from besides the client's budget; None: nothing
-    # entered for as long as a request is in flight
-    sending: contextlib.AbstractContextManager[None]
-    # keeps the answer, before the request ceases to be in flight
-    keep: Callable[[ModelResponse], Awaitable[None]] | None = None
-    input_tokens: int = 0  # what its input counts
-    most_cost: Decimal | None = None  # USD that one attempt can cost; None: nobody keeps a budget
+    concurrency: ConcurrencyLimit | None  # None: the model's
+    budget: CostBudget | None  # the call's own, besides the client's
+    sending: contextlib.AbstractContextManager[None] | None  # entered while a request is in flight
+    keep: Callable[[ModelResponse], Awaitable[None]] | None = None  # stores the answer, still in flight
+    input_tokens: int = 0
+    most_cost: Decimal | None = None  # USD that one attempt can cost; None: there is no budget
     turn: int = 0  # its place in the queue, kept through all attempts
 
 
@@ -90,7 +83,7 @@ class Caller:
             max_retries=config.max_retries,
             max_wait=account.config.max_wait,
             on_retry=account.recorder.retry,
-            model_of=_model_of,
+            model_of=lambda job, _: str(job.body["model"]),
         )
 
     def __call__(
@@ -100,7 +93,7 @@ class Caller:
         *,
         concurrency: ConcurrencyLimit | None = None,
         budget: CostBudget | None = None,
-        sending: contextlib.AbstractContextManager[None] = _ALWAYS,
+        sending: contextlib.AbstractContextManager[None] | None = None,
     ) -> Awaitable[ModelResponse]:
         """Answer one prompt."""
         if self._sdk.is_closed():
@@ -121,12 +114,12 @@ class Caller:
             path = PATHS[job.parameters.api]
             job.most_cost = await account.budgets.most(body, path, counter, job.budget)
             job.turn, job.keep = account.limiter.next_turn(), keep
-            failures = None
+            failures = []
             try:
                 response: ModelResponse = await self._send(job)
             except openai.APIError as error:
-                failures = [error]
-            if failures is not None:
+                failures.append(error)
+            if failures:
                 response = await self._retrying(job, failures)
         except openai.OpenAIError as error:
             if isinstance(error, openai.APIError):
@@ -137,7 +130,7 @@ class Caller:
         return response
 
     async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:
-        """Go on where the first attempt failed: backoff, which repeats this, costs only those who need it."""
+        """Go on where the first attempt failed: only a request that needs it pays for backoff."""
         try:
             if failures:
                 raise failures.pop()
@@ -168,7 +161,9 @@ class Caller:
                 request_id=reply.headers.get("x-request-id"),
                 latency=latency,
             )
-            usage = counted or await self._estimate(answer, response, job.input_tokens)
+            usage = counted or await self._counter.estimate_usage(
+                response, job.input_tokens, service_tier=answer.get("service_tier")
+            )
             attempt.answered(reply.status_code, reply.headers, usage)
             if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()
@@ -180,28 +175,16 @@ class Caller:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
         return response
 
-    async def _estimate(self, answer: dict[str, Any], response: ModelResponse, input_tokens: int) -> Usage:
-        """Fill in usage where the server sent none, and return it."""
-        await estimate_usage(response, input_tokens, self._counter)
-        tier = answer.get("service_tier")
-        return Usage(
-            response.usage.prompt_tokens,
-            response.usage.completion_tokens,
-            model=response.model,
-            service_tier=tier if isinstance(tier, str) else None,
-            estimated=True,
-        )
-
     def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
-        given = {"headers": parameters.headers, "params": parameters.query}
-        unique = f"{self._name}-{os.getpid()}-{next(self._count)}"  # not sent, but the SDK would draw a UUID
-        options: Any = {"timeout": None, "max_retries": 0, "idempotency_key": unique, **given}
         url = self._urls[parameters.api]
+        options: Any = {
+            "headers": parameters.headers,
+            "params": parameters.query,
+            "timeout": None,
+            "max_retries": 0,
+            # not sent, but without it the SDK would draw a UUID
+            "idempotency_key": f"{self._name}-{os.getpid()}-{next(self._count)}",
+        }
         call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
         return call_sdk(call, seconds=parameters.timeout, url=url)
-
-
-def _model_of(job: _Job, _: Any) -> str:
-    name: str = job.body["model"]
-    return name

@@ -102,12 +102,18 @@ def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> Co
     mean = account.limiter.output_length(parameters.model).get("mean")
     mean = mean if mean is None or most is None else min(mean, most)
     reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
-    rates = {"": _rates(parameters, account, batch=False), "batch_": _rates(parameters, account, batch=True)}
-    costs: dict[str, Any] = {
-        f"{channel}cost_{bound}": _cost(sizes, output, prices)
-        for channel, prices in rates.items()
-        for bound, output in (("low", 0), ("expected", mean), ("high", most))
-    }
+    pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
+    costs: dict[str, Any] = {}
+    for channel in ("", "batch_"):
+        rates = pricer.rates(
+            parameters.model,
+            batch=bool(channel),
+            service_tier=tier if isinstance(tier, str) else None,
+            at=time.time(),
+        )
+        for bound, output in (("low", 0), ("expected", mean), ("high", most)):
+            costs[f"{channel}cost_{bound}"] = _cost(sizes, output, rates)
+    pricer.log_unpriced()
     return CostEstimate(
         model=parameters.model,
         requests=requests,
@@ -118,15 +124,6 @@ def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> Co
         unpriced=requests if costs["cost_low"] is None else 0,
         minutes=minutes(account.config, requests, prompt_tokens + requests * reserved),
     )
-
-
-def _rates(parameters: Parameters, account: Account, *, batch: bool) -> Rates | None:
-    """Return what the model's tokens cost; None where that is not known."""
-    pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
-    tier = tier if isinstance(tier, str) else None
-    rates = pricer.rates(parameters.model, batch=batch, service_tier=tier, at=time.time())
-    pricer.log_unpriced()
-    return rates
 
 
 def _cost(sizes: Counter[int], output: float | None, rates: Rates | None) -> float | None:

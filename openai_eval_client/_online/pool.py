@@ -31,9 +31,9 @@ _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more
 class WorkerPool:
     """The workers of one run, each with one item at a time, and the outcomes of the items.
 
-    A worker whose item is answered goes on with the next one in the same turn of the event loop: what the one
-    needed is free before the other needs as much. Where one turn ends many requests, and a later one begins
-    as many, the garbage collector runs twice as often.
+    A worker whose item is answered begins the next one in the same turn of the event loop, so that memory is
+    freed before as much is needed again. Where one turn ends many requests, and a later one begins as many,
+    the garbage collector runs twice as often.
     """
 
     def __init__(
@@ -109,11 +109,8 @@ class WorkerPool:
         for task in self._tasks - self._sending - {asyncio.current_task()}:
             task.cancel()
 
-    def sending(self) -> WorkerPool:
-        """Return what an item enters to send: in flight until its outcome, or until the attempt fails."""
-        return self
-
     def __enter__(self) -> None:
+        """Enter to send an item: it is in flight until its outcome, or until the attempt fails."""
         if self._stopped:
             raise asyncio.CancelledError
         task = asyncio.current_task()
@@ -154,7 +151,7 @@ class WorkerPool:
             async with contextlib.aclosing(iterate(items)) as source:
                 await self._take_from(source)
         except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
-            self.error = error if self.error is None else self.error
+            self.error = self.error or error
 
     async def _take_from(self, source: AsyncIterator[Any]) -> None:
         loop = asyncio.get_running_loop()
@@ -195,7 +192,7 @@ class WorkerPool:
     async def _one(self, index: int, item: object) -> None:
         task = asyncio.current_task()
         try:
-            outcome = await self._work(index, item, sending=self.sending)
+            outcome = await self._work(index, item, sending=self)
         except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
             self._outcomes.put_nowait((index, error))
             if self._is_fatal(error, self._answered):
@@ -240,7 +237,7 @@ def pool_for(
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         if check:
             check_prompt(prompt, index)
-        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending())
+        return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending)
 
     slots = max_concurrent or limits.max_concurrent
     return WorkerPool(

@@ -1,4 +1,4 @@
-"""The SDK's client: paced, on its own transport, one call call_sdk and retried."""
+"""The SDK's client: paced, on its own transport; one call of it, its errors and its retries."""
 
 from openai_eval_client._sdk.calls import (
     UnsupportedParameters,

@@ -25,35 +25,32 @@ else:
 
     deadline = async_timeout.timeout
 
+_httpx: Any = sdk_httpx()  # httpx or httpx2: the one that the SDK is built on
+
 # What a model may refuse, and what takes its place: learned from its 400, never guessed from its name.
 _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "temperature": None}
-_REFUSALS = frozenset({"unsupported_parameter", "unsupported_value"})
 
 
 async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
-    """Make one call of the SDK; whatever the connection does to it is one of the SDK's errors, or ours."""
+    """Make one call of the SDK; any failure of its connection is one of the SDK's errors, or ours."""
     try:
         async with deadline(seconds):
             return await call
     except asyncio.TimeoutError as error:
         limit = "in time" if seconds is None else f"within {seconds:g} s"
-        raise TimeoutError(f"no answer {limit}", request=_request(url)) from error
+        raise TimeoutError(f"no answer {limit}", request=_httpx.Request("POST", url)) from error
     except openai.APIConnectionError as error:  # also where the SDK calls a refused connection a timeout
         if isinstance(error, TimeoutError) or error.__cause__ is None:
             raise
         message = f"connection failed: {error.__cause__}"
         raise openai.APIConnectionError(message=message, request=error.request) from error
-    except (json.JSONDecodeError, sdk_httpx().TransportError) as error:  # in the middle of an answer
+    except (json.JSONDecodeError, _httpx.TransportError) as error:  # in the middle of an answer
         message = f"answer cut short: {error}"
-        raise openai.APIConnectionError(message=message, request=_request(url)) from error
+        raise openai.APIConnectionError(message=message, request=_httpx.Request("POST", url)) from error
     except openai.RateLimitError as error:
         if read_failure(error).kind is Kind.OUT_OF_QUOTA:
             raise QuotaError(error.message, response=error.response, body=error.body) from None
         raise
-
-
-def _request(url: str) -> Any:
-    return sdk_httpx().Request("POST", url)
 
 
 class UnsupportedParameters:
@@ -74,15 +71,16 @@ class UnsupportedParameters:
     def learn(self, error: openai.BadRequestError, sent: dict[str, Any]) -> bool:
         """Remember a parameter that the model refuses; False where sending again would not help."""
         code, name, model = str(error.code), str(error.param), sent["model"]  # servers send lists here too
-        if code not in _REFUSALS or name not in _SUBSTITUTES or name not in sent:
+        is_refusal = code in {"unsupported_parameter", "unsupported_value"}
+        if not is_refusal or name not in _SUBSTITUTES or name not in sent:
             return False
         known = self._of_model.setdefault(model, set())
         if name not in known:
+            known.add(name)
             instead = _SUBSTITUTES[name] or "without it"
             about = {"model": model, "parameter": name, **of_error(error)}
             text = "%s refuses %s: sending %s from now on"
             inform(text, model, name, instead, event="parameter_refused", **about)
-            known.add(name)
         return True
 
 
@@ -140,7 +138,7 @@ def retrying(
 def retry_for(
     attempt: Callable[[], Awaitable[Any]], *, is_worth: Callable[[Any], bool], seconds: float
 ) -> Callable[[], Awaitable[Any]]:
-    """Return `attempt`, tried again for up to so many seconds while `is_worth` says so of its error."""
+    """Return `attempt`, tried again for up to so many seconds after each error that `is_worth` it."""
     repeated: Callable[[], Awaitable[Any]] = backoff.on_exception(
         backoff.expo,
         openai.APIStatusError,

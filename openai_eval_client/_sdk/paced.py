@@ -12,36 +12,35 @@ import openai
 from openai_eval_client._account import Account
 from openai_eval_client._sdk.transport import SdkClient, default_client
 from openai_eval_client._tokens import TokenCounter
+from openai_eval_client._validation import config_of
 from openai_eval_client._wire import (
     Demand,
     Outcome,
     Tail,
-    is_charged,
-    is_free,
-    is_metered,
+    endpoint_of,
     max_output,
-    read_json,
+    read_object,
     read_usage,
     refused,
 )
 from openai_eval_client.config import RateLimitConfig
-from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from openai_eval_client._account import Attempt
+    from openai_eval_client._wire import Endpoint
     from openai_eval_client.models import ClientStats
 
 
-_UNWRAPS = "openai_eval_client.unwraps"  # of a request's extensions: its sender knows NotSent
+_UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
 _JSON = "application/json"
 _BAD_REQUEST = 400
 _FAMILIES = ("httpx", "httpx2")
 
 
 class NotSent(BaseException):
-    """One of our errors before a request was sent: the SDK would send it again, were it an Exception."""
+    """One of our errors before a request was sent; if it were an Exception, the SDK would send again."""
 
     def __init__(self, error: openai.OpenAIError) -> None:
         super().__init__()
@@ -93,9 +92,11 @@ class _PacedClient:
     async def _admitted(self, request: Any) -> Attempt:
         """Return an attempt that may be sent."""
         try:
-            demand, body = await _read_demand(request, self.counter)
-            if is_charged(request.method, request.url.path):
-                most = await self.account.budgets.most(body, request.url.path, self.counter)
+            path = request.url.path
+            endpoint = endpoint_of(path, request.method)
+            demand, body = await _read_demand(request, endpoint, self.counter)
+            if endpoint.billed:
+                most = await self.account.budgets.most(body, path, self.counter)
                 demand = demand if most is None else demand._replace(most_cost=most)
             return await self.account.attempt(demand).begin()
         except openai.OpenAIError as error:
@@ -107,29 +108,31 @@ class _PacedClient:
         """Leave closing to the client itself."""
 
 
-async def _read_demand(request: Any, counter: TokenCounter) -> tuple[Demand, dict[str, Any]]:
+async def _read_demand(
+    request: Any, endpoint: Endpoint, counter: TokenCounter
+) -> tuple[Demand, dict[str, Any]]:
     """Return what a request asks of the limits, and its body; an empty one where that cannot be read."""
-    path = request.url.path
-    if not is_metered(request.method, path):
+    if not endpoint.metered:
         return Demand(None), {}
+    path = request.url.path
     retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
     if not request.headers.get("content-type", "").startswith(_JSON):  # a form: its model is not at hand
         return Demand(path.rpartition("/")[2], max_output=0, retry=retry), {}
     try:
-        body = read_json(request.content)
-    except (ValueError, RuntimeError):  # none, or one that is streamed, or none of ours to judge
-        return Demand(None), {}
-    model = body.get("model") if isinstance(body, dict) else None
+        body = read_object(request.content)
+    except RuntimeError:  # one that is streamed
+        body = {}
+    model = body.get("model")
     if not isinstance(model, str):
         return Demand(None), {}
     tokens = await counter.count_input(body)
-    return Demand(model, tokens, max_output(body, path), retry=retry, free=is_free(path)), body
+    return Demand(model, tokens, max_output(body, path), retry=retry, free=endpoint.free), body
 
 
 def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
     if status >= _BAD_REQUEST:
         return refused(status, headers, tail)
-    usage = None if demand.model is None else read_usage(tail)  # a file may well hold that of others
+    usage = None if demand.model is None else read_usage(tail)  # a file may hold usage of other requests
     return Outcome(status, headers, usage)
 
 
@@ -149,7 +152,7 @@ class _MeteredStream:
         self._headers = response.headers
         self._attempt = attempt
         self._tail = Tail()
-        if self._status < _BAD_REQUEST:  # what they say holds now, not when the stream ends
+        if self._status < _BAD_REQUEST:  # they describe the limits now, not when the stream ends
             attempt.update_from_headers(self._headers)
             self._headers = None
 
@@ -159,7 +162,7 @@ class _MeteredStream:
             yield chunk
 
     async def aclose(self) -> None:
-        """Close the connection's end of it and give the slot back."""
+        """Close the stream and give the slot back."""
         try:
             await self._stream.aclose()
         finally:
@@ -174,15 +177,8 @@ class _MeteredStream:
         self._settle()
 
 
-_ACCOUNT = (
-    "api_key",
-    "base_url",
-    "data_residency",
-    "organization",
-    "project",
-    "provider",
-    "workload_identity",
-)
+# Options of the SDK's constructor that may name another account.
+_NAMES = ("api_key", "base_url", "data_residency", "organization", "project", "provider", "workload_identity")
 
 
 def _signature() -> inspect.Signature:
@@ -242,7 +238,7 @@ class AsyncOpenAI(SdkClient):
         __init__.__signature__ = _signature()
 
         def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
-            """Copy, on the same budget; one for another account has the same limits to itself.
+            """Copy, with the same limits; a copy for another account has them to itself.
 
             Args:
                 **options: What is to differ, as the SDK's `copy` takes it.
@@ -250,8 +246,8 @@ class AsyncOpenAI(SdkClient):
             Returns:
                 The copy, on the same connections.
             """
-            named = {name: value for name in _ACCOUNT if (value := options.get(name)) is not None}
-            same = all(_same(value, getattr(self, name, None)) for name, value in named.items())
+            named = [name for name in _NAMES if options.get(name) is not None]
+            same = all(_as_text(options[name]) == _as_text(getattr(self, name, None)) for name in named)
             account = self._account if same else self._account.fresh()
             return super().copy(_extra_kwargs={"rate_limit": account, **(_extra_kwargs or {})}, **options)
 
@@ -283,22 +279,19 @@ class AsyncOpenAI(SdkClient):
 
 
 def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:
-    """Return whose limits a client of the SDK spends: key, server, organisation, project."""
-    return client.api_key, str(client.base_url).rstrip("/"), client.organization, client.project
+    """Return the account that a client of the SDK uses: key, server, organisation, project."""
+    return client.api_key, _as_text(client.base_url), client.organization, client.project
 
 
-def _same(value: object, other: object) -> bool:
-    """Whether a key, a name or an address is the one already used; addresses end with a slash or not."""
-    return str(value).rstrip("/") == str(other).rstrip("/")
+def _as_text(value: object) -> str:
+    """Return a key, a name or an address as text; addresses end with a slash or not."""
+    return str(value).rstrip("/")
 
 
 def _account(rate_limit: Any, view: Any) -> Account:
     if isinstance(rate_limit, Account):
         return rate_limit
-    if rate_limit is None and view is not None:
-        account: Account = view.account
-        return account
-    if rate_limit is not None and not isinstance(rate_limit, RateLimitConfig):
-        message = f"rate_limit: must be of class RateLimitConfig, not {type(rate_limit).__name__}"
-        raise ValidationError(message, field="rate_limit")
-    return Account(rate_limit)
+    if rate_limit is not None:
+        return Account(config_of("rate_limit", rate_limit, RateLimitConfig))
+    account: Account = Account() if view is None else view.account
+    return account

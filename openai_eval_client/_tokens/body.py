@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from openai_eval_client._wire import INPUT_KEYS
+
 # Pixels assumed where the size cannot be seen: a web address, a file id, a broken data URL.
 _DEFAULT_SIZE = (1024, 1024)
 _MAX_SIDE = 2048  # pixels, as the next three
@@ -112,7 +114,6 @@ def _header_size(encoded: str) -> tuple[int, int] | None:
     return (int(width), int(height)) if width > 0 and height > 0 else None
 
 
-_INPUT_KEYS = ("messages", "input", "instructions", "prompt")
 _UNCOUNTED_KEYS = frozenset(
     {"annotations", "call_id", "encrypted_content", "id", "logprobs", "status", "tool_call_id", "type"}
 )
@@ -142,7 +143,7 @@ class Input:
         self.texts: list[str] = []
         self._model = model
         self._old = old  # whether the model counts functions as those of gpt-4 and gpt-3.5 do
-        for key in _INPUT_KEYS:
+        for key in INPUT_KEYS:
             self._add_input(body.get(key))
         for key in ("tools", "functions"):
             if tools := body.get(key):

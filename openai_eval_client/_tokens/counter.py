@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from openai_eval_client._log import inform, warn
 from openai_eval_client._tokens.body import Input
+from openai_eval_client._wire import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
+
+    from openai_eval_client.models import ModelResponse
 
 
 _K = TypeVar("_K")
@@ -104,6 +107,22 @@ class TokenCounter:
     async def count_text(self, text: str, model: str) -> int:
         """Count one text, without holding up the event loop."""
         return await self.count_input({"model": model, "prompt": text})
+
+    async def estimate_usage(
+        self, response: ModelResponse, input_tokens: int, *, service_tier: object = None
+    ) -> Usage:
+        """Fill in the usage that the server left out, and return it."""
+        usage, texts = response.usage, "\n".join(response.choices)
+        usage.prompt_tokens = input_tokens
+        usage.completion_tokens = await self.count_text(texts, response.model) if texts else 0
+        usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
+        return Usage(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            model=response.model,
+            service_tier=service_tier if isinstance(service_tier, str) else None,
+            estimated=True,
+        )
 
     def observe(self, model: str, counted: int, actual: int) -> None:
         """Learn from what a server reported, for models without a vocabulary of their own."""

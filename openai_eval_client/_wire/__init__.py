@@ -1,15 +1,23 @@
 """Requests and answers as they stand on the wire, and what an answer means."""
 
-from openai_eval_client._wire.answers import estimate_usage, is_answer, read_answer, read_body
+from openai_eval_client._wire.answers import (
+    Tail,
+    Usage,
+    is_answer,
+    read_answer,
+    read_json,
+    read_object,
+    read_usage,
+    token_count,
+    usage_of,
+)
 from openai_eval_client._wire.endpoints import (
-    ENDPOINTS,
+    BATCH_PATHS,
     INPUT_KEYS,
     PATHS,
     Demand,
+    Endpoint,
     endpoint_of,
-    is_charged,
-    is_free,
-    is_metered,
     max_output,
 )
 from openai_eval_client._wire.failures import (
@@ -22,9 +30,9 @@ from openai_eval_client._wire.failures import (
     code_of,
     forget_key,
     meaning_of,
-    not_an_answer,
     of_error,
     outcome_of,
+    read_body,
     read_failure,
     refused,
     status_error,
@@ -38,16 +46,16 @@ from openai_eval_client._wire.requests import (
     check_prompt,
     list_prompts,
 )
-from openai_eval_client._wire.usage import Tail, Usage, read_json, read_usage, token_count, usage_of
 
 __all__ = [
+    "BATCH_PATHS",
     "DIMENSIONS",
-    "ENDPOINTS",
     "INPUT_KEYS",
     "NOT_SENT",
     "PATHS",
     "UNKNOWN",
     "Demand",
+    "Endpoint",
     "Failure",
     "Kind",
     "Outcome",
@@ -61,22 +69,18 @@ __all__ = [
     "class_of",
     "code_of",
     "endpoint_of",
-    "estimate_usage",
     "forget_key",
     "is_answer",
-    "is_charged",
-    "is_free",
-    "is_metered",
     "list_prompts",
     "max_output",
     "meaning_of",
-    "not_an_answer",
     "of_error",
     "outcome_of",
     "read_answer",
     "read_body",
     "read_failure",
     "read_json",
+    "read_object",
     "read_stated_limits",
     "read_usage",
     "refused",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._wire.usage import MOST_TOKENS, token_count
+from openai_eval_client._wire.answers import MOST_TOKENS, token_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,7 +21,12 @@ class Endpoint(NamedTuple):
     metered: bool = True  # runs a model, and so counts against RPM and TPM
     billed: bool = True  # may cost money
     api: str | None = None  # its name for our own methods
-    batchable: bool = False  # our Batch API jobs take it
+    batchable: bool = False  # our batch jobs take it
+
+    @property
+    def free(self) -> bool:
+        """Whether it runs a model for nothing."""
+        return self.metered and not self.billed
 
 
 def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
@@ -33,13 +38,17 @@ def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
 ENDPOINTS = (
     Endpoint(
         "/chat/completions",
-        ("messages",),
-        ("max_completion_tokens", "max_tokens"),
+        inputs=("messages",),
+        output_caps=("max_completion_tokens", "max_tokens"),
         api="chat",
         batchable=True,
     ),
     Endpoint(
-        "/responses", ("input", "instructions"), ("max_output_tokens",), api="responses", batchable=True
+        "/responses",
+        inputs=("input", "instructions"),
+        output_caps=("max_output_tokens",),
+        api="responses",
+        batchable=True,
     ),
     Endpoint("/completions", ("prompt",), ("max_tokens",)),
     Endpoint("/embeddings", ("input",), ()),
@@ -50,32 +59,19 @@ ENDPOINTS = (
     *_other("files", "input_tokens", "items", "messages", "parts", "threads", "uploads"),
 )
 _UNKNOWN = Endpoint("")
-_CAPS = ("max_completion_tokens", "max_tokens", "max_output_tokens")  # where the endpoint is not known
+_NOT_POSTED = Endpoint("", metered=False, billed=False)
+_CAPS = tuple(dict.fromkeys(cap for row in ENDPOINTS for cap in row.output_caps or ()))  # of any endpoint
 PATHS = {row.api: row.end for row in ENDPOINTS if row.api is not None}
+BATCH_PATHS = {row.api: f"/v1{row.end}" for row in ENDPOINTS if row.api is not None and row.batchable}
 INPUT_KEYS = tuple(dict.fromkeys(key for row in ENDPOINTS for key in row.inputs))
 
 
 @functools.lru_cache(maxsize=256)
-def endpoint_of(path: str) -> Endpoint:
+def endpoint_of(path: str, method: str = "POST") -> Endpoint:
     """Return the row of a path, whatever stands before its end."""
+    if method != "POST":
+        return _NOT_POSTED
     return next((row for row in ENDPOINTS if path.endswith(row.end)), _UNKNOWN)
-
-
-def is_metered(method: str, path: str) -> bool:
-    """Return whether a request runs a model, and so spends requests and tokens per minute."""
-    return method == "POST" and endpoint_of(path).metered
-
-
-def is_charged(method: str, path: str) -> bool:
-    """Return whether a request may cost money."""
-    row = endpoint_of(path)
-    return method == "POST" and (row.metered or row.billed)
-
-
-def is_free(path: str) -> bool:
-    """Return whether requests to an endpoint that runs a model cost nothing."""
-    row = endpoint_of(path)
-    return row.metered and not row.billed
 
 
 class Demand(NamedTuple):

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
+from openai_eval_client._wire.answers import is_answer, read_json, read_object, read_usage
+from openai_eval_client._wire.endpoints import PATHS
 from openai_eval_client._wire.headers import refused_dimension, stated_wait
-from openai_eval_client._wire.usage import Usage, read_json, read_usage
 from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
@@ -21,7 +22,9 @@ from openai_eval_client.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
+
+    from openai_eval_client._wire.answers import Usage
 
 _BAD_REQUEST, _SERVER_ERROR = 400, 500
 
@@ -54,53 +57,59 @@ class Scope(enum.Enum):
 
 
 class Row(NamedTuple):
-    """One row of the table of refusals: the first that fits decides."""
+    """One row of the table of failures: the first that fits decides."""
 
-    statuses: tuple[int, int]  # the lowest and the highest
+    of: int | type[BaseException]  # a status, or the first digit of one; the class of an error without one
     word: str | None  # the error's code or type, or a text in its message; None: any
     kind: Kind
     retry: bool
     scope: Scope
     meaning: str  # for the user, in a report
+    billed: bool = False  # whether it may have been billed
 
 
 _AGAIN, _NEVER = True, False  # whether the same request is worth another attempt
 _REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
-_4XX, _5XX = (400, 499), (500, 599)
+_4XX, _5XX = 4, 5
+_SEE = "see the exception"
 # The API's codes: https://platform.openai.com/docs/guides/error-codes
-REFUSALS = (
-    Row((429, 429), "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
+FAILURES = (
+    Row(429, "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
         "the account's credit is used up: waiting does not help"),
-    Row((429, 429), "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
+    Row(429, "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
         "more tokens than the limit can ever admit"),
-    Row((429, 429), None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
+    Row(429, None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
         "the server's limit was reached; sent again when it said"),
-    Row((401, 401), None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
-    Row((403, 403), "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT,
-        "the key is wrong or was withdrawn"),
-    Row((403, 403), None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
-    Row((404, 404), "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL,
-        "no such model, or not for this key"),
-    Row((404, 404), None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
-    Row((408, 408), None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
-    Row((409, 409), None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "in the way of another request; sent again"),
-    Row((413, 413), None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
+    Row(401, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
+    Row(403, "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
+    Row(403, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
+    Row(404, "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL, "no such model, or not for this key"),
+    Row(404, None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
+    Row(408, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
+    Row(409, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "in the way of another request; sent again"),
+    Row(413, None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
     Row(_4XX, "context_length_exceeded", Kind.TOO_LARGE, _NEVER, _REQUEST,
         "the prompt and max_tokens do not fit the model"),
     Row(_4XX, "content_policy_violation", Kind.CONTENT_REFUSED, _NEVER, _REQUEST,
         "the provider refuses the content"),
     Row(_4XX, None, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
     Row(_5XX, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed; sent again"),
+    Row(openai.APIResponseValidationError, None, Kind.UNREADABLE, _AGAIN, _REQUEST,
+        "what came was no answer; sent again", billed=True),
+    Row(TimeoutError, None, Kind.TIMED_OUT, _AGAIN, _REQUEST,
+        "no answer within timeout; sent again", billed=True),
+    Row(openai.APIConnectionError, None, Kind.DROPPED, _AGAIN, _REQUEST,
+        "the connection failed, or the answer was cut short; sent again", billed=True),
+    Row(openai.APIError, None, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
+    Row(BudgetExceededError, None, Kind.LOCAL, _NEVER, _ACCOUNT, "max_cost left too little; not sent"),
+    Row(RequestTooLargeError, None, Kind.TOO_LARGE, _NEVER, _REQUEST,
+        "more tokens than the limit can ever admit; not sent"),
+    Row(ValidationError, None, Kind.LOCAL, _NEVER, _REQUEST, "the input is wrong; not sent"),
+    Row(openai.OpenAIError, None, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
+    Row(RuntimeError, None, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
+    Row(BaseException, None, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
 )  # fmt: skip
-_UNKNOWN = Row((0, 999), None, Kind.SERVER_ERROR, _NEVER, _REQUEST, "see the exception")
-_MEANINGS = {  # of errors that have no status, by class
-    "TimeoutError": "no answer within timeout; sent again",
-    "APIConnectionError": "the connection failed, or the answer was cut short; sent again",
-    "APIResponseValidationError": "what came was no answer; sent again",
-    "BudgetExceededError": "max_cost left too little; not sent",
-    "RequestTooLargeError": "more tokens than the limit can ever admit; not sent",
-    "ValidationError": "the input is wrong; not sent",
-}
+_UNKNOWN = Row(0, None, Kind.SERVER_ERROR, _NEVER, _REQUEST, _SEE)
 
 
 class Failure(NamedTuple):
@@ -113,7 +122,7 @@ class Failure(NamedTuple):
     dimension: str | None = None  # the limit that it names: "requests" or "tokens"
     status: int | None = None
     code: str = ""  # the API's word for it; "" where it has none
-    billed: bool | None = False  # None: nobody can know
+    billed: bool = False  # whether it may have been billed
 
     def ends_run(self, max_wait: float, *, answered: bool) -> bool:
         """Return whether every other prompt would meet it; `answered`: whether any was answered so far."""
@@ -143,6 +152,11 @@ class Outcome(NamedTuple):
         return self.failure is None or self.failure.kind not in {Kind.UNREACHABLE, Kind.LOCAL}
 
     @property
+    def may_be_billed(self) -> bool:
+        """Whether the provider may have billed it, as far as its usage does not say."""
+        return self.failure is None or self.failure.billed
+
+    @property
     def counted(self) -> Usage | None:
         """What it used by the server's own count."""
         return None if self.usage is None or self.usage.estimated else self.usage
@@ -169,23 +183,19 @@ class Outcome(NamedTuple):
 
 
 NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
-UNKNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=None))
+UNKNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=True))
 
 
 def read_failure(error: BaseException) -> Failure:
     """Return what an exception means."""
     if isinstance(error, openai.APIStatusError):
         return _of_status_error(error)
-    if isinstance(error, openai.APIResponseValidationError):
-        return Failure(Kind.UNREADABLE, retry=True, billed=None)
-    if was_never_sent(error):
+    if _was_never_sent(error):
         return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT)
-    if isinstance(error, TimeoutError):
-        return Failure(Kind.TIMED_OUT, retry=True, billed=None)
-    if isinstance(error, openai.APIError) or not isinstance(error, openai.OpenAIError | RuntimeError):
-        return Failure(Kind.DROPPED, retry=isinstance(error, openai.APIConnectionError), billed=None)
-    kind = Kind.TOO_LARGE if isinstance(error, RequestTooLargeError) else Kind.LOCAL
-    return Failure(kind, scope=_own_scope(error))
+    row = next(row for row in FAILURES if isinstance(row.of, type) and isinstance(error, row.of))
+    # A closed client, a wrong budget and shared limits out of reach are met by every request.
+    meets_all = type(error) is RuntimeError or getattr(error, "field", None) in {"max_cost", "redis_url"}
+    return Failure(row.kind, row.retry, Scope.ACCOUNT if meets_all else row.scope, billed=row.billed)
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -200,18 +210,10 @@ def outcome_of(error: BaseException) -> Outcome:
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    text = body.decode(errors="replace")
-    words = [str(word) for word in _words(body)]
-    return Outcome(status, headers, failure=_refusal(status, headers, words, text))
-
-
-def _words(body: bytes) -> Iterator[Any]:
-    """Yield code and type of an error in a body."""
-    try:
-        error = read_json(body).get("error")
-        yield from (error.get("code"), error.get("type"))
-    except (ValueError, RecursionError, AttributeError):
-        return
+    error = read_object(body).get("error")
+    words = [str(error.get("code")), str(error.get("type"))] if isinstance(error, dict) else []
+    failure = _refusal(status, headers, words, body.decode(errors="replace"))
+    return Outcome(status, headers, failure=failure)
 
 
 def _of_status_error(error: openai.APIStatusError) -> Failure:
@@ -224,8 +226,8 @@ def _of_status_error(error: openai.APIStatusError) -> Failure:
 
 def _refusal(status: int, headers: Mapping[str, str], words: list[str], message: str) -> Failure:
     row = _fitting(status, words, message)
-    told = headers.get("x-should-retry")  # the server's own word, which the SDK obeys as well
-    retry = told == "true" if told in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
+    wish = headers.get("x-should-retry")  # of the server, which the SDK obeys as well
+    retry = wish == "true" if wish in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
     return Failure(
         row.kind,
         retry=retry,
@@ -238,25 +240,19 @@ def _refusal(status: int, headers: Mapping[str, str], words: list[str], message:
 
 
 def _fitting(status: int, words: list[str], message: str = "") -> Row:
-    for row in REFUSALS:
-        low, high = row.statuses
-        if low <= status <= high and (row.word is None or row.word in words or row.word in message):
+    for row in FAILURES:
+        if row.of in {status, status // 100} and (
+            row.word is None or row.word in words or row.word in message
+        ):
             return row
     return _UNKNOWN
 
 
-def _own_scope(error: BaseException) -> Scope:
-    """Return what else would meet an error of our own: a budget, a shared limit, a closed client meet all."""
-    if isinstance(error, ValidationError):
-        meets_all = error.field in {"max_cost", "redis_url"}
-    else:
-        meets_all = isinstance(error, BudgetExceededError) or type(error) is RuntimeError
-    return Scope.ACCOUNT if meets_all else Scope.REQUEST
-
-
 def meaning_of(name: str, status: int | None, code: str) -> str:
     """Return what an error means, for a reader, from the name of its class, its status and its code."""
-    return _MEANINGS.get(name, _UNKNOWN.meaning) if status is None else _fitting(status, [code]).meaning
+    if status is not None:
+        return _fitting(status, [code]).meaning
+    return next((row.meaning for row in FAILURES if getattr(row.of, "__name__", None) == name), _SEE)
 
 
 _NO_CONNECTION = frozenset(
@@ -264,12 +260,14 @@ _NO_CONNECTION = frozenset(
 )
 
 
-def was_never_sent(error: BaseException | None) -> bool:
-    """Return whether no connection came about: nobody listens, no such host, no TLS."""
+def _was_never_sent(error: BaseException | None) -> bool:
+    """Return whether no connection came about: a refused connection, no such host, no TLS."""
     # httpx raises ConnectError for it, aiohttp ClientConnectorError under what the SDK makes of it.
-    while error is not None:
+    seen: set[int] = set()  # causes may form a circle
+    while error is not None and id(error) not in seen:
         if type(error).__name__ in _NO_CONNECTION:
             return True
+        seen.add(id(error))
         error = error.__cause__
     return False
 
@@ -324,54 +322,62 @@ def forget_key(error: openai.APIError, key: str) -> None:
             error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)
 
 
-# --- errors made from what came ----------------------------------------------------------------------------
+# --- errors made from an answer ----------------------------------------------------------------------------
 
-_BY_STATUS: dict[int, type[openai.APIStatusError]] = {
-    400: openai.BadRequestError,
-    401: openai.AuthenticationError,
-    403: openai.PermissionDeniedError,
-    404: openai.NotFoundError,
-    409: openai.ConflictError,
-    422: openai.UnprocessableEntityError,
-    429: openai.RateLimitError,
+_CLASSES: dict[int, tuple[type[openai.APIStatusError], tuple[str, ...]]] = {  # with the API's codes and types
+    400: (openai.BadRequestError, ("invalid_request_error",)),
+    401: (openai.AuthenticationError, ("authentication_error", "invalid_api_key")),
+    403: (openai.PermissionDeniedError, ("permission_error",)),
+    404: (openai.NotFoundError, ("model_not_found", "not_found_error")),
+    409: (openai.ConflictError, ()),
+    422: (openai.UnprocessableEntityError, ()),
+    429: (openai.RateLimitError, ("insufficient_quota", "rate_limit_error", "rate_limit_exceeded")),
 }
+_STATUS_BY_WORD = {word: status for status, (_, words) in _CLASSES.items() for word in words}
 _NUMBER = re.compile("[45][0-9][0-9]")
-_STATUS_BY_WORD = {
-    "authentication_error": 401,
-    "insufficient_quota": 429,
-    "invalid_api_key": 401,
-    "invalid_request_error": 400,
-    "model_not_found": 404,
-    "not_found_error": 404,
-    "permission_error": 403,
-    "rate_limit_error": 429,
-    "rate_limit_exceeded": 429,
-}
 _OF_THE_BODY = {"content-encoding", "content-length", "transfer-encoding"}  # which is decoded by now
 
 
 def class_of(status: int) -> type[openai.APIStatusError]:
     """Return the class of the error that the SDK makes of a status."""
-    other = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
-    return _BY_STATUS.get(status, other)
+    if status in _CLASSES:
+        return _CLASSES[status][0]
+    return openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
 
 
 def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
     """Return the error that the SDK raises for a status, or ours where the account's credit is used up."""
     details = body.get("error", body) if isinstance(body, dict) else body
-    given = details if isinstance(details, dict) else {}
-    row = _fitting(status, [str(given.get("code")), str(given.get("type"))])
+    fields = details if isinstance(details, dict) else {}
+    row = _fitting(status, [str(fields.get("code")), str(fields.get("type"))])
     kind: Any = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
-    text = given.get("message")
+    text = fields.get("message")
     message = text if isinstance(text, str) and text else f"status {status}"
     error: openai.APIStatusError = kind(message, response=answer, body=details)
     return error
 
 
-def not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
+def read_body(reply: Any, api: str) -> dict[str, Any]:
+    """Return the JSON body of a 200.
+
+    Raises:
+        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
+        openai.APIStatusError: It is an error that names a status.
+    """
+    try:
+        body = read_json(reply.content)
+    except (ValueError, RecursionError):
+        body = None
+    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
+        raise _not_an_answer(reply, body, PATHS[api])
+    decoded: dict[str, Any] = body
+    return decoded
+
+
+def _not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
     """Return the error for a 200 that holds no answer."""
     # Proxies answer 200 before they know what comes of a request, and put an error into the body; its code is
-    # often the status of the server behind them. Where it tells none, the error is one that is tried again.
+    # often the status of the server behind them. Where it names none, the error is one that is tried again.
     reported = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
     status = _stated_status(body) if reported else None
     if status is None:
@@ -388,7 +394,7 @@ def not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
 def _stated_status(body: dict[str, Any]) -> int | None:
     """Return the HTTP status that an error object names, as a number or by the API's word for it."""
     error = body.get("error")
-    given = error if isinstance(error, dict) else body
-    words = [str(given.get(name)) for name in ("code", "status", "status_code", "type")]
+    fields = error if isinstance(error, dict) else body
+    words = [str(fields.get(name)) for name in ("code", "status", "status_code", "type")]
     named = [int(word) if _NUMBER.fullmatch(word) else _STATUS_BY_WORD.get(word) for word in words]
     return next((status for status in named if status is not None), None)

@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 _DIGITS = 10  # of a number below _LONGEST
 _LONGEST = 1e9  # a number in a header: thirty years, or more tokens than any limit
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _LONGEST_RESET = 86_400.0  # seconds; beyond it a plain number is no duration, but perhaps a date
-_WAIT = re.compile(
-    r"(?:try again in|retry after) (?:((?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+)|(\d+(?:\.\d+)?) seconds?)"
-)
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d))+")
-
-
+_NUMBER = r"\d+(?:\.\d+)?"
+_PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)")
+_DURATION = re.compile(rf"(?:{_NUMBER}(?:ms|s|m|h|d))+")
+_WAIT = re.compile(rf"(?:try again in|retry after) (?:({_DURATION.pattern})|({_NUMBER}) seconds?)")
 DIMENSIONS = ("requests", "tokens")
 
 
@@ -38,15 +35,14 @@ class StatedLimit:
 def read_stated_limits(headers: Mapping[str, str]) -> dict[str, StatedLimit]:
     """Return what the headers say of requests and of tokens, each only where they do."""
     # Where a project has a limit of its own beside the organisation's, the one with less left counts.
-    found: dict[str, StatedLimit] = {}
+    limits: dict[str, StatedLimit] = {}
     stated = _ratelimits(headers)
     for dimension in DIMENSIONS if stated else ():
-        quota = read_stated_limit(stated, dimension)
-        if f"x-ratelimit-limit-project-{dimension}" in stated:
-            quota = _tighter(quota, read_stated_limit(stated, f"project-{dimension}"))
-        if quota is not None:
-            found[dimension] = quota
-    return found
+        both = read_stated_limit(stated, dimension), read_stated_limit(stated, f"project-{dimension}")
+        known = [limit for limit in both if limit is not None]
+        if known:
+            limits[dimension] = min(known, key=lambda limit: (limit.remaining, limit.limit))
+    return limits
 
 
 def _ratelimits(headers: Mapping[str, str]) -> dict[str, str]:
@@ -58,22 +54,13 @@ def _ratelimits(headers: Mapping[str, str]) -> dict[str, str]:
     return {name.decode("ascii", "replace"): text.decode("ascii", "replace") for name, text in stated}
 
 
-def _tighter(one: StatedLimit | None, other: StatedLimit | None) -> StatedLimit | None:
-    if one is None or other is None:
-        return one or other
-    return min(one, other, key=lambda quota: (quota.remaining, quota.limit))
-
-
 def refused_dimension(message: str) -> str | None:
     """Return which limit the message of a 429 names, "requests" or "tokens"; None where it names neither."""
     # The API's wording is "Rate limit reached for MODEL ... on tokens per min (TPM): Limit ...", Azure's
     # "... have exceeded token rate limit of your current OpenAI S0 pricing tier".
-    wordings = {
-        "requests": ("on requests per", "call rate limit", "request rate limit"),
-        "tokens": ("on tokens per", "token rate limit"),
-    }
-    named = [name for name, wording in wordings.items() if any(words in message for words in wording)]
-    return named[0] if named else None
+    if any(text in message for text in ("on requests per", "call rate limit", "request rate limit")):
+        return "requests"
+    return "tokens" if "on tokens per" in message or "token rate limit" in message else None
 
 
 def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
@@ -82,24 +69,23 @@ def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
     seconds = retry_after(headers)
     if seconds is not None:
         return seconds
-    found = _WAIT.search(message)
-    return None if found is None else duration(found[1]) or _number(found[2])
+    match = _WAIT.search(message)
+    return None if match is None else duration(match[1]) or _number(match[2])
 
 
 def read_stated_limit(headers: Mapping[str, str], dimension: str) -> StatedLimit | None:
     """Read the limit of one dimension."""
     limit = _whole(headers.get(f"x-ratelimit-limit-{dimension}"))
-    remaining = _whole(headers.get(f"x-ratelimit-remaining-{dimension}"))
+    remaining = _whole(headers.get(f"x-ratelimit-remaining-{dimension}")) if limit else None
     if not limit or remaining is None:
         return None
     text = headers.get(f"x-ratelimit-reset-{dimension}")
-    spelt = duration(text)
-    reset = _number(text) if spelt is None else spelt
+    seconds = duration(text)
+    reset = _number(text) if seconds is None else seconds
     if reset == 0 and remaining < limit / 2:  # full already, and yet not: nonsense
         return None
-    return StatedLimit(
-        limit, min(remaining, limit), reset if reset is None or reset <= _LONGEST_RESET else None
-    )
+    is_duration = reset is not None and reset <= _LONGEST_RESET
+    return StatedLimit(limit, min(remaining, limit), reset if is_duration else None)
 
 
 def duration(text: str | None) -> float | None:

@@ -77,13 +77,20 @@ def check_parameters(
         check_count(max_tokens, "max_tokens")
     if system is not None:
         check_text(system, "system")
-    given = {name: value for name, value in params.items() if value is not None}
-    _check_names(given, api)
-    extra = {name: given.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
-    _check_extra(**extra)
-    schema = _take_schema(given, api)
-    named = _named(api, model=model, temperature=temperature, max_tokens=max_tokens, system=system)
-    body = {**named, **given, **extra["body"]}
+    fields = {name: value for name, value in params.items() if value is not None}
+    _check_names(fields, api)
+    extra: dict[str, Any] = {name: fields.pop(f"extra_{name}", {}) for name in ("body", "headers", "query")}
+    check_mapping(extra["body"], "extra_body")
+    check_headers(extra["headers"], "extra_headers")
+    check_mapping(extra["query"], "extra_query")
+    schema = _take_schema(fields, api)
+    ours = {
+        "model": model,
+        "temperature": temperature,
+        "max_tokens" if api == "chat" else "max_output_tokens": max_tokens,
+        "instructions": system if api == "responses" else None,
+    }
+    body = {**{name: value for name, value in ours.items() if value is not None}, **fields, **extra["body"]}
     _check_body(body)
     return Parameters(
         api=api,
@@ -98,7 +105,7 @@ def check_parameters(
 
 
 def check_prompt(prompt: object, index: int | None = None) -> None:
-    """Refuse a prompt that no API would take."""
+    """Reject a prompt that no API would take."""
     name = "prompt" if index is None else f"prompts[{index}]"
     if isinstance(prompt, str):
         check_text(prompt, name, field="prompt", index=index)
@@ -119,7 +126,7 @@ def list_prompts(prompts: Iterable[Any]) -> list[Any]:
 
 
 def check_iterable(prompts: object, *methods: str) -> None:
-    """Refuse what cannot be iterated by one of these methods, and a text or dict, which are no prompts."""
+    """Reject what cannot be iterated by one of these methods, and a text or dict, which are no prompts."""
     if isinstance(prompts, str | bytes | dict) or not any(hasattr(prompts, name) for name in methods):
         reject_input("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
 
@@ -138,13 +145,17 @@ def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> No
     check_json({name: plain}, field="prompt", index=index)
 
 
-def _check_names(given: Mapping[str, Any], api: str) -> None:
-    _reject_stream(given)
-    for name, value in given.items():
-        if name not in _known_names(api):
-            reject_input(name, value, _unknown(name, api))
-    if "n" in given:
-        check_count(given["n"], "n")
+def _check_names(fields: Mapping[str, Any], api: str) -> None:
+    known = _known_names(api)
+    for name in [name for name in fields if name not in known]:
+        if name in _KEYWORDS:
+            reject_input(name, fields[name], "not a parameter here")
+        alike = difflib.get_close_matches(name, known | _KEYWORDS, n=1)
+        hint = f"did you mean {alike[0]}? " if alike else ""
+        why = f"not a parameter; {hint}What only your server knows goes into extra_body={{{name!r}: ...}}"
+        reject_input(name, fields[name], why)
+    if "n" in fields:
+        check_count(fields["n"], "n")
 
 
 @functools.cache
@@ -157,63 +168,31 @@ def _known_names(api: str) -> frozenset[str]:
     return frozenset(inspect.signature(resource.create).parameters) - _OURS | {"response_format"}
 
 
-def _unknown(name: str, api: str) -> str:
-    if name in _KEYWORDS:
-        return "not a parameter here"
-    alike = difflib.get_close_matches(name, _known_names(api) | _KEYWORDS, n=1)
-    meant = f"did you mean {alike[0]}? " if alike else ""
-    return f"not a parameter; {meant}What only your server knows goes into extra_body={{{name!r}: ...}}"
-
-
-def _check_extra(*, body: Any, headers: Any, query: Any) -> None:
-    check_mapping(body, "extra_body")
-    check_headers(headers, "extra_headers")
-    check_mapping(query, "extra_query")
-
-
 def _check_body(body: Mapping[str, Any]) -> None:
-    _reject_stream(body)
+    if body.get("stream") is not None:
+        reject_input("stream", body["stream"], "not here; stream with client.openai.chat.completions.create")
     check_text(body["model"], "model")
     if body.get("temperature") is not None:
         check_number(body["temperature"], "temperature", least=0)
     check_json(body)
 
 
-def _reject_stream(given: Mapping[str, Any]) -> None:
-    if given.get("stream") is not None:
-        reject_input("stream", given["stream"], "not here; stream with client.openai.chat.completions.create")
-
-
-def _named(
-    api: str, *, model: str, temperature: float | None, max_tokens: int | None, system: str | None
-) -> dict[str, Any]:
-    """Return the specification's parameters by the names that the API has for them."""
-    limit = "max_tokens" if api == "chat" else "max_output_tokens"
-    instructions = system if api == "responses" else None
-    values = {"model": model, "temperature": temperature, limit: max_tokens, "instructions": instructions}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _take_schema(given: dict[str, Any], api: str) -> type[BaseModel] | None:
+def _take_schema(fields: dict[str, Any], api: str) -> type[BaseModel] | None:
     """Replace a pydantic class given as response_format by its JSON schema, and return the class."""
-    wanted = given.pop("response_format", None)
+    wanted = fields.pop("response_format", None)
     if wanted is None:
         return None
     schema = wanted if isinstance(wanted, type) and issubclass(wanted, BaseModel) else None
-    form = wanted if schema is None else _schema_of(schema)
+    if schema is not None:
+        strict = openai.pydantic_function_tool(schema)["function"]["parameters"]
+        form = {"name": schema.__name__, "schema": strict, "strict": True}
+        wanted = {"type": "json_schema", **({"json_schema": form} if api == "chat" else form)}
     if api == "chat":
-        given["response_format"] = wanted if schema is None else {"type": "json_schema", "json_schema": form}
+        fields["response_format"] = wanted
     else:
-        check_mapping(given.get("text", {}), "text")
-        form = wanted if schema is None else {"type": "json_schema", **form}
-        given["text"] = {**given.get("text", {}), "format": form}
+        check_mapping(fields.get("text", {}), "text")
+        fields["text"] = {**fields.get("text", {}), "format": wanted}
     return schema
-
-
-def _schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the strict JSON schema that the SDK makes of a class."""
-    strict: Any = openai.pydantic_function_tool(model)["function"]["parameters"]
-    return {"name": model.__name__, "schema": strict, "strict": True}
 
 
 def _plain(value: Any) -> Any:

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from openai_eval_client._cost import ledger as ledger_module
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._cost.pricing import EXACT, Pricer
-from openai_eval_client._wire.endpoints import Demand, is_free
+from openai_eval_client._wire.answers import Usage
+from openai_eval_client._wire.endpoints import Demand, endpoint_of
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
-from openai_eval_client._wire.usage import Usage
 
 PRICER = Pricer()
 INPUT = Usage(1000, 0)
@@ -149,8 +149,10 @@ def test_a_price_is_that_of_the_hour_of_the_answer(monkeypatch) -> None:
 def test_moderations_cost_nothing() -> None:
     """They have no usage, and need none."""
     ledger = Ledger()
-    ledger.settled(Demand("omni-moderation-latest", 9, free=is_free("/v1/moderations")), Outcome(200, {}), 9)
-    ledger.settled(Demand("gpt-4o", 9, free=is_free("/v1/chat/completions")), Outcome(200, {}), 9)
+    ledger.settled(
+        Demand("omni-moderation-latest", 9, free=endpoint_of("/v1/moderations").free), Outcome(200, {}), 9
+    )
+    ledger.settled(Demand("gpt-4o", 9, free=endpoint_of("/v1/chat/completions").free), Outcome(200, {}), 9)
     assert ledger.snapshot().unaccounted == 1
 
 

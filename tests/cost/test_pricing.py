@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from openai_eval_client._cost import pricing as _pricing
 from openai_eval_client._cost.pricing import Pricer
-from openai_eval_client._wire.usage import Usage
+from openai_eval_client._wire.answers import Usage
 
 PRICER = Pricer()
 COUNTS = st.integers(0, 2_000_000)

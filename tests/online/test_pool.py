@@ -130,7 +130,7 @@ async def work(index: int, item: Item, *, sending, seen: Seen) -> int:
 
 
 async def request(index: int, item: Item, raises: type[Exception] | None, sending, seen: Seen) -> None:
-    with sending():
+    with sending:
         seen.sending += 1
         seen.sending_at.append(seen.sending)
         seen.sent.add(index)
@@ -292,7 +292,7 @@ def test_a_worker_that_is_done_goes_on_with_the_next_item(fails: bool) -> None:
 
     async def one(index: int, _: None, *, sending) -> None:
         workers.add(asyncio.current_task())
-        with sending():
+        with sending:
             await asyncio.sleep(1.0 + index % 3)
             if fails:
                 raise ItemError
@@ -392,7 +392,7 @@ def test_nothing_is_sent_in_the_place_of_what_is_cancelled() -> None:
     sent: list[int] = []
 
     async def one(index: int, _: None, *, sending) -> None:
-        with sending():
+        with sending:
             sent.append(index)
             if index == 1:
                 asyncio.current_task().cancel()
@@ -462,7 +462,7 @@ def test_what_swallows_its_cancellation_still_sends_no_more(met_fatal: bool) -> 
             return
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(2.0)
-        with sending():
+        with sending:
             sent.append(index)
 
     async def main() -> None:
@@ -493,7 +493,7 @@ def test_a_task_cancelled_from_outside_is_not_lost_in_silence() -> None:
     """The consumer is cancelled too, after what was in flight."""
 
     async def one(index: int, _: None, *, sending) -> int:
-        with sending():
+        with sending:
             if index == 1:
                 asyncio.current_task().cancel()
             await asyncio.sleep(1.0)

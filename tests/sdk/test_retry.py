@@ -21,7 +21,7 @@ from openai_eval_client.errors import PartialFailureError, QuotaError, rate_limi
 from openai_eval_client.testing import SimulatedServer
 
 KEY = "sk-never-to-be-seen-0123456789"
-PROMPT = "a prompt that nobody else is to read"
+PROMPT = "a prompt that is to be read nowhere else"
 TOO_LARGE = "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 40000."
 
 
@@ -44,7 +44,7 @@ def from_the_sdk(status, message="What the server says.", code=None, **headers):
     return caught.value
 
 
-def made(status, **headers):
+def error_of(status, **headers):
     """The same more quickly, for thousands of them."""
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     response = sdk_httpx().Response(status, headers=named, request=request())
@@ -53,7 +53,7 @@ def made(status, **headers):
 
 
 def quota_error(**headers):
-    error = made(429, **headers)
+    error = error_of(429, **headers)
     return QuotaError("used up", response=error.response, body=None)
 
 
@@ -66,7 +66,7 @@ def timeout_error():
 
 
 def unreadable(status=200, **headers):
-    return openai.APIResponseValidationError(response=made(status, **headers).response, body=None)
+    return openai.APIResponseValidationError(response=error_of(status, **headers).response, body=None)
 
 
 TRANSIENT = {408, 409, 429, 500, 501, 502, 503, 504, 520, 529, 599}
@@ -82,20 +82,20 @@ def test_the_status_says_whether_to_try_again(status):
 @given(st.integers(400, 599))
 def test_every_other_status_is_decided_by_its_class(status):
     """5xx is the server's trouble, 4xx the request's, but for three."""
-    assert read_failure(made(status)).retry is (status >= 500 or status in {408, 409, 429})
+    assert read_failure(error_of(status)).retry is (status >= 500 or status in {408, 409, 429})
 
 
 @given(st.integers(400, 599), st.booleans())
-def test_the_servers_own_word_is_taken(status, told):
+def test_the_servers_own_word_is_taken(status, wish):
     """`x-should-retry` overrides the status, as in the SDK."""
-    assert read_failure(made(status, x_should_retry=str(told).lower())).retry is told
+    assert read_failure(error_of(status, x_should_retry=str(wish).lower())).retry is wish
 
 
-@pytest.mark.parametrize("told", ["", "TRUE", "yes", "1", "maybe"])
-def test_another_word_is_no_word(told):
+@pytest.mark.parametrize("wish", ["", "TRUE", "yes", "1", "maybe"])
+def test_another_word_is_no_word(wish):
     """Only "true" and "false" mean anything."""
-    assert read_failure(made(500, x_should_retry=told)).retry
-    assert not read_failure(made(400, x_should_retry=told)).retry
+    assert read_failure(error_of(500, x_should_retry=wish)).retry
+    assert not read_failure(error_of(400, x_should_retry=wish)).retry
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def errors(draw):
     kinds = [
         connection_error,
         timeout_error,
-        lambda: made(500, **headers),
-        lambda: made(429, **headers),
+        lambda: error_of(500, **headers),
+        lambda: error_of(429, **headers),
         lambda: unreadable(**headers),
     ]
     return draw(st.sampled_from(kinds))()
@@ -210,8 +210,8 @@ def test_after_a_rate_limit_the_pause_is_not_waited_here():
     """The request waits in the model's queue, which pauses once for all."""
     waits = delays()
     next(waits)
-    assert waits.send(made(429, retry_after="30")) == 0.0
-    assert waits.send(made(503, retry_after="30")) == 30.0
+    assert waits.send(error_of(429, retry_after="30")) == 0.0
+    assert waits.send(error_of(503, retry_after="30")) == 30.0
 
 
 # --- retrying ---------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class Attempts:
 
 def soon(status=503):
     """Return an error that asks for a wait of 1 ms."""
-    return made(status, retry_after_ms="1")
+    return error_of(status, retry_after_ms="1")
 
 
 async def test_success_is_one_attempt():
@@ -270,7 +270,7 @@ async def test_a_success_in_time_is_returned(failures):
 
 async def test_a_rate_limit_is_tried_again_at_once():
     """The account waits for it, not the retry."""
-    attempts = Attempts(made(429, retry_after="500"), rate_limited("paused", 500))
+    attempts = Attempts(error_of(429, retry_after="500"), rate_limited("paused", 500))
     assert await attempts.retried(3)("value") == "value"
     assert attempts.count == 3
 
@@ -285,8 +285,8 @@ async def test_a_rate_limit_is_tried_again_at_once():
         quota_error(retry_after="0"),
         ValidationError("prompt=''"),
         RuntimeError("a bug"),
-        made(503, retry_after="601"),
-        made(429, retry_after="601"),
+        error_of(503, retry_after="601"),
+        error_of(429, retry_after="601"),
         rate_limited("too long", 601),
     ],
     ids=lambda error: f"{type(error).__name__}{getattr(error, 'status_code', '')}",
@@ -312,7 +312,7 @@ async def test_two_callers_do_not_share_their_attempts():
 
 async def test_the_log_says_why_and_how_long(caplog):
     """Each retry has one line at INFO with its number, the reason and the seconds."""
-    attempts = Attempts(soon(503), made(429, retry_after="9"), made(409, retry_after_ms="1"))
+    attempts = Attempts(soon(503), error_of(429, retry_after="9"), error_of(409, retry_after_ms="1"))
     with caplog.at_level(logging.DEBUG):
         await attempts.retried(3)(PROMPT)
     ours = [record for record in caplog.records if record.name == "openai_eval_client"]
@@ -327,7 +327,7 @@ async def test_the_log_says_why_and_how_long(caplog):
 
 async def test_the_log_names_an_error_without_a_status_by_its_class(caplog):
     """A failed connection, for example, has no status."""
-    error = made(503, retry_after_ms="1", x_should_retry="true")
+    error = error_of(503, retry_after_ms="1", x_should_retry="true")
     error.status_code = None
     with caplog.at_level(logging.INFO):
         await Attempts(error).retried(1)(PROMPT)

@@ -13,9 +13,8 @@ from pydantic import BaseModel
 
 from openai_eval_client import ModelResponse, OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client._cost.pricing import Pricer
-from openai_eval_client._wire.answers import is_answer, read_answer
+from openai_eval_client._wire.answers import Usage, is_answer, read_answer, usage_of
 from openai_eval_client._wire.requests import check_parameters
-from openai_eval_client._wire.usage import Usage, usage_of
 from openai_eval_client.testing import SimulatedServer
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}
@@ -46,7 +45,7 @@ def chat(message=None, **fields):
     return {"id": "chatcmpl-1", "model": "served", "choices": [choice], "usage": usage, **fields}
 
 
-def said(*parts, **fields):
+def response(*parts, **fields):
     message = {"type": "message", "role": "assistant", "status": "completed", "content": list(parts)}
     usage = {"input_tokens": 11, "output_tokens": 22, "total_tokens": 33}
     whole = {"id": "resp_1", "model": "served", "status": "completed", "output": [message], "usage": usage}
@@ -174,12 +173,12 @@ def test_what_is_missing_is_empty(body):
 
 
 BARE_RESPONSES = {
-    "no output": said(output=[]),
-    "a null item": said(output=[None]),
-    "an empty item": said(output=[{}]),
-    "a message without content": said(output=[{"type": "message"}]),
-    "null content": said(output=[{"type": "message", "content": None}]),
-    "only reasoning": said(output=[{"type": "reasoning", "summary": []}]),
+    "no output": response(output=[]),
+    "a null item": response(output=[None]),
+    "an empty item": response(output=[{}]),
+    "a message without content": response(output=[{"type": "message"}]),
+    "null content": response(output=[{"type": "message", "content": None}]),
+    "only reasoning": response(output=[{"type": "reasoning", "summary": []}]),
     "only what is checked": {"output": []},
 }
 
@@ -206,13 +205,13 @@ def test_a_refusal_is_not_content():
     """In both APIs it has a field of its own."""
     refused = read(chat({"role": "assistant", "content": None, "refusal": "No."}))
     assert (refused.content, refused.refusal) == ("", "No.")
-    refused = read(said({"type": "refusal", "refusal": "No."}), "responses")
+    refused = read(response({"type": "refusal", "refusal": "No."}), "responses")
     assert (refused.content, refused.refusal) == ("", "No.")
 
 
 def test_parts_of_a_response_are_joined():
     """The texts of several messages are one content, and their log probabilities one list."""
-    body = said(text("one ", logprobs=[{"token": "one "}]), text("two", logprobs=[{"token": "two"}]))
+    body = response(text("one ", logprobs=[{"token": "one "}]), text("two", logprobs=[{"token": "two"}]))
     body["output"] = [{"type": "reasoning"}, *body["output"], *copy.deepcopy(body["output"])]
     answer = read(body, "responses")
     assert answer.content == "one twoone two"
@@ -232,12 +231,15 @@ def test_parts_of_a_response_are_joined():
         ({"status": "cancelled"}, "cancelled"),
         ({"output": [{"type": "function_call", "name": "f"}]}, "tool_calls"),
         ({"output": [{"type": "custom_tool_call", "name": "f"}]}, "tool_calls"),
-        ({"output": [{"type": "web_search_call"}, *said(text("found"))["output"]]}, "stop"),  # it ran already
+        (
+            {"output": [{"type": "web_search_call"}, *response(text("found"))["output"]]},
+            "stop",
+        ),  # it ran already
     ],
 )
 def test_the_finish_reasons_of_a_response(fields, reason):
     """They are those of chat completions, if there is one with the same meaning."""
-    assert read(said(text("yes"), **fields), "responses").finish_reason == reason
+    assert read(response(text("yes"), **fields), "responses").finish_reason == reason
 
 
 # --- usage ------------------------------------------------------------------------------------------------
@@ -291,10 +293,10 @@ def test_missing_usage_is_marked(usage):
 )
 def test_usage_is_read(usage, counts):
     """There are input, output, total, cached and reasoning tokens."""
-    made = read(chat(usage=usage)).usage
+    counted = read(chat(usage=usage)).usage
     names = ("prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens")
-    assert tuple(getattr(made, name) for name in names) == counts
-    assert made.estimated is False
+    assert tuple(getattr(counted, name) for name in names) == counts
+    assert counted.estimated is False
 
 
 def test_the_price_depends_on_input_output_and_cached_tokens():
@@ -334,7 +336,7 @@ def test_an_answer_that_fits_is_parsed():
 
 def test_an_answer_of_the_responses_api_is_parsed():
     """The object is an instance of the given class."""
-    answer = read(said(text('{"name": "Paris", "people": 2}')), "responses", response_format=City)
+    answer = read(response(text('{"name": "Paris", "people": 2}')), "responses", response_format=City)
     assert answer.parsed == City(name="Paris", people=2)
 
 
@@ -394,7 +396,7 @@ def test_half_an_emoji_is_replaced(sent, shown):
     """An answer may be cut inside a surrogate pair; it can still be written as JSON."""
     for answer in (
         read(chat({"content": sent})),
-        read(said(text(sent)), "responses"),
+        read(response(text(sent)), "responses"),
         read(chat(choices=[{"message": {"content": sent}}] * 2)),
     ):
         assert answer.content == shown
@@ -410,10 +412,10 @@ HALVES = {
     "model": ("chat", chat(model=HALF)),
     "id": ("chat", chat(id=HALF)),
     "finish reason": ("chat", chat(choices=[{"message": {}, "finish_reason": HALF}])),
-    "call of a response": ("responses", said(output=[{"type": "function_call", "arguments": HALF}])),
-    "logprobs of a response": ("responses", said(text("a", logprobs=[{"token": HALF}]))),
-    "status of a response": ("responses", said(status=HALF)),
-    "refusal of a response": ("responses", said({"type": "refusal", "refusal": HALF})),
+    "call of a response": ("responses", response(output=[{"type": "function_call", "arguments": HALF}])),
+    "logprobs of a response": ("responses", response(text("a", logprobs=[{"token": HALF}]))),
+    "status of a response": ("responses", response(status=HALF)),
+    "refusal of a response": ("responses", response({"type": "refusal", "refusal": HALF})),
 }
 
 
@@ -436,13 +438,13 @@ ODD = {
     "usage details a list": ("chat", chat(usage={"prompt_tokens": 1, "completion_tokens_details": [1]})),
     "finish reason a number": ("chat", chat(choices=[{"message": {}, "finish_reason": 5}])),
     "model a number": ("chat", chat(model=5)),
-    "content of a response a text": ("responses", said(output=[{"type": "message", "content": "yes"}])),
-    "content of a response a number": ("responses", said(output=[{"type": "message", "content": 5}])),
-    "part of a response a text": ("responses", said("yes")),
-    "part of a response null": ("responses", said(None)),
-    "logprobs of a response a number": ("responses", said(text("yes", logprobs=5))),
-    "incomplete details a text": ("responses", said(status="incomplete", incomplete_details="cut")),
-    "status a number": ("responses", said(status=5)),
+    "content of a response a text": ("responses", response(output=[{"type": "message", "content": "yes"}])),
+    "content of a response a number": ("responses", response(output=[{"type": "message", "content": 5}])),
+    "part of a response a text": ("responses", response("yes")),
+    "part of a response null": ("responses", response(None)),
+    "logprobs of a response a number": ("responses", response(text("yes", logprobs=5))),
+    "incomplete details a text": ("responses", response(status="incomplete", incomplete_details="cut")),
+    "status a number": ("responses", response(status=5)),
 }
 
 
@@ -493,7 +495,7 @@ FULL = {
             "completion_tokens_details": {"reasoning_tokens": 1},
         },
     ),
-    "responses": said(
+    "responses": response(
         text("yes", logprobs=[{"token": "yes", "logprob": -0.1}]), incomplete_details={"reason": "x"}
     ),
 }

@@ -3,25 +3,21 @@
 import pytest
 
 from openai_eval_client._wire.endpoints import (
-    ENDPOINTS,
     INPUT_KEYS,
     PATHS,
     endpoint_of,
-    is_charged,
-    is_free,
-    is_metered,
     max_output,
 )
 
 
 @pytest.mark.parametrize(
-    ("path", "metered", "charged", "free"),
+    ("path", "metered", "billed", "free"),
     [
         ("/v1/chat/completions", True, True, False),
         ("/v1/responses", True, True, False),
         ("/openai/deployments/x/chat/completions", True, True, False),
         ("/v1/embeddings", True, True, False),
-        ("/v1/moderations", True, True, True),
+        ("/v1/moderations", True, False, True),
         ("/v1/rerank", True, True, False),
         ("/v1/batches", False, True, False),
         ("/v1/threads/t/runs", False, True, False),
@@ -29,17 +25,22 @@ from openai_eval_client._wire.endpoints import (
         ("/v1/batches/b/cancel", False, False, False),
     ],
 )
-def test_a_post_to_a_path(path, metered, charged, free):
+def test_a_post_to_a_path(path, metered, billed, free):
     """A path that is not in the table runs a model and may cost money."""
-    assert (is_metered("POST", path), is_charged("POST", path), is_free(path)) == (metered, charged, free)
-    assert not is_metered("GET", path)
-    assert not is_charged("GET", path)
+    row = endpoint_of(path)
+    assert (row.metered, row.billed, row.free) == (metered, billed, free)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/files", "/v1/rerank"])
+def test_any_other_method_runs_no_model(path):
+    """It costs nothing, wherever it goes."""
+    row = endpoint_of(path, "GET")
+    assert (row.metered, row.billed, row.free) == (False, False, False)
 
 
 def test_our_own_methods_ask_two_endpoints():
-    """By the names that `api=` takes; the Batch API takes both."""
+    """By the names that `api=` takes, for online prompts and the Batch API."""
     assert PATHS == {"chat": "/chat/completions", "responses": "/responses"}
-    assert {row.api for row in ENDPOINTS if row.batchable} == set(PATHS)
 
 
 def test_the_input_is_named_once():

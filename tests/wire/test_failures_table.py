@@ -13,7 +13,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client._wire.failures import (
-    REFUSALS,
+    FAILURES,
     Kind,
     Scope,
     meaning_of,
@@ -68,25 +68,24 @@ def test_an_error_and_the_bytes_it_is_made_of_mean_the_same(row):
 
 
 def test_every_row_is_met():
-    """Each row of the table of refusals is the first that fits some line above."""
+    """Each row with a status is the first that fits some line above."""
     met = set()
     for status, code, message, *_ in TABLE:
         met.add(meaning_of("", status, code or ""))
-        met.add(next(row.meaning for row in REFUSALS if _fits(row, status, code, message)))
-    assert {row.meaning for row in REFUSALS} <= met
+        met.add(next(row.meaning for row in FAILURES if _fits(row, status, code, message)))
+    assert {row.meaning for row in FAILURES if isinstance(row.of, int)} <= met
 
 
 def _fits(row, status, code, message):
-    low, high = row.statuses
-    return low <= status <= high and (row.word is None or row.word == code or row.word in message)
+    return row.of in {status, status // 100} and (row.word is None or row.word == code or row.word in message)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_the_servers_own_word_on_trying_again_wins(told):
+@pytest.mark.parametrize("wish", [True, False])
+def test_the_servers_own_word_on_trying_again_wins(wish):
     """As it does with the SDK; but nothing makes an account without credit worth another attempt."""
-    word = {"x_should_retry": str(told).lower()}
-    assert read_failure(error_of(500, None, "m", **word)).retry is told
-    assert read_failure(error_of(400, None, "m", **word)).retry is told
+    word = {"x_should_retry": str(wish).lower()}
+    assert read_failure(error_of(500, None, "m", **word)).retry is wish
+    assert read_failure(error_of(400, None, "m", **word)).retry is wish
     assert not read_failure(error_of(429, "insufficient_quota", "m", **word)).retry
 
 
@@ -120,12 +119,13 @@ def unreadable():
 @pytest.mark.parametrize(
     ("error", "kind", "retry", "billed"),
     [
-        (TimeoutError("no answer", request=None), Kind.TIMED_OUT, True, None),
-        (connection_error(), Kind.DROPPED, True, None),
+        (TimeoutError("no answer", request=None), Kind.TIMED_OUT, True, True),
+        (connection_error(), Kind.DROPPED, True, True),
         (caused_by(connection_error(), "ConnectError"), Kind.UNREACHABLE, True, False),
         (caused_by(connection_error(), "ClientConnectorError"), Kind.UNREACHABLE, True, False),
-        (unreadable(), Kind.UNREADABLE, True, None),
-        (KeyboardInterrupt(), Kind.DROPPED, False, None),
+        (unreadable(), Kind.UNREADABLE, True, True),
+        (KeyboardInterrupt(), Kind.DROPPED, False, True),
+        (openai.APIError("m", connection_error().request, body=None), Kind.DROPPED, False, True),
         (ValidationError("m", field="prompt"), Kind.LOCAL, False, False),
         (RequestTooLargeError("m", tokens=9, limit=1), Kind.TOO_LARGE, False, False),
     ],
@@ -134,7 +134,33 @@ def test_an_error_without_a_status(error, kind, retry, billed):
     """Whether it is worth another attempt, and whether it may have been billed."""
     failure = read_failure(error)
     assert (failure.kind, failure.retry, failure.billed) == (kind, retry, billed)
-    assert outcome_of(error).sent is (kind is not Kind.UNREACHABLE)
+    outcome = outcome_of(error)
+    assert outcome.sent is (kind is not Kind.UNREACHABLE)
+    assert outcome.may_be_billed is (billed or kind is Kind.LOCAL)  # it does not show what came of it
+
+
+def test_a_circle_of_causes_is_followed_once():
+    """An error may be the cause of its own cause."""
+    error, cause = connection_error(), ValueError()
+    error.__cause__, cause.__cause__ = cause, error
+    assert read_failure(error).kind is Kind.DROPPED
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("TimeoutError", "no answer within timeout; sent again"),
+        ("APIConnectionError", "the connection failed, or the answer was cut short; sent again"),
+        ("APIResponseValidationError", "what came was no answer; sent again"),
+        ("BudgetExceededError", "max_cost left too little; not sent"),
+        ("RequestTooLargeError", "more tokens than the limit can ever admit; not sent"),
+        ("ValidationError", "the input is wrong; not sent"),
+        ("BatchError", "see the exception"),
+    ],
+)
+def test_an_error_without_a_status_has_a_meaning(name, meaning):
+    """By the name of its class."""
+    assert meaning_of(name, None, "") == meaning
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI
-from openai_eval_client._wire.endpoints import is_metered, max_output
-from openai_eval_client._wire.usage import _TAIL, Tail, Usage, read_usage, usage_of
+from openai_eval_client._wire.answers import _TAIL, Tail, Usage, read_usage, usage_of
+from openai_eval_client._wire.endpoints import endpoint_of, max_output
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -53,13 +53,13 @@ from openai_eval_client.testing import SimulatedServer
 )
 def test_what_runs_a_model_is_metered(method, path, metered):
     """Only requests that run a model count against its requests and tokens per minute."""
-    assert is_metered(method, path) is metered
+    assert endpoint_of(path, method).metered is metered
 
 
 @pytest.mark.parametrize("prefix", ["files", "admin", "organization", "threads"])
 def test_a_gateway_may_have_any_address(prefix):
     """A prefix before the API's own path does not matter."""
-    assert is_metered("POST", f"/{prefix}/v1/chat/completions")
+    assert endpoint_of(f"/{prefix}/v1/chat/completions", "POST").metered
 
 
 @pytest.mark.parametrize("call", ["responses", "batches", "uploads"])
@@ -199,12 +199,12 @@ def test_no_text_is_mistaken_for_usage(content):
 
 
 @given(st.text(), st.integers(0, 10**9), st.integers(0, 10**9))
-def test_an_answer_cut_short_has_its_usage_or_none(content, given_, made):
+def test_an_answer_cut_short_has_its_usage_or_none(content, inputs, outputs):
     """The connection may break at any byte."""
-    usage = {"prompt_tokens": given_, "completion_tokens": made}
+    usage = {"prompt_tokens": inputs, "completion_tokens": outputs}
     body = json.dumps({"content": content, "usage": usage}).encode()
     for end in range(len(body)):
-        assert counts_in(body[:end]) in {None, (given_, made)}
+        assert counts_in(body[:end]) in {None, (inputs, outputs)}
 
 
 @given(st.binary())
