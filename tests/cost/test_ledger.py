@@ -6,7 +6,7 @@ import logging
 import threading
 from datetime import time as clock_time
 from datetime import timezone
-from decimal import Decimal, localcontext
+from decimal import Context, Decimal, localcontext
 
 import pytest
 from budgets import list_price
@@ -23,8 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client._cost import ledger as ledger_module
-from openai_eval_client._cost.ledger import Ledger
-from openai_eval_client._cost.pricing import EXACT, Pricer
+from openai_eval_client._cost.ledger import EXACT, Ledger, Pricer
 from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.endpoints import Demand, endpoint_of
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
@@ -206,7 +205,7 @@ def test_a_ledger_that_is_interrupted_loses_nothing(where: str, loaded: bool, mo
             interruptions.happen()
             return super().rates(*args, **options)
 
-    class Sums:
+    class Sums(Context):
         """Is interrupted where it adds."""
 
         def add(self, one: Decimal, other: Decimal) -> Decimal:
@@ -216,7 +215,7 @@ def test_a_ledger_that_is_interrupted_loses_nothing(where: str, loaded: bool, mo
     if where == "pricing":
         ledger._pricer = Interrupted()
     else:
-        monkeypatch.setattr(ledger_module, "EXACT", Sums())
+        monkeypatch.setattr(ledger_module, "EXACT", Sums(prec=EXACT.prec))
     if loaded:
         ledger.pricer_for(None).load()
     for _ in range(200):

@@ -24,8 +24,8 @@ from genai_prices.types import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openai_eval_client._cost import pricing as _pricing
-from openai_eval_client._cost.pricing import Pricer
+from openai_eval_client._cost import ledger as _pricing
+from openai_eval_client._cost.ledger import Pricer
 from openai_eval_client._wire.answers import Usage
 
 PRICER = Pricer()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from openai_eval_client import ModelResponse, OpenAIClient, OpenAIConfig, RateLimitConfig
-from openai_eval_client._cost.pricing import Pricer
+from openai_eval_client._cost.ledger import Pricer
 from openai_eval_client._wire.answers import Usage, is_answer, read_answer, usage_of
 from openai_eval_client._wire.requests import check_parameters
 from openai_eval_client.testing import SimulatedServer
