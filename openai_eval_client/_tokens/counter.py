@@ -1,28 +1,283 @@
-"""Count tokens: with tiktoken, else by an estimate that observed usage corrects."""
+"""Count the tokens of a request: with tiktoken, else by an estimate that observed usage corrects."""
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import json
+import math
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from openai_eval_client._log import inform, warn
-from openai_eval_client._tokens.body import Input
-from openai_eval_client._wire import Usage
+from openai_eval_client._wire import INPUT_KEYS, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
 
     from openai_eval_client.models import ModelResponse
 
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
+
+# --- images ---------------------------------------------------------------------------------------------
+
+_DEFAULT_SIZE = (1024, 1024)  # pixels, where it cannot be seen: a web address, a file id, a broken data URL
+_MAX_SIDE = 2048  # pixels, as the next three
+_MAX_SHORT_SIDE = 768
+_TILE = 512
+_PATCH = 32
+_MAX_PATCHES = 1536
+_HEADER_LENGTHS = (1 << 16, 1 << 20)  # of base64: a JPEG may have its size behind much camera metadata
+
+
+class _Tiles(NamedTuple):
+    """Tokens of an image in low detail, and of each tile that high detail adds."""
+
+    base: int
+    tile: int
+
+
+_GPT_4O = _Tiles(85, 170)
+# By the start of the model's name: tiles, or the tokens of a patch.
+# https://platform.openai.com/docs/guides/images-vision#calculating-costs
+_FAMILIES: dict[str, _Tiles | float] = {
+    "gpt-4o": _GPT_4O,
+    "gpt-4o-mini": _Tiles(2833, 5667),
+    "gpt-4.1": _GPT_4O,
+    "gpt-4.1-mini": 1.62,
+    "gpt-4.1-nano": 2.46,
+    "gpt-4.5": _GPT_4O,
+    "gpt-5": _Tiles(70, 140),
+    "gpt-5-mini": 1.62,
+    "gpt-5-nano": 2.46,
+    "o1": _Tiles(75, 150),
+    "o3": _Tiles(75, 150),
+    "o4-mini": 1.72,
+    "computer-use-preview": _Tiles(65, 129),
+}
+
+
+def image_tokens(model: str, size: tuple[int, int], detail: object = None) -> int:
+    """Count the tokens of one image of a request, of a size in pixels."""
+    family = _family(model)
+    if isinstance(family, float):
+        return math.ceil(round(_patches(*size) * family, 6))
+    return family.base + (0 if detail == "low" else _tiles(*size) * family.tile)
+
+
+@lru_cache(maxsize=256)
+def _family(model: str) -> _Tiles | float:
+    """Return what the longest documented name that the model's name starts with stands for."""
+    name = model.rpartition("/")[2].removeprefix("ft:")
+    known = max((start for start in _FAMILIES if name.startswith(start)), key=len, default="gpt-4o")
+    return _FAMILIES[known]
+
+
+def _tiles(width: int, height: int) -> int:
+    """Count the tiles that cover an image, shrunk to fit 2048 x 2048 with a short side of 768."""
+    shrink = min(1.0, _MAX_SIDE / max(width, height), _MAX_SHORT_SIDE / min(width, height))
+    across, down = (max(1, round(side * shrink)) for side in (width, height))
+    return math.ceil(across / _TILE) * math.ceil(down / _TILE)
+
+
+def _patches(width: int, height: int) -> int:
+    """Count the patches that cover an image, shrunk until they are few enough."""
+    across, down = width / _PATCH, height / _PATCH
+    if (patches := math.ceil(across) * math.ceil(down)) <= _MAX_PATCHES:
+        return patches
+    shrink = min(1.0, math.sqrt(_MAX_PATCHES / (across * down)))
+    across, down = across * shrink, down * shrink
+    shrink = min(max(1, math.floor(side)) / side for side in (across, down))  # one side gets whole patches
+    # Rounded up, but for what floating point adds to a whole number.
+    across, down = (math.ceil(side * shrink - 1e-6) for side in (across, down))
+    return min(_MAX_PATCHES, across * down)
+
+
+def _size_of(source: object) -> tuple[int, int]:
+    """Return an image's size in pixels, read from the header in its data URL."""
+    if not isinstance(source, str) or not source.startswith("data:"):
+        return _DEFAULT_SIZE
+    import imagesize
+
+    start = source.find(",", 0, 256) + 1
+    encoded = source[start : start + _HEADER_LENGTHS[-1]]
+    for length in _HEADER_LENGTHS:
+        with contextlib.suppress(Exception):  # whatever is wrong with the image, the default size does
+            header = base64.b64decode(encoded[: min(length, len(encoded) // 4 * 4)])
+            width, height = imagesize.get(io.BytesIO(header))
+            if width > 0 and height > 0:
+                return int(width), int(height)
+        if len(encoded) <= length:
+            break
+    return _DEFAULT_SIZE
+
+
+# --- what in a body counts as input ---------------------------------------------------------------------
+
+_UNCOUNTED_KEYS = frozenset(
+    {"annotations", "call_id", "encrypted_content", "id", "logprobs", "status", "tool_call_id", "type"}
+)
+
+_AUDIO_TOKENS_PER_SECOND = 10
+_WAV_BYTES_PER_SECOND = 48_000  # 24 kHz, 16 bits, mono
+_OTHER_AUDIO_BYTES_PER_SECOND = 16_000  # mp3 at 128 kbit/s
+_FILE_TOKENS = 2_000  # a few pages: what a file holds cannot be seen from here
+_TEXT_BYTES_PER_TOKEN = 4
+_OTHER_BYTES_PER_TOKEN = 40  # a PDF page of text takes about 40 KB and 1,000 tokens; its usage corrects it
+
+# https://cookbook.openai.com/examples/how_to_count_tokens_with_tiktoken, sections 6 and 7
+_MESSAGE, _NAME, _REPLY = 3, 1, 3
+_FUNCTION, _OLD_FUNCTION, _FUNCTIONS_END = 7, 10, 12
+_PROPERTIES, _PROPERTY, _ENUM, _ENUM_ITEM = 3, 3, -3, 3
+_CONTAINERS = (Mapping, list, tuple)
+_FLAT_KEYS = frozenset({"type", "description", "enum"})
+
+
+class Input:
+    """The input of one request: texts to count, and tokens that no text shows."""
+
+    __slots__ = ("_model", "_old", "fixed", "texts")
+
+    def __init__(self, body: Mapping[str, Any], model: str, *, old: bool) -> None:
+        self.fixed = 0  # tokens of structure, images, sound, files, and given as numbers
+        self.texts: list[str] = []
+        self._model = model
+        self._old = old  # whether the model counts functions as those of gpt-4 and gpt-3.5 do
+        for key in INPUT_KEYS:
+            self._add_input(body.get(key))
+        for key in ("tools", "functions"):
+            if tools := body.get(key):
+                self._add_tools(tools)
+        self._add_schema(body.get("response_format"))
+        self._add_schema(_mapping(body.get("text")).get("format"))
+
+    def _add_input(self, value: Any) -> None:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+            for message in value:
+                self.fixed += _MESSAGE
+                self._walk(message)
+                if isinstance(message, Mapping) and "name" in message and "role" in message:
+                    self.fixed += _NAME
+            self.fixed += _REPLY
+        elif value:
+            self._walk(value)
+
+    def _walk(self, value: Any) -> None:
+        """Add the texts in a value, whatever its shape; integers in a list are tokens already."""
+        if isinstance(value, str):
+            self.texts.append(value)
+        elif isinstance(value, Mapping):
+            self._add_part(value)
+        elif isinstance(value, (list, tuple)):
+            if value and isinstance(value[0], int):
+                self.fixed += len(value)
+                return
+            for item in value:
+                self._walk(item)
+
+    def _add_part(self, part: Mapping[Any, Any]) -> None:
+        kind = part.get("type")
+        if "image_url" in part or kind == "input_image":
+            self._add_image(part)
+        elif kind == "input_audio":
+            self._add_audio(_mapping(part.get("input_audio")))
+        elif kind in ("file", "input_file"):
+            self._add_file(part)
+        else:
+            self._add_leaves(part)
+
+    def _add_file(self, part: Mapping[Any, Any]) -> None:
+        """Add a file by the size of its data; a file that is only named counts as a few pages."""
+        file = part.get("file")
+        data = (file if isinstance(file, Mapping) else part).get("file_data")
+        if not isinstance(data, str):
+            self.fixed += _FILE_TOKENS
+            return
+        head, _, encoded = data.rpartition(",")
+        ratio = _TEXT_BYTES_PER_TOKEN if head.startswith("data:text/") else _OTHER_BYTES_PER_TOKEN
+        self.fixed += max(1, math.ceil(len(encoded) * 3 / 4 / ratio))
+
+    def _add_leaves(self, part: Mapping[Any, Any]) -> None:
+        for key, value in part.items():
+            if isinstance(value, str):
+                is_data = value.startswith("data:") and ";base64," in value[:256]
+                if key not in _UNCOUNTED_KEYS and (key in ("content", "text") or not is_data):
+                    self.texts.append(value)
+            elif value and key not in _UNCOUNTED_KEYS:
+                self._walk(value)
+
+    def _add_image(self, part: Mapping[Any, Any]) -> None:
+        url = image = part.get("image_url")
+        if isinstance(image, Mapping):  # Chat Completions; in Responses the part itself has url and detail
+            url, part = image.get("url"), image
+        self.fixed += image_tokens(self._model, _size_of(url), part.get("detail"))
+
+    def _add_audio(self, audio: Mapping[str, Any]) -> None:
+        data, is_wav = audio.get("data"), audio.get("format") == "wav"
+        size = len(data) * 3 / 4 if isinstance(data, str) else 0
+        seconds = size / (_WAV_BYTES_PER_SECOND if is_wav else _OTHER_AUDIO_BYTES_PER_SECOND)
+        self.fixed += max(1, math.ceil(seconds * _AUDIO_TOKENS_PER_SECOND))
+
+    def _add_tools(self, tools: Any) -> None:
+        has_functions = False
+        for tool in tools if isinstance(tools, (list, tuple)) else ():
+            # Chat Completions has the function in the tool; in Responses and "functions" the tool is it.
+            function = _mapping(tool.get("function", tool) if isinstance(tool, Mapping) else None)
+            if "name" in function and tool.get("type", "function") == "function":
+                has_functions = True
+                self._add_function(function)
+            else:
+                self._walk(tool)
+        self.fixed += _FUNCTIONS_END if has_functions else 0
+
+    def _add_function(self, function: Mapping[str, Any]) -> None:
+        self.fixed += _OLD_FUNCTION if self._old else _FUNCTION
+        self.texts.append(f"{function['name']}:{_description(function)}")
+        parameters = _mapping(function.get("parameters"))
+        if properties := _mapping(parameters.get("properties")):
+            self.fixed += _PROPERTIES
+            for name, schema in properties.items():
+                self._add_property(name, _mapping(schema))
+        if "$defs" in parameters:
+            self.texts.append(_json(parameters["$defs"]))
+
+    def _add_property(self, name: str, schema: Mapping[str, Any]) -> None:
+        """Add one parameter; the cookbook knows only flat ones, so what is nested counts as JSON text."""
+        self.fixed += _PROPERTY
+        self.texts.append(f"{name}:{schema.get('type', '')}:{_description(schema)}")
+        if isinstance(choices := schema.get("enum"), (list, tuple)):
+            self.fixed += _ENUM + _ENUM_ITEM * len(choices)
+            self.texts.extend(map(str, choices))
+        others = ((key, value) for key, value in schema.items() if key not in _FLAT_KEYS)
+        if nested := {key: value for key, value in others if value and isinstance(value, _CONTAINERS)}:
+            self.texts.append(_json(nested))
+
+    def _add_schema(self, response_format: Any) -> None:
+        if isinstance(response_format, Mapping) and response_format.get("type") == "json_schema":
+            self.texts.append(_json(response_format.get("json_schema", response_format)))
+
+
+def _description(schema: Mapping[str, Any]) -> str:
+    return str(schema.get("description") or "").removesuffix(".")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+# --- the counter ----------------------------------------------------------------------------------------
 
 _MODELS = 1024  # remembered at most
 _COUNTS = 4096  # remembered at most until their answers come
@@ -67,7 +322,7 @@ class TokenCounter:
     async def count_input(self, body: Mapping[str, Any]) -> int:
         """Count the input of a request to any endpoint, without holding up the event loop."""
         # Messages cost 3 tokens each, their names 1, the priming of the reply 3, and functions what OpenAI's
-        # cookbook says; images, sound and files: see body.py.
+        # cookbook says; images, sound and files: see `Input`.
         counted = self.count_input_now(body)
         if counted is not None:
             return counted
@@ -187,7 +442,7 @@ class _Vocabulary:
     def count(self, text: str) -> int:
         """Count the tokens of a text, by an estimate until it is loaded."""
         if not self.is_loaded:
-            return _estimate(text)
+            return -(-_size(text) // _BYTES_PER_TOKEN)  # rounded up
         if len(text) <= _ROLE or len(text) in _REMEMBERED:
             return self._remembered(text)
         return self._encoded(text)
@@ -273,11 +528,6 @@ def _model_of(body: Mapping[str, Any]) -> str:
 
 def _without_schemas(body: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: value for key, value in body.items() if key not in _SCHEMAS}
-
-
-def _estimate(text: str) -> int:
-    """Count 4 bytes of UTF-8 as a token, rounded up."""
-    return -(-_size(text) // _BYTES_PER_TOKEN)
 
 
 def _size(text: str) -> int:

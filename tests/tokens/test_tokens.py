@@ -16,8 +16,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openai_eval_client._tokens.body import image_tokens
-from openai_eval_client._tokens.counter import TokenCounter, put
+from openai_eval_client._tokens.counter import TokenCounter, image_tokens, put
 
 WEATHER = {
     "type": "function",
