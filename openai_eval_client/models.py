@@ -46,8 +46,7 @@ class Record(BaseModel):
         money is a float in USD, a time is an ISO 8601 string, and a number that JSON does not have (infinite
         or not a number) is None.
         """
-        plain: dict[str, Any] = _plain(self.model_dump())
-        return plain
+        return {name: _plain(value) for name, value in self.model_dump().items()}
 
     @classmethod
     def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import json
 import sys
 import time
@@ -53,11 +54,7 @@ def _commands(
 # --- limits -----------------------------------------------------------------------------------------------
 
 _UNLIMITED = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
-_LENGTHS: tuple[dict[str, int], ...] = (
-    {"max_tokens": 1},
-    {"max_completion_tokens": 16},
-    {},
-)  # models differ in the parameter's name
+_LENGTHS: Any = ({"max_tokens": 1}, {"max_completion_tokens": 16}, {})  # models differ in its name
 
 
 @app.command()
@@ -94,23 +91,23 @@ def limits(
 
 
 async def _stated_limits(client: OpenAIClient, models: list[str]) -> dict[str, dict[str, StatedLimit]]:
-    return {model: read_stated_limits(await _headers(client, model, *_LENGTHS)) for model in models}
-
-
-async def _headers(client: OpenAIClient, model: str, length: dict[str, int], *others: dict[str, int]) -> Any:
-    """Return the headers of an answer that is as short as the model allows, or of a 429 with limits in it."""
+    """Read the limits from an answer as short as the model allows, or from a 429 with limits in it."""
     create: Any = client.openai.with_options(max_retries=1).chat.completions.with_raw_response.create
-    messages = [{"role": "user", "content": "hi"}]
-    try:
-        return (await create(model=model, messages=messages, **length)).headers
-    except openai.RateLimitError as error:
-        if not read_stated_limits(error.response.headers):
-            raise
-        return error.response.headers
-    except openai.BadRequestError:
-        if not others:
-            raise
-    return await _headers(client, model, *others)
+    by_model, messages = {}, [{"role": "user", "content": "hi"}]
+    for model, length in itertools.product(models, _LENGTHS):
+        if model in by_model:
+            continue
+        try:
+            answer = await create(model=model, messages=messages, **length)
+            by_model[model] = read_stated_limits(answer.headers)
+        except openai.RateLimitError as error:
+            by_model[model] = read_stated_limits(error.response.headers)
+            if not by_model[model]:
+                raise
+        except openai.BadRequestError:
+            if not length:
+                raise
+    return by_model
 
 
 def _cells(stated: Mapping[str, StatedLimit]) -> Iterator[str]:

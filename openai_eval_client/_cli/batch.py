@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from openai_eval_client.client import OpenAIClient
-    from openai_eval_client.config import OpenAIConfig
     from openai_eval_client.errors import BatchError
     from openai_eval_client.models import BatchJobStatus
 
@@ -48,11 +47,6 @@ def _batch(ctx: typer.Context, *, base_url: opt.BaseUrl = None, key_file: opt.Ke
     """
     show_log()
     ctx.obj = {"base_url": base_url, "key_file": key_file}
-
-
-def _config(ctx: typer.Context, **fields: Any) -> OpenAIConfig:
-    """Return where the API is, as the options before the command say."""
-    return opt.api_config(**ctx.obj, **fields)
 
 
 # --- submit -----------------------------------------------------------------------------------------------
@@ -104,7 +98,7 @@ def submit(
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
     with exit_codes(interrupted=interrupted):
         pairs = opt.split_pairs("--metadata", metadata or [], "KEY=VALUE")
-        config = _config(ctx, default_model=model)
+        config = opt.api_config(**ctx.obj, default_model=model)
         lines = Source(source, form="jsonl")
         requests, numbers = read_requests(lines, defaults)
         if model is None and any(request.model is None for request in requests):
@@ -185,12 +179,14 @@ def status(
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
         latest = with_client(
-            _config(ctx),
+            opt.api_config(**ctx.obj),
             lambda client: _wait_for(client, job, interval) if wait else client.get_batch_status(job),
         )
         _show_job(latest, as_json=as_json)
-    if wait:
-        sys.exit(_exit_code(latest))
+    if wait and latest.status == "failed" and not latest.completed_count:
+        sys.exit(exits.REFUSED)
+    if wait and latest.completed_count != latest.request_count:
+        sys.exit(exits.SOME_FAILED)
 
 
 async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJobStatus:
@@ -214,12 +210,6 @@ async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJob
     return latest
 
 
-def _exit_code(job: BatchJobStatus) -> int:
-    if job.status == "failed" and not job.completed_count:
-        return exits.REFUSED
-    return 0 if job.completed_count == job.request_count else exits.SOME_FAILED
-
-
 @batch_app.command()
 def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> None:
     """Write a job's results as JSON lines, one for each request, in the order of the input.
@@ -231,7 +221,7 @@ def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> No
     whole: contextlib.AbstractContextManager[IO[bytes]]
     whole = contextlib.nullcontext(sys.stdout.buffer) if output == "-" else replacing(output)
     with exit_codes(), whole as file:
-        outcomes = with_client(_config(ctx), lambda client: _outcomes(client, job))
+        outcomes = with_client(opt.api_config(**ctx.obj), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):
             custom_id = getattr(outcome, "custom_id", None)
             named = {} if custom_id is None else {"custom_id": custom_id}
@@ -259,7 +249,10 @@ async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
 def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None:
     """Cancel a job; what is answered already stays, and is paid."""
     with exit_codes():
-        _show_job(with_client(_config(ctx), lambda client: client.cancel_batch_job(job)), as_json=as_json)
+        _show_job(
+            with_client(opt.api_config(**ctx.obj), lambda client: client.cancel_batch_job(job)),
+            as_json=as_json,
+        )
 
 
 @batch_app.command("list")
@@ -271,7 +264,7 @@ def list_jobs(
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""
     with exit_codes():
-        jobs = with_client(_config(ctx), lambda client: _newest(client, limit))
+        jobs = with_client(opt.api_config(**ctx.obj), lambda client: _newest(client, limit))
         if as_json:
             typer.echo(f"[{','.join(job.model_dump_json() for job in jobs)}]")
         else:

@@ -211,7 +211,10 @@ def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[as
             cleanup.close()
             raise KeyboardInterrupt
         else:
-            _end(last_words)
+            below = "\n\n" if bar_is_open() else ""
+            with contextlib.suppress(OSError):  # not by `say`: the signal may have come in a print
+                os.write(sys.stderr.fileno(), f"{below}{last_words}\n".encode())
+            os._exit(INTERRUPTED)
 
     with contextlib.ExitStack() as cleanup:
         for number in _SIGNALS:
@@ -222,13 +225,6 @@ def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[as
         except asyncio.CancelledError:
             if not stop.is_set():  # not by a signal
                 raise
-
-
-def _end(last_words: str) -> NoReturn:
-    below = "\n\n" if bar_is_open() else ""
-    with contextlib.suppress(OSError):  # not by `say`: the signal may have come in the middle of a print
-        os.write(sys.stderr.fileno(), f"{below}{last_words}\n".encode())
-    os._exit(INTERRUPTED)
 
 
 def with_client(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T]], **options: Any) -> T:

@@ -155,7 +155,7 @@ def run(  # one name for each option
         _check_usage(work)
         if model is None:
             work.note(f"model: {work.config.default_model}, the default; --model names another")
-        code = _estimate_rest(work) if dry_run else _carry_out(work)
+        code = _show_estimate(work) if dry_run else _carry_out(work)
     sys.exit(code)
 
 
@@ -315,20 +315,16 @@ def _look_at_input(run: FileRun) -> None:
         unsent |= _LIKE_PARAMETERS & row.data.keys()
     run.progress = run.progress and run.total > 0
     if not run.total and not run.done:
-        raise _no_rows(run)
+        raise ValidationError(f"{run.source.name}: no rows", field="input")
     if unsent:
         names = ", ".join(sorted(unsent))
         run.note(f"copied to the output, not sent: {names}; options set them for all rows", style="yellow")
 
 
-def _no_rows(run: FileRun) -> ValidationError:
-    return ValidationError(f"{run.source.name}: no rows", field="input")
-
-
 # --- the commands' work -----------------------------------------------------------------------------------
 
 
-def _estimate_rest(run: FileRun) -> int:
+def _show_estimate(run: FileRun) -> int:
     """Show what the rows that are not done would cost, and leave the output as it is."""
     if run.resume:
         with contextlib.closing(Output(run.output)) as file:
@@ -336,10 +332,6 @@ def _estimate_rest(run: FileRun) -> int:
         run.note(f"there already, and not estimated: {count(len(run.done))}")
     if run.cache is not None:
         run.note("the cache is not looked at: answers that it has are estimated as well, but cost nothing")
-    return _show_estimate(run)
-
-
-def _show_estimate(run: FileRun) -> int:
     _look_at_input(run)
     prompts = run.feed(row.prompt for row in run.rows())
     params = {name: value for name, value in run.params.items() if name != "max_cost"}
@@ -357,7 +349,7 @@ def _carry_out(run: FileRun) -> int:
         _look_at_input(run)
         result = asyncio.run(_answer(run, file))
     if not (result.answered or result.failed or run.done or result.error or result.interrupted):
-        raise _no_rows(run)
+        raise ValidationError(f"{run.source.name}: no rows", field="input")
     code = result.exit_code(file.failed)
     _sum_up(run, result, code)
     return code
