@@ -19,9 +19,9 @@ from openai_eval_client._wire import Usage
 from openai_eval_client.models import CostLedger, ModelCost
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator
 
-    from genai_prices.types import ModelInfo, ModelPrice, TieredPrices
+    from genai_prices.types import ModelPrice, TieredPrices
 
     from openai_eval_client._wire import Demand, Outcome
 
@@ -148,7 +148,11 @@ class Pricer:
         except LookupError:
             return None
         own = any(found.model is known for known in found.provider.models)  # else another provider's price
-        if not context or (own and _has_variant(found.model, context, moment)):
+        has_variant = own and any(  # has a price for this context, not only the ordinary one
+            variant.when == context and (variant.constraint is None or variant.constraint.active(moment))
+            for variant in found.model.price_variants or ()
+        )
+        if not context or has_variant:
             return Rates.of(found.model_price, Decimal(1))
         discounted = batch and found.provider.id == _OPENAI
         return Rates.of(found.model_price, _BATCH_DISCOUNT) if discounted else None
@@ -218,14 +222,6 @@ def _steps_of(price: Decimal | TieredPrices, factor: Decimal) -> _Steps:
     base = price if isinstance(price, Decimal) else price.base
     rising = ((-1, base), *((tier.start, tier.price) for tier in tiers))
     return tuple((start, each * factor * _PER_TOKEN) for start, each in reversed(rising))
-
-
-def _has_variant(model: ModelInfo, context: Mapping[str, str], moment: datetime) -> bool:
-    """Return whether a model has a price of its own for this context, not only the ordinary one."""
-    return any(
-        variant.when == context and (variant.constraint is None or variant.constraint.active(moment))
-        for variant in model.price_variants or ()
-    )
 
 
 # --- the bill ---------------------------------------------------------------------------------------------
