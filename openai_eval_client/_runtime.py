@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import importlib
 import os
 import sys
 import threading
-import time
 import uuid
 import weakref
 from collections import defaultdict, deque
@@ -20,12 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Self
-
-
-class Monotonic:
-    """The default clock."""
-
-    time = staticmethod(time.monotonic)
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> bool:
@@ -169,30 +163,32 @@ class ForkAware(Protocol):
 
 
 _LOCK = threading.RLock()  # held during a fork: no object is added meanwhile
-_FORK_AWARE: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 _PREPARED: list[ForkAware] = []  # for the fork that is going on
 
 
 def mind_forks(thing: ForkAware) -> None:
     """Call an object's `before_fork` and `after_fork` at every fork for as long as it lives."""
-    _register()
     with _LOCK:
-        _FORK_AWARE.add(thing)
+        _fork_aware().add(thing)
 
 
 @functools.cache
-def _register() -> None:
+def _fork_aware() -> weakref.WeakSet[ForkAware]:
+    # The executors' own hook comes first, so that at a fork their lock is taken last: a thread that holds up
+    # the fork may be using one.
+    importlib.import_module("concurrent.futures.thread")
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=_before,
             after_in_parent=functools.partial(_after, child=False),
             after_in_child=functools.partial(_after, child=True),
         )
+    return weakref.WeakSet()
 
 
 def _before() -> None:
     _LOCK.acquire()
-    _PREPARED.extend(_FORK_AWARE)
+    _PREPARED.extend(_fork_aware())
     for thing in _PREPARED:
         thing.before_fork()
 

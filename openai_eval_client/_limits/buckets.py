@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiolimiter import AsyncLimiter
 
@@ -19,11 +20,10 @@ ROUNDING = 1e-9  # of the capacity: far below one token, far above float error
 UNLIMITED = 1e12  # units per second, and at once, that stand for no limit: more than any has
 
 
-class Clock(Protocol):
+class Clock:
     """Where the time comes from, in seconds that never go back."""
 
-    def time(self) -> float:
-        """Return the time now."""
+    time = staticmethod(time.monotonic)
 
 
 class Bucket(AsyncLimiter):

@@ -15,16 +15,10 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openai_eval_client._limits.buckets import Clock
 from openai_eval_client._limits.queue import ModelQueue, State, Waiter
 from openai_eval_client._log import inform, request_id
-from openai_eval_client._runtime import (
-    DeferringLock,
-    Monotonic,
-    StartThrottle,
-    call_on,
-    resolve,
-    running_loop,
-)
+from openai_eval_client._runtime import DeferringLock, StartThrottle, call_on, resolve, running_loop
 from openai_eval_client._wire import read_stated_limits
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
@@ -32,7 +26,6 @@ from openai_eval_client.errors import RequestTooLargeError, rate_limited
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from openai_eval_client._limits.buckets import Clock
     from openai_eval_client._limits.queue import ConcurrencyLimit, LimitStatus, ModelLimits
     from openai_eval_client._limits.shared import RedisBackend, SharedModelQueue
     from openai_eval_client._wire import Demand, Outcome
@@ -61,7 +54,7 @@ class Limiter:
     ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self._bounded = config is not None  # else nothing is slowed down until the server states limits
-        self._clock: Clock = clock or Monotonic()
+        self._clock = clock or Clock()
         self._lock = lock or DeferringLock()
         self._turns = itertools.count()
         self._starts = StartThrottle()

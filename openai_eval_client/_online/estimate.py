@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._cost import exact
-from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, ModelQueue
+from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, Clock, ModelQueue
 from openai_eval_client._online.pool import iterate
 from openai_eval_client._wire import Usage, check_prompt, max_output
 from openai_eval_client.models import CostEstimate
@@ -140,7 +140,7 @@ def _cost(sizes: Counter[int], output: float | None, rates: Rates | None) -> flo
     return float(total)
 
 
-class _StoppedClock:
+class _StoppedClock(Clock):
     @staticmethod
     def time() -> float:
         return 0.0
