@@ -214,15 +214,14 @@ class ServerBucket:
 
     def refused(self, sent: Sent, wait: float, *, stated: bool) -> None:
         """Learn that the server refused what was sent for `wait` seconds, with headers or without."""
-        amount = sent.amount
-        if amount <= 0:
+        if sent.amount <= 0:
             return
         self._stated = self._stated and stated
         if not self._stated:
-            self.refund(amount)
+            self.refund(sent.amount)
             self._slow_down(sent, self._clock.time())
         # after the wait there is room for this one, and the refill paces the rest
-        self.bucket.set_left(min(amount - wait * self.bucket.rate, self.bucket.left()))
+        self.bucket.set_left(min(sent.amount - wait * self.bucket.rate, self.bucket.left()))
 
     def _slow_down(self, sent: Sent, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
@@ -359,11 +358,10 @@ class Quota:
 
     def refused(self, sent: Sent, wait: float, *, stated: bool) -> None:
         """Learn that the server refused what was sent; `stated`: its headers say what is left."""
-        amount = sent.amount
         if self.server.adaptive:
             self.server.refused(sent, wait, stated=stated)
-        elif amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
-            left = amount - wait * self._configured.rate
+        elif sent.amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
+            left = sent.amount - wait * self._configured.rate
             self._configured.set_left(min(left, self._configured.left()))
 
     def used_share(self) -> float | None:

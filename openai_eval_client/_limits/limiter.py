@@ -103,11 +103,6 @@ class Limiter:
         with self._lock:
             return [queue.limits() for queue in self._queues.values() if queue.model is not None]
 
-    def output_length(self, model: str) -> dict[str, float]:
-        """Return how long a model's answers are, as `ClientStats.output_length` has it."""
-        with self._lock:
-            return self._queues[model].output_length() if model in self._queues else {}
-
     def status(self, model: str) -> LimitStatus | None:
         """Return how much of a model's limits is used; None before its first request."""
         with self._lock:

@@ -99,7 +99,7 @@ def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> Co
     """Return the estimate for so many prompts of each size."""
     requests, most = sizes.total(), max_output(parameters.body)
     prompt_tokens = sum(size * count for size, count in sizes.items())
-    mean = account.limiter.output_length(parameters.model).get("mean")
+    mean = account.limiter.stats["output_length"].get(parameters.model, {}).get("mean")
     mean = mean if mean is None or most is None else min(mean, most)
     reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
     pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
