@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # its fork hook has to be older than ours: a fork takes its lock last
 import contextlib
 import functools
-import importlib
 import os
 import sys
 import threading
 import uuid
 import weakref
 from collections import defaultdict, deque
-from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
@@ -174,9 +173,6 @@ def mind_forks(thing: ForkAware) -> None:
 
 @functools.cache
 def _fork_aware() -> weakref.WeakSet[ForkAware]:
-    # The executors' own hook comes first, so that at a fork their lock is taken last: a thread that holds up
-    # the fork may be using one.
-    importlib.import_module("concurrent.futures.thread")
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=_before,
@@ -299,7 +295,7 @@ class FileLock(ForkAware):
 
     async def __aenter__(self) -> Self:
         if not self._take(wait=False):
-            taken: Future[None] = Future()
+            taken: concurrent.futures.Future[None] = concurrent.futures.Future()
             taken.set_running_or_notify_cancel()  # from here on, no cancelled wait can cancel it
             # nothing interrupts the thread, so it is a daemon: the interpreter's end does not wait for it
             threading.Thread(target=self._wait, args=(taken,), name="file lock", daemon=True).start()
@@ -318,7 +314,7 @@ class FileLock(ForkAware):
         if child:
             self._close()
 
-    def _wait(self, taken: Future[None]) -> None:
+    def _wait(self, taken: concurrent.futures.Future[None]) -> None:
         try:
             while not self._take(wait=True):
                 pass  # the lock was that of a file removed by its last holder: the next is on a new one
