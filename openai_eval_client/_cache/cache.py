@@ -56,7 +56,11 @@ def request_digest(base_url: str, parameters: Parameters, body: Mapping[str, Any
     headers = {name: value for name, value in headers.items() if name not in _IGNORED_HEADERS}
     plain = {name: _whole(value) for name, value in body.items()}
     request = [_VERSION, base_url, PATHS[parameters.api], dict(parameters.query), headers, plain]
-    return hashlib.sha256(_canonical(request).encode("utf-8", "surrogatepass")).digest()
+    try:
+        text = _CANONICAL.encode(request)
+    except TypeError:  # keys of several types have no order until they are written as text
+        text = _CANONICAL.encode(json.loads(json.dumps(request, default=repr)))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
 def normalised(base_url: str) -> str:
@@ -67,13 +71,6 @@ def normalised(base_url: str) -> str:
     port = "" if parts.port in {None, _PORTS.get(parts.scheme)} else f":{parts.port}"
     query = f"?{parts.query}" if parts.query else ""
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}{query}"
-
-
-def _canonical(request: object) -> str:
-    try:
-        return _CANONICAL.encode(request)
-    except TypeError:  # keys of several types have no order until they are written as text
-        return _CANONICAL.encode(json.loads(json.dumps(request, default=repr)))
 
 
 def _whole(value: object) -> object:
@@ -110,25 +107,23 @@ class Occurrences:
         self._lock = threading.Lock()
         self._once: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))  # in sorted segments
         self._last: dict[int, int] = {}  # the highest number of what was asked more than once
-        self._free: dict[int, list[tuple[int, object]]] = {}  # of what failed: number and call
+        self._free: defaultdict[int, list[tuple[int, object]]] = defaultdict(list)  # failed: number and call
 
     def take(self, digest: bytes, call: object) -> int:
         """Return the number of the next sample of a request, asked for by one call."""
         name = int.from_bytes(digest[:8], "big")
         with self._lock:
-            free = [pair for pair in self._free.get(name, ()) if pair[1] is not call]
-            if not free:
+            free = (pair for pair in self._free.get(name, ()) if pair[1] is not call)
+            first = min(free, key=itemgetter(0), default=None)
+            if first is None:
                 return self._next(name)
-            first = min(free, key=itemgetter(0))
             self._free[name].remove(first)
-            if not self._free[name]:
-                del self._free[name]
             return first[0]
 
     def give_back(self, digest: bytes, number: int, call: object) -> None:
         """Let other calls ask for a sample again: this one was not answered."""
         with self._lock:
-            self._free.setdefault(int.from_bytes(digest[:8], "big"), []).append((number, call))
+            self._free[int.from_bytes(digest[:8], "big")].append((number, call))
 
     def _next(self, name: int) -> int:
         segment = self._once[name >> 52]
@@ -150,6 +145,7 @@ class Cache:
     def __init__(self, config: CacheConfig, base_url: str, recorder: Recorder, ledger: Ledger) -> None:
         self.store = Store(Path(config.path).expanduser(), read_only=not config.write)
         self._config = config
+        self.ttl = config.ttl  # seconds for which an answer may be used again; None: for ever
         self._base_url = normalised(base_url)
         self._recorder = recorder
         self._ledger = ledger
@@ -190,16 +186,9 @@ class Cache:
         """Keep an answer if it is to be kept, and return it as it would be kept; None where it cannot be."""
         value = _packed(response)
         is_wanted = self._config.store_incomplete or not _is_incomplete(response)
-        if value is None or not is_wanted:
-            return value
-        if self._config.write and await self.store.put(key, value):
+        if value is not None and is_wanted and self._config.write and await self.store.put(key, value):
             self._recorder.stored()
         return value
-
-    @property
-    def ttl(self) -> float | None:
-        """Seconds for which an answer may be used again; None: for ever."""
-        return self._config.ttl
 
     @property
     def journal(self) -> Store | None:
@@ -238,8 +227,7 @@ class Cache:
     async def _look_up(
         self, key: bytes, parameters: Parameters, *, batch: bool = False
     ) -> tuple[ModelResponse, bytes] | None:
-        ttl = self._config.ttl
-        value = await self.store.get(key, since=0.0 if ttl is None else time.time() - ttl)
+        value = await self.store.get(key, since=0.0 if self.ttl is None else time.time() - self.ttl)
         if value is None or (response := self._read(value, parameters, batch=batch)) is None:
             return None
         return response, value

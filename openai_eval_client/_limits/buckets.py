@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aiolimiter import AsyncLimiter
 
@@ -19,11 +20,10 @@ ROUNDING = 1e-9  # of the capacity: far below one token, far above float error
 UNLIMITED = 1e12  # units per second, and at once, that stand for no limit: more than any has
 
 
-class Clock(Protocol):
+class Clock:
     """Where the time comes from, in seconds that never go back."""
 
-    def time(self) -> float:
-        """Return the time now."""
+    time = staticmethod(time.monotonic)
 
 
 class Bucket(AsyncLimiter):
@@ -212,23 +212,23 @@ class ServerBucket:
         if room > 0:
             self._replace(self.bucket.rate, self.bucket.max_rate + room, self.bucket.left() + room)
 
-    def refused(self, amount: float, sent: Sent, wait: float, *, stated: bool) -> None:
-        """Learn that the server refused `amount` for `wait` seconds, with headers or without."""
-        if amount <= 0:
+    def refused(self, sent: Sent, wait: float, *, stated: bool) -> None:
+        """Learn that the server refused what was sent for `wait` seconds, with headers or without."""
+        if sent.amount <= 0:
             return
         self._stated = self._stated and stated
         if not self._stated:
-            self.refund(amount)
-            self._slow_down(amount, sent, self._clock.time())
+            self.refund(sent.amount)
+            self._slow_down(sent, self._clock.time())
         # after the wait there is room for this one, and the refill paces the rest
-        self.bucket.set_left(min(amount - wait * self.bucket.rate, self.bucket.left()))
+        self.bucket.set_left(min(sent.amount - wait * self.bucket.rate, self.bucket.left()))
 
-    def _slow_down(self, amount: float, sent: Sent, now: float) -> None:
+    def _slow_down(self, sent: Sent, now: float) -> None:
         """Lower the rate, once for all that were sent before it was lowered last."""
         first, before, seconds = not self.bucket.limited, self.bucket.rate, now - self._cut_at
         if first or (self._configured_rate is None and sent.at <= self._first_cut):
-            rate = max(CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0), amount)
-            rate = min(rate, before)
+            busy = CUT * (self._granted - self._busy_granted) / max(now - self._busy_from, 1.0)
+            rate = min(max(busy, sent.amount), before)
             self._first_cut = now if first else self._first_cut
         elif sent.at <= self._cut_at:
             return
@@ -356,12 +356,12 @@ class Quota:
         if actual > reserved:
             self.server.add_debt(actual - reserved)
 
-    def refused(self, amount: float, sent: Sent, wait: float, *, stated: bool) -> None:
-        """Learn that the server refused `amount` for this limit; `stated`: its headers say what is left."""
+    def refused(self, sent: Sent, wait: float, *, stated: bool) -> None:
+        """Learn that the server refused what was sent; `stated`: its headers say what is left."""
         if self.server.adaptive:
-            self.server.refused(amount, sent, wait, stated=stated)
-        elif amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
-            left = amount - wait * self._configured.rate
+            self.server.refused(sent, wait, stated=stated)
+        elif sent.amount > 0 and self._configured.limited:  # after the wait, this one and then the rate
+            left = sent.amount - wait * self._configured.rate
             self._configured.set_left(min(left, self._configured.left()))
 
     def used_share(self) -> float | None:

@@ -12,19 +12,13 @@ import copy
 import functools
 import itertools
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from openai_eval_client._limits.buckets import Clock
 from openai_eval_client._limits.queue import ModelQueue, State, Waiter
 from openai_eval_client._log import inform, request_id
-from openai_eval_client._runtime import (
-    DeferringLock,
-    Monotonic,
-    StartThrottle,
-    call_on,
-    resolve,
-    running_loop,
-)
+from openai_eval_client._runtime import DeferringLock, StartThrottle, call_on, resolve, running_loop
 from openai_eval_client._wire import read_stated_limits
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
@@ -32,10 +26,9 @@ from openai_eval_client.errors import RequestTooLargeError, rate_limited
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from openai_eval_client._limits.buckets import Clock
     from openai_eval_client._limits.queue import ConcurrencyLimit, LimitStatus, ModelLimits
     from openai_eval_client._limits.shared import RedisBackend, SharedModelQueue
-    from openai_eval_client._wire import Demand, Failure, Outcome
+    from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.errors import RateLimitError
 
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
@@ -61,7 +54,7 @@ class Limiter:
     ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self._bounded = config is not None  # else nothing is slowed down until the server states limits
-        self._clock: Clock = clock or Monotonic()
+        self._clock = clock or Clock()
         self._lock = lock or DeferringLock()
         self._turns = itertools.count()
         self._starts = StartThrottle()
@@ -92,11 +85,10 @@ class Limiter:
     @property
     def stats(self) -> dict[str, dict[str, Any]]:
         """What `ClientStats` says of the limits."""
-        waited: defaultdict[str, float] = defaultdict(float)
+        waited: Counter[str] = Counter()
         with self._lock:
             for queue in self._queues.values():
-                for cause, seconds in queue.waited.items():
-                    waited[cause] += seconds
+                waited.update(queue.waited)
             models = {queue.model: queue for queue in self._queues.values() if queue.model is not None}
             return {
                 "rate_limited_by": dict(self._refused),
@@ -110,11 +102,6 @@ class Limiter:
         """The limits of each model, and what was waited for."""
         with self._lock:
             return [queue.limits() for queue in self._queues.values() if queue.model is not None]
-
-    def output_length(self, model: str) -> dict[str, float]:
-        """Return how long a model's answers are, as `ClientStats.output_length` has it."""
-        with self._lock:
-            return self._queues[model].output_length() if model in self._queues else {}
 
     def status(self, model: str) -> LimitStatus | None:
         """Return how much of a model's limits is used; None before its first request."""
@@ -131,10 +118,21 @@ class Limiter:
         """Wait until a request may be sent, and reserve its tokens and a slot."""
         with self._lock:
             queue = self._queue_of(demand.model)
-            waiter = self._new_waiter(queue, demand, concurrency, turn)
+            output = queue.expected_output if demand.max_output is None else demand.max_output
+            waiter = Waiter(
+                turn=self.next_turn() if turn is None else turn,
+                tokens=demand.input_tokens + output if demand.model is not None else 0,
+                concurrency=concurrency or queue.concurrency,
+                asked_at=self._clock.time(),
+            )
             self._check(queue, demand)
-            granted = queue.try_grant(waiter)
-            future = self._starts.now_or_later() if granted else self._enqueue(queue, waiter)
+            if queue.try_grant(waiter):
+                future = self._starts.now_or_later()
+            else:
+                waiter.owner = asyncio.get_running_loop()
+                waiter.future = future = waiter.owner.create_future()
+                queue.enqueue(waiter)
+                self._pump(queue)
         if future is not None:
             try:
                 await future
@@ -142,15 +140,29 @@ class Limiter:
                 self._lock.when_free(functools.partial(self._cancel, queue, waiter))
                 raise
             waiter.granted_at = self._clock.time()  # it begins now: what was before is waiting
-            _log_wait(queue, waiter)
+            waited = waiter.granted_at - waiter.asked_at
+            if waited >= _WORTH_LOGGING:
+                about = {"model": queue.model, "wait_seconds": waited}
+                inform("waited %.2f s for the rate limit of %s", waited, queue.model, event="waited", **about)
         return Permit(queue, waiter)
 
     def release(self, permit: Permit, outcome: Outcome) -> None:
         """Free a slot, replace the reserved tokens by those used, and learn from the answer."""
         permit.waiter.ended_at = self._clock.time()
         self._lock.when_free(lambda: self._release(*permit, outcome))
-        if outcome.failure is not None and outcome.is_rate_limit and outcome.failure.wait:
-            _log_pause(permit.queue, outcome.failure, outcome.headers)
+        failure = outcome.failure if outcome.is_rate_limit else None
+        if failure is not None and failure.wait:
+            inform(
+                "%s rate limited by the server: pausing %.2f s",
+                permit.queue.model,
+                failure.wait,
+                event="rate_limited",
+                wait_seconds=failure.wait,
+                model=permit.queue.model,
+                status=failure.status,
+                limit=failure.dimension,
+                request_id=request_id(outcome.headers),
+            )
 
     def update_from_headers(self, permit: Permit, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer whose body is still to come."""
@@ -209,17 +221,6 @@ class Limiter:
                 self._fail_all(queue, error)
             self._pump(queue)
 
-    def _new_waiter(
-        self, queue: ModelQueue, demand: Demand, concurrency: ConcurrencyLimit | None, turn: int | None
-    ) -> Waiter:
-        output = queue.expected_output if demand.max_output is None else demand.max_output
-        return Waiter(
-            turn=self.next_turn() if turn is None else turn,
-            tokens=demand.input_tokens + output if demand.model is not None else 0,
-            concurrency=concurrency or queue.concurrency,
-            asked_at=self._clock.time(),
-        )
-
     def _check(self, queue: ModelQueue, demand: Demand) -> None:
         """Turn a request away that would wait too long, or that the limit on tokens can never admit."""
         max_wait = self.config.max_wait
@@ -229,14 +230,6 @@ class Limiter:
         limit = queue.tokens.too_small_for(tokens, max_wait)
         if limit is not None:
             raise RequestTooLargeError(str(queue.model), tokens=tokens, limit=limit)
-
-    def _enqueue(self, queue: ModelQueue, waiter: Waiter) -> asyncio.Future[None]:
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        waiter.owner, waiter.future = loop, future
-        queue.enqueue(waiter)
-        self._pump(queue)
-        return future
 
     def _cancel(self, queue: ModelQueue, waiter: Waiter) -> None:
         queue.cancel(waiter)
@@ -279,27 +272,6 @@ class Limiter:
             queue.cancel(waiter)
             error = _too_long(queue, self.config.max_wait) if reason is None else copy.copy(reason)
             call_on(waiter.owner, resolve, waiter.future, error)
-
-
-def _log_wait(queue: ModelQueue, waiter: Waiter) -> None:
-    waited = waiter.granted_at - waiter.asked_at
-    if waited >= _WORTH_LOGGING:
-        about = {"model": queue.model, "wait_seconds": waited}
-        inform("waited %.2f s for the rate limit of %s", waited, queue.model, event="waited", **about)
-
-
-def _log_pause(queue: ModelQueue, failure: Failure, headers: Mapping[str, str] | None) -> None:
-    inform(
-        "%s rate limited by the server: pausing %.2f s",
-        queue.model,
-        failure.wait,
-        event="rate_limited",
-        wait_seconds=failure.wait,
-        model=queue.model,
-        status=failure.status,
-        limit=failure.dimension,
-        request_id=request_id(headers),
-    )
 
 
 def _too_long(queue: ModelQueue, max_wait: float) -> RateLimitError:

@@ -167,18 +167,19 @@ class ModelQueue:
             self.tokens.server.on_success(waiter.tokens)
         elif outcome.is_refusal and not outcome.is_rate_limit:
             self.tokens.server.refund(waiter.tokens)
-        if outcome.counted is not None:
-            self._observe_output(outcome.counted.completion_tokens)
+        if outcome.counted is not None:  # running mean and variance over the latest answers
+            output = outcome.counted.completion_tokens
+            self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
+            off = output - self.expected_output
+            self.expected_output += off / self._answers
+            self._variance += (off * (output - self.expected_output) - self._variance) / self._answers
 
     def refused(self, waiter: Waiter, dimension: str | None, wait: float, stated: Container[str]) -> None:
-        """Learn that the server had no room for this waiter in a dimension (None: in which is unknown).
-
-        `stated` holds the dimensions of which the answer's headers say what is left.
-        """
-        amounts = (1, waiter.tokens)
-        for name, amount, sent in zip(DIMENSIONS, amounts, waiter.sent, strict=True):
+        """Learn that the server had no room for this waiter in a dimension (None: in which is unknown)."""
+        # `stated` holds the dimensions of which the answer's headers say what is left.
+        for name, sent in zip(DIMENSIONS, waiter.sent, strict=True):
             if dimension in {None, name}:
-                self._quotas[name].refused(amount, sent, wait, stated=name in stated)
+                self._quotas[name].refused(sent, wait, stated=name in stated)
 
     def is_news(self, waiter: Waiter) -> bool:
         """Return whether the headers of the answer to this waiter are worth reading."""
@@ -211,13 +212,6 @@ class ModelQueue:
         """Return the used share of what each limit has admitted since the first request, 0 to 1."""
         shares = {name: quota.used_share() for name, quota in self._quotas.items()}
         return {name: share for name, share in shares.items() if share is not None}
-
-    def _observe_output(self, tokens: int) -> None:
-        """Learn how long this model's answers are: running mean and variance over the latest ones."""
-        self._answers = min(self._answers + 1, _OUTPUT_MEMORY)
-        off = tokens - self.expected_output
-        self.expected_output += off / self._answers
-        self._variance += (off * (tokens - self.expected_output) - self._variance) / self._answers
 
     def output_length(self) -> dict[str, float]:
         """Return mean and standard deviation of the latest answers, in tokens; empty before the first."""

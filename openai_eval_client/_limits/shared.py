@@ -65,20 +65,18 @@ class RedisBackend:
     def _begin(self) -> None:
         self._worker = uuid.uuid4().hex
         self._down = False
-        self._client = self._connect(redis.Redis)
+        self._connect(redis.Redis)
         self._thread = ThreadPoolExecutor(1, "openai-eval-client-redis")
 
-    def _connect(self, kind: Any) -> Any:
-        """Return a client, which connects when it is used."""
+    def _connect(self, kind: Any) -> None:
+        """Make a client, which connects when it is used."""
         options = {"socket_timeout": _ANSWER_SECONDS, "socket_connect_timeout": _CONNECT_SECONDS}
+        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
         try:
-            client = kind.from_url(
-                self._url, retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0), **options
-            )
+            self._client = kind.from_url(self._url, retry=retry, **options)
         except ValueError as error:
             raise self._unusable(error) from None
-        self._script = client.register_script(script())
-        return client
+        self._script = self._client.register_script(script())
 
     def ask(self, model: str, message: dict[str, Any], done: Callable[[Any], object]) -> None:
         """Send a message; `done` is called with the reply or the exception, on the thread."""
@@ -101,8 +99,11 @@ class RedisBackend:
 
     def _ask(self, model: str, message: dict[str, Any], done: Callable[[Any], object]) -> None:
         reply: Any
+        digest = hashlib.sha256("\0".join([*self._account, model]).encode()).hexdigest()[:32]
+        # a cluster keeps both on one node, for what is in braces
+        keys = [f"{{{self._namespace}:{digest}}}:{part}" for part in ("state", "workers")]
         try:
-            reply = self._run(self._keys(model), json.dumps({**message, "worker": self._worker}))
+            reply = self._run(keys, json.dumps({**message, "worker": self._worker}))
             self._log_change(None)
         except Exception as error:  # noqa: BLE001  # of a cluster, not even RedisError; a queue waits for the reply
             self._log_change(error)
@@ -117,14 +118,9 @@ class RedisBackend:
             if not isinstance(error, redis.exceptions.MovedError) and not str(error).startswith("MOVED"):
                 raise
             # it is one node of a cluster, which keeps each state whole
-            self._client = self._connect(redis.RedisCluster)
+            self._connect(redis.RedisCluster)
             reply = self._script(keys, [message])
         return [float(number) for number in reply]
-
-    def _keys(self, model: str) -> list[str]:
-        """Return the two keys of a model's limits, which a cluster keeps on one node."""
-        digest = hashlib.sha256("\0".join([*self._account, model]).encode()).hexdigest()[:32]
-        return [f"{{{self._namespace}:{digest}}}:{part}" for part in ("state", "workers")]
 
     def _log_change(self, error: Exception | None) -> None:
         """Log once that the shared state is gone, and once that it is back."""
@@ -467,16 +463,13 @@ class SharedModelQueue(ModelQueue):
             self._alone, self._retry_seconds = True, _RETRY_SECONDS
             self._positions.clear()
             self._pending = PendingUpdates()
-            self._use_shares(now)
+            # keep to this worker's part of each quota
+            workers, smallest = self._backend.workers, (1.0, self._largest)
+            for number, quota in enumerate(self._quotas.values()):
+                rate, left = quota.whole.rate, 0.0
+                if self._snapshot is not None:
+                    rate, left = self._snapshot.rate_and_left(number, self._next_position[number], now)
+                quota.use_share(rate / workers, left / workers, smallest=smallest[number])
         self._retry_at = now + self._retry_seconds * random.uniform(0.5, 1)  # noqa: S311  # not all at once
         self._retry_seconds = min(2 * self._retry_seconds, _MAX_RETRY_SECONDS)
         return None
-
-    def _use_shares(self, now: float) -> None:
-        """Keep to this worker's part of each quota."""
-        workers, smallest = self._backend.workers, (1.0, self._largest)
-        for number, quota in enumerate(self._quotas.values()):
-            rate, left = quota.whole.rate, 0.0
-            if self._snapshot is not None:
-                rate, left = self._snapshot.rate_and_left(number, self._next_position[number], now)
-            quota.use_share(rate / workers, left / workers, smallest=smallest[number])

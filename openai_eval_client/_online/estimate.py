@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._cost import exact
-from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, ModelQueue
+from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, Clock, ModelQueue
 from openai_eval_client._online.pool import iterate
 from openai_eval_client._wire import Usage, check_prompt, max_output
 from openai_eval_client.models import CostEstimate
@@ -99,7 +99,7 @@ def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> Co
     """Return the estimate for so many prompts of each size."""
     requests, most = sizes.total(), max_output(parameters.body)
     prompt_tokens = sum(size * count for size, count in sizes.items())
-    mean = account.limiter.output_length(parameters.model).get("mean")
+    mean = account.limiter.stats["output_length"].get(parameters.model, {}).get("mean")
     mean = mean if mean is None or most is None else min(mean, most)
     reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
     pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
@@ -140,7 +140,7 @@ def _cost(sizes: Counter[int], output: float | None, rates: Rates | None) -> flo
     return float(total)
 
 
-class _StoppedClock:
+class _StoppedClock(Clock):
     @staticmethod
     def time() -> float:
         return 0.0

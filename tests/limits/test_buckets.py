@@ -187,7 +187,7 @@ def test_whatever_happens_no_request_waits_for_ever(events, rate) -> None:
         elif kind == "success":
             server_bucket.on_success(amount)
         elif kind == "refusal":
-            server_bucket.refused(amount, sent, seconds, stated=bool(stated % 2))
+            server_bucket.refused(sent._replace(amount=amount), seconds, stated=bool(stated % 2))
         elif kind == "debt":
             server_bucket.add_debt(amount)
         clock.now += seconds
@@ -286,5 +286,5 @@ def test_a_daily_limit_in_the_headers_is_not_taken_for_one_of_a_minute() -> None
 def test_a_refusal_of_a_request_without_tokens_does_no_harm() -> None:
     """A request that reserves nothing can be refused too."""
     server_bucket = ServerBucket(None, 1.0, FakeClock())
-    server_bucket.refused(0.0, server_bucket.charge(0.0), 3.0, stated=False)
+    server_bucket.refused(server_bucket.charge(0.0), 3.0, stated=False)
     assert server_bucket.bucket.ready_in(10**6) == 0

@@ -1,6 +1,9 @@
 """A thread that does jobs in groups, a lock for collected objects, starting a few requests in a turn."""
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -128,3 +131,43 @@ async def test_a_waiter_added_while_others_are_woken_is_woken_too() -> None:
     await asyncio.wait_for(asyncio.gather(outer[0], outer[2]), 5)
     await asyncio.wait_for(inner[0], 5)
     assert not outer[1].done()
+
+
+# --- forks --------------------------------------------------------------------------------------------------
+
+FORKING = """
+import os, threading, time
+from openai_eval_client._runtime import mind_forks
+
+class Guarded:
+    lock = threading.Lock()
+    def before_fork(self):
+        self.lock.acquire()
+    def after_fork(self, *, child):
+        self.lock.release()
+
+guarded, locked = Guarded(), threading.Event()
+mind_forks(guarded)
+from concurrent.futures import ThreadPoolExecutor  # loaded later than the hooks were set
+pool = ThreadPoolExecutor(1)
+
+def submit():
+    with guarded.lock:
+        locked.set()
+        time.sleep(0.2)  # the fork begins meanwhile
+        pool.submit(print, "submitted", flush=True)
+
+threading.Thread(target=submit).start()
+locked.wait()
+if not os.fork():
+    os._exit(0)
+pool.shutdown()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a fork")
+def test_a_thread_that_uses_an_executor_holds_up_a_fork_only_for_a_moment() -> None:
+    """A fork takes the executors' lock last: a thread that it waits for may need it."""
+    run = [sys.executable, "-W", "ignore", "-c", FORKING]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=20, check=True)
+    assert done.stdout == "submitted\n"

@@ -1,24 +1,24 @@
-"""What threads, event loops and forks ask of a library."""
+"""What threads, event loops, forks and files ask of a library."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # its fork hook has to be older than ours: a fork takes its lock last
+import contextlib
 import functools
 import os
+import sys
 import threading
-import time
+import uuid
 import weakref
 from collections import defaultdict, deque
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-
-class Monotonic:
-    """The default clock."""
-
-    time = staticmethod(time.monotonic)
+    from typing_extensions import Self
 
 
 def call_on(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: object) -> bool:
@@ -72,10 +72,12 @@ class StartThrottle:
     def now_or_later(self) -> asyncio.Future[None] | None:
         """Return what a request on the running loop has to wait for; None where it may start in this turn."""
         loop = asyncio.get_running_loop()
-        if self._of(loop).start_now():
+        starts = self._of(loop)
+        if not starts.later and starts.started < _WAVE:
+            starts.started += 1
             return None
         waiter = loop.create_future()
-        self.wake(waiter)
+        starts.later.append(waiter)
         return waiter
 
     def wake(self, waiter: asyncio.Future[None]) -> None:
@@ -92,19 +94,13 @@ class StartThrottle:
 
 
 class _LoopStarts:
-    """The requests that start in this turn of one event loop, and those that start later."""
+    """What starts on one event loop, in this turn and later."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.later: deque[asyncio.Future[None]] = deque()
-        self._started = 0  # in this turn
+        self.started = 0  # in this turn
         self._is_scheduled = False
-
-    def start_now(self) -> bool:
-        """Return whether one more may start in this turn, and count it."""
-        free = not self.later and self._started < _WAVE
-        self._started += free
-        return free
 
     def schedule(self) -> None:
         """Have the loop begin the next turn, if it is not going to."""
@@ -114,12 +110,12 @@ class _LoopStarts:
 
     def _next_turn(self) -> None:
         try:
-            self._is_scheduled, self._started, woken = False, 0, 0
+            self._is_scheduled, self.started, woken = False, 0, 0
             while self.later and woken < _AT_A_TIME:
                 if resolve(self.later.popleft()):
-                    woken, self._started = woken + 1, _WAVE  # a newcomer does not pass them
+                    woken, self.started = woken + 1, _WAVE  # a newcomer does not pass them
         finally:
-            if self._started or self.later:
+            if self.started or self.later:
                 self.schedule()
 
 
@@ -166,30 +162,29 @@ class ForkAware(Protocol):
 
 
 _LOCK = threading.RLock()  # held during a fork: no object is added meanwhile
-_FORK_AWARE: weakref.WeakSet[ForkAware] = weakref.WeakSet()
 _PREPARED: list[ForkAware] = []  # for the fork that is going on
 
 
 def mind_forks(thing: ForkAware) -> None:
     """Call an object's `before_fork` and `after_fork` at every fork for as long as it lives."""
-    _register()
     with _LOCK:
-        _FORK_AWARE.add(thing)
+        _fork_aware().add(thing)
 
 
 @functools.cache
-def _register() -> None:
+def _fork_aware() -> weakref.WeakSet[ForkAware]:
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=_before,
             after_in_parent=functools.partial(_after, child=False),
             after_in_child=functools.partial(_after, child=True),
         )
+    return weakref.WeakSet()
 
 
 def _before() -> None:
     _LOCK.acquire()
-    _PREPARED.extend(_FORK_AWARE)
+    _PREPARED.extend(_fork_aware())
     for thing in _PREPARED:
         thing.before_fork()
 
@@ -254,7 +249,7 @@ class Background(ForkAware):
             for (_, waiter), outcome in zip(group, outcomes, strict=True):
                 by_loop[waiter.get_loop()].append((waiter, outcome))
             for loop, pairs in by_loop.items():
-                call_on(loop, _hand_out, pairs)
+                call_on(loop, lambda pairs: [resolve(*pair) for pair in pairs], pairs)
 
     def _next_group(self) -> list[tuple[Any, asyncio.Future[Any]]]:
         with self._changed:
@@ -266,6 +261,118 @@ class Background(ForkAware):
             return group
 
 
-def _hand_out(pairs: Sequence[tuple[asyncio.Future[Any], Any]]) -> None:
-    for waiter, outcome in pairs:
-        resolve(waiter, outcome)
+@contextlib.contextmanager
+def replacing(name: str) -> Iterator[IO[bytes]]:
+    """Open a file that takes its name once all is written: until then, what had the name keeps it."""
+    path = Path(name).resolve()
+    is_special = path.exists() and not path.is_file()
+    target = path if is_special else path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.part")
+    try:
+        file = target.open("wb" if is_special else "xb")
+    except OSError as error:
+        error.filename = name
+        raise
+    try:
+        with file:
+            yield file
+        if not is_special:
+            target.replace(path)
+    finally:
+        if not is_special:
+            target.unlink(missing_ok=True)
+
+
+class FileLock(ForkAware):
+    """The operating system's lock on a file made for it: `async with` waits for it without blocking the loop.
+
+    Processes, threads and tasks exclude one another alike. The file is removed when the lock is released.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: int | None = None  # open while the lock is waited for or held
+        mind_forks(self)
+
+    async def __aenter__(self) -> Self:
+        if not self._take(wait=False):
+            taken: concurrent.futures.Future[None] = concurrent.futures.Future()
+            taken.set_running_or_notify_cancel()  # from here on, no cancelled wait can cancel it
+            # nothing interrupts the thread, so it is a daemon: the interpreter's end does not wait for it
+            threading.Thread(target=self._wait, args=(taken,), name="file lock", daemon=True).start()
+            try:
+                await asyncio.wrap_future(taken)
+            except BaseException:
+                taken.add_done_callback(lambda _: self._release())
+                raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._release()
+
+    def after_fork(self, *, child: bool) -> None:  # the same on both sides
+        """Close the child's copy of the file, which would hold the lock beyond the parent's end."""
+        if child:
+            self._close()
+
+    def _wait(self, taken: concurrent.futures.Future[None]) -> None:
+        try:
+            while not self._take(wait=True):
+                pass  # the lock was that of a file removed by its last holder: the next is on a new one
+        except OSError as error:
+            taken.set_exception(error)
+        else:
+            taken.set_result(None)
+
+    def _take(self, *, wait: bool) -> bool:
+        taken = False
+        self._file = file = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            if hasattr(os, "fchmod"):
+                os.fchmod(file, 0o600)  # whatever the umask
+            if _lock(file, wait=wait):
+                with contextlib.suppress(FileNotFoundError):  # the last holder has removed the file
+                    taken = os.path.samestat(os.fstat(file), self._path.stat())
+        finally:
+            if not taken:
+                self._close()
+        return taken
+
+    def _release(self) -> None:
+        if self._file is None:  # in a forked child, or where waiting failed
+            return
+        with contextlib.suppress(OSError):  # where an open file cannot be removed, it stays
+            self._path.unlink()
+        _unlock(self._file)
+        self._close()
+
+    def _close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: int, *, wait: bool) -> bool:
+        try:
+            msvcrt.locking(file, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
+        except OSError:  # LK_LOCK waits for 10 seconds at most
+            return False
+        return True
+
+    def _unlock(file: int) -> None:
+        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: int, *, wait: bool) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)
