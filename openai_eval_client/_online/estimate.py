@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._cost import exact
 from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, ModelQueue
-from openai_eval_client._online.pool import iterate
+from openai_eval_client._online.prompts import iterate
 from openai_eval_client._wire import Usage, check_prompt, max_output
 from openai_eval_client.models import CostEstimate
 
