@@ -34,7 +34,7 @@ from openai_eval_client._wire import (
 from openai_eval_client.errors import PartialFailureError, sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
     from decimal import Decimal
 
     from openai_eval_client._account import Account
@@ -176,7 +176,7 @@ class Caller:
             usage = counted or await self._counter.estimate_usage(
                 response, job.input_tokens, service_tier=answer.get("service_tier")
             )
-            attempt.answered(reply.status_code, reply.headers, usage)
+            attempt.ended(Outcome(reply.status_code, reply.headers, usage))
             if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()
             cost = attempt.price()
@@ -321,26 +321,21 @@ class WorkerPool:
             self._outcomes.put_nowait(None)
 
     async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        try:
-            async with contextlib.aclosing(iterate(items)) as source:
-                await self._take_from(source)
-        except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
-            self.error = self.error or error
-
-    async def _take_from(self, source: AsyncIterator[Any]) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        for index in itertools.count():
-            await self._room.acquire()
-            try:
-                item = await anext(source)
-            except StopAsyncIteration:
-                return
-            self._ready.append((index, item))
-            if self._start_worker() or loop.time() - began > _TAKING:
-                if not self._room.locked():  # else there is a wait anyway
-                    await asyncio.sleep(0)  # items may be slow to make, and other tasks can go on
-                began = loop.time()
+        try:
+            async with contextlib.aclosing(iterate(items)) as source:
+                for index in itertools.count():
+                    await self._room.acquire()
+                    self._ready.append((index, await anext(source)))
+                    if self._start_worker() or loop.time() - began > _TAKING:
+                        if not self._room.locked():  # else there is a wait anyway
+                            await asyncio.sleep(0)  # items may be slow to make, and other tasks can go on
+                        began = loop.time()
+        except StopAsyncIteration:
+            return
+        except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
+            self.error = self.error or error
 
     def _start_worker(self) -> bool:
         """Start a worker if an item is ready and may have a slot; return whether one was started."""

@@ -26,8 +26,8 @@ from openai_eval_client._cost import ledger as ledger_module
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._cost.pricing import EXACT, Pricer
 from openai_eval_client._wire.answers import Usage
-from openai_eval_client._wire.endpoints import Demand, endpoint_of
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._wire.requests import Demand, endpoint_of
 
 PRICER = Pricer()
 INPUT = Usage(1000, 0)
