@@ -87,10 +87,9 @@ def _count_some(
     for index, prompt in enumerate(prompts, first):
         check_prompt(prompt, index)
         tokens = counter.count_input_now(parameters.with_prompt(prompt))
-        if tokens is None:
-            break
-        counts.append(tokens)
-        if time.perf_counter() > until:
+        if tokens is not None:
+            counts.append(tokens)
+        if tokens is None or time.perf_counter() > until:
             break
     return counts
 

@@ -203,12 +203,10 @@ class Caller:
 
 
 class WorkerPool:
-    """The workers of one run, each with one item at a time, and the outcomes of the items.
+    """The workers of one run, each with one item at a time, and the outcomes of the items."""
 
-    A worker whose item is answered begins the next one in the same turn of the event loop, so that memory is
-    freed before as much is needed again. Where one turn ends many requests, and a later one begins as many,
-    the garbage collector runs twice as often.
-    """
+    # A worker whose item is answered begins the next one in the same turn of the event loop: where one turn
+    # ends many requests, and a later one begins as many, the garbage collector runs twice as often.
 
     def __init__(
         self,
@@ -399,9 +397,10 @@ def pool_for(
     check: bool,
 ) -> WorkerPool:
     """Return the pool that answers prompts; with `check`, each is checked as it is taken."""
+    concurrency = None
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
-    concurrency = ConcurrencyLimit(max_concurrent) if max_concurrent else None
+        concurrency = ConcurrencyLimit(max_concurrent)
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         if check:

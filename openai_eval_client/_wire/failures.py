@@ -183,7 +183,6 @@ class Outcome(NamedTuple):
 
 
 NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
-_NOT_KNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=True))
 
 
 def read_failure(error: BaseException) -> Failure:
@@ -209,7 +208,9 @@ def outcome_of(error: BaseException) -> Outcome:
         return Outcome(error.status_code, error.response.headers, failure=failure)
     if isinstance(error, openai.APIResponseValidationError):
         return Outcome(usage=read_usage(error.response.content), failure=failure)
-    return _NOT_KNOWN if failure.kind is Kind.LOCAL else Outcome(failure=failure)
+    if failure.kind is Kind.LOCAL:  # raised while the request was in flight: it does not show what came of it
+        failure = Failure(Kind.DROPPED, retry=True, billed=True)
+    return Outcome(failure=failure)
 
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
