@@ -344,11 +344,10 @@ def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
     details = body.get("error", body) if isinstance(body, dict) else body
     fields = details if isinstance(details, dict) else {}
     row = _fitting(status, [str(fields.get("code")), str(fields.get("type"))])
-    kind: Any = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
+    kind = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
     text = fields.get("message")
     message = text if isinstance(text, str) and text else f"status {status}"
-    error: openai.APIStatusError = kind(message, response=answer, body=details)
-    return error
+    return kind(message, response=answer, body=details)
 
 
 def read_body(reply: Any, api: str) -> dict[str, Any]:
