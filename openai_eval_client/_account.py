@@ -12,7 +12,7 @@ from openai_eval_client._limits import Limiter
 from openai_eval_client._log import debug, logger, request_id, warn
 from openai_eval_client._runtime import DeferringLock
 from openai_eval_client._stats import Recorder
-from openai_eval_client._wire import NOT_SENT, UNKNOWN, Outcome, of_error, outcome_of
+from openai_eval_client._wire import NOT_SENT, of_error, outcome_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._cost import CostBudget, Reservation
     from openai_eval_client._limits import Clock, ConcurrencyLimit, Permit, Waiter
-    from openai_eval_client._wire import Demand, Usage
+    from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ClientStats
 
@@ -31,20 +31,14 @@ _ALWAYS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 
 
 class Account:
-    """The limits, the bill, the budget and the statistics of one account.
-
-    Args:
-        config: The limits; None: learn them from the server, and slow nothing down until it states any.
-        clock: Where the time comes from.
-        max_cost: USD that may be spent; None: any amount.
-    """
+    """The limits, the bill, the budget and the statistics of one account."""
 
     def __init__(
         self,
-        config: RateLimitConfig | None = None,
+        config: RateLimitConfig | None = None,  # None: learn the limits from the server
         *,
         clock: Clock | None = None,
-        max_cost: float | None = None,
+        max_cost: float | None = None,  # USD that may be spent; None: any amount
     ) -> None:
         self._lock = DeferringLock()
         self.limiter = Limiter(config, clock=clock, lock=self._lock)
@@ -87,12 +81,10 @@ class Account:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One HTTP attempt: admitted on entering, settled exactly once.
+    """One HTTP attempt: admitted on entering, settled exactly once."""
 
-    Inside the block `answered` or `failed` says what came of it; an exception is looked up in the table of
-    failures.
-    """
-
+    # Leaving the block settles it, by what `ended` noted or by the exception. Without either it stays open:
+    # the end of its stream settles it.
     _account: Account
     demand: Demand  # what it asks of the limits
     _concurrency: ConcurrencyLimit | None  # of the call's own, instead of the model's
@@ -103,18 +95,11 @@ class Attempt:
     _permit: Permit | None = field(default=None, init=False)
     _outcome: Outcome | None = field(default=None, init=False)
     _cost: Decimal | None = field(default=None, init=False)
-    _detached: bool = field(default=False, init=False)
     _priced: bool = field(default=False, init=False)
     _settled: bool = field(default=False, init=False)
 
     async def begin(self) -> Attempt:
-        """Wait until it may be sent, and reserve what it needs: its cost first, then its tokens.
-
-        Raises:
-            BudgetExceededError: Not enough is left of a budget.
-            RateLimitError: The server asked for a pause longer than `max_wait`.
-            RequestTooLargeError: The limit on tokens can never admit it.
-        """
+        """Wait until it may be sent, and reserve what it needs: its cost first, then its tokens."""
         account, demand = self._account, self.demand
         if demand.most_cost:
             self._reservation = await account.budgets.reserve(demand, self._budget)
@@ -138,11 +123,7 @@ class Attempt:
             raise
         return self
 
-    def answered(self, status: int, headers: Mapping[str, str], usage: Usage | None) -> None:
-        """Note that it was answered, and what the answer used."""
-        self._outcome = Outcome(status, headers, usage)
-
-    def failed(self, outcome: Outcome) -> None:
+    def ended(self, outcome: Outcome) -> None:
         """Note what came of it, where no exception shows it."""
         self._outcome = outcome
 
@@ -154,18 +135,14 @@ class Attempt:
             self._cost = self._account.ledger.settled(self.demand, self._outcome, reserved)
         return self._cost
 
-    def detach(self) -> None:
-        """Leave it open beyond the block: `settle` is called when its stream ends."""
-        self._detached = True
-
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._sending.__exit__(kind, error, trace)
         if error is not None and self._outcome is None:
             self._outcome = outcome_of(error)
-        if error is not None or not self._detached:
-            self.settle(self._outcome or UNKNOWN)
+        if self._outcome is not None:
+            self.settle(self._outcome)
 
     def update_from_headers(self, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer whose body is still to come."""
@@ -195,10 +172,8 @@ class Attempt:
         account.recorder.settled_attempt(self.demand, outcome, waiter.granted_at, waiter.ended_at)
         self.price()
         account.ledger.keep_up()
-        if logger.isEnabledFor(logging.DEBUG):
-            self._log(waiter, outcome)
-
-    def _log(self, waiter: Waiter, outcome: Outcome) -> None:
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
         seconds = waiter.ended_at - waiter.granted_at
         debug(
             "attempt for %s: %s after %.2f s",

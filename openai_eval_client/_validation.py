@@ -102,7 +102,9 @@ def window_seconds(window: str) -> int:
 
 
 def check_callback(value: object, name: str) -> None:
-    """Reject what cannot be called with one number."""
+    """Reject what cannot be called with one number; None is no callback."""
+    if value is None:
+        return
     if not callable(value):
         reject_input(name, value, "must be callable")
     try:

@@ -88,7 +88,13 @@ class OpenAIClient:
         sdk = self._sdk_client(SdkClient, self._http, max_retries=0)
         self._account.limiter.share(*account_of(sdk))
         pricer = self._account.ledger.pricer_for(self._config.base_url)
-        self._cache = self._open_cache(cache)
+        self._cache: Cache | None = None
+        if cache is not None:
+            from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
+
+            self._cache = open_cache(
+                cache, self._config.base_url, self._account.recorder, self._account.ledger
+            )
         self._call = Caller(self._config, sdk, self._account, self._counter, pricer, cache=self._cache)
         self._jobs = Batches(
             self._config,
@@ -204,7 +210,8 @@ class OpenAIClient:
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
         pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=False)
-        callback = _guarded(progress_callback)
+        check_callback(progress_callback, "progress_callback")
+        callback = Progress(progress_callback)
         check_switch(progress, "progress")
         listed = list_prompts(prompts)
         by_batch = use_batch_api and self._are_enough(listed)
@@ -316,9 +323,10 @@ class OpenAIClient:
         """
         parameters = self._parameters(model, temperature, max_tokens, None, system, api, chat_params)
         check_iterable(prompts, "__iter__", "__aiter__")
-        callback = _guarded(progress_callback)
+        check_callback(progress_callback, "progress_callback")
+        progress = Progress(progress_callback)
         return await estimate(
-            prompts, parameters, counter=self._counter, account=self._account, progress=callback
+            prompts, parameters, counter=self._counter, account=self._account, progress=progress
         )
 
     async def submit_batch_job(
@@ -498,14 +506,6 @@ class OpenAIClient:
 
         return Display(total, probe)
 
-    def _open_cache(self, cache: object) -> Cache | None:
-        if cache is None:
-            return None
-        from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
-
-        account = self._account
-        return open_cache(cache, self._config.base_url, account.recorder, account.ledger)
-
     def _sdk_client(self, kind: type[SDK], http_client: Any, **options: Any) -> SDK:
         config = self._config
         client = kind(
@@ -517,10 +517,3 @@ class OpenAIClient:
         )
         client.organization = config.organization_id  # None: the SDK would read the environment again
         return client
-
-
-def _guarded(callback: Callable[[float], Any] | None) -> Progress:
-    """Return a callback whose exceptions harm no run."""
-    if callback is not None:
-        check_callback(callback, "progress_callback")
-    return Progress(callback)

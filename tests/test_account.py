@@ -13,8 +13,8 @@ from openai_eval_client import RateLimitConfig
 from openai_eval_client._account import Account, Attempt
 from openai_eval_client._limits.queue import ConcurrencyLimit
 from openai_eval_client._wire.answers import Usage
-from openai_eval_client._wire.endpoints import Demand
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._wire.requests import Demand
 
 
 def in_virtual_time(scenario, config: RateLimitConfig | None) -> Account:

@@ -1,8 +1,8 @@
 """Prompts answered online: one, many by a pool of workers, an estimate."""
 
-from openai_eval_client._online.caller import Caller
 from openai_eval_client._online.estimate import estimate
-from openai_eval_client._online.pool import (
+from openai_eval_client._online.prompts import (
+    Caller,
     WorkerPool,
     attach_responses,
     collect,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._cost import exact
 from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, Clock, ModelQueue
-from openai_eval_client._online.pool import iterate
+from openai_eval_client._online.prompts import iterate
 from openai_eval_client._wire import Usage, check_prompt, max_output
 from openai_eval_client.models import CostEstimate
 
@@ -87,10 +87,9 @@ def _count_some(
     for index, prompt in enumerate(prompts, first):
         check_prompt(prompt, index)
         tokens = counter.count_input_now(parameters.with_prompt(prompt))
-        if tokens is None:
-            break
-        counts.append(tokens)
-        if time.perf_counter() > until:
+        if tokens is not None:
+            counts.append(tokens)
+        if tokens is None or time.perf_counter() > until:
             break
     return counts
 

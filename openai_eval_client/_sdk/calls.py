@@ -122,7 +122,7 @@ def retrying(
         about = {"model": model, "attempt": tries, "wait_seconds": wait, **of_error(error)}
         inform("attempt %d failed (%s): next in %.2f s", tries, reason, wait, event="retry", **about)
 
-    repeated: Callable[..., Awaitable[Any]] = backoff.on_exception(
+    return backoff.on_exception(
         delays,
         openai.APIError,
         max_tries=max_retries + 1,
@@ -132,14 +132,13 @@ def retrying(
         logger=None,
         governed=governed,
     )(attempt)
-    return repeated
 
 
 def retry_for(
     attempt: Callable[[], Awaitable[Any]], *, is_worth: Callable[[Any], bool], seconds: float
 ) -> Callable[[], Awaitable[Any]]:
     """Return `attempt`, tried again for up to so many seconds after each error that `is_worth` it."""
-    repeated: Callable[[], Awaitable[Any]] = backoff.on_exception(
+    return backoff.on_exception(
         backoff.expo,
         openai.APIStatusError,
         factor=_FIRST_DELAY / 2,
@@ -149,7 +148,6 @@ def retry_for(
         jitter=None,
         logger=None,
     )(attempt)
-    return repeated
 
 
 def delays(*, governed: bool = True) -> Generator[float, Any, None]:

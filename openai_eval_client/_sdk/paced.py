@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -29,22 +28,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from openai_eval_client._account import Attempt
-    from openai_eval_client._wire import Endpoint
     from openai_eval_client.models import ClientStats
 
 
 _UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
 _JSON = "application/json"
 _BAD_REQUEST = 400
-_FAMILIES = ("httpx", "httpx2")
 
 
 class NotSent(BaseException):
-    """One of our errors before a request was sent; if it were an Exception, the SDK would send again."""
-
-    def __init__(self, error: openai.OpenAIError) -> None:
-        super().__init__()
-        self.error = error
+    """Holds one of our errors before a request was sent; were it an Exception, the SDK would send again."""
 
 
 def paced(client: Any, account: Account, counter: TokenCounter) -> Any:
@@ -79,11 +72,10 @@ class _PacedClient:
             send = super().send  # type: ignore[misc]  # of the client viewed
             response = await send(request, stream=stream, **options)
             if stream and not response.is_closed:
-                response.stream = _metered_class(response.__class__)(response, attempt)
-                attempt.detach()
-                return response
+                response.stream = _metered_class(response.stream.__class__)(response, attempt)
+                return response  # the attempt stays open until the stream ends
             outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content)
-            attempt.failed(outcome)
+            attempt.ended(outcome)
         used, demand = outcome.usage, attempt.demand
         if used is not None and demand.model is not None:
             self.counter.observe(demand.model, demand.input_tokens, used.prompt_tokens)
@@ -92,41 +84,40 @@ class _PacedClient:
     async def _admitted(self, request: Any) -> Attempt:
         """Return an attempt that may be sent."""
         try:
-            path = request.url.path
-            endpoint = endpoint_of(path, request.method)
-            demand, body = await _read_demand(request, endpoint, self.counter)
-            if endpoint.billed:
-                most = await self.account.budgets.most(body, path, self.counter)
-                demand = demand if most is None else demand._replace(most_cost=most)
-            return await self.account.attempt(demand).begin()
+            return await self.account.attempt(await self._demand(request)).begin()
         except openai.OpenAIError as error:
             if request.extensions.get(_UNWRAPS):
                 raise NotSent(error) from None
             raise
 
+    async def _demand(self, request: Any) -> Demand:
+        """Return what a request asks of the limits and budgets, as far as its body can be read."""
+        path, headers = request.url.path, request.headers
+        endpoint = endpoint_of(path, request.method)
+        demand = Demand(None)
+        body: dict[str, Any] = {}
+        if endpoint.metered:
+            retry = headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
+            if not headers.get("content-type", "").startswith(_JSON):  # a form: its model is not at hand
+                demand = Demand(path.rpartition("/")[2], max_output=0, retry=retry)
+            elif body := _body_of(request):
+                tokens = await self.counter.count_input(body)
+                most_output = max_output(body, path)
+                demand = Demand(body["model"], tokens, most_output, retry=retry, free=endpoint.free)
+        most = await self.account.budgets.most(body, path, self.counter) if endpoint.billed else None
+        return demand if most is None else demand._replace(most_cost=most)
+
     def __del__(self) -> None:
         """Leave closing to the client itself."""
 
 
-async def _read_demand(
-    request: Any, endpoint: Endpoint, counter: TokenCounter
-) -> tuple[Demand, dict[str, Any]]:
-    """Return what a request asks of the limits, and its body; an empty one where that cannot be read."""
-    if not endpoint.metered:
-        return Demand(None), {}
-    path = request.url.path
-    retry = request.headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
-    if not request.headers.get("content-type", "").startswith(_JSON):  # a form: its model is not at hand
-        return Demand(path.rpartition("/")[2], max_output=0, retry=retry), {}
+def _body_of(request: Any) -> dict[str, Any]:
+    """Return the JSON body of a request; an empty one where it is streamed or names no model."""
     try:
         body = read_object(request.content)
-    except RuntimeError:  # one that is streamed
-        body = {}
-    model = body.get("model")
-    if not isinstance(model, str):
-        return Demand(None), {}
-    tokens = await counter.count_input(body)
-    return Demand(model, tokens, max_output(body, path), retry=retry, free=endpoint.free), body
+    except RuntimeError:
+        return {}
+    return body if isinstance(body.get("model"), str) else {}
 
 
 def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
@@ -137,10 +128,9 @@ def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
 
 
 @functools.lru_cache(maxsize=8)
-def _metered_class(response_class: Any) -> type:
-    base = next(cls for cls in response_class.__mro__ if cls.__module__.partition(".")[0] in _FAMILIES)
-    family = sys.modules[base.__module__.partition(".")[0]]
-    return type("MeteredStream", (_MeteredStream, family.AsyncByteStream), {})
+def _metered_class(stream: type) -> type:
+    interface = next(base for base in stream.__mro__ if base.__name__ == "AsyncByteStream")  # of either httpx
+    return type("MeteredStream", (_MeteredStream, interface), {})
 
 
 class _MeteredStream:
@@ -226,7 +216,11 @@ class AsyncOpenAI(SdkClient):
 
         def __init__(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> None:
             view = http_client if isinstance(getattr(http_client, "account", None), Account) else None
-            self._account = _account(rate_limit, view)
+            self._account = view.account if view is not None else Account()
+            if isinstance(rate_limit, Account):
+                self._account = rate_limit
+            elif rate_limit is not None:
+                self._account = Account(config_of("rate_limit", rate_limit, RateLimitConfig))
             self._counter = view.counter if view is not None else TokenCounter()
             plain = view.original if view is not None else http_client or default_client()
             if hasattr(plain, "send"):  # anything else is for the SDK to refuse
@@ -266,7 +260,7 @@ class AsyncOpenAI(SdkClient):
             try:
                 return await super().request(*args, **options)
             except NotSent as caught:
-                raise caught.error from None
+                raise caught.args[0] from None
 
         async def _prepare_request(self, request: Any) -> Any:
             request.extensions[_UNWRAPS] = True
@@ -286,12 +280,3 @@ def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:
 def _as_text(value: object) -> str:
     """Return a key, a name or an address as text; addresses end with a slash or not."""
     return str(value).rstrip("/")
-
-
-def _account(rate_limit: Any, view: Any) -> Account:
-    if isinstance(rate_limit, Account):
-        return rate_limit
-    if rate_limit is not None:
-        return Account(config_of("rate_limit", rate_limit, RateLimitConfig))
-    account: Account = Account() if view is None else view.account
-    return account

@@ -144,30 +144,22 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
     try:
         return await call
     except Exception as error:
-        failure = _httpx_error(error, request)
-        if failure is None:
+        import aiohttp
+
+        kinds = (
+            (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
+            (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
+            (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
+            (aiohttp.ClientConnectorError, _httpx.ConnectError),
+            ((aiohttp.ClientError, OSError), _httpx.ReadError),
+        )
+        kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), None)
+        if kind is None:
             raise
+        failure: Exception = kind(str(error) or type(error).__name__, request=request)
+        shows_key = isinstance(error, aiohttp.ClientResponseError)  # it holds the request's headers
+        failure.__cause__ = None if shows_key else error
     raise failure  # here aiohttp's error is no longer handled, and so is not its context
-
-
-def _httpx_error(error: Exception, request: Any) -> Exception | None:
-    """Return httpx's error for one of aiohttp's, None for any other."""
-    import aiohttp
-
-    for theirs, ours in (
-        (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
-        (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
-        (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
-        (aiohttp.ClientConnectorError, _httpx.ConnectError),
-        (aiohttp.ClientError, _httpx.ReadError),
-        (OSError, _httpx.ReadError),
-    ):
-        if isinstance(error, theirs):
-            failure: Exception = ours(str(error) or type(error).__name__, request=request)
-            shows_key = isinstance(error, aiohttp.ClientResponseError)  # it holds the request's headers
-            failure.__cause__ = None if shows_key else error
-            return failure
-    return None
 
 
 _PLAIN = {"content", "timeout"}  # the options of a request that is built at once
@@ -195,11 +187,10 @@ SdkClient.__name__ = openai.AsyncOpenAI.__name__  # the SDK puts it into the Use
 
 
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
-    """An HTTP client that opens one real client per event loop, so that it outlives `asyncio.run`.
+    """An HTTP client that opens one real client per event loop, so that it outlives `asyncio.run`."""
 
-    Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
-    shuts down, when this one is closed, or when it is garbage collected.
-    """
+    # Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
+    # shuts down, when this one is closed, or when it is garbage collected.
 
     def __init__(self, factory: Callable[[], Any]) -> None:
         super().__init__(transport=_httpx.AsyncBaseTransport())  # it sends nothing itself
@@ -273,12 +264,10 @@ class _Direct(openai.DefaultAsyncHttpxClient):
 
 
 class FastClient(LoopLocalClient):
-    """A client on aiohttp that spares the SDK's plain requests what httpx's client does for others.
+    """A client on aiohttp that spares plain requests httpx's detours: a third less time."""
 
-    A plain request is one with a body in memory and a whole answer, as nearly all are. It is built from what
-    the SDK gives alone, and sent without httpx's authentication, redirects, cookies and hooks: a third less
-    time. Streams, uploads and redirects go through httpx, on the same connections.
-    """
+    # A plain request is one with a body in memory and a whole answer, as nearly all are. Streams, uploads and
+    # redirects go through httpx, with its authentication, cookies and hooks, on the same connections.
 
     def __init__(self, *, secure: bool) -> None:
         super().__init__(lambda: _Direct(Transport(secure=secure)))
@@ -315,9 +304,7 @@ class FastClient(LoopLocalClient):
         return await real.send(request) if response.has_redirect_location else response
 
 
-@functools.lru_cache(maxsize=_URLS)
-def _url(url: str) -> Any:
-    return _httpx.URL(url)
+_url = functools.lru_cache(maxsize=_URLS)(_httpx.URL)
 
 
 def default_client() -> LoopLocalClient:

@@ -11,18 +11,8 @@ from openai_eval_client._wire.answers import (
     token_count,
     usage_of,
 )
-from openai_eval_client._wire.endpoints import (
-    BATCH_PATHS,
-    INPUT_KEYS,
-    PATHS,
-    Demand,
-    Endpoint,
-    endpoint_of,
-    max_output,
-)
 from openai_eval_client._wire.failures import (
     NOT_SENT,
-    UNKNOWN,
     Failure,
     Kind,
     Outcome,
@@ -40,11 +30,18 @@ from openai_eval_client._wire.failures import (
 )
 from openai_eval_client._wire.headers import DIMENSIONS, StatedLimit, read_stated_limits
 from openai_eval_client._wire.requests import (
+    BATCH_PATHS,
+    INPUT_KEYS,
+    PATHS,
+    Demand,
+    Endpoint,
     Parameters,
     check_iterable,
     check_parameters,
     check_prompt,
+    endpoint_of,
     list_prompts,
+    max_output,
 )
 
 __all__ = [
@@ -53,7 +50,6 @@ __all__ = [
     "INPUT_KEYS",
     "NOT_SENT",
     "PATHS",
-    "UNKNOWN",
     "Demand",
     "Endpoint",
     "Failure",

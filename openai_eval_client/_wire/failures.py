@@ -10,8 +10,8 @@ import openai
 
 from openai_eval_client._log import request_id
 from openai_eval_client._wire.answers import is_answer, read_json, read_object, read_usage
-from openai_eval_client._wire.endpoints import PATHS
 from openai_eval_client._wire.headers import refused_dimension, stated_wait
+from openai_eval_client._wire.requests import PATHS
 from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
@@ -183,13 +183,16 @@ class Outcome(NamedTuple):
 
 
 NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
-UNKNOWN = Outcome(failure=Failure(Kind.DROPPED, retry=True, billed=True))
 
 
 def read_failure(error: BaseException) -> Failure:
     """Return what an exception means."""
     if isinstance(error, openai.APIStatusError):
-        return _of_status_error(error)
+        words = [str(error.code), str(error.type)]  # servers send lists here too
+        if isinstance(error, QuotaError):
+            words.append("insufficient_quota")
+        status = status_of(error) or 0
+        return _refusal(status, error.response.headers, words, f"{error.code} {error.message}")
     if _was_never_sent(error):
         return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT)
     row = next(row for row in FAILURES if isinstance(row.of, type) and isinstance(error, row.of))
@@ -205,7 +208,9 @@ def outcome_of(error: BaseException) -> Outcome:
         return Outcome(error.status_code, error.response.headers, failure=failure)
     if isinstance(error, openai.APIResponseValidationError):
         return Outcome(usage=read_usage(error.response.content), failure=failure)
-    return UNKNOWN if failure.kind is Kind.LOCAL else Outcome(failure=failure)
+    if failure.kind is Kind.LOCAL:  # raised while the request was in flight: it does not show what came of it
+        failure = Failure(Kind.DROPPED, retry=True, billed=True)
+    return Outcome(failure=failure)
 
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
@@ -214,14 +219,6 @@ def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outco
     words = [str(error.get("code")), str(error.get("type"))] if isinstance(error, dict) else []
     failure = _refusal(status, headers, words, body.decode(errors="replace"))
     return Outcome(status, headers, failure=failure)
-
-
-def _of_status_error(error: openai.APIStatusError) -> Failure:
-    words = [str(error.code), str(error.type)]  # servers send lists here too
-    status = error.status_code if isinstance(error.status_code, int) else 0
-    if isinstance(error, QuotaError):
-        words.append("insufficient_quota")
-    return _refusal(status, error.response.headers, words, f"{error.code} {error.message}")
 
 
 def _refusal(status: int, headers: Mapping[str, str], words: list[str], message: str) -> Failure:
@@ -235,7 +232,7 @@ def _refusal(status: int, headers: Mapping[str, str], words: list[str], message:
         wait=stated_wait(headers, message),
         dimension=refused_dimension(message) if row.kind is Kind.RATE_LIMITED else None,
         status=status,
-        code=words[0] if words and _is_code(words[0]) else "",
+        code=_as_code(words[0]) if words else "",
     )
 
 
@@ -274,19 +271,16 @@ def _was_never_sent(error: BaseException | None) -> bool:
 
 # --- the fields of errors ----------------------------------------------------------------------------------
 
-_CODE = re.compile(r"[a-z]+(?:_[a-z]+)*")
-_LONGEST_CODE = 48
+_CODE = re.compile(r"(?=.{1,48}$)[a-z]+(?:_[a-z]+)*")  # a word of the API, and not a key or a sentence
 
 
-def _is_code(word: object) -> bool:
-    """Return whether it is a word of the API, and not a key or a sentence."""
-    return isinstance(word, str) and len(word) <= _LONGEST_CODE and bool(_CODE.fullmatch(word))
+def _as_code(word: object) -> str:
+    return word if isinstance(word, str) and _CODE.fullmatch(word) else ""
 
 
 def code_of(error: object) -> str:
     """Return the API's word for an error; "" for anything that is no such word, as a key would be."""
-    code = getattr(error, "code", None)
-    return code if isinstance(code, str) and _is_code(code) else ""
+    return _as_code(getattr(error, "code", None))
 
 
 def status_of(error: object) -> int | None:
@@ -350,11 +344,10 @@ def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
     details = body.get("error", body) if isinstance(body, dict) else body
     fields = details if isinstance(details, dict) else {}
     row = _fitting(status, [str(fields.get("code")), str(fields.get("type"))])
-    kind: Any = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
+    kind = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
     text = fields.get("message")
     message = text if isinstance(text, str) and text else f"status {status}"
-    error: openai.APIStatusError = kind(message, response=answer, body=details)
-    return error
+    return kind(message, response=answer, body=details)
 
 
 def read_body(reply: Any, api: str) -> dict[str, Any]:

@@ -105,12 +105,10 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return milliseconds / 1000
     text = headers.get("retry-after")
     seconds = _number(text)
-    return _until(text) if seconds is None and text else seconds
-
-
-def _until(date: str) -> float | None:
+    if seconds is not None or not text:
+        return seconds
     try:
-        return max(0.0, parsedate_to_datetime(date).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError):
         return None
 

@@ -20,8 +20,8 @@ from openai_eval_client._cost.budget import Budgets, CostBudget, commit, reserve
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._runtime import DeferringLock
 from openai_eval_client._wire.answers import Usage
-from openai_eval_client._wire.endpoints import Demand
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._wire.requests import Demand
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds

@@ -24,8 +24,8 @@ from openai_eval_client import (
     TimeoutError,
 )
 from openai_eval_client._wire.answers import Usage
-from openai_eval_client._wire.endpoints import Demand
 from openai_eval_client._wire.failures import Outcome
+from openai_eval_client._wire.requests import Demand
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 

@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from virtual import VirtualLoop
 
-from openai_eval_client._online.pool import WorkerPool
+from openai_eval_client._online.prompts import WorkerPool
 
 
 class ItemError(Exception):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
-from openai_eval_client._wire.endpoints import Demand
+from openai_eval_client._wire.requests import Demand
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -16,8 +16,8 @@ from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
 from openai_eval_client._wire.answers import Usage
-from openai_eval_client._wire.endpoints import Demand
 from openai_eval_client._wire.failures import Outcome, refused
+from openai_eval_client._wire.requests import Demand
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

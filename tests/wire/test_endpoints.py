@@ -2,7 +2,7 @@
 
 import pytest
 
-from openai_eval_client._wire.endpoints import (
+from openai_eval_client._wire.requests import (
     INPUT_KEYS,
     PATHS,
     endpoint_of,

@@ -1,26 +1,49 @@
-"""Many prompts online: a pool of workers, outcomes as they come or in the order of the input."""
+"""Prompts answered online: one, from its place in the queue to its answer; many, by a pool of workers."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
+import os
+import time
+import uuid
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import openai
+
 from openai_eval_client._limits import ConcurrencyLimit
+from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._validation import check_count
-from openai_eval_client._wire import check_prompt, read_failure
-from openai_eval_client.errors import PartialFailureError
+from openai_eval_client._wire import (
+    PATHS,
+    Demand,
+    Outcome,
+    check_prompt,
+    forget_key,
+    max_output,
+    read_answer,
+    read_body,
+    read_failure,
+    usage_of,
+)
+from openai_eval_client.errors import PartialFailureError, sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+    from decimal import Decimal
 
-    from openai_eval_client._cost import CostBudget
+    from openai_eval_client._account import Account
+    from openai_eval_client._cache import Cache
+    from openai_eval_client._cost import CostBudget, Pricer
     from openai_eval_client._report import Display, Progress
+    from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
-    from openai_eval_client.config import RateLimitConfig
+    from openai_eval_client.config import OpenAIConfig, RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
 
@@ -28,13 +51,162 @@ _TAKING = 0.002  # seconds of taking items after which other tasks run first
 _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
 
 
-class WorkerPool:
-    """The workers of one run, each with one item at a time, and the outcomes of the items.
+@dataclass(slots=True)
+class _Job:
+    """One prompt on its way."""
 
-    A worker whose item is answered begins the next one in the same turn of the event loop, so that memory is
-    freed before as much is needed again. Where one turn ends many requests, and a later one begins as many,
-    the garbage collector runs twice as often.
-    """
+    parameters: Parameters
+    body: dict[str, Any]  # of the request, as first asked for
+    sent: dict[str, Any]  # the body of the latest attempt: without what the model is known to refuse
+    concurrency: ConcurrencyLimit | None  # None: the model's
+    budget: CostBudget | None  # the call's own, besides the client's
+    sending: contextlib.AbstractContextManager[None] | None  # entered while a request is in flight
+    keep: Callable[[ModelResponse], Awaitable[None]] | None = None  # stores the answer, still in flight
+    input_tokens: int = 0
+    most_cost: Decimal | None = None  # USD that one attempt can cost; None: there is no budget
+    turn: int = 0  # its place in the queue, kept through all attempts
+
+
+class Caller:
+    """Sends prompts one at a time, any number of them concurrently."""
+
+    def __init__(
+        self,
+        config: OpenAIConfig,
+        sdk: openai.AsyncOpenAI,
+        account: Account,
+        counter: TokenCounter,
+        pricer: Pricer,
+        *,
+        cache: Cache | None = None,
+    ) -> None:
+        self._key = config.api_key
+        self._sdk = sdk
+        self._account = account
+        self._counter = counter
+        self._pricer = pricer
+        self._cache = cache
+        self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
+        self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
+        self._name, self._count = uuid.uuid4(), itertools.count()
+        self.unsupported = UnsupportedParameters()
+        self._retrying = retrying(
+            self._again,
+            max_retries=config.max_retries,
+            max_wait=account.config.max_wait,
+            on_retry=account.recorder.retry,
+            model_of=lambda job, _: str(job.body["model"]),
+        )
+
+    def __call__(
+        self,
+        prompt: str | Sequence[Any],
+        parameters: Parameters,
+        *,
+        concurrency: ConcurrencyLimit | None = None,
+        budget: CostBudget | None = None,
+        sending: contextlib.AbstractContextManager[None] | None = None,
+    ) -> Awaitable[ModelResponse]:
+        """Answer one prompt."""
+        if self._sdk.is_closed():
+            raise RuntimeError("this client was closed")
+        body = parameters.with_prompt(prompt)
+        job = _Job(parameters, body, body, concurrency, budget, sending)
+        if self._cache is None:
+            return self._answer(job)
+        return self._cache.answer(body, parameters, functools.partial(self._answer, job))
+
+    async def _answer(
+        self, job: _Job, keep: Callable[[ModelResponse], Awaitable[None]] | None = None
+    ) -> ModelResponse:
+        """Send one prompt, which the cache does not know, until it is answered or failed for good."""
+        account, counter, body = self._account, self._counter, job.body
+        try:
+            job.input_tokens = await counter.count_input(body)
+            path = PATHS[job.parameters.api]
+            job.most_cost = await account.budgets.most(body, path, counter, job.budget)
+            job.turn, job.keep = account.limiter.next_turn(), keep
+            failures = []
+            try:
+                response: ModelResponse = await self._send(job)
+            except openai.APIError as error:
+                failures.append(error)
+            if failures:
+                response = await self._retrying(job, failures)
+        except openai.OpenAIError as error:
+            if isinstance(error, openai.APIError):
+                forget_key(error, self._key)
+            account.recorder.failed(body["model"], error)
+            raise
+        account.recorder.answered(response.finish_reason)
+        return response
+
+    async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:
+        """Go on where the first attempt failed: only a request that needs it pays for backoff."""
+        try:
+            if failures:
+                raise failures.pop()
+            return await self._send(job)
+        except openai.BadRequestError as error:
+            if not self.unsupported.learn(error, job.sent):
+                raise
+        return await self._again(job, failures)
+
+    async def _send(self, job: _Job) -> ModelResponse:
+        """Send once."""
+        body = job.sent = self.unsupported.adapted(job.body)
+        demand = Demand(body["model"], job.input_tokens, max_output(body), most_cost=job.most_cost)
+        async with self._account.attempt(
+            demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget, sending=job.sending
+        ) as attempt:
+            started = time.perf_counter()
+            reply = await self._post(job.parameters, body)
+            latency = time.perf_counter() - started
+            answer = read_body(reply, job.parameters.api)
+            counted = usage_of(answer)
+            response = read_answer(
+                answer,
+                job.parameters,
+                usage=counted,
+                kept=reply.content,  # less memory than what is read from it
+                temperature=body.get("temperature"),
+                request_id=reply.headers.get("x-request-id"),
+                latency=latency,
+            )
+            usage = counted or await self._counter.estimate_usage(
+                response, job.input_tokens, service_tier=answer.get("service_tier")
+            )
+            attempt.ended(Outcome(reply.status_code, reply.headers, usage))
+            if not self._pricer.loaded:  # as it is but for the first time
+                await self._pricer.ready()
+            cost = attempt.price()
+            response.usage.estimated_cost = None if cost is None else float(cost)
+            if job.keep is not None:
+                await job.keep(response)
+        if not usage.estimated:
+            self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
+        return response
+
+    def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
+        """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
+        url = self._urls[parameters.api]
+        options: Any = {
+            "headers": parameters.headers,
+            "params": parameters.query,
+            "timeout": None,
+            "max_retries": 0,
+            # not sent, but without it the SDK would draw a UUID
+            "idempotency_key": f"{self._name}-{os.getpid()}-{next(self._count)}",
+        }
+        call = self._sdk.post(url, body=body, cast_to=self._reply_class, options=options)
+        return call_sdk(call, seconds=parameters.timeout, url=url)
+
+
+class WorkerPool:
+    """The workers of one run, each with one item at a time, and the outcomes of the items."""
+
+    # A worker whose item is answered begins the next one in the same turn of the event loop: where one turn
+    # ends many requests, and a later one begins as many, the garbage collector runs twice as often.
 
     def __init__(
         self,
@@ -147,26 +319,21 @@ class WorkerPool:
             self._outcomes.put_nowait(None)
 
     async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
-        try:
-            async with contextlib.aclosing(iterate(items)) as source:
-                await self._take_from(source)
-        except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
-            self.error = self.error or error
-
-    async def _take_from(self, source: AsyncIterator[Any]) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
-        for index in itertools.count():
-            await self._room.acquire()
-            try:
-                item = await anext(source)
-            except StopAsyncIteration:
-                return
-            self._ready.append((index, item))
-            if self._start_worker() or loop.time() - began > _TAKING:
-                if not self._room.locked():  # else there is a wait anyway
-                    await asyncio.sleep(0)  # items may be slow to make, and other tasks can go on
-                began = loop.time()
+        try:
+            async with contextlib.aclosing(iterate(items)) as source:
+                for index in itertools.count():
+                    await self._room.acquire()
+                    self._ready.append((index, await anext(source)))
+                    if self._start_worker() or loop.time() - began > _TAKING:
+                        if not self._room.locked():  # else there is a wait anyway
+                            await asyncio.sleep(0)  # items may be slow to make, and other tasks can go on
+                        began = loop.time()
+        except StopAsyncIteration:
+            return
+        except Exception as error:  # noqa: BLE001  # raised once all that was taken is done
+            self.error = self.error or error
 
     def _start_worker(self) -> bool:
         """Start a worker if an item is ready and may have a slot; return whether one was started."""
@@ -230,9 +397,10 @@ def pool_for(
     check: bool,
 ) -> WorkerPool:
     """Return the pool that answers prompts; with `check`, each is checked as it is taken."""
+    concurrency = None
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
-    concurrency = ConcurrencyLimit(max_concurrent) if max_concurrent else None
+        concurrency = ConcurrencyLimit(max_concurrent)
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         if check:
