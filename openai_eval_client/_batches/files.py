@@ -206,12 +206,14 @@ def index_in(custom_id: str) -> int | None:
 
 
 def custom_ids(given: Sequence[str | None], *, several_models: bool) -> Iterator[str]:
-    """Yield the custom_id of each request on the wire."""
+    """Yield the custom_id of each request on the wire; refuse one that is no text, or not unique."""
     # The caller's own stay as they are, but for jobs of several models: those are sorted into files by
     # model, and an appended `#index` then keeps the order.
     seen: dict[str, int] = {}
     named = any(name is not None for name in given)
     for index, own in enumerate(given):
+        if own is not None:
+            check_text(own, f"requests[{index}].custom_id", field="custom_id", index=index)
         name = numbered_id(index) if own is None else own
         if named and seen.setdefault(name, index) != index:
             why = f"requests[{seen[name]}] has the same: each custom_id must be unique"
@@ -332,10 +334,6 @@ def list_requests(requests: object) -> list[BatchRequest]:
 
 def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
     """Yield each request, checked, as a line."""
-    for index, request in enumerate(requests):
-        if request.custom_id is not None:
-            name = f"requests[{index}].custom_id"
-            check_text(request.custom_id, name, field="custom_id", index=index)
     several = _has_several_models(requests, default_model)
     names = custom_ids([request.custom_id for request in requests], several_models=several)
     known: dict[Hashable, Parameters] = {}  # most requests of a job share theirs
@@ -345,7 +343,11 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
             parameters = known.get(key)
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
-            prompt = _prompt_of(request)
+            prompt: Any = request.messages if request.prompt is None else request.prompt
+            if (
+                request.prompt is not None and request.messages is not None
+            ):  # it was changed since it was made
+                reject_input("messages", request.messages, "give either prompt or messages")
             check_prompt(prompt)
         except ValidationError as error:
             message = f"requests[{index}]: {error}"
@@ -371,21 +373,13 @@ def refuse_online_only(params: Mapping[str, Any]) -> None:
 
 
 def _has_several_models(requests: Iterable[BatchRequest], default_model: str) -> bool:
-    return len({_model_of(request) or default_model for request in requests}) > 1
-
-
-def _model_of(request: BatchRequest) -> str | None:
-    """Return the model that a request names."""
-    extra = (request.model_extra or {}).get("extra_body")
-    named = extra.get("model") if isinstance(extra, dict) else None
-    given = named if isinstance(named, str) else request.model
-    return given if isinstance(given, str) else None  # refused when its parameters are checked
-
-
-def _prompt_of(request: BatchRequest) -> Any:
-    if request.prompt is not None and request.messages is not None:  # it was changed since it was made
-        reject_input("messages", request.messages, "give either prompt or messages")
-    return request.messages if request.prompt is None else request.prompt
+    models: set[str] = set()
+    for request in requests:
+        extra = (request.model_extra or {}).get("extra_body")
+        named = extra.get("model") if isinstance(extra, dict) else None
+        model = named if isinstance(named, str) else request.model
+        models.add((isinstance(model, str) and model) or default_model)  # others are refused later
+    return len(models) > 1
 
 
 def _parameters(request: BatchRequest, api: str, default_model: str) -> Parameters:

@@ -143,33 +143,28 @@ class LineReader:
         response = line.get("response")
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
-        status, body = response.get("status_code", _OK), response.get("body")
-        request_id = response.get("request_id")
+        status, request_id = response.get("status_code", _OK), response.get("request_id")
+        body: Any = response.get("body")
         request_id = request_id if isinstance(request_id, str) else None
         if status == _OK or (isinstance(status, int) and status >= _BAD_REQUEST):
             error = _failure(int(status), body, request_id, self._parameters.api)
             if error is None:
-                return self._answer(body, raw, temperature, request_id)
+                usage = usage_of(body)
+                return read_answer(
+                    body,
+                    self._parameters,
+                    usage=usage,
+                    cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
+                    kept=raw,  # a tenth of the parsed body's memory
+                    temperature=temperature,
+                    request_id=request_id,
+                    latency=0.0,
+                )
             if isinstance(error, openai.APIStatusError):
                 return error
         if line.get("error"):
             return _line_error(line["error"], index)
         return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
-
-    def _answer(
-        self, body: Any, raw: bytes, temperature: float | None, request_id: str | None
-    ) -> ModelResponse:
-        usage = usage_of(body)
-        return read_answer(
-            body,
-            self._parameters,
-            usage=usage,
-            cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
-            kept=raw,  # a tenth of the parsed body's memory
-            temperature=temperature,
-            request_id=request_id,
-            latency=0.0,
-        )
 
 
 def is_curable(error: Exception) -> bool:
@@ -247,10 +242,7 @@ class BatchSettler:
         explain_missing(batch, results, index)
         _name_outcomes(results, index)
         await self._count_missing_usage(batch, results, index.indexes, reader)
-        if batch.id not in self._booked:  # else it was settled before
-            self._booked.add(batch.id)
-            self._ledger.book_batch(reader.prices)
-            self._record(results)
+        self._book(batch, results, reader)
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
             _settle_reservation(submitted, batch, results.outcomes)
@@ -266,7 +258,11 @@ class BatchSettler:
             request = index.index_at(error.line or 0)
             error.line = None if request is None else request + 1
 
-    def _record(self, results: BatchResults) -> None:
+    def _book(self, batch: Batch, results: BatchResults, reader: LineReader) -> None:
+        if batch.id in self._booked:  # it was settled before
+            return
+        self._booked.add(batch.id)
+        self._ledger.book_batch(reader.prices)
         answers = results.responses.values()
         self._recorder.settled(
             len(answers),
@@ -386,16 +382,16 @@ def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Ou
         return
     known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
     certain = request_counts(batch)[1] <= known  # that no other request was answered
-    lines = zip(file.indexes, file.costs, strict=True)
-    costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+    costs: list[Decimal] = []
+    for index, most in zip(file.indexes, file.costs, strict=True):
+        outcome, cost = outcomes.get(index), most
+        if isinstance(outcome, ModelResponse):
+            if outcome.usage.estimated_cost is not None and not outcome.usage.estimated:
+                cost = Decimal(repr(outcome.usage.estimated_cost))
+        elif certain and not _is_lost(outcome):
+            cost = _NOTHING
+        costs.append(cost)
     file.reservation.settle(_sum(costs))
-
-
-def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
-    if isinstance(outcome, ModelResponse):
-        cost = outcome.usage.estimated_cost
-        return most if cost is None or outcome.usage.estimated else Decimal(repr(cost))
-    return _NOTHING if certain and not _is_lost(outcome) else most
 
 
 def _is_lost(outcome: Outcome | None) -> bool:
