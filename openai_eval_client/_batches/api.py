@@ -33,6 +33,7 @@ _FILE_LAG = 60.0  # seconds for which a new file may be unknown
 _LATE = 2.0  # seconds in which a batch may still appear whose creation seemed to fail
 _SLOWEST = 50_000  # bytes a second of the slowest upload that is waited for
 _PARTIAL, _BAD_REQUEST, _NOT_FOUND, _NO_SUCH_RANGE = 206, 400, 404, 416
+_WINDOW = "completion_window"
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
 
 
@@ -80,14 +81,17 @@ class BatchApi:
             try:
                 return await _checked(call)
             except openai.APIStatusError as error:
-                is_refused = error.param == "completion_window" or (
-                    isinstance(error, openai.BadRequestError) and "completion_window" in error.message
-                )
-                if is_refused or not read_failure(error).retry or isinstance(error, openai.RateLimitError):
+                is_bad = isinstance(error, openai.BadRequestError)
+                refuses_window = error.param == _WINDOW or (is_bad and _WINDOW in error.message)
+                if (
+                    refuses_window
+                    or not read_failure(error).retry
+                    or isinstance(error, openai.RateLimitError)
+                ):
                     job.unclear.discard(file.key)
-                if is_refused:
-                    why = f"completion_window={job.window!r}: the server refuses it: {error.message}"
-                    raise ValidationError(why, field="completion_window") from None
+                if refuses_window:
+                    why = f"{_WINDOW}={job.window!r}: the server refuses it: {error.message}"
+                    raise ValidationError(why, field=_WINDOW) from None
                 raise
 
         create = functools.partial(self._repeat, attempt, self._timeout)

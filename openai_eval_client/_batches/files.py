@@ -39,6 +39,7 @@ class BatchLine:
     custom_id: str  # its name on the wire
     parameters: Parameters
     prompt: str | Sequence[Any]
+    numbered: bool = True  # whether each custom_id of the job ends with the request's index
 
     def to_bytes(self) -> bytes:
         """Return the line of an input file."""
@@ -106,7 +107,7 @@ class InputFile:
 
 
 def write_files(
-    lines: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES, numbered: bool = True
+    lines: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES
 ) -> list[InputFile]:
     """Write all requests to files on disk: one or several of each model, in the order of the requests."""
     by_model: dict[str, list[InputFile]] = {}
@@ -115,7 +116,7 @@ def write_files(
             data, model = line.to_bytes(), line.parameters.model
             files = by_model.setdefault(model, [])
             if not files or files[-1].count >= most_lines or files[-1].size + len(data) > most_bytes:
-                files.append(InputFile(model, numbered=numbered))
+                files.append(InputFile(model, numbered=line.numbered))
             files[-1].add(data, line.index, line.parameters.body.get("temperature"))
     except BaseException:
         close_files(file for files in by_model.values() for file in files)
@@ -334,8 +335,10 @@ def list_requests(requests: object) -> list[BatchRequest]:
 
 def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
     """Yield each request, checked, as a line."""
-    several = _has_several_models(requests, default_model)
-    names = custom_ids([request.custom_id for request in requests], several_models=several)
+    several = len({_model_of(request) or default_model for request in requests}) > 1
+    given = [request.custom_id for request in requests]
+    numbered = several or all(custom_id is None for custom_id in given)
+    names = custom_ids(given, several_models=several)
     known: dict[Hashable, Parameters] = {}  # most requests of a job share theirs
     for index, (request, name) in enumerate(zip(requests, names, strict=True)):
         try:
@@ -352,13 +355,15 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
         except ValidationError as error:
             message = f"requests[{index}]: {error}"
             raise ValidationError(message, field=error.field, index=index) from None
-        yield BatchLine(index, name, parameters, prompt)
+        yield BatchLine(index, name, parameters, prompt, numbered)
 
 
-def is_numbered(requests: Sequence[BatchRequest], *, default_model: str) -> bool:
-    """Return whether every custom_id on the wire ends with the request's index."""
-    unnamed = all(request.custom_id is None for request in requests)
-    return unnamed or _has_several_models(requests, default_model)
+def _model_of(request: BatchRequest) -> str | None:
+    """Return the model that a request names."""
+    extra = (request.model_extra or {}).get("extra_body")
+    named = extra.get("model") if isinstance(extra, dict) else None
+    model = named if isinstance(named, str) else request.model
+    return model if isinstance(model, str) else None  # refused when its parameters are checked
 
 
 def refuse_online_only(params: Mapping[str, Any]) -> None:
@@ -370,16 +375,6 @@ def refuse_online_only(params: Mapping[str, Any]) -> None:
         reject_input(
             "service_tier", params["service_tier"], "a batch is a service tier of its own: leave it out"
         )
-
-
-def _has_several_models(requests: Iterable[BatchRequest], default_model: str) -> bool:
-    models: set[str] = set()
-    for request in requests:
-        extra = (request.model_extra or {}).get("extra_body")
-        named = extra.get("model") if isinstance(extra, dict) else None
-        model = named if isinstance(named, str) else request.model
-        models.add((isinstance(model, str) and model) or default_model)  # others are refused later
-    return len(models) > 1
 
 
 def _parameters(request: BatchRequest, api: str, default_model: str) -> Parameters:

@@ -25,6 +25,7 @@ from openai_eval_client._batches.files import (
 from openai_eval_client._batches.status import (
     EXPIRED,
     MISSING,
+    JobMetadata,
     ended_at,
     missing_error,
     read_job_metadata,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._account import Account
     from openai_eval_client._batches.api import BatchApi
-    from openai_eval_client._batches.files import InputFile, Temperature
+    from openai_eval_client._batches.files import InputFile
     from openai_eval_client._cost import Budgets, CostBudget, Pricer
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.errors import BudgetExceededError
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
 
 _OK, _BAD_REQUEST = 200, 400
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
+_NOT_OURS = JobMetadata(
+    job="", total=0, first=0, count=0, start=None, numbered=False, temperature=None, model=""
+)
 _TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
 _TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 
@@ -274,17 +278,17 @@ class BatchSettler:
 
     async def _stated_index(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""
-        stated, (start, numbered, temperature) = None, _numbering(batch, offset)
-        job = read_job_metadata(batch.metadata)
-        if job is not None and job.start is not None and job.numbered:
-            stated = RequestIndex(range(start, start + job.count), temperature=temperature)
+        stated, job = None, read_job_metadata(batch.metadata) or _NOT_OURS
+        start = offset if job.start is None else job.start
+        if job.start is not None and job.numbered:
+            stated = RequestIndex(range(start, start + job.count), temperature=job.temperature)
             if job.temperature != MIXED:
                 return stated
         file = await self._download(batch, "input", batch.input_file_id)
         if file is None:
             return stated
         with file:
-            return await asyncio.to_thread(read_index, file, numbered=numbered, start=start)
+            return await asyncio.to_thread(read_index, file, numbered=job.numbered, start=start)
 
     async def _download(self, batch: Batch, kind: str, file_id: str) -> IO[bytes] | None:
         """Download a file of a batch; None where it is gone."""
@@ -350,23 +354,16 @@ def _warn_of_oddities(batch: Batch, results: BatchResults) -> None:
         warn(text, batch.id, stated.completed or 0, held, event="batch_results_odd", batch_id=batch.id)
 
 
-def _numbering(batch: Batch, offset: int) -> tuple[int, bool, Temperature]:
-    """Return a batch's first index, whether its custom_ids hold the indexes, and its temperature."""
-    job = read_job_metadata(batch.metadata)
-    if job is None:
-        return offset, False, None
-    return offset if job.start is None else job.start, job.numbered, job.temperature
-
-
 async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
     """Return what a batch was asked whose input file is gone, as far as its results tell."""
-    start, numbered, temperature = _numbering(batch, offset)
-    if not numbered:
+    job = read_job_metadata(batch.metadata) or _NOT_OURS
+    start = offset if job.start is None else job.start
+    if not job.numbered:
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
     count = request_counts(batch)[0]
-    index = await asyncio.to_thread(guess_index, files, numbered=numbered, start=start, count=count)
-    index.temperature = temperature
+    index = await asyncio.to_thread(guess_index, files, numbered=job.numbered, start=start, count=count)
+    index.temperature = job.temperature
     return index
 
 
@@ -416,10 +413,11 @@ class BatchBudget:
             await self._counter.most_input({"model": file.model})  # waits for the vocabulary
             file.costs = await asyncio.to_thread(self._costs, file, endpoint)
 
-    def reserve(self, file: InputFile) -> bool:
-        """Reserve what a file can cost, unless it is reserved; return whether there is room for it now."""
+    def reserve(self, file: InputFile, *, is_made: bool = False) -> bool:
+        """Reserve what a file can cost, once; False: there is no room. One whose batch is made needs none."""
         if self._budgets and file.reservation is None:
-            file.reservation = reserve_now(self._budgets, _sum(file.costs))
+            take = commit if is_made else reserve_now
+            file.reservation = take(self._budgets, _sum(file.costs))
         return not self._budgets or file.reservation is not None
 
     async def reserve_all(self, files: Sequence[InputFile]) -> None:
@@ -430,11 +428,6 @@ class BatchBudget:
         whole = await reserve(self._budgets, _sum(amounts))
         for file, reservation in zip(files, whole.split(amounts), strict=True):
             file.reservation = reservation
-
-    def commit(self, file: InputFile) -> None:
-        """Reserve what a file can cost whose batch there is already, whether there is room or not."""
-        if self._budgets and file.reservation is None:
-            file.reservation = commit(self._budgets, _sum(file.costs))
 
     def release(self, file: InputFile, *, keep: bool = False) -> None:
         """Give back what is reserved for a file; or keep it, though no request waits for its settling."""

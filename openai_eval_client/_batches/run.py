@@ -183,7 +183,7 @@ class Submission:
         try:
             for file in files:
                 if file.key in job.made:
-                    self.budget.commit(file)  # it costs that anyway
+                    self.budget.reserve(file, is_made=True)
             await self.budget.reserve_all([file for file in files if file.key not in job.made])
             await self._save()
             try:
@@ -235,7 +235,7 @@ class Submission:
         earlier = self.settler.unsettled.pop(batch.id, None)
         if earlier is not None:  # from an earlier call: it is reserved anew
             self.budget.release(earlier)
-        self.budget.commit(file)  # it costs that anyway
+        self.budget.reserve(file, is_made=True)
         about = {"batch_id": batch.id, "batch_status": batch.status}
         inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
         return batch
@@ -366,7 +366,7 @@ class BatchRun(Submission):
                 await self._submit_waiting()
                 if not self.running and not self.waiting:
                     return
-                # more and more where the server takes nothing of ours
+                # longer and longer while the server takes none of our files
                 patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
                 await asyncio.sleep(self.config.polling_interval * patience * random.uniform(0.9, 1.1))  # noqa: S311
                 await self._poll()
@@ -394,9 +394,9 @@ class BatchRun(Submission):
 
     async def _reserve(self, file: InputFile) -> bool:
         """Reserve what a file may cost; with too little left, cut it, let it wait, or give it up."""
+        if self.over_budget is None and self.budget.reserve(file):
+            return True
         if self.over_budget is None:
-            if self.budget.reserve(file):
-                return True
             fitting = self.budget.fitting(file)
             if fitting:
                 await self._cut([fitting, file.count - fitting], "what is left of max_cost")
