@@ -83,11 +83,8 @@ class BatchApi:
             except openai.APIStatusError as error:
                 is_bad = isinstance(error, openai.BadRequestError)
                 refuses_window = error.param == _WINDOW or (is_bad and _WINDOW in error.message)
-                if (
-                    refuses_window
-                    or not read_failure(error).retry
-                    or isinstance(error, openai.RateLimitError)
-                ):
+                is_unclear = read_failure(error).retry and not isinstance(error, openai.RateLimitError)
+                if refuses_window or not is_unclear:
                     job.unclear.discard(file.key)
                 if refuses_window:
                     why = f"{_WINDOW}={job.window!r}: the server refuses it: {error.message}"
