@@ -33,6 +33,7 @@ _FILE_LAG = 60.0  # seconds for which a new file may be unknown
 _LATE = 2.0  # seconds in which a batch may still appear whose creation seemed to fail
 _SLOWEST = 50_000  # bytes a second of the slowest upload that is waited for
 _PARTIAL, _BAD_REQUEST, _NOT_FOUND, _NO_SUCH_RANGE = 206, 400, 404, 416
+_WINDOW = "completion_window"
 _CLOCKS_APART = 3600.0  # seconds; how much earlier than ours the server's clock may be
 
 
@@ -70,11 +71,24 @@ class BatchApi:
                 if found is not None:
                     return found
             job.unclear.add(file.key)
+            call = self._sdk.batches.create(
+                completion_window=job.window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
+                endpoint=job.endpoint,  # type: ignore[arg-type]
+                input_file_id=str(file.file_id),
+                metadata=job.metadata_of(file),
+                timeout=None,
+            )
             try:
-                return await self._create(job, file)
-            except (openai.APIStatusError, ValidationError) as error:
-                if not read_failure(error).retry or isinstance(error, openai.RateLimitError):
+                return await _checked(call)
+            except openai.APIStatusError as error:
+                is_bad = isinstance(error, openai.BadRequestError)
+                refuses_window = error.param == _WINDOW or (is_bad and _WINDOW in error.message)
+                is_unclear = read_failure(error).retry and not isinstance(error, openai.RateLimitError)
+                if refuses_window or not is_unclear:
                     job.unclear.discard(file.key)
+                if refuses_window:
+                    why = f"{_WINDOW}={job.window!r}: the server refuses it: {error.message}"
+                    raise ValidationError(why, field=_WINDOW) from None
                 raise
 
         create = functools.partial(self._repeat, attempt, self._timeout)
@@ -141,37 +155,19 @@ class BatchApi:
 
     async def _repeat(self, attempt: Callable[[], Awaitable[T]], seconds: float | None) -> T:
         """Make a call with so many seconds for each attempt, again where that may help."""
-        once = functools.partial(self._attempt, attempt, seconds)
+
+        async def once() -> Any:
+            try:
+                return await call_sdk(attempt(), seconds=seconds, url=_URL)
+            except openai.APIError as error:
+                forget_key(error, self._key)
+                if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error):
+                    raise QuotaError(error.message, response=error.response, body=error.body) from None
+                raise
+
         repeated = retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)
         answer: T = await repeated()
         return answer
-
-    async def _attempt(self, attempt: Callable[[], Awaitable[Any]], seconds: float | None) -> Any:
-        try:
-            return await call_sdk(attempt(), seconds=seconds, url=_URL)
-        except openai.APIError as error:
-            forget_key(error, self._key)
-            if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error):
-                raise QuotaError(error.message, response=error.response, body=error.body) from None
-            raise
-
-    async def _create(self, job: JobRecord, file: InputFile) -> Batch:
-        call = self._sdk.batches.create(
-            completion_window=job.window,  # type: ignore[arg-type]  # others than OpenAI take "7d"
-            endpoint=job.endpoint,  # type: ignore[arg-type]
-            input_file_id=str(file.file_id),
-            metadata=job.metadata_of(file),
-            timeout=None,
-        )
-        try:
-            return await _checked(call)
-        except openai.APIStatusError as error:
-            if error.param == "completion_window" or (
-                isinstance(error, openai.BadRequestError) and "completion_window" in error.message
-            ):
-                why = f"completion_window={job.window!r}: the server refuses it: {error.message}"
-                raise ValidationError(why, field="completion_window") from None
-            raise
 
     async def _page(self, after: dict[str, Any]) -> Any:
         try:

@@ -39,6 +39,7 @@ class BatchLine:
     custom_id: str  # its name on the wire
     parameters: Parameters
     prompt: str | Sequence[Any]
+    numbered: bool = True  # whether each custom_id of the job ends with the request's index
 
     def to_bytes(self) -> bytes:
         """Return the line of an input file."""
@@ -106,7 +107,7 @@ class InputFile:
 
 
 def write_files(
-    lines: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES, numbered: bool = True
+    lines: Iterable[BatchLine], *, most_lines: int, most_bytes: int = MOST_BYTES
 ) -> list[InputFile]:
     """Write all requests to files on disk: one or several of each model, in the order of the requests."""
     by_model: dict[str, list[InputFile]] = {}
@@ -115,7 +116,7 @@ def write_files(
             data, model = line.to_bytes(), line.parameters.model
             files = by_model.setdefault(model, [])
             if not files or files[-1].count >= most_lines or files[-1].size + len(data) > most_bytes:
-                files.append(InputFile(model, numbered=numbered))
+                files.append(InputFile(model, numbered=line.numbered))
             files[-1].add(data, line.index, line.parameters.body.get("temperature"))
     except BaseException:
         close_files(file for files in by_model.values() for file in files)
@@ -206,12 +207,14 @@ def index_in(custom_id: str) -> int | None:
 
 
 def custom_ids(given: Sequence[str | None], *, several_models: bool) -> Iterator[str]:
-    """Yield the custom_id of each request on the wire."""
+    """Yield the custom_id of each request on the wire; refuse one that is no text, or not unique."""
     # The caller's own stay as they are, but for jobs of several models: those are sorted into files by
     # model, and an appended `#index` then keeps the order.
     seen: dict[str, int] = {}
     named = any(name is not None for name in given)
     for index, own in enumerate(given):
+        if own is not None:
+            check_text(own, f"requests[{index}].custom_id", field="custom_id", index=index)
         name = numbered_id(index) if own is None else own
         if named and seen.setdefault(name, index) != index:
             why = f"requests[{seen[name]}] has the same: each custom_id must be unique"
@@ -332,12 +335,10 @@ def list_requests(requests: object) -> list[BatchRequest]:
 
 def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model: str) -> Iterator[BatchLine]:
     """Yield each request, checked, as a line."""
-    for index, request in enumerate(requests):
-        if request.custom_id is not None:
-            name = f"requests[{index}].custom_id"
-            check_text(request.custom_id, name, field="custom_id", index=index)
-    several = _has_several_models(requests, default_model)
-    names = custom_ids([request.custom_id for request in requests], several_models=several)
+    several = len({_model_of(request) or default_model for request in requests}) > 1
+    given = [request.custom_id for request in requests]
+    numbered = several or all(custom_id is None for custom_id in given)
+    names = custom_ids(given, several_models=several)
     known: dict[Hashable, Parameters] = {}  # most requests of a job share theirs
     for index, (request, name) in enumerate(zip(requests, names, strict=True)):
         try:
@@ -345,18 +346,24 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
             parameters = known.get(key)
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
-            prompt = _prompt_of(request)
+            prompt: Any = request.messages if request.prompt is None else request.prompt
+            if (
+                request.prompt is not None and request.messages is not None
+            ):  # it was changed since it was made
+                reject_input("messages", request.messages, "give either prompt or messages")
             check_prompt(prompt)
         except ValidationError as error:
             message = f"requests[{index}]: {error}"
             raise ValidationError(message, field=error.field, index=index) from None
-        yield BatchLine(index, name, parameters, prompt)
+        yield BatchLine(index, name, parameters, prompt, numbered)
 
 
-def is_numbered(requests: Sequence[BatchRequest], *, default_model: str) -> bool:
-    """Return whether every custom_id on the wire ends with the request's index."""
-    unnamed = all(request.custom_id is None for request in requests)
-    return unnamed or _has_several_models(requests, default_model)
+def _model_of(request: BatchRequest) -> str | None:
+    """Return the model that a request names."""
+    extra = (request.model_extra or {}).get("extra_body")
+    named = extra.get("model") if isinstance(extra, dict) else None
+    model = named if isinstance(named, str) else request.model
+    return model if isinstance(model, str) else None  # refused when its parameters are checked
 
 
 def refuse_online_only(params: Mapping[str, Any]) -> None:
@@ -368,24 +375,6 @@ def refuse_online_only(params: Mapping[str, Any]) -> None:
         reject_input(
             "service_tier", params["service_tier"], "a batch is a service tier of its own: leave it out"
         )
-
-
-def _has_several_models(requests: Iterable[BatchRequest], default_model: str) -> bool:
-    return len({_model_of(request) or default_model for request in requests}) > 1
-
-
-def _model_of(request: BatchRequest) -> str | None:
-    """Return the model that a request names."""
-    extra = (request.model_extra or {}).get("extra_body")
-    named = extra.get("model") if isinstance(extra, dict) else None
-    given = named if isinstance(named, str) else request.model
-    return given if isinstance(given, str) else None  # refused when its parameters are checked
-
-
-def _prompt_of(request: BatchRequest) -> Any:
-    if request.prompt is not None and request.messages is not None:  # it was changed since it was made
-        reject_input("messages", request.messages, "give either prompt or messages")
-    return request.messages if request.prompt is None else request.prompt
 
 
 def _parameters(request: BatchRequest, api: str, default_model: str) -> Parameters:

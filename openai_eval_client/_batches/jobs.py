@@ -11,7 +11,6 @@ from openai_eval_client._batches.api import BatchApi
 from openai_eval_client._batches.files import (
     check_requests,
     close_files,
-    is_numbered,
     list_requests,
     refuse_online_only,
     write_in_thread,
@@ -118,9 +117,8 @@ class Batches:
         if not isinstance(api, str) or api not in BATCH_PATHS:
             reject_input("api", api, "must be 'chat' or 'responses'")
         pairs = check_metadata(metadata)
-        given, default_model = list_requests(requests), self._config.default_model
-        lines = check_requests(given, api=api, default_model=default_model)
-        numbered = is_numbered(given, default_model=default_model)
+        given = list_requests(requests)
+        lines = check_requests(given, api=api, default_model=self._config.default_model)
         self._check_open()
         job = JobRecord(
             endpoint=BATCH_PATHS[api],
@@ -129,7 +127,7 @@ class Batches:
             indexes=range(len(given)),
             most_lines=self._batch.max_batch_size,
         )
-        files = await write_in_thread(lines, most_lines=job.most_lines, numbered=numbered)
+        files = await write_in_thread(lines, most_lines=job.most_lines)
         try:
             batches = await self._submit(job, files)
         finally:

@@ -25,6 +25,7 @@ from openai_eval_client._batches.files import (
 from openai_eval_client._batches.status import (
     EXPIRED,
     MISSING,
+    JobMetadata,
     ended_at,
     missing_error,
     read_job_metadata,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
     from openai_eval_client._account import Account
     from openai_eval_client._batches.api import BatchApi
-    from openai_eval_client._batches.files import InputFile, Temperature
+    from openai_eval_client._batches.files import InputFile
     from openai_eval_client._cost import Budgets, CostBudget, Pricer
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client.errors import BudgetExceededError
@@ -67,6 +68,9 @@ if TYPE_CHECKING:
 
 _OK, _BAD_REQUEST = 200, 400
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
+_NOT_OURS = JobMetadata(
+    job="", total=0, first=0, count=0, start=None, numbered=False, temperature=None, model=""
+)
 _TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
 _TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
 
@@ -143,33 +147,28 @@ class LineReader:
         response = line.get("response")
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
-        status, body = response.get("status_code", _OK), response.get("body")
-        request_id = response.get("request_id")
+        status, request_id = response.get("status_code", _OK), response.get("request_id")
+        body: Any = response.get("body")
         request_id = request_id if isinstance(request_id, str) else None
         if status == _OK or (isinstance(status, int) and status >= _BAD_REQUEST):
             error = _failure(int(status), body, request_id, self._parameters.api)
             if error is None:
-                return self._answer(body, raw, temperature, request_id)
+                usage = usage_of(body)
+                return read_answer(
+                    body,
+                    self._parameters,
+                    usage=usage,
+                    cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
+                    kept=raw,  # a tenth of the parsed body's memory
+                    temperature=temperature,
+                    request_id=request_id,
+                    latency=0.0,
+                )
             if isinstance(error, openai.APIStatusError):
                 return error
         if line.get("error"):
             return _line_error(line["error"], index)
         return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
-
-    def _answer(
-        self, body: Any, raw: bytes, temperature: float | None, request_id: str | None
-    ) -> ModelResponse:
-        usage = usage_of(body)
-        return read_answer(
-            body,
-            self._parameters,
-            usage=usage,
-            cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
-            kept=raw,  # a tenth of the parsed body's memory
-            temperature=temperature,
-            request_id=request_id,
-            latency=0.0,
-        )
 
 
 def is_curable(error: Exception) -> bool:
@@ -247,10 +246,7 @@ class BatchSettler:
         explain_missing(batch, results, index)
         _name_outcomes(results, index)
         await self._count_missing_usage(batch, results, index.indexes, reader)
-        if batch.id not in self._booked:  # else it was settled before
-            self._booked.add(batch.id)
-            self._ledger.book_batch(reader.prices)
-            self._record(results)
+        self._book(batch, results, reader)
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
             _settle_reservation(submitted, batch, results.outcomes)
@@ -266,7 +262,11 @@ class BatchSettler:
             request = index.index_at(error.line or 0)
             error.line = None if request is None else request + 1
 
-    def _record(self, results: BatchResults) -> None:
+    def _book(self, batch: Batch, results: BatchResults, reader: LineReader) -> None:
+        if batch.id in self._booked:  # it was settled before
+            return
+        self._booked.add(batch.id)
+        self._ledger.book_batch(reader.prices)
         answers = results.responses.values()
         self._recorder.settled(
             len(answers),
@@ -278,17 +278,17 @@ class BatchSettler:
 
     async def _stated_index(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""
-        stated, (start, numbered, temperature) = None, _numbering(batch, offset)
-        job = read_job_metadata(batch.metadata)
-        if job is not None and job.start is not None and job.numbered:
-            stated = RequestIndex(range(start, start + job.count), temperature=temperature)
+        stated, job = None, read_job_metadata(batch.metadata) or _NOT_OURS
+        start = offset if job.start is None else job.start
+        if job.start is not None and job.numbered:
+            stated = RequestIndex(range(start, start + job.count), temperature=job.temperature)
             if job.temperature != MIXED:
                 return stated
         file = await self._download(batch, "input", batch.input_file_id)
         if file is None:
             return stated
         with file:
-            return await asyncio.to_thread(read_index, file, numbered=numbered, start=start)
+            return await asyncio.to_thread(read_index, file, numbered=job.numbered, start=start)
 
     async def _download(self, batch: Batch, kind: str, file_id: str) -> IO[bytes] | None:
         """Download a file of a batch; None where it is gone."""
@@ -354,23 +354,16 @@ def _warn_of_oddities(batch: Batch, results: BatchResults) -> None:
         warn(text, batch.id, stated.completed or 0, held, event="batch_results_odd", batch_id=batch.id)
 
 
-def _numbering(batch: Batch, offset: int) -> tuple[int, bool, Temperature]:
-    """Return a batch's first index, whether its custom_ids hold the indexes, and its temperature."""
-    job = read_job_metadata(batch.metadata)
-    if job is None:
-        return offset, False, None
-    return offset if job.start is None else job.start, job.numbered, job.temperature
-
-
 async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) -> RequestIndex:
     """Return what a batch was asked whose input file is gone, as far as its results tell."""
-    start, numbered, temperature = _numbering(batch, offset)
-    if not numbered:
+    job = read_job_metadata(batch.metadata) or _NOT_OURS
+    start = offset if job.start is None else job.start
+    if not job.numbered:
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
     count = request_counts(batch)[0]
-    index = await asyncio.to_thread(guess_index, files, numbered=numbered, start=start, count=count)
-    index.temperature = temperature
+    index = await asyncio.to_thread(guess_index, files, numbered=job.numbered, start=start, count=count)
+    index.temperature = job.temperature
     return index
 
 
@@ -386,16 +379,16 @@ def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Ou
         return
     known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
     certain = request_counts(batch)[1] <= known  # that no other request was answered
-    lines = zip(file.indexes, file.costs, strict=True)
-    costs = (_actual(outcomes.get(index), most, certain=certain) for index, most in lines)
+    costs: list[Decimal] = []
+    for index, most in zip(file.indexes, file.costs, strict=True):
+        outcome, cost = outcomes.get(index), most
+        if isinstance(outcome, ModelResponse):
+            if outcome.usage.estimated_cost is not None and not outcome.usage.estimated:
+                cost = Decimal(repr(outcome.usage.estimated_cost))
+        elif certain and not _is_lost(outcome):
+            cost = _NOTHING
+        costs.append(cost)
     file.reservation.settle(_sum(costs))
-
-
-def _actual(outcome: Outcome | None, most: Decimal, *, certain: bool) -> Decimal:
-    if isinstance(outcome, ModelResponse):
-        cost = outcome.usage.estimated_cost
-        return most if cost is None or outcome.usage.estimated else Decimal(repr(cost))
-    return _NOTHING if certain and not _is_lost(outcome) else most
 
 
 def _is_lost(outcome: Outcome | None) -> bool:
@@ -420,10 +413,11 @@ class BatchBudget:
             await self._counter.most_input({"model": file.model})  # waits for the vocabulary
             file.costs = await asyncio.to_thread(self._costs, file, endpoint)
 
-    def reserve(self, file: InputFile) -> bool:
-        """Reserve what a file can cost, unless it is reserved; return whether there is room for it now."""
+    def reserve(self, file: InputFile, *, is_made: bool = False) -> bool:
+        """Reserve what a file can cost, once; False: there is no room. One whose batch is made needs none."""
         if self._budgets and file.reservation is None:
-            file.reservation = reserve_now(self._budgets, _sum(file.costs))
+            take = commit if is_made else reserve_now
+            file.reservation = take(self._budgets, _sum(file.costs))
         return not self._budgets or file.reservation is not None
 
     async def reserve_all(self, files: Sequence[InputFile]) -> None:
@@ -434,11 +428,6 @@ class BatchBudget:
         whole = await reserve(self._budgets, _sum(amounts))
         for file, reservation in zip(files, whole.split(amounts), strict=True):
             file.reservation = reservation
-
-    def commit(self, file: InputFile) -> None:
-        """Reserve what a file can cost whose batch there is already, whether there is room or not."""
-        if self._budgets and file.reservation is None:
-            file.reservation = commit(self._budgets, _sum(file.costs))
 
     def release(self, file: InputFile, *, keep: bool = False) -> None:
         """Give back what is reserved for a file; or keep it, though no request waits for its settling."""

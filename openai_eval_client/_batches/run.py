@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import BatchConfig
-    from openai_eval_client.errors import BatchError, BudgetExceededError
+    from openai_eval_client.errors import BudgetExceededError
 
 
 # --- what is kept of a call -------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Submission:
         try:
             for file in files:
                 if file.key in job.made:
-                    self.budget.commit(file)  # it costs that anyway
+                    self.budget.reserve(file, is_made=True)
             await self.budget.reserve_all([file for file in files if file.key not in job.made])
             await self._save()
             try:
@@ -235,7 +235,7 @@ class Submission:
         earlier = self.settler.unsettled.pop(batch.id, None)
         if earlier is not None:  # from an earlier call: it is reserved anew
             self.budget.release(earlier)
-        self.budget.commit(file)  # it costs that anyway
+        self.budget.reserve(file, is_made=True)
         about = {"batch_id": batch.id, "batch_status": batch.status}
         inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
         return batch
@@ -306,9 +306,7 @@ class BatchRun(Submission):
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
     never_ran: int = 0  # requests whose batch was not created, or failed
     failed: Exception | None = None  # the first reason for that
-    over_budget: BudgetExceededError | None = (
-        None  # why requests were not submitted: too little money is left
-    )
+    over_budget: BudgetExceededError | None = None  # the same, where too little money is left
     _refused_alone: int = 0  # how often a file was refused with no other of ours enqueued
     _give_up_at: float = 0.0
     _repeated: set[int] = field(default_factory=set)  # requests that failed by chance once
@@ -368,16 +366,13 @@ class BatchRun(Submission):
                 await self._submit_waiting()
                 if not self.running and not self.waiting:
                     return
-                await asyncio.sleep(self._pause())
+                # longer and longer while the server takes none of our files
+                patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
+                await asyncio.sleep(self.config.polling_interval * patience * random.uniform(0.9, 1.1))  # noqa: S311
                 await self._poll()
         finally:
             self._end()
             close_files([*self.waiting, *self.running.values()])
-
-    def _pause(self) -> float:
-        """Return the seconds until the next look: more and more where the server takes nothing of ours."""
-        patience = 1 if self.running else min(1 + self._refused_alone, _PATIENCE)
-        return self.config.polling_interval * patience * random.uniform(0.9, 1.1)  # noqa: S311
 
     def _is_patient(self) -> bool:
         return time.monotonic() < self._give_up_at
@@ -399,9 +394,9 @@ class BatchRun(Submission):
 
     async def _reserve(self, file: InputFile) -> bool:
         """Reserve what a file may cost; with too little left, cut it, let it wait, or give it up."""
+        if self.over_budget is None and self.budget.reserve(file):
+            return True
         if self.over_budget is None:
-            if self.budget.reserve(file):
-                return True
             fitting = self.budget.fitting(file)
             if fitting:
                 await self._cut([fitting, file.count - fitting], "what is left of max_cost")
@@ -410,7 +405,7 @@ class BatchRun(Submission):
             else:
                 self.over_budget = self.budget.exceeded(file)
         if self.over_budget is not None:
-            self._drop(self.over_budget)
+            self._give_up(self.over_budget)
         return False
 
     def _pause_for(self, error: openai.OpenAIError) -> None:
@@ -434,16 +429,11 @@ class BatchRun(Submission):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        """Give the first file up, which was never run."""
-        file = self.waiting[0]
+        """Give the first file up, which was never run: its requests fail."""
+        file = self.waiting.popleft()
         self.budget.release(file, keep=file.key in self.job.unclear)
         self.failed = self.failed or error
         self.never_ran += file.count
-        self._drop(error)
-
-    def _drop(self, error: Exception) -> None:
-        """Let the requests of the first file fail."""
-        file = self.waiting.popleft()
         self.outcomes.update(dict.fromkeys(file.indexes, error))
         file.file.close()
 
@@ -488,9 +478,7 @@ class BatchRun(Submission):
 
     async def _poll(self) -> None:
         """Look at each batch once, settle those that have ended, and report how far the run is."""
-        self._paused = False
-        if not self.running:
-            self._held = False
+        self._paused, self._held = False, self._held and bool(self.running)
         for batch_id, file in list(self.running.items()):
             await self._look(batch_id, file)
         left = sum(file.count - file.done for file in [*self.waiting, *self.running.values()])
@@ -516,28 +504,23 @@ class BatchRun(Submission):
             self._refused_alone *= state_of(batch) == "validating"
             return
         refusal = enqueued_refusal(batch)
-        if refusal is not None:
-            await self._submit_again(batch, file, refusal)
+        if refusal is not None:  # it was created, and refused when it was validated: its file waits again
+            self.running.pop(batch.id)
+            file.done = 0
+            self.waiting.appendleft(file)
+            self.job.made.pop(file.key, None)
+            await self._hold(refusal)
+            await self._save()
             return
         results = await self.settler.settle(batch, file=file, schema=self.parameters.schema)
         await self.cached.keep(results.responses)
         self.running.pop(batch.id)
-        self._held = False
-        self._refused_alone = 0
+        self._held, self._refused_alone = False, 0
         file.file.close()
         if state_of(batch) == "failed" and not results.lines:
             self.failed = self.failed or failure_of([batch])
             self.never_ran += file.count
         self.outcomes.update(results.outcomes)
-
-    async def _submit_again(self, batch: Batch, file: InputFile, refusal: BatchError) -> None:
-        """Let a file wait again whose batch was created, and refused when it was validated."""
-        self.running.pop(batch.id)
-        file.done = 0
-        self.waiting.appendleft(file)
-        self.job.made.pop(file.key, None)
-        await self._hold(refusal)
-        await self._save()
 
     def _is_worth(self, index: int, outcome: Outcome | None) -> bool:
         """Return whether a request is to be submitted again: what failed by chance, once."""

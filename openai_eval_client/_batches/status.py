@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import itertools
 import json
+import operator
 import re
 import time
 import uuid
@@ -48,21 +50,6 @@ class JobMetadata(BaseModel):
     temperature: Temperature
     model: str
 
-    @classmethod
-    def of(cls, file: InputFile, job: str, total: int) -> JobMetadata:
-        """Return those of an input file's batch."""
-        low, high = file.indexes[0], file.indexes[-1]
-        return cls(
-            job=job,
-            total=total,
-            first=file.first,
-            count=file.count,
-            start=low if high - low + 1 == file.count else None,  # they rise
-            numbered=file.numbered,
-            temperature=file.temperature,
-            model=file.model if len(file.model) <= _LONGEST_MODEL else "",
-        )
-
     @property
     def key(self) -> tuple[str, int, int]:
         """What tells it from every other batch."""
@@ -94,22 +81,18 @@ def check_metadata(metadata: object) -> dict[str, str]:
         why = f"has {len(pairs)} pairs; a batch takes {_PAIRS}, of which the package sets two"
         reject_input("metadata", metadata, why)
     for key, value in pairs.items():
-        _check_pair(key, value)
+        name = f"metadata[{key!r}]"
+        check_text(key, "metadata")
+        if key in {JOB_KEY, LINES_KEY}:
+            reject_input(name, value, "this key is set by the package: choose another", field="metadata")
+        if len(key) > _KEY:
+            reject_input(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
+        if not isinstance(value, str):
+            reject_input(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
+        check_json({name: value}, field="metadata")
+        if len(value) > _VALUE:
+            reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
     return dict(pairs)
-
-
-def _check_pair(key: str, value: object) -> None:
-    name = f"metadata[{key!r}]"
-    check_text(key, "metadata")
-    if key in {JOB_KEY, LINES_KEY}:
-        reject_input(name, value, "this key is set by the package: choose another", field="metadata")
-    if len(key) > _KEY:
-        reject_input(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
-    if not isinstance(value, str):
-        reject_input(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
-    check_json({name: value}, field="metadata")
-    if len(value) > _VALUE:
-        reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
 
 
 _RECORDED = ("name", "since", "refused", "most_lines", "made", "spans")
@@ -134,7 +117,18 @@ class JobRecord:
 
     def metadata_of(self, file: InputFile) -> dict[str, str]:
         """Return the metadata of the batch of one of its files."""
-        return {**self.metadata, **JobMetadata.of(file, self.name, len(self.indexes)).metadata()}
+        low, high = file.indexes[0], file.indexes[-1]
+        lines = JobMetadata(
+            job=self.name,
+            total=len(self.indexes),
+            first=file.first,
+            count=file.count,
+            start=low if high - low + 1 == file.count else None,  # they rise
+            numbered=file.numbered,
+            temperature=file.temperature,
+            model=file.model if len(file.model) <= _LONGEST_MODEL else "",
+        )
+        return {**self.metadata, **lines.metadata()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as it is recorded."""
@@ -162,6 +156,7 @@ _NOT_ANSWERED = {  # why requests of a batch in this state have no result
     "expired": (EXPIRED, "expired before this request was answered"),
     "cancelled": ("batch_cancelled", "was cancelled before this request was answered"),
 }
+_NO_REASON = "no reason given"
 _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
 
@@ -199,16 +194,12 @@ async def group_jobs(batches: AsyncIterable[Batch]) -> AsyncGenerator[list[Batch
         end = place.first + place.count
         if any(first < end and place.first < first + count for first, count, _ in found):
             continue  # a newer batch, which has some of its lines, has replaced it
-        found.append((place.first, place.count, batch))
+        bisect.insort(found, (place.first, place.count, batch), key=operator.itemgetter(0))
         if sum(count for _, count, _ in found) >= place.total:
             whole.add(place.job)
-            yield _in_order(jobs.pop(place.job))
+            yield [part for _, _, part in jobs.pop(place.job)]
     for found in jobs.values():
-        yield _in_order(found)
-
-
-def _in_order(found: list[tuple[int, int, Batch]]) -> list[Batch]:
-    return [batch for _, _, batch in sorted(found, key=lambda entry: entry[0])]
+        yield [part for _, _, part in found]
 
 
 def state_of(batch: Batch) -> str:
@@ -254,13 +245,8 @@ def stated_errors(batch: Batch) -> list[BatchError]:
     """Return why a batch failed, by the lines of its own file."""
     stated = batch.errors.data if batch.errors else None
     return [
-        BatchError(
-            error.message or error.code or "no reason given",
-            code=error.code,
-            line=error.line,
-            param=error.param,
-        )
-        for error in stated or []
+        BatchError(each.message or each.code or _NO_REASON, code=each.code, line=each.line, param=each.param)
+        for each in stated or []
     ]
 
 
@@ -275,7 +261,7 @@ def failure_of(batches: Sequence[Batch]) -> BatchError:
 
 
 def _first(reasons: Sequence[BatchError]) -> BatchError:
-    return reasons[0] if reasons else BatchError("no reason given", code="batch_failed")
+    return reasons[0] if reasons else BatchError(_NO_REASON, code="batch_failed")
 
 
 def missing_error(batch: Batch) -> BatchError:

@@ -115,7 +115,7 @@ async def test_a_job_is_cut_by_model_and_size(models: list[str], size: int, inde
 
 async def test_a_job_is_cut_by_bytes(monkeypatch) -> None:
     """A file holds no more than it may."""
-    monkeypatch.setattr(_files.write_files, "__kwdefaults__", {"most_bytes": 400, "numbered": True})
+    monkeypatch.setattr(_files.write_files, "__kwdefaults__", {"most_bytes": 400})
     with SimulatedServer(batch_seconds=0.01) as server:
         async with connect(server) as client:
             job = await client.submit_batch_job(asked(7))

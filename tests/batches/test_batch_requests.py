@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from openai_eval_client import BatchRequest, ValidationError
-from openai_eval_client._batches.files import check_requests, is_numbered
+from openai_eval_client._batches.files import check_requests
 from openai_eval_client._batches.status import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
@@ -305,12 +305,13 @@ def test_names_on_the_wire_tell_all_requests_apart(pairs: list[tuple[str, str]])
     """Two requests of a job never have one name, whichever batch they are in; or the clash is refused."""
     requests = [BatchRequest(prompt="x", custom_id=own or None, model=model) for own, model in pairs]
     try:
-        names = [item.custom_id for item in check_requests(requests, api="chat", default_model=MODEL)]
+        lines = list(check_requests(requests, api="chat", default_model=MODEL))
     except ValidationError as error:
         assert error.field == "custom_id"
         return
+    names = [line.custom_id for line in lines]
     assert len(set(names)) == len(names)
-    if is_numbered(requests, default_model=MODEL):
+    if lines[0].numbered:
         assert [int(name.rpartition("#" if "#" in name else "-")[2]) for name in names] == list(
             range(len(names))
         )

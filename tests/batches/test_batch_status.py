@@ -20,6 +20,7 @@ from openai_eval_client._batches.status import (
     JOB_KEY,
     LINES_KEY,
     JobMetadata,
+    JobRecord,
     enqueued_limit,
     enqueued_refusal,
     failure_of,
@@ -291,13 +292,18 @@ def test_metadata_say_where_the_lines_stand(pairs: list[tuple[str, float | None]
     """What a batch's metadata say, read back, is where its lines stand; and it fits the API's limits."""
     requests = [BatchRequest(prompt="x", model=model, temperature=value) for model, value in pairs]
     files = write_files(check_requests(requests, api="chat", default_model=MODEL), most_lines=most)
+    indexes = range(len(pairs))
+    job = JobRecord(endpoint="/v1", window="24h", indexes=indexes, most_lines=most, name="a" * 32)
     seen: list[int] = []
     for file in files:
-        place = JobMetadata.of(file, "a" * 32, len(pairs))
-        metadata = place.metadata()
+        metadata = job.metadata_of(file)
         assert all(len(key) <= 64 and len(value) <= 512 for key, value in metadata.items())
-        assert read_job_metadata(metadata) == place
+        place = read_job_metadata(metadata)
+        assert place is not None
         assert place.key == ("a" * 32, file.first, file.count)
+        assert (place.total, place.numbered, place.model) == (len(pairs), file.numbered, file.model)
+        assert place.temperature == file.temperature
+        assert place.start in {None, file.indexes[0]}
         assert place.first == len(seen)
         assert {pairs[index][0] for index in file.indexes} == {file.model}
         seen += file.indexes
