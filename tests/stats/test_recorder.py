@@ -55,7 +55,7 @@ def test_an_answer_from_the_cache_counts_with_its_finish_reason():
     """It is one more prompt answered."""
     recorder = Recorder()
     recorder.answered("stop")
-    recorder.cached("stop")
+    recorder.answered("stop", cached=True)
     assert recorder.report_data().finish_reasons == {"stop": 2}
     stats = recorder.snapshot()
     assert (stats.requests, stats.cache_hits) == (2, 1)
@@ -93,7 +93,7 @@ def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeyp
     def collecting(bins):
         if not in_between:
             recorder.settled_attempt(demand, outcome, 0.0, 0.1)
-            in_between.append(recorder._totals.attempts)
+            in_between.append(recorder.snapshot().attempts)
         return join(bins)
 
     monkeypatch.setattr(_stats, "_joined", collecting)
