@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from openai_eval_client._stats import Failure, History, ModelTimeline, ReportData
     from openai_eval_client.models import ClientStats
 
+    Rows = Sequence[Sequence[object]]
+
 
 _ROWS = 40  # of the table of costs
 _MINUTE = 60.0
@@ -34,8 +36,6 @@ _FULL = 0.85  # of a limit, from which it is what bound a run
 _FAR_FROM = 1.1  # times: two limits that differ
 _GENEROUS = 1.5  # times what answers take: a reservation that could be smaller
 _DIMENSIONS = ("requests", "tokens")
-
-# --- what bound the run -----------------------------------------------------------------------------------
 
 
 class Bottleneck(NamedTuple):
@@ -187,9 +187,6 @@ def limit_shares(limits: ModelLimits, history: History) -> dict[str, float]:
     return shares
 
 
-# --- the page ---------------------------------------------------------------------------------------------
-
-
 def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
     """Write the page about what a client did, and return its path."""
     stats, data, limits = account.stats, account.recorder.report_data(), account.limiter.limits
@@ -197,10 +194,9 @@ def write_report(path: str | os.PathLike[str], account: Account, base_url: str, 
     began = "" if began_at is None else f", first request {clock(began_at)}"
     about = f"{urlsplit(base_url).hostname or base_url}{began}; written {clock(time.time())}"
     template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+    texts = {"title": title or "Run report", "about": about, "summary": _summary(stats, data.history, bound)}
     page = template.substitute(
-        title=escape(title or "Run report"),
-        about=escape(about),
-        summary=escape(_summary(stats, data.history, bound)),
+        {key: escape(text) for key, text in texts.items()},
         sections="".join(_sections(stats, data, limits, bound)),
     )
     return write_page(path, page)
@@ -242,13 +238,7 @@ def _sections(
 
 
 def _table_section(
-    heading: str,
-    head: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    *,
-    texts: int = 1,
-    note: str = "",
-    empty: str = "",
+    heading: str, head: Sequence[str], rows: Rows, *, texts: int = 1, note: str = "", empty: str = ""
 ) -> str:
     """Return a section with a table; without rows one that says `empty`, or none."""
     content = table(head, rows, texts=texts) if rows else empty
@@ -275,10 +265,8 @@ def _costs(stats: ClientStats) -> str:
     ordered, rows = sorted(stats.cost.rows, key=lambda row: (-(row.cost or 0), -row.calls)), []
     for row in ordered[:_ROWS]:
         counts = map(count, (row.calls, row.input_tokens, row.cached_tokens, row.output_tokens))
-        bar = ""
-        if row.cost:
-            share = float(row.cost / (ordered[0].cost or 1))
-            bar = f'<span class="part" style="width:{100 * share:.1f}%"></span>'
+        share = 100 * (row.cost or 0) / (ordered[0].cost or 1)
+        bar = f'<span class="part" style="width:{share:.1f}%"></span>' if share else ""
         amount = f'<span class="track">{bar}</span><span class="amount">{dollars(row.cost)}</span>'
         rows.append((name(row.model), row.channel, row.service_tier, *counts, Markup(amount)))
     head = ("model", "channel", "tier", "calls", "tokens in", "cached", "tokens out", "USD")
@@ -291,13 +279,11 @@ def _cost_note(stats: ClientStats) -> str:
         f"{count(cost.unaccounted)} attempts may have been billed besides (no answer came, or none with "
         f"usage): up to {dollars(cost.unaccounted_cost)}."
     )
+    retried = f"{count(cost.retried)} attempts were billed without bringing an answer, and are in it."
     sentences = (
         (True, f"{cost_text(cost)} by list prices."),
         (len(cost.rows) > _ROWS, f"The {_ROWS} largest of {len(cost.rows)} rows."),
-        (
-            cost.retried,
-            f"{count(cost.retried)} attempts were billed without bringing an answer, and are in it.",
-        ),
+        (cost.retried, retried),
         (cost.unaccounted, unaccounted),
         (cost.saved_by_cache, f"The cache saved {dollars(cost.saved_by_cache)}."),
         (budget, f"Budget: {dollars(budget.get('spent'))} of {dollars(budget.get('limit'))} spent."),
@@ -323,7 +309,7 @@ def _finish_reasons(stats: ClientStats, reasons: dict[str, int]) -> str:
     ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
     rows = [(name(reason), count(times), percent(times / counted)) for reason, times in ordered]
     others = stats.requests - stats.failures - counted
-    note = f"Not counted: {count(others)} answers from the cache or to calls on client.openai."
+    note = f"Not counted: {count(others)} answers without a finish reason, or to calls on client.openai."
     head = ("how answers ended", "answers", "share")
     return _table_section("Finish reasons", head, rows, note=note if others > 0 else "")
 

@@ -277,17 +277,13 @@ class Display:
                 self._bar = Bar(self._total)
             except ModuleNotFoundError:
                 _write(_MISSING)
-            else:
-                self._show()
-        self._schedule()
+        self._tick(is_first=True)
 
-    def _schedule(self) -> None:
+    def _tick(self, *, is_first: bool = False) -> None:
+        if self._bar is not None or not is_first:  # a log has nothing to say yet
+            self._show()
         seconds = _LOG if self._bar is None else _PAINT
         self._timer = asyncio.get_running_loop().call_later(seconds, self._safely, self._tick)
-
-    def _tick(self) -> None:
-        self._show()
-        self._schedule()
 
     def _show(self) -> None:
         state = self._meter.read(self._probe(), time.monotonic())

@@ -156,7 +156,7 @@ async def test_finish_reasons_are_a_table(tmp_path, few_certificates):
             page = read(client.report(tmp_path / "run.html"))
     assert f"how answers ended answers share length 5 50% stop 3 30% {SCRIPT} 1 10%" in page.words
     assert "content_filter 1 10%" in page.words
-    assert "Not counted: 1 answers" in page.words
+    assert "Not counted: 1 answers without a finish reason, or to calls on client.openai." in page.words
 
 
 async def test_a_page_without_finish_reasons_has_no_table_of_them(tmp_path):
