@@ -47,10 +47,10 @@ class _Chart:
     """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
     def __init__(
-        self, highest: float, unit: str, share_of: Callable[[float], float], ticks: Iterable[float]
+        self, reach: float, unit: str, scale: Callable[[float], float], ticks: Iterable[float]
     ) -> None:
-        self.top = top = 1.08 * highest
-        self._share_of = share_of  # where a time stands on its axis, from 0 to 1
+        self.top = top = 1.08 * reach
+        self._scale = scale  # where a time stands on its axis, from 0 to 1
         self.parts: list[str] = []
         self.text(2, _TOP - 10, unit, "start")
         least = top / _TICKS * (1 - 1e-9)
@@ -65,7 +65,7 @@ class _Chart:
 
     def x(self, seconds: float) -> float:
         """Return where a time stands; what is beyond the axis stands at its end."""
-        return _LEFT + (_RIGHT - _LEFT) * min(max(self._share_of(seconds), 0.0), 1.0)
+        return _LEFT + (_RIGHT - _LEFT) * min(max(self._scale(seconds), 0.0), 1.0)
 
     def y(self, amount: float) -> float:
         """Return where an amount stands, likewise."""
@@ -157,7 +157,6 @@ class TimeAxis:
         reach = _reach(sums, max([highest, *near.values()]), near.values())
         chart = _Chart(reach, unit, lambda seconds: seconds / self.seconds, self._ticks)
         self._stack(chart, columns, unit)
-        self._mark_peaks(chart, sums)
         for layer in layers:
             if layer.is_line:
                 steps = ((n + end, value) for n, value in enumerate(layer.values) for end in (0, 1))
@@ -173,6 +172,7 @@ class TimeAxis:
         return _figure(title, about, chart.parts, *layers, model=model)
 
     def _stack(self, chart: _Chart, layers: Sequence[Layer], unit: str) -> None:
+        """Draw the layers, and mark the columns higher than the chart; the highest says how high."""
         below = [0.0] * self._columns
         for layer in layers:
             for number, value in enumerate(layer.values):
@@ -181,14 +181,11 @@ class TimeAxis:
                     about = f"{duration(begin)}: {short(value)} {unit} {layer.label}"
                     chart.column(layer.style, (begin, begin + self.step), below[number], value, about)
                     below[number] += value
-
-    def _mark_peaks(self, chart: _Chart, sums: Sequence[float]) -> None:
-        """Mark the columns that are higher than the chart; the highest says how high."""
-        for number, total in enumerate(sums):
+        for number, total in enumerate(below):
             if total > chart.top:
                 x = chart.x((number + 0.5) * self.step)
                 chart.path("cut", f"{x - 4:.1f} {_TOP + 1}l4 -6l4 6z")
-                if sums.index(max(sums)) == number:
+                if below.index(max(below)) == number:
                     chart.label(x + 2, _TOP, f"up to {short(total)}")
 
     def _mark_breaks(self, chart: _Chart) -> None:
@@ -230,13 +227,12 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
 
     low, high = edge(-margin), edge(max(bars) + 1 + margin)
 
-    def share_of(seconds: float) -> float:
+    def scale(seconds: float) -> float:
         return math.log(seconds / low) / math.log(high / low)
 
     ticks = [seconds for seconds in _ROUND_TIMES if low <= seconds <= high] or [math.sqrt(low * high)]
-    chart = _Chart(
-        max(bars.values()), "requests", share_of, ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
-    )
+    ticks = ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
+    chart = _Chart(max(bars.values()), "requests", scale, ticks)
     for bar, times in sorted(bars.items()):
         tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
         chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)

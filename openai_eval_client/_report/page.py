@@ -57,21 +57,16 @@ def bottleneck(stats: ClientStats, limits: Sequence[ModelLimits], history: Histo
     known = [each for each in limits if each.model in history.models]
     waits = [(seconds, cause, each) for each in known for cause, seconds in each.waited.items()]
     if waited < _LITTLE * whole or not waits:
-        return _server(stats, history)
+        text = (
+            f"No request waited for a limit: each took {duration(stats.server_seconds / stats.attempts)} "
+            f"at the server, at most {max(history.in_flight):.1f} at a time. To go faster, ask for more at "
+            "once: batch_generate instead of one prompt after the other."
+        )
+        return Bottleneck("bound by the time the server takes", [text] if stats.requests > 1 else [])
     _, cause, model = max(waits, key=itemgetter(0))
     if cause == "pause":
         return _paused(stats, model)
     return _concurrency(model, history) if cause == "concurrency" else _limited(cause, model, history)
-
-
-def _server(stats: ClientStats, history: History) -> Bottleneck:
-    """Return the bottleneck of a run that waited for no limit."""
-    text = (
-        f"No request waited for a limit: each took {duration(stats.server_seconds / stats.attempts)} "
-        f"at the server, at most {max(history.in_flight):.1f} at a time. To go faster, ask for more at once: "
-        "batch_generate instead of one prompt after the other."
-    )
-    return Bottleneck("bound by the time the server takes", [text] if stats.requests > 1 else [])
 
 
 def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
