@@ -17,9 +17,10 @@ from openai_eval_client._wire import class_of, code_of, status_of
 from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection
 
     from openai_eval_client._wire import Demand, Outcome
+    from openai_eval_client.models import ModelResponse
 
 
 BINS = 240  # intervals of a timeline
@@ -303,7 +304,7 @@ class Recorder:
         with self._lock:
             self._totals["requests"] += 1
             self._totals["cache_hits"] += cached
-            self._count_reason(finish_reason, 1)
+            self._count_reason(finish_reason)
 
     def stored(self) -> None:
         """Count one answer stored in the cache."""
@@ -317,28 +318,21 @@ class Recorder:
             self._totals["failures"] += 1
             self._failures.raised(model, error, for_good=True)
 
-    def settled(
-        self,
-        answered: int,
-        failed: int,
-        prompt_tokens: int,
-        completion_tokens: int,
-        finish_reasons: Mapping[str, int] | None = None,
-    ) -> None:
+    def settled(self, answers: Collection[ModelResponse], failed: int) -> None:
         """Count the requests of a batch, and the tokens of its answers."""
         with self._lock:
             totals = self._totals
-            totals["requests"] += answered + failed
+            totals["requests"] += len(answers) + failed
             totals["failures"] += failed
-            totals["prompt_tokens"] += prompt_tokens
-            totals["completion_tokens"] += completion_tokens
-            for reason, times in (finish_reasons or {}).items():
-                self._count_reason(reason, times)
+            for answer in answers:
+                totals["prompt_tokens"] += answer.usage.prompt_tokens
+                totals["completion_tokens"] += answer.usage.completion_tokens
+                self._count_reason(answer.finish_reason)
 
-    def _count_reason(self, reason: str, times: int) -> None:
+    def _count_reason(self, reason: str) -> None:
         known = self._finish_reasons
         if reason:
-            known[reason if reason in known or len(known) < _REASONS else _OTHER] += times
+            known[reason if reason in known or len(known) < _REASONS else _OTHER] += 1
 
     @property
     def rate_limited_and_retries(self) -> tuple[int, int]:

@@ -268,13 +268,7 @@ class BatchSettler:
 
     def _record(self, results: BatchResults) -> None:
         answers = results.responses.values()
-        self._recorder.settled(
-            len(answers),
-            len(results.outcomes) - len(answers),
-            sum(answer.usage.prompt_tokens for answer in answers),
-            sum(answer.usage.completion_tokens for answer in answers),
-            finish_reasons=Counter(answer.finish_reason for answer in answers),
-        )
+        self._recorder.settled(answers, len(results.outcomes) - len(answers))
 
     async def _stated_index(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""
