@@ -250,7 +250,8 @@ class BatchSettler:
         if batch.id not in self._booked:  # else it was settled before
             self._booked.add(batch.id)
             self._ledger.book_batch(reader.prices)
-            self._record(results)
+            answers = results.responses.values()
+            self._recorder.settled(answers, len(results.outcomes) - len(answers))
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
             _settle_reservation(submitted, batch, results.outcomes)
@@ -265,10 +266,6 @@ class BatchSettler:
         for error in named:
             request = index.index_at(error.line or 0)
             error.line = None if request is None else request + 1
-
-    def _record(self, results: BatchResults) -> None:
-        answers = results.responses.values()
-        self._recorder.settled(answers, len(results.outcomes) - len(answers))
 
     async def _stated_index(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""

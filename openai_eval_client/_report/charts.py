@@ -134,11 +134,6 @@ class TimeAxis:
         units = (min(max(length, self.step / 2), self.step) / self.scale for length in lengths)
         return [total / unit for total, unit in zip(self.sums(values), units, strict=True)]
 
-    def totals(self, counts: str) -> list[float]:
-        """Return what happened in each column, of all models together."""
-        models = (self.sums(getattr(model, counts)) for model in self.history.models.values())
-        return [sum(values) for values in zip(*models, strict=True)]
-
     def means(self, values: Sequence[float]) -> list[float]:
         """Return the mean of what had a value in each interval, over each column."""
         width, end = self.history.width, self.history.seconds
@@ -297,20 +292,20 @@ def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
     models, drawn = axis.history.models, []
     known = [each for each in limits if each.model in models]
     largest = sorted(known, key=lambda each: (-sum(models[each.model].reserved), each.model))[:_DRAWN]
-    for each in largest:
-        timeline = models[each.model]
+    for limited in largest:
+        timeline = models[limited.model]
         sent = [Layer("sent", "admitted", axis.rates(timeline.admitted))]
         reserved = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
         used = Layer("used by answers", "used", axis.rates(timeline.used), is_line=True)
         for what, layers, limit in (
-            ("requests", sent, each.requests),
-            ("tokens", [reserved, used], each.tokens),
+            ("requests", sent, limited.requests),
+            ("tokens", [reserved, used], limited.tokens),
         ):
             server = None if limit.server == limit.configured else limit.server
             pairs = (("limit", limit.configured), ("server's limit", server))
             marks = [(f"{label} {short(n)}/min", n * axis.scale / _MINUTE) for label, n in pairs if n]
             title, unit = f"{what} per {axis.unit}", f"{what}/{axis.symbol}"
-            drawn.append(axis.draw(title, unit, *layers, limits=marks, model=each.model))
+            drawn.append(axis.draw(title, unit, *layers, limits=marks, model=limited.model))
     left = len(models) - len(largest)
     more = f" The table of models has {count(left)} more." if left else ""
     wide = duration(axis.step)
@@ -325,11 +320,13 @@ def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup
     marks = [(f"max_concurrent {bounds[0]:g}", bounds[0])] if is_marked else []
     layer = Layer("in flight", "flight", means)
     yield axis.draw("Requests in flight, on average", "requests", layer, limits=marks)
-    limited = Layer("status 429", "rate_limited", axis.totals("rate_limited"))
-    failed = Layer("other failures", "failed", axis.totals("failed"))
-    if any(limited.values) or any(failed.values):
+    layers = []
+    for label, counts in (("status 429", "rate_limited"), ("other failures", "failed")):
+        models = (axis.sums(getattr(model, counts)) for model in axis.history.models.values())
+        layers.append(Layer(label, counts, [sum(values) for values in zip(*models, strict=True)]))
+    if any(any(layer.values) for layer in layers):
         step = duration(axis.step)
-        yield axis.draw(f"Attempts without an answer, each {step}", f"in {step}", limited, failed)
+        yield axis.draw(f"Attempts without an answer, each {step}", f"in {step}", *layers)
 
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:

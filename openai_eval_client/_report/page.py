@@ -311,14 +311,14 @@ def _finish_reasons(stats: ClientStats, reasons: dict[str, int]) -> str:
 
 def _failures(stats: ClientStats, failures: Sequence[Failure]) -> str:
     rows = []
-    for each in failures:
-        error = name(" ".join(str(part) for part in (each.kind, each.status, each.code) if part))
-        texts = error, meaning_of(each.kind, each.status, each.code)
+    for failure in failures:
+        error = name(" ".join(str(part) for part in (failure.kind, failure.status, failure.code) if part))
+        texts = error, meaning_of(failure.kind, failure.status, failure.code)
         wide = (Markup(f'<span class="wide">{escape(text)}</span>') for text in texts)
-        times = (Markup(clock(at).replace(" ", "<br>")) for at in (each.first, each.last))
-        rows.append((name(each.model), *wide, count(each.attempts), count(each.prompts), *times))
+        times = (Markup(clock(at).replace(" ", "<br>")) for at in (failure.first, failure.last))
+        rows.append((name(failure.model), *wide, count(failure.attempts), count(failure.prompts), *times))
     head = ("model", "error", "what it means", "attempts", "prompts lost", "first", "last")
-    unnamed = stats.failures - sum(each.prompts for each in failures)
-    note = f"{count(unnamed)} requests of batches failed: their errors are among the results."
-    note = note if unnamed > 0 else ""
+    unnamed = stats.failures - sum(failure.prompts for failure in failures)
+    batches = f"{count(unnamed)} requests of batches failed: their errors are among the results."
+    note = batches if unnamed > 0 else ""
     return _table_section("Failures", head, rows, texts=3, note=note, empty="No attempt failed.")
