@@ -161,8 +161,8 @@ class TimeAxis:
         self._mark_breaks(chart)
         if far := ", ".join(sorted(label for label, _ in limits if label not in near)):
             chart.text(_RIGHT, _TOP - 10, f"far below {far}")
-        mean, most = map(short, (sum(sums) / len(sums), max(sums)))
-        about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
+        mean, top = map(short, (sum(sums) / len(sums), max(sums)))
+        about = f"{duration(self.seconds)}; {mean} {unit} on average, {top} at most."
         about += "".join(f" {label}." for label, _ in limits)
         return _figure(title, about, chart.parts, *layers, model=model)
 
@@ -290,7 +290,7 @@ def _swatch(style: str, label: str) -> Markup:
 def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
     """Return the charts of the models that reserved most, against their limits."""
     models, drawn = axis.history.models, []
-    known = [each for each in limits if each.model in models]
+    known = [limited for limited in limits if limited.model in models]
     largest = sorted(known, key=lambda each: (-sum(models[each.model].reserved), each.model))[:_DRAWN]
     for limited in largest:
         timeline = models[limited.model]

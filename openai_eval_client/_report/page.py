@@ -71,8 +71,8 @@ def bottleneck(stats: ClientStats, limits: Sequence[ModelLimits], history: Histo
 
 def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
     """Return the bottleneck of a run that the server refused again and again."""
-    most = max(stats.rate_limited_by, key=stats.rate_limited_by.__getitem__, default="unknown")
-    named = "" if most == "unknown" else f", mostly for {most}"
+    limit = max(stats.rate_limited_by, key=stats.rate_limited_by.__getitem__, default="unknown")
+    named = "" if limit == "unknown" else f", mostly for {limit}"
     share = (
         "Programs that use the same quota at the same time can share it (redis_url); "
         "otherwise lower the configured limits to this program's part of it."
@@ -85,17 +85,17 @@ def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
 def _concurrency(limits: ModelLimits, history: History) -> Bottleneck:
     """Return the bottleneck of a run that could have had more requests in flight."""
     used, timeline = limit_shares(limits, history), history.models[limits.model]
-    most, sent = max(history.in_flight), max(sum(timeline.admitted), 1.0)
+    peak, sent = max(history.in_flight), max(sum(timeline.admitted), 1.0)
     latency = duration(timeline.seconds / sent)
     needs = (limits.requests.per_minute, 1.0), (limits.tokens.per_minute, sum(timeline.reserved) / sent)
     rates = [limit / _MINUTE / need for limit, need in needs if limit and need]  # requests per second
     enough = math.ceil(min(rates, default=0.0) * timeline.seconds / sent)  # rate x latency: Little's law
     if not rates:
         text = "Raise max_concurrent step by step, for as long as latency and 429s do not rise with it."
-    elif enough > _FAR_FROM * max(1.0, min(limits.max_concurrent, most)):
+    elif enough > _FAR_FROM * max(1.0, min(limits.max_concurrent, peak)):
         text = (
             f"At {latency} a request, about {enough} in flight would use the limits up; "
-            f"there were at most {most:.0f}."
+            f"there were at most {peak:.0f}."
         )
     elif max(used.values()) < _FULL:
         text = (
