@@ -7,7 +7,7 @@ import math
 import time
 from array import array
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import openai
@@ -17,9 +17,10 @@ from openai_eval_client._wire import class_of, code_of, status_of
 from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection
 
     from openai_eval_client._wire import Demand, Outcome
+    from openai_eval_client.models import ModelResponse
 
 
 BINS = 240  # intervals of a timeline
@@ -30,6 +31,7 @@ _OTHERS, _UNMETERED = "other models", "files and batches"
 _FAILURES, _REASONS = 60, 20  # kinds of failures, and finish reasons, that are told apart
 _OTHER = "other"
 _TOO_MANY_REQUESTS = 429
+_RETRIED_BY_SDK = frozenset({408, 409, 429})  # of the 4xx
 
 
 def _bins() -> array[float]:
@@ -227,25 +229,6 @@ class Histogram(Counter[int]):
         return math.exp(number * _STEP)
 
 
-@dataclass(slots=True)
-class _Totals:
-    """The counts of `ClientStats`; pydantic's own attributes would take twice the time."""
-
-    requests: int = 0
-    failures: int = 0
-    attempts: int = 0
-    retries: int = 0
-    rate_limited: int = 0
-    reserved_tokens: int = 0
-    wait_seconds: float = 0.0
-    retry_seconds: float = 0.0
-    server_seconds: float = 0.0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cache_hits: int = 0
-    cache_writes: int = 0
-
-
 @dataclass(frozen=True, slots=True)
 class ReportData:
     """What a report shows besides the totals."""
@@ -261,7 +244,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self._lock = DeferringLock()  # a stream that was dropped settles whenever it is collected
-        self._totals = _Totals()
+        # The counts of `ClientStats` by name: writing to its own attributes would take twice the time.
+        self._totals: defaultdict[str, Any] = defaultdict(int)
         self._latency = Histogram()
         self._timeline = Timeline()
         self._failures = Failures()
@@ -270,8 +254,8 @@ class Recorder:
     def admitted(self, model: str | None, tokens: float, asked_at: float, now: float) -> None:
         """Count an admission, with the tokens reserved for it."""
         with self._lock:
-            self._totals.reserved_tokens += round(tokens)
-            self._totals.wait_seconds += now - asked_at
+            self._totals["reserved_tokens"] += round(tokens)
+            self._totals["wait_seconds"] += now - asked_at
             self._timeline.admitted(model, asked_at, now, tokens)
 
     def settled_attempt(self, demand: Demand, outcome: Outcome, began: float, ended: float) -> None:
@@ -288,91 +272,79 @@ class Recorder:
             self._count_sdk_call(demand, outcome)
         if not outcome.sent:
             return
-        totals.attempts += 1
-        totals.server_seconds += seconds
-        totals.rate_limited += outcome.status == _TOO_MANY_REQUESTS
+        totals["attempts"] += 1
+        totals["server_seconds"] += seconds
+        totals["rate_limited"] += outcome.status == _TOO_MANY_REQUESTS
         if outcome.ok:
             self._latency.add(seconds)
         if counted is not None:
-            totals.prompt_tokens += counted.prompt_tokens
-            totals.completion_tokens += counted.completion_tokens
+            totals["prompt_tokens"] += counted.prompt_tokens
+            totals["completion_tokens"] += counted.completion_tokens
 
     def _count_sdk_call(self, demand: Demand, outcome: Outcome) -> None:
         """Count a call, or a retry, that the SDK made by itself."""
-        self._totals.requests += not demand.retry
-        self._totals.retries += bool(demand.retry)
+        self._totals["retries" if demand.retry else "requests"] += 1
         if not outcome.ok:
-            for_good = _is_refused_for_good(outcome)
-            self._totals.failures += for_good
+            may_repeat = (outcome.headers or {}).get("x-should-retry") == "true"
+            is_repeated = may_repeat or outcome.status in _RETRIED_BY_SDK
+            for_good = outcome.is_refusal and not is_repeated  # of other failures only the SDK knows
+            self._totals["failures"] += for_good
             code = "" if outcome.failure is None else outcome.failure.code
             self._failures.refused(str(demand.model), outcome.status, code, for_good=for_good)
 
     def retry(self, model: str, error: Exception, wait: float) -> None:
         """Count one more attempt for the same prompt, after an error and a wait in seconds."""
         with self._lock:
-            self._totals.retries += 1
-            self._totals.retry_seconds += wait
+            self._totals["retries"] += 1
+            self._totals["retry_seconds"] += wait
             self._failures.raised(model, error, for_good=False)
 
-    def answered(self, finish_reason: str = "") -> None:
-        """Count one answered prompt."""
+    def answered(self, finish_reason: str = "", *, cached: bool = False) -> None:
+        """Count one prompt that was answered, by the server or from the cache."""
         with self._lock:
-            self._totals.requests += 1
-            self._count_reason(finish_reason, 1)
-
-    def cached(self, finish_reason: str = "") -> None:
-        """Count one prompt answered from the cache."""
-        with self._lock:
-            self._totals.requests += 1
-            self._totals.cache_hits += 1
-            self._count_reason(finish_reason, 1)
+            self._totals["requests"] += 1
+            self._totals["cache_hits"] += cached
+            self._count_reason(finish_reason)
 
     def stored(self) -> None:
         """Count one answer stored in the cache."""
         with self._lock:
-            self._totals.cache_writes += 1
+            self._totals["cache_writes"] += 1
 
     def failed(self, model: str, error: Exception) -> None:
         """Count one prompt that failed for good."""
         with self._lock:
-            self._totals.requests += 1
-            self._totals.failures += 1
+            self._totals["requests"] += 1
+            self._totals["failures"] += 1
             self._failures.raised(model, error, for_good=True)
 
-    def settled(
-        self,
-        answered: int,
-        failed: int,
-        prompt_tokens: int,
-        completion_tokens: int,
-        finish_reasons: Mapping[str, int] | None = None,
-    ) -> None:
+    def settled(self, answers: Collection[ModelResponse], failed: int) -> None:
         """Count the requests of a batch, and the tokens of its answers."""
         with self._lock:
             totals = self._totals
-            totals.requests += answered + failed
-            totals.failures += failed
-            totals.prompt_tokens += prompt_tokens
-            totals.completion_tokens += completion_tokens
-            for reason, times in (finish_reasons or {}).items():
-                self._count_reason(reason, times)
+            totals["requests"] += len(answers) + failed
+            totals["failures"] += failed
+            for answer in answers:
+                totals["prompt_tokens"] += answer.usage.prompt_tokens
+                totals["completion_tokens"] += answer.usage.completion_tokens
+                self._count_reason(answer.finish_reason)
 
-    def _count_reason(self, reason: str, times: int) -> None:
+    def _count_reason(self, reason: str) -> None:
         known = self._finish_reasons
         if reason:
-            known[reason if reason in known or len(known) < _REASONS else _OTHER] += times
+            known[reason if reason in known or len(known) < _REASONS else _OTHER] += 1
 
     @property
     def rate_limited_and_retries(self) -> tuple[int, int]:
         """Answers with status 429, and retries, so far."""
         with self._lock:
-            return self._totals.rate_limited, self._totals.retries
+            return self._totals["rate_limited"], self._totals["retries"]
 
     def snapshot(self, **details: Any) -> ClientStats:
         """Return the totals as they stand, with details that are kept elsewhere."""
         with self._lock:
             percentiles = {f"latency_p{n}": self._latency.percentile(n / 100) for n in (50, 95, 99)}
-            return ClientStats(**{**asdict(self._totals), **percentiles, **details})
+            return ClientStats(**{**self._totals, **percentiles, **details})
 
     def report_data(self) -> ReportData:
         """Return what a report shows besides the totals."""
@@ -383,13 +355,3 @@ class Recorder:
                 [replace(row) for row in self._failures.rows()],
                 dict(self._finish_reasons),
             )
-
-
-_RETRIED_BY_SDK = frozenset({408, 409, 429})  # of the 4xx
-
-
-def _is_refused_for_good(outcome: Outcome) -> bool:
-    """Return whether the SDK will not repeat a refused attempt; of other failures only the SDK knows."""
-    if not outcome.is_refusal or outcome.status in _RETRIED_BY_SDK:
-        return False
-    return (outcome.headers or {}).get("x-should-retry") != "true"

@@ -246,7 +246,11 @@ class BatchSettler:
         explain_missing(batch, results, index)
         _name_outcomes(results, index)
         await self._count_missing_usage(batch, results, index.indexes, reader)
-        self._book(batch, results, reader)
+        if batch.id not in self._booked:  # else it was settled before
+            self._booked.add(batch.id)
+            self._ledger.book_batch(reader.prices)
+            answers = results.responses.values()
+            self._recorder.settled(answers, len(results.outcomes) - len(answers))
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
             _settle_reservation(submitted, batch, results.outcomes)
@@ -261,20 +265,6 @@ class BatchSettler:
         for error in named:
             request = index.index_at(error.line or 0)
             error.line = None if request is None else request + 1
-
-    def _book(self, batch: Batch, results: BatchResults, reader: LineReader) -> None:
-        if batch.id in self._booked:  # it was settled before
-            return
-        self._booked.add(batch.id)
-        self._ledger.book_batch(reader.prices)
-        answers = results.responses.values()
-        self._recorder.settled(
-            len(answers),
-            len(results.outcomes) - len(answers),
-            sum(answer.usage.prompt_tokens for answer in answers),
-            sum(answer.usage.completion_tokens for answer in answers),
-            finish_reasons=Counter(answer.finish_reason for answer in answers),
-        )
 
     async def _stated_index(self, batch: Batch, offset: int) -> RequestIndex | None:
         """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""

@@ -242,7 +242,7 @@ class Cache:
             warn("a kept answer cannot be read (%s): asking again", reason, event="cache_unreadable", **about)
             return None
         response._body = text  # noqa: SLF001  # a tenth of the parsed body's memory
-        self._recorder.cached(response.finish_reason)
+        self._recorder.answered(response.finish_reason, cached=True)
         self._ledger.saved(parameters.model, usage, batch=batch)
         self._ledger.keep_up()
         return response

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from openai_eval_client._format import count, duration, percent, short
@@ -14,7 +13,7 @@ from openai_eval_client._stats import Histogram
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-    from openai_eval_client._limits import Limit, ModelLimits
+    from openai_eval_client._limits import ModelLimits
     from openai_eval_client._stats import History, ReportData
     from openai_eval_client.models import ClientStats
 
@@ -31,7 +30,6 @@ _FAR = 8.0  # times the highest column: a limit beyond is named, not drawn
 _PEAK, _CUT = 2.0, 1.3  # times the other columns: one above the first is cut off at the second
 _MANY = 10  # columns from which a peak may be cut off
 _LABELLED = 3  # breaks whose length is written under them
-_WIDE = 3.0  # a column from which there is a gap to the next
 _COLUMNS, _BARS = 80, 36  # of a chart over time, and of a histogram, at most
 _DRAWN = 6  # models that have charts of their own
 _MINUTE = 60.0
@@ -45,17 +43,14 @@ _CAUSES = {
 }
 
 
-# --- drawing ----------------------------------------------------------------------------------------------
-
-
 class _Chart:
     """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
     def __init__(
-        self, highest: float, unit: str, share_of: Callable[[float], float], ticks: Iterable[float]
+        self, reach: float, unit: str, scale: Callable[[float], float], ticks: Iterable[float]
     ) -> None:
-        self.top = top = 1.08 * highest
-        self._share_of = share_of  # where a time stands on its axis, from 0 to 1
+        self.top = top = 1.08 * reach
+        self._scale = scale  # where a time stands on its axis, from 0 to 1
         self.parts: list[str] = []
         self.text(2, _TOP - 10, unit, "start")
         least = top / _TICKS * (1 - 1e-9)
@@ -70,7 +65,7 @@ class _Chart:
 
     def x(self, seconds: float) -> float:
         """Return where a time stands; what is beyond the axis stands at its end."""
-        return _LEFT + (_RIGHT - _LEFT) * min(max(self._share_of(seconds), 0.0), 1.0)
+        return _LEFT + (_RIGHT - _LEFT) * min(max(self._scale(seconds), 0.0), 1.0)
 
     def y(self, amount: float) -> float:
         """Return where an amount stands, likewise."""
@@ -96,21 +91,22 @@ class _Chart:
     def column(self, style: str, times: tuple[float, float], below: float, amount: float, about: str) -> None:
         """Draw a column between two times, on what is below it."""
         left, upper = self.x(times[0]), self.y(below + amount)
-        width = self.x(times[1]) - left
-        width = max(width - 0.6 if width > _WIDE else width, 0.4)
-        place = f'x="{left:.2f}" y="{upper:.2f}" width="{width:.2f}" height="{self.y(below) - upper:.2f}"'
-        self.parts.append(f'<rect class="{style}" {place}><title>{escape(about)}</title></rect>')
+        width = max(self.x(times[1]) - left - 0.6, 0.4)  # a gap to the next
+        self.parts.append(_rect(style, about, x=left, y=upper, width=width, height=self.y(below) - upper))
 
 
-# --- columns over time ------------------------------------------------------------------------------------
+def _rect(style: str, tooltip: str, **place: float) -> str:
+    attributes = " ".join(f'{key}="{value:.3f}"' for key, value in place.items())
+    return f'<rect class="{style}" {attributes}><title>{escape(tooltip)}</title></rect>'
 
 
 class Layer(NamedTuple):
-    """Columns of one colour, which stand on those of the layer before."""
+    """Columns of one colour, which stand on those of the layer before, or a line over them."""
 
     label: str  # what they count
     style: str  # their class in the style sheet
     values: Sequence[float] = ()  # one for each column
+    is_line: bool = False
 
 
 class TimeAxis:
@@ -124,6 +120,9 @@ class TimeAxis:
         self._columns = math.ceil(self.seconds / self.step)
         minutes = self.seconds >= _MINUTE
         self.unit, self.symbol, self.scale = ("minute", "min", _MINUTE) if minutes else ("second", "s", 1.0)
+        fitting = (step for step in _ROUND_TIMES if self.seconds / step <= _TIME_TICKS)
+        step = next(fitting, self.seconds / _TIME_TICKS)
+        self._ticks = [number * step for number in range(int(self.seconds / step) + 1)]
 
     def sums(self, values: Sequence[float]) -> list[float]:
         """Return what happened in each column."""
@@ -135,11 +134,6 @@ class TimeAxis:
         units = (min(max(length, self.step / 2), self.step) / self.scale for length in lengths)
         return [total / unit for total, unit in zip(self.sums(values), units, strict=True)]
 
-    def totals(self, counts: str) -> list[float]:
-        """Return what happened in each column, of all models together."""
-        models = (self.sums(getattr(model, counts)) for model in self.history.models.values())
-        return [sum(values) for values in zip(*models, strict=True)]
-
     def means(self, values: Sequence[float]) -> list[float]:
         """Return the mean of what had a value in each interval, over each column."""
         width, end = self.history.width, self.history.seconds
@@ -148,41 +142,32 @@ class TimeAxis:
         return [area / max(length, 1e-9) for area, length in zip(areas, self.sums(lengths), strict=True)]
 
     def draw(
-        self,
-        title: str,
-        unit: str,
-        *layers: Layer,
-        line: Layer | None = None,
-        limits: Mapping[str, float] = MappingProxyType({}),
-        model: str = "",
+        self, title: str, unit: str, *layers: Layer, limits: Sequence[tuple[str, float]] = (), model: str = ""
     ) -> Markup:
-        """Return a figure of columns, with a line over them, and limits marked by label."""
-        sums = [sum(values) for values in zip(*(layer.values for layer in layers), strict=True)]
-        highest = max([*sums, *(line.values if line else ())])
-        near = {label: value for label, value in limits.items() if value <= _FAR * highest}
+        """Return a figure of columns and lines, with limits marked by label."""
+        columns = [layer for layer in layers if not layer.is_line]
+        sums = [sum(values) for values in zip(*(layer.values for layer in columns), strict=True)]
+        highest = max(sums + [value for layer in layers for value in layer.values])
+        near = {label: value for label, value in limits if value <= _FAR * highest}
         reach = _reach(sums, max([highest, *near.values()]), near.values())
-        chart = _Chart(reach, unit, lambda seconds: seconds / self.seconds, self._ticks())
-        self._stack(chart, layers, unit)
-        self._mark_peaks(chart, sums)
-        if line:
-            steps = ((n + end, value) for n, value in enumerate(line.values) for end in (0, 1))
-            points = (f"{chart.x(n * self.step):.2f} {chart.y(value):.2f}" for n, value in steps)
-            chart.path(f"line {line.style}", "L".join(points))
+        chart = _Chart(reach, unit, lambda seconds: seconds / self.seconds, self._ticks)
+        self._stack(chart, columns, unit)
+        for layer in layers:
+            if layer.is_line:
+                steps = ((n + end, value) for n, value in enumerate(layer.values) for end in (0, 1))
+                points = (f"{chart.x(n * self.step):.2f} {chart.y(value):.2f}" for n, value in steps)
+                chart.path(f"line {layer.style}", "L".join(points))
         _mark_limits(chart, near)
         self._mark_breaks(chart)
-        if far := ", ".join(sorted(limits.keys() - near.keys())):
+        if far := ", ".join(sorted(label for label, _ in limits if label not in near)):
             chart.text(_RIGHT, _TOP - 10, f"far below {far}")
-        mean, most = map(short, (sum(sums) / len(sums), max(sums)))
-        about = f"{duration(self.seconds)}; {mean} {unit} on average, {most} at most."
-        about += "".join(f" {label}." for label in limits)
-        return _figure(title, about, chart.parts, *layers, *([line] if line else ()), model=model)
-
-    def _ticks(self) -> list[float]:
-        fitting = (step for step in _ROUND_TIMES if self.seconds / step <= _TIME_TICKS)
-        step = next(fitting, self.seconds / _TIME_TICKS)
-        return [number * step for number in range(int(self.seconds / step) + 1)]
+        mean, top = map(short, (sum(sums) / len(sums), max(sums)))
+        about = f"{duration(self.seconds)}; {mean} {unit} on average, {top} at most."
+        about += "".join(f" {label}." for label, _ in limits)
+        return _figure(title, about, chart.parts, *layers, model=model)
 
     def _stack(self, chart: _Chart, layers: Sequence[Layer], unit: str) -> None:
+        """Draw the layers, and mark the columns higher than the chart; the highest says how high."""
         below = [0.0] * self._columns
         for layer in layers:
             for number, value in enumerate(layer.values):
@@ -191,14 +176,11 @@ class TimeAxis:
                     about = f"{duration(begin)}: {short(value)} {unit} {layer.label}"
                     chart.column(layer.style, (begin, begin + self.step), below[number], value, about)
                     below[number] += value
-
-    def _mark_peaks(self, chart: _Chart, sums: Sequence[float]) -> None:
-        """Mark the columns that are higher than the chart; the highest says how high."""
-        for number, total in enumerate(sums):
+        for number, total in enumerate(below):
             if total > chart.top:
                 x = chart.x((number + 0.5) * self.step)
                 chart.path("cut", f"{x - 4:.1f} {_TOP + 1}l4 -6l4 6z")
-                if sums.index(max(sums)) == number:
+                if below.index(max(below)) == number:
                     chart.label(x + 2, _TOP, f"up to {short(total)}")
 
     def _mark_breaks(self, chart: _Chart) -> None:
@@ -226,9 +208,6 @@ def _mark_limits(chart: _Chart, limits: Mapping[str, float]) -> None:
         chart.text(_RIGHT - 2, y + 11 if number and y + 22 < _BOTTOM else y - 4, label, "end", "label")
 
 
-# --- latency ----------------------------------------------------------------------------------------------
-
-
 def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     """Return how often requests took how long, by class of a `Histogram`, on a logarithmic axis of time."""
     first, last = min(classes), max(classes)
@@ -243,13 +222,12 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
 
     low, high = edge(-margin), edge(max(bars) + 1 + margin)
 
-    def share_of(seconds: float) -> float:
+    def scale(seconds: float) -> float:
         return math.log(seconds / low) / math.log(high / low)
 
     ticks = [seconds for seconds in _ROUND_TIMES if low <= seconds <= high] or [math.sqrt(low * high)]
-    chart = _Chart(
-        max(bars.values()), "requests", share_of, ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
-    )
+    ticks = ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
+    chart = _Chart(max(bars.values()), "requests", scale, ticks)
     for bar, times in sorted(bars.items()):
         tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
         chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)
@@ -261,9 +239,6 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
     about = f"{sum(classes.values()):,} requests; {', '.join(labels)}."
     layer = Layer("attempts that were answered; the axis of time is logarithmic", "time")
     return _figure("How long answers took", about, chart.parts, layer)
-
-
-# --- the charts of a run ----------------------------------------------------------------------------------
 
 
 def chart_sections(stats: ClientStats, data: ReportData, limits: Sequence[ModelLimits]) -> Iterator[str]:
@@ -315,17 +290,22 @@ def _swatch(style: str, label: str) -> Markup:
 def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
     """Return the charts of the models that reserved most, against their limits."""
     models, drawn = axis.history.models, []
-    known = [each for each in limits if each.model in models]
+    known = [limited for limited in limits if limited.model in models]
     largest = sorted(known, key=lambda each: (-sum(models[each.model].reserved), each.model))[:_DRAWN]
-    for model, requests, tokens, *_ in largest:
-        timeline = models[model]
-        layer = Layer("sent", "admitted", axis.rates(timeline.admitted))
-        title, unit = f"requests per {axis.unit}", f"requests/{axis.symbol}"
-        drawn.append(axis.draw(title, unit, layer, limits=_marked(requests, axis), model=model))
-        layer = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
-        line = Layer("used by answers", "used", axis.rates(timeline.used))
-        title, unit = f"tokens per {axis.unit}", f"tokens/{axis.symbol}"
-        drawn.append(axis.draw(title, unit, layer, line=line, limits=_marked(tokens, axis), model=model))
+    for limited in largest:
+        timeline = models[limited.model]
+        sent = [Layer("sent", "admitted", axis.rates(timeline.admitted))]
+        reserved = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
+        used = Layer("used by answers", "used", axis.rates(timeline.used), is_line=True)
+        for what, layers, limit in (
+            ("requests", sent, limited.requests),
+            ("tokens", [reserved, used], limited.tokens),
+        ):
+            server = None if limit.server == limit.configured else limit.server
+            pairs = (("limit", limit.configured), ("server's limit", server))
+            marks = [(f"{label} {short(n)}/min", n * axis.scale / _MINUTE) for label, n in pairs if n]
+            title, unit = f"{what} per {axis.unit}", f"{what}/{axis.symbol}"
+            drawn.append(axis.draw(title, unit, *layers, limits=marks, model=limited.model))
     left = len(models) - len(largest)
     more = f" The table of models has {count(left)} more." if left else ""
     wide = duration(axis.step)
@@ -333,25 +313,20 @@ def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
     return _figures("Requests and tokens against their limits", drawn, note)
 
 
-def _marked(limit: Limit, axis: TimeAxis) -> dict[str, float]:
-    """Return the limits to be marked, by label."""
-    server = None if limit.server == limit.configured else limit.server
-    known = (("limit", limit.configured), ("server's limit", server))
-    return {f"{label} {short(value)}/min": value * axis.scale / _MINUTE for label, value in known if value}
-
-
 def _in_flight(axis: TimeAxis, limits: Sequence[ModelLimits]) -> Iterator[Markup]:
     """Return how many requests were in flight, and which attempts brought no answer."""
     means, bounds = axis.means(axis.history.in_flight), [each.max_concurrent for each in limits]
     is_marked = len(bounds) == 1 and max(means) <= bounds[0] < math.inf
-    marks = {f"max_concurrent {bounds[0]:g}": bounds[0]} if is_marked else {}
+    marks = [(f"max_concurrent {bounds[0]:g}", bounds[0])] if is_marked else []
     layer = Layer("in flight", "flight", means)
     yield axis.draw("Requests in flight, on average", "requests", layer, limits=marks)
-    limited = Layer("status 429", "rate_limited", axis.totals("rate_limited"))
-    failed = Layer("other failures", "failed", axis.totals("failed"))
-    if any(limited.values) or any(failed.values):
+    layers = []
+    for label, counts in (("status 429", "rate_limited"), ("other failures", "failed")):
+        models = (axis.sums(getattr(model, counts)) for model in axis.history.models.values())
+        layers.append(Layer(label, counts, [sum(values) for values in zip(*models, strict=True)]))
+    if any(any(layer.values) for layer in layers):
         step = duration(axis.step)
-        yield axis.draw(f"Attempts without an answer, each {step}", f"in {step}", limited, failed)
+        yield axis.draw(f"Attempts without an answer, each {step}", f"in {step}", *layers)
 
 
 def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
@@ -362,8 +337,7 @@ def _where_time_went(stats: ClientStats) -> Iterator[Markup]:
         label, share = _CAUSES[cause], seconds / sum(spent.values())
         rows.append((_swatch(cause, label), duration(seconds), percent(share)))
         about.append(f"{label} {percent(share)}")
-        place = f'x="{100 * at:.3f}" y="0" width="{100 * share:.3f}" height="8"'
-        parts.append(f'<rect class="{cause}" {place}><title>{escape(about[-1])}</title></rect>')
+        parts.append(_rect(cause, about[-1], x=100 * at, y=0, width=100 * share, height=8))
         at += share
     if spent:
         attributes = 'class="bar" viewBox="0 0 100 8" preserveAspectRatio="none"'

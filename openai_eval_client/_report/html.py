@@ -102,16 +102,14 @@ def _known(value: Any, shown: Callable[[Any], str]) -> str:
 
 @as_html.register(CostEstimate)
 def _estimate_table(estimate: CostEstimate) -> Markup:
-
-    def bounds(field: str, shown: Callable[[Any], str]) -> list[str]:
+    rows = []
+    for label, field, shown in (
+        ("output tokens", "completion_tokens", count),
+        ("online", "cost", dollars),
+        ("by batch", "batch_cost", dollars),
+    ):
         values = (getattr(estimate, f"{field}_{bound}") for bound in ("low", "expected", "high"))
-        return [_known(value, shown) for value in values]
-
-    rows = [
-        ("output tokens", *bounds("completion_tokens", count)),
-        ("online", *bounds("cost", dollars)),
-        ("by batch", *bounds("batch_cost", dollars)),
-    ]
+        rows.append((label, *(_known(value, shown) for value in values)))
     time = "no limit is configured" if estimate.minutes is None else duration(60 * estimate.minutes)
     asked, tokens = f"{count(estimate.requests)} requests to {estimate.model}", count(estimate.prompt_tokens)
     caption = f"{asked}: {tokens} tokens in; at the limits: {time}"
@@ -148,11 +146,9 @@ def _answer_table(answer: ModelResponse) -> Markup:
     text = answer.content or answer.refusal or ""
     shown = f"{text[:_LONG_ANSWER]}…" if len(text) > _LONG_ANSWER else text
     cached = " (cached)" if answer.cached else ""
+    content = Markup(f'<pre style="white-space:pre-wrap;text-align:left">{escape(shown)}</pre>')
     rows = [
-        (
-            "refusal" if answer.refusal and not answer.content else "content",
-            Markup(f'<pre style="white-space:pre-wrap;text-align:left">{escape(shown)}</pre>'),
-        ),
+        ("content" if answer.content or not answer.refusal else "refusal", content),
         ("model", name(answer.model)),
         ("finish reason", answer.finish_reason),
         ("tokens in / out", _counts(answer.usage.prompt_tokens, answer.usage.completion_tokens)),

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from openai_eval_client._stats import Failure, History, ModelTimeline, ReportData
     from openai_eval_client.models import ClientStats
 
+    Rows = Sequence[Sequence[object]]
+
 
 _ROWS = 40  # of the table of costs
 _MINUTE = 60.0
@@ -34,8 +36,6 @@ _FULL = 0.85  # of a limit, from which it is what bound a run
 _FAR_FROM = 1.1  # times: two limits that differ
 _GENEROUS = 1.5  # times what answers take: a reservation that could be smaller
 _DIMENSIONS = ("requests", "tokens")
-
-# --- what bound the run -----------------------------------------------------------------------------------
 
 
 class Bottleneck(NamedTuple):
@@ -57,27 +57,22 @@ def bottleneck(stats: ClientStats, limits: Sequence[ModelLimits], history: Histo
     known = [each for each in limits if each.model in history.models]
     waits = [(seconds, cause, each) for each in known for cause, seconds in each.waited.items()]
     if waited < _LITTLE * whole or not waits:
-        return _server(stats, history)
+        text = (
+            f"No request waited for a limit: each took {duration(stats.server_seconds / stats.attempts)} "
+            f"at the server, at most {max(history.in_flight):.1f} at a time. To go faster, ask for more at "
+            "once: batch_generate instead of one prompt after the other."
+        )
+        return Bottleneck("bound by the time the server takes", [text] if stats.requests > 1 else [])
     _, cause, model = max(waits, key=itemgetter(0))
     if cause == "pause":
         return _paused(stats, model)
     return _concurrency(model, history) if cause == "concurrency" else _limited(cause, model, history)
 
 
-def _server(stats: ClientStats, history: History) -> Bottleneck:
-    """Return the bottleneck of a run that waited for no limit."""
-    text = (
-        f"No request waited for a limit: each took {duration(stats.server_seconds / stats.attempts)} "
-        f"at the server, at most {max(history.in_flight):.1f} at a time. To go faster, ask for more at once: "
-        "batch_generate instead of one prompt after the other."
-    )
-    return Bottleneck("bound by the time the server takes", [text] if stats.requests > 1 else [])
-
-
 def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
     """Return the bottleneck of a run that the server refused again and again."""
-    most = max(stats.rate_limited_by, key=stats.rate_limited_by.__getitem__, default="unknown")
-    named = "" if most == "unknown" else f", mostly for {most}"
+    limit = max(stats.rate_limited_by, key=stats.rate_limited_by.__getitem__, default="unknown")
+    named = "" if limit == "unknown" else f", mostly for {limit}"
     share = (
         "Programs that use the same quota at the same time can share it (redis_url); "
         "otherwise lower the configured limits to this program's part of it."
@@ -90,17 +85,17 @@ def _paused(stats: ClientStats, limits: ModelLimits) -> Bottleneck:
 def _concurrency(limits: ModelLimits, history: History) -> Bottleneck:
     """Return the bottleneck of a run that could have had more requests in flight."""
     used, timeline = limit_shares(limits, history), history.models[limits.model]
-    most, sent = max(history.in_flight), max(sum(timeline.admitted), 1.0)
+    peak, sent = max(history.in_flight), max(sum(timeline.admitted), 1.0)
     latency = duration(timeline.seconds / sent)
     needs = (limits.requests.per_minute, 1.0), (limits.tokens.per_minute, sum(timeline.reserved) / sent)
     rates = [limit / _MINUTE / need for limit, need in needs if limit and need]  # requests per second
     enough = math.ceil(min(rates, default=0.0) * timeline.seconds / sent)  # rate x latency: Little's law
     if not rates:
         text = "Raise max_concurrent step by step, for as long as latency and 429s do not rise with it."
-    elif enough > _FAR_FROM * max(1.0, min(limits.max_concurrent, most)):
+    elif enough > _FAR_FROM * max(1.0, min(limits.max_concurrent, peak)):
         text = (
             f"At {latency} a request, about {enough} in flight would use the limits up; "
-            f"there were at most {most:.0f}."
+            f"there were at most {peak:.0f}."
         )
     elif max(used.values()) < _FULL:
         text = (
@@ -187,9 +182,6 @@ def limit_shares(limits: ModelLimits, history: History) -> dict[str, float]:
     return shares
 
 
-# --- the page ---------------------------------------------------------------------------------------------
-
-
 def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
     """Write the page about what a client did, and return its path."""
     stats, data, limits = account.stats, account.recorder.report_data(), account.limiter.limits
@@ -197,10 +189,9 @@ def write_report(path: str | os.PathLike[str], account: Account, base_url: str, 
     began = "" if began_at is None else f", first request {clock(began_at)}"
     about = f"{urlsplit(base_url).hostname or base_url}{began}; written {clock(time.time())}"
     template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+    texts = {"title": title or "Run report", "about": about, "summary": _summary(stats, data.history, bound)}
     page = template.substitute(
-        title=escape(title or "Run report"),
-        about=escape(about),
-        summary=escape(_summary(stats, data.history, bound)),
+        {key: escape(text) for key, text in texts.items()},
         sections="".join(_sections(stats, data, limits, bound)),
     )
     return write_page(path, page)
@@ -242,13 +233,7 @@ def _sections(
 
 
 def _table_section(
-    heading: str,
-    head: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    *,
-    texts: int = 1,
-    note: str = "",
-    empty: str = "",
+    heading: str, head: Sequence[str], rows: Rows, *, texts: int = 1, note: str = "", empty: str = ""
 ) -> str:
     """Return a section with a table; without rows one that says `empty`, or none."""
     content = table(head, rows, texts=texts) if rows else empty
@@ -275,10 +260,8 @@ def _costs(stats: ClientStats) -> str:
     ordered, rows = sorted(stats.cost.rows, key=lambda row: (-(row.cost or 0), -row.calls)), []
     for row in ordered[:_ROWS]:
         counts = map(count, (row.calls, row.input_tokens, row.cached_tokens, row.output_tokens))
-        bar = ""
-        if row.cost:
-            share = float(row.cost / (ordered[0].cost or 1))
-            bar = f'<span class="part" style="width:{100 * share:.1f}%"></span>'
+        share = 100 * (row.cost or 0) / (ordered[0].cost or 1)
+        bar = f'<span class="part" style="width:{share:.1f}%"></span>' if share else ""
         amount = f'<span class="track">{bar}</span><span class="amount">{dollars(row.cost)}</span>'
         rows.append((name(row.model), row.channel, row.service_tier, *counts, Markup(amount)))
     head = ("model", "channel", "tier", "calls", "tokens in", "cached", "tokens out", "USD")
@@ -291,13 +274,11 @@ def _cost_note(stats: ClientStats) -> str:
         f"{count(cost.unaccounted)} attempts may have been billed besides (no answer came, or none with "
         f"usage): up to {dollars(cost.unaccounted_cost)}."
     )
+    retried = f"{count(cost.retried)} attempts were billed without bringing an answer, and are in it."
     sentences = (
         (True, f"{cost_text(cost)} by list prices."),
         (len(cost.rows) > _ROWS, f"The {_ROWS} largest of {len(cost.rows)} rows."),
-        (
-            cost.retried,
-            f"{count(cost.retried)} attempts were billed without bringing an answer, and are in it.",
-        ),
+        (cost.retried, retried),
         (cost.unaccounted, unaccounted),
         (cost.saved_by_cache, f"The cache saved {dollars(cost.saved_by_cache)}."),
         (budget, f"Budget: {dollars(budget.get('spent'))} of {dollars(budget.get('limit'))} spent."),
@@ -323,21 +304,21 @@ def _finish_reasons(stats: ClientStats, reasons: dict[str, int]) -> str:
     ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
     rows = [(name(reason), count(times), percent(times / counted)) for reason, times in ordered]
     others = stats.requests - stats.failures - counted
-    note = f"Not counted: {count(others)} answers from the cache or to calls on client.openai."
+    note = f"Not counted: {count(others)} answers without a finish reason, or to calls on client.openai."
     head = ("how answers ended", "answers", "share")
     return _table_section("Finish reasons", head, rows, note=note if others > 0 else "")
 
 
 def _failures(stats: ClientStats, failures: Sequence[Failure]) -> str:
     rows = []
-    for each in failures:
-        error = name(" ".join(str(part) for part in (each.kind, each.status, each.code) if part))
-        texts = error, meaning_of(each.kind, each.status, each.code)
+    for failure in failures:
+        error = name(" ".join(str(part) for part in (failure.kind, failure.status, failure.code) if part))
+        texts = error, meaning_of(failure.kind, failure.status, failure.code)
         wide = (Markup(f'<span class="wide">{escape(text)}</span>') for text in texts)
-        times = (Markup(clock(at).replace(" ", "<br>")) for at in (each.first, each.last))
-        rows.append((name(each.model), *wide, count(each.attempts), count(each.prompts), *times))
+        times = (Markup(clock(at).replace(" ", "<br>")) for at in (failure.first, failure.last))
+        rows.append((name(failure.model), *wide, count(failure.attempts), count(failure.prompts), *times))
     head = ("model", "error", "what it means", "attempts", "prompts lost", "first", "last")
-    unnamed = stats.failures - sum(each.prompts for each in failures)
-    note = f"{count(unnamed)} requests of batches failed: their errors are among the results."
-    note = note if unnamed > 0 else ""
+    unnamed = stats.failures - sum(failure.prompts for failure in failures)
+    batches = f"{count(unnamed)} requests of batches failed: their errors are among the results."
+    note = batches if unnamed > 0 else ""
     return _table_section("Failures", head, rows, texts=3, note=note, empty="No attempt failed.")

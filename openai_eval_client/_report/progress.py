@@ -105,6 +105,11 @@ class Meter:
         began, done, spent = self._samples[0]
         rate, rest = (run.done - done) / max(now - began, 1e-9), (run.total or 0) - run.done
         is_priced = rest > 0 and run.done > run.unpriced
+        left = None
+        if rest > 0 and rate:  # a burst goes faster than the limits allow in the long run
+            taken = _since(self._start.limits.spent, limits)
+            least = (taken[name] / limit * _MINUTE for name, limit in limits.limits.items() if limit)
+            left = rest * max(1 / rate, max(least, default=0.0) / run.done)
         return replace(
             run,
             limits=limits,
@@ -114,15 +119,9 @@ class Meter:
             projected=run.cost * (1 + rest / run.done) if is_priced else None,
             seconds=now - self._began,
             rate=rate,
-            left=rest * self._seconds_each(limits, rate) if rest > 0 and rate else None,
+            left=left,
             used={name: min(n, limits.limits.get(name) or n) for name, n in _since(spent, limits).items()},
         )
-
-    def _seconds_each(self, limits: LimitStatus, rate: float) -> float:
-        """Return the time of a prompt at this rate, or longer where the limits allow no more."""
-        spent = _since(self._start.limits.spent, limits)
-        known = [(spent[name], limit) for name, limit in limits.limits.items() if limit]
-        return max([1 / rate, *(number / self._run.done / limit * _MINUTE for number, limit in known)])
 
 
 def _since(before: dict[str, float], limits: LimitStatus) -> dict[str, float]:
@@ -277,17 +276,13 @@ class Display:
                 self._bar = Bar(self._total)
             except ModuleNotFoundError:
                 _write(_MISSING)
-            else:
-                self._show()
-        self._schedule()
+        self._tick(is_first=True)
 
-    def _schedule(self) -> None:
+    def _tick(self, *, is_first: bool = False) -> None:
+        if self._bar is not None or not is_first:  # a log has nothing to say yet
+            self._show()
         seconds = _LOG if self._bar is None else _PAINT
         self._timer = asyncio.get_running_loop().call_later(seconds, self._safely, self._tick)
-
-    def _tick(self) -> None:
-        self._show()
-        self._schedule()
 
     def _show(self) -> None:
         state = self._meter.read(self._probe(), time.monotonic())

@@ -30,7 +30,7 @@ def test_columns_are_as_high_as_their_values_from_zero():
 def test_a_peak_is_cut_off_and_says_so():
     """The other columns stay readable."""
     values = [500.0, *[10.0] * 30]
-    svg = over_time(31.0, Layer("a", "a", values), limits={"limit 12": 12.0})
+    svg = over_time(31.0, Layer("a", "a", values), limits=[("limit 12", 12.0)])
     drawn = heights(svg)
     assert drawn[1] > 0.5 * drawn[0]
     assert "up to 500" in svg
@@ -39,8 +39,8 @@ def test_a_peak_is_cut_off_and_says_so():
 
 def test_a_limit_far_above_is_named_and_not_drawn():
     """Otherwise the columns could not be seen."""
-    near = over_time(1.0, Layer("a", "a", [10.0]), limits={"limit 20": 20.0})
-    far = over_time(1.0, Layer("a", "a", [10.0]), limits={"limit 1M": 1e6})
+    near = over_time(1.0, Layer("a", "a", [10.0]), limits=[("limit 20", 20.0)])
+    far = over_time(1.0, Layer("a", "a", [10.0]), limits=[("limit 1M", 1e6)])
     assert 'class="limit"' in near
     assert 'class="limit"' not in far
     assert "far below limit 1M" in far

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from answers import answer
 from pages import Page, check
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
@@ -152,11 +153,13 @@ async def test_finish_reasons_are_a_table(tmp_path, few_certificates):
             recorder = client._account.recorder
             for reason in ("stop", "length", "stop", "stop", SCRIPT, ""):
                 recorder.answered(reason)
-            recorder.settled(5, 1, 0, 0, {"content_filter": 1, "length": 4})
+            recorder.settled(
+                [answer(finish_reason=reason) for reason in ("content_filter", *["length"] * 4)], 1
+            )
             page = read(client.report(tmp_path / "run.html"))
     assert f"how answers ended answers share length 5 50% stop 3 30% {SCRIPT} 1 10%" in page.words
     assert "content_filter 1 10%" in page.words
-    assert "Not counted: 1 answers" in page.words
+    assert "Not counted: 1 answers without a finish reason, or to calls on client.openai." in page.words
 
 
 async def test_a_page_without_finish_reasons_has_no_table_of_them(tmp_path):

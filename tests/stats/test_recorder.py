@@ -1,5 +1,7 @@
 """The totals, and the finish reasons."""
 
+from answers import answer
+
 from openai_eval_client import _stats
 from openai_eval_client._stats import Recorder
 from openai_eval_client._wire import NOT_SENT, Demand, Outcome, Usage
@@ -12,10 +14,12 @@ def test_finish_reasons_are_counted_for_prompts_and_batches():
     for reason in ("stop", "length", "stop", ""):
         recorder.answered(reason)
     recorder.answered()
-    recorder.settled(3, 1, 10, 20, {"stop": 2, "tool_calls": 1})
-    recorder.settled(1, 0, 1, 1)
+    recorder.settled([answer(finish_reason=reason) for reason in ("stop", "stop", "tool_calls")], 1)
+    recorder.settled([answer(finish_reason="")], 0)
     assert recorder.report_data().finish_reasons == {"stop": 4, "length": 1, "tool_calls": 1}
-    assert (recorder.snapshot().requests, recorder.snapshot().failures) == (10, 1)
+    stats = recorder.snapshot()
+    assert (stats.requests, stats.failures) == (10, 1)
+    assert (stats.prompt_tokens, stats.completion_tokens) == (28, 12)
 
 
 def test_there_are_no_more_finish_reasons_than_a_table_holds():
@@ -55,7 +59,7 @@ def test_an_answer_from_the_cache_counts_with_its_finish_reason():
     """It is one more prompt answered."""
     recorder = Recorder()
     recorder.answered("stop")
-    recorder.cached("stop")
+    recorder.answered("stop", cached=True)
     assert recorder.report_data().finish_reasons == {"stop": 2}
     stats = recorder.snapshot()
     assert (stats.requests, stats.cache_hits) == (2, 1)
@@ -93,7 +97,7 @@ def test_a_stream_collected_while_intervals_are_joined_counts_afterwards(monkeyp
     def collecting(bins):
         if not in_between:
             recorder.settled_attempt(demand, outcome, 0.0, 0.1)
-            in_between.append(recorder._totals.attempts)
+            in_between.append(recorder.snapshot().attempts)
         return join(bins)
 
     monkeypatch.setattr(_stats, "_joined", collecting)
