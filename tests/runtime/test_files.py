@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from stores import POSIX, QUIET, outcome, started
 
-from openai_eval_client._runtime import FileLock
+from openai_eval_client._runtime.loops import FileLock
 
 WAITING = """
 import asyncio, sys
 from pathlib import Path
-from openai_eval_client._runtime import FileLock
+from openai_eval_client._runtime.loops import FileLock
 
 async def main(path):
     lock = FileLock(Path(path))

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from openai_eval_client._runtime import Background, DeferringLock, StartThrottle
+from openai_eval_client._runtime.loops import Background, DeferringLock, StartThrottle
 
 
 async def test_jobs_that_wait_are_done_together() -> None:
@@ -137,7 +137,7 @@ async def test_a_waiter_added_while_others_are_woken_is_woken_too() -> None:
 
 FORKING = """
 import os, threading, time
-from openai_eval_client._runtime import mind_forks
+from openai_eval_client._runtime.loops import mind_forks
 
 class Guarded:
     lock = threading.Lock()

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from openai_eval_client._runtime import replacing
+from openai_eval_client._runtime.loops import replacing
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
