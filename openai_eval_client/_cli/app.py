@@ -122,9 +122,7 @@ def _cells(stated: Mapping[str, StatedLimit]) -> Iterator[str]:
 
 
 @app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
-def simulate(
-    options: Annotated[list[str] | None, Argument(help="See simulate --help.")] = None,
-) -> None:
+def simulate(options: Annotated[list[str] | None, Argument(help="See simulate --help.")] = None) -> None:
     """Serve a simulated API on this machine, to rehearse on: --rpm, --tpm, --latency, --fault, and more."""
     from openai_eval_client.testing import __main__ as server  # starts slowly
 
