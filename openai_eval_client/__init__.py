@@ -10,9 +10,10 @@ Private rooms, floor by floor. Imports go down the floors; a folder is entered b
     _sdk, _report             `AsyncOpenAI` and calls of the SDK; a run as page, progress and tables
     _account, _cache          admits and settles every attempt; answers kept in a file
     _limits, _cost, _stats    when a request may go; what it costs; what happened
+    _tokens                   how many tokens a request has
     _wire                     requests and answers as JSON, and what an answer means
-    _tokens, _validation      how many tokens a request has; refuses bad input
-    _runtime, _format, _log   threads, event loops and files; numbers as text; the log
+    _validation               refuses bad input
+    _runtime, _log, _format   threads, event loops and files; the log; numbers as text
 """
 
 from openai_eval_client._report import to_pandas
