@@ -55,10 +55,10 @@ WRAPPED = {
     "imagesize": {"_tokens.counter"},
     "redis": {"_limits.shared"},
     "tqdm": {"_report.progress"},
-    "rich": {"_cli.exits"},
+    "rich": {"_cli.common"},
     "tiktoken": {"_tokens.counter"},
     "pandas": {"_report.rows"},
-    "typer": {"_cli.app", "_cli.batch", "_cli.options", "_cli.run"},
+    "typer": {"_cli.app", "_cli.batch", "_cli.common", "_cli.run"},
 }
 LATE = {
     "aiohttp",

@@ -54,8 +54,8 @@ def request_digest(base_url: str, parameters: Parameters, body: Mapping[str, Any
     # of the answer included), and the extra query and headers. The account and the timeout do not.
     headers = {name.lower(): value for name, value in parameters.headers.items()}
     headers = {name: value for name, value in headers.items() if name not in _IGNORED_HEADERS}
-    plain = {name: _whole(value) for name, value in body.items()}
-    request = [_VERSION, base_url, PATHS[parameters.api], dict(parameters.query), headers, plain]
+    whole = {name: int(n) for name, n in body.items() if isinstance(n, float) and n.is_integer()}  # 1 for 1.0
+    request = [_VERSION, base_url, PATHS[parameters.api], dict(parameters.query), headers, {**body, **whole}]
     try:
         text = _CANONICAL.encode(request)
     except TypeError:  # keys of several types have no order until they are written as text
@@ -71,11 +71,6 @@ def normalised(base_url: str) -> str:
     port = "" if parts.port in {None, _PORTS.get(parts.scheme)} else f":{parts.port}"
     query = f"?{parts.query}" if parts.query else ""
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}{query}"
-
-
-def _whole(value: object) -> object:
-    """Return 1 for 1.0: the same to every API."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Occurrence(NamedTuple):

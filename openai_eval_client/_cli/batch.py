@@ -13,9 +13,8 @@ import pydantic
 import typer
 from typer import Argument, Option
 
-from openai_eval_client._cli import exits
-from openai_eval_client._cli import options as opt
-from openai_eval_client._cli.exits import exit_codes, say, show_log, with_client
+from openai_eval_client._cli import common
+from openai_eval_client._cli.common import exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Source, line_of
 from openai_eval_client._format import count, duration
 from openai_eval_client._report import outcomes_of
@@ -39,7 +38,7 @@ Job = Annotated[str, Argument(metavar="JOB", help="The id that submit printed, o
 
 
 @batch_app.callback()
-def _batch(ctx: typer.Context, *, base_url: opt.BaseUrl = None, key_file: opt.KeyFile = None) -> None:
+def _batch(ctx: typer.Context, *, base_url: common.BaseUrl = None, key_file: common.KeyFile = None) -> None:
     """Submit requests as jobs of the Batch API, at half the price, and collect their results.
 
     Exit codes: 0 all answered; 1 some failed, or not ended yet; 2 bad input;
@@ -74,13 +73,13 @@ def submit(
         ),
     ],
     *,
-    model: opt.Model = None,
-    temperature: opt.Temperature = None,
-    max_tokens: opt.MaxTokens = None,
-    system: opt.System = None,
-    api: opt.ApiOption = "chat",
-    window: opt.Window = opt.DEFAULT_WINDOW,
-    cache: opt.Cache = None,
+    model: common.Model = None,
+    temperature: common.Temperature = None,
+    max_tokens: common.MaxTokens = None,
+    system: common.System = None,
+    api: common.ApiOption = "chat",
+    window: common.Window = common.DEFAULT_WINDOW,
+    cache: common.Cache = None,
     metadata: Annotated[
         list[str] | None,
         Option(
@@ -97,22 +96,17 @@ def submit(
     defaults = {name: value for name, value in options.items() if value is not None}
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
     with exit_codes(interrupted=interrupted):
-        pairs = opt.split_pairs("--metadata", metadata or [], "KEY=VALUE")
-        config = opt.api_config(**ctx.obj, default_model=model)
+        pairs = common.split_pairs("--metadata", metadata or [], "KEY=VALUE")
+        terms: Any = {"completion_window": window, "metadata": pairs, "api": api}
+        config = common.api_config(**ctx.obj, default_model=model)
         lines = Source(source, form="jsonl")
         requests, numbers = read_requests(lines, defaults)
         if model is None and any(request.model is None for request in requests):
             say(f"model: {config.default_model}, the default; --model names another")
         try:
-            job = with_client(
-                config,
-                lambda client: client.submit_batch_job(
-                    requests, completion_window=window, metadata=pairs, api=api
-                ),
-                cache=cache,
-            )
+            job = with_client(config, lambda client: client.submit_batch_job(requests, **terms), cache=cache)
         except ValidationError as error:
-            exits.fail(exits.BAD_INPUT, by_lines(error, lines.name, numbers))
+            common.fail(common.BAD_INPUT, by_lines(error, lines.name, numbers))
         sent = count(job.request_count)
         say(f"requests submitted: {sent}, to {config.base_url}, to be answered within {window}")
         typer.echo(job.job_id)
@@ -120,14 +114,10 @@ def submit(
 
 def read_requests(source: Source, defaults: Mapping[str, Any]) -> tuple[list[BatchRequest], list[int]]:
     """Read a request from each line, and return the numbers of the lines as well."""
-    requests: list[BatchRequest] = []
-    numbers: list[int] = []
-    for line, data in source.objects():
-        requests.append(_request(data, defaults, source, line))
-        numbers.append(line)
+    requests = {line: _request(data, defaults, source, line) for line, data in source.objects()}
     if not requests:
         raise ValidationError(f"{source.name}: empty: give a request a line", field="input")
-    return requests, numbers
+    return list(requests.values()), list(requests)
 
 
 def _request(data: Mapping[str, Any], defaults: Mapping[str, Any], source: Source, line: int) -> BatchRequest:
@@ -169,8 +159,8 @@ def status(
     job: Job,
     *,
     wait: Annotated[bool, Option("--wait", help="Look every --interval until the job has ended.")] = False,
-    interval: opt.Interval = opt.DEFAULT_INTERVAL,
-    as_json: opt.AsJson = False,
+    interval: common.Interval = common.DEFAULT_INTERVAL,
+    as_json: common.AsJson = False,
 ) -> None:
     """Show how far a job is.
 
@@ -179,14 +169,14 @@ def status(
     """
     with exit_codes(interrupted="interrupted; the job goes on"):
         latest = with_client(
-            opt.api_config(**ctx.obj),
+            common.api_config(**ctx.obj),
             lambda client: _wait_for(client, job, interval) if wait else client.get_batch_status(job),
         )
         _show_job(latest, as_json=as_json)
     if wait and latest.status == "failed" and not latest.completed_count:
-        sys.exit(exits.REFUSED)
+        sys.exit(common.REFUSED)
     if wait and latest.completed_count != latest.request_count:
-        sys.exit(exits.SOME_FAILED)
+        sys.exit(common.SOME_FAILED)
 
 
 async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJobStatus:
@@ -211,7 +201,7 @@ async def _wait_for(client: OpenAIClient, job: str, interval: float) -> BatchJob
 
 
 @batch_app.command()
-def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> None:
+def results(ctx: typer.Context, job: Job, *, output: common.OutputFile = "-") -> None:
     """Write a job's results as JSON lines, one for each request, in the order of the input.
 
     A line has the index, counted from 0, and the response or the error. A file
@@ -221,7 +211,7 @@ def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> No
     whole: contextlib.AbstractContextManager[IO[bytes]]
     whole = contextlib.nullcontext(sys.stdout.buffer) if output == "-" else replacing(output)
     with exit_codes(), whole as file:
-        outcomes = with_client(opt.api_config(**ctx.obj), lambda client: _outcomes(client, job))
+        outcomes = with_client(common.api_config(**ctx.obj), lambda client: _outcomes(client, job))
         for index, outcome in enumerate(outcomes):
             custom_id = getattr(outcome, "custom_id", None)
             named = {} if custom_id is None else {"custom_id": custom_id}
@@ -229,8 +219,8 @@ def results(ctx: typer.Context, job: Job, *, output: opt.OutputFile = "-") -> No
         file.flush()  # a pipe that was closed is found out here
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if failures:
-        refused = len(failures) == len(outcomes) and all(map(exits.is_refusal, failures))
-        sys.exit(exits.REFUSED if refused else exits.SOME_FAILED)
+        refused = len(failures) == len(outcomes) and all(map(common.is_refusal, failures))
+        sys.exit(common.REFUSED if refused else common.SOME_FAILED)
 
 
 async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
@@ -240,19 +230,17 @@ async def _outcomes(client: OpenAIClient, job: str) -> list[Any]:
         say(str(error), style="red")
         return outcomes_of(error)
     costs = [response.usage.estimated_cost for response in responses]
-    cost = exits.cost_text(sum(amount or 0 for amount in costs), costs.count(None))
+    cost = common.cost_text(sum(amount or 0 for amount in costs), costs.count(None))
     say(f"requests answered: {count(len(responses))}, {cost}")
     return responses
 
 
 @batch_app.command()
-def cancel(ctx: typer.Context, job: Job, *, as_json: opt.AsJson = False) -> None:
+def cancel(ctx: typer.Context, job: Job, *, as_json: common.AsJson = False) -> None:
     """Cancel a job; what is answered already stays, and is paid."""
     with exit_codes():
-        _show_job(
-            with_client(opt.api_config(**ctx.obj), lambda client: client.cancel_batch_job(job)),
-            as_json=as_json,
-        )
+        latest = with_client(common.api_config(**ctx.obj), lambda client: client.cancel_batch_job(job))
+        _show_job(latest, as_json=as_json)
 
 
 @batch_app.command("list")
@@ -260,22 +248,20 @@ def list_jobs(
     ctx: typer.Context,
     *,
     limit: Annotated[int, Option(min=1, metavar="N", help="Show N jobs at most.")] = 20,
-    as_json: opt.AsJson = False,
+    as_json: common.AsJson = False,
 ) -> None:
     """List the jobs submitted by this program or its library, the newest first."""
     with exit_codes():
-        jobs = with_client(opt.api_config(**ctx.obj), lambda client: _newest(client, limit))
+        jobs = with_client(common.api_config(**ctx.obj), lambda client: _newest(client, limit))
         if as_json:
             typer.echo(f"[{','.join(job.model_dump_json() for job in jobs)}]")
         else:
             counted = ("requests", "answered", "failed")
-            columns = ("created (UTC)", "status", *counted, "job")
-            exits.print_table(columns, map(_cells, jobs), right=counted)
-
-
-def _cells(job: BatchJobStatus) -> tuple[str, ...]:
-    counts = map(count, (job.request_count, job.completed_count, job.failed_count))
-    return f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, job.job_id
+            rows = []
+            for job in jobs:
+                counts = map(count, (job.request_count, job.completed_count, job.failed_count))
+                rows.append((f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, job.job_id))
+            common.print_table(("created (UTC)", "status", *counted, "job"), rows, right=counted)
 
 
 async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
@@ -291,7 +277,7 @@ def _show_job(job: BatchJobStatus, *, as_json: bool) -> None:
     if as_json:
         typer.echo(job.model_dump_json())
         return
-    exits.print_fields(
+    common.print_fields(
         {
             "job": job.job_id,
             "status": job.status,

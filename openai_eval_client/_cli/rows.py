@@ -262,7 +262,9 @@ class Output:
                 self._reject(number, f"index {row['index']} is there twice")
             self.failed += "error" in row
             if "response" in row or not without_errors:
-                self.models.update(_model_of(row))
+                response = row.get("response")
+                if isinstance(response, dict) and isinstance(response.get("model"), str):
+                    self.models[response["model"]] += 1
                 rows[row["index"]] = fingerprint(row)
         if not only_look:
             os.ftruncate(self._file, end)  # what follows was not written whole
@@ -308,12 +310,6 @@ class Output:
 
     def _reject(self, line: int, why: str) -> NoReturn:
         raise ValidationError(f"{self.path}, line {line}: {why}", field="output")
-
-
-def _model_of(row: Mapping[str, Any]) -> list[str]:
-    response = row.get("response")
-    model = response.get("model") if isinstance(response, dict) else None
-    return [model] if isinstance(model, str) else []
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -21,9 +21,8 @@ import openai
 import typer
 from typer import Option
 
-from openai_eval_client._cli import exits
-from openai_eval_client._cli import options as opt
-from openai_eval_client._cli.exits import cost_text, exit_codes, say, show_log, with_client
+from openai_eval_client._cli import common
+from openai_eval_client._cli.common import cost_text, exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Output, Source, carried, fingerprint, line_of, read_in_thread
 from openai_eval_client._format import count, duration
 from openai_eval_client._wire import read_failure
@@ -45,36 +44,32 @@ _TIMEOUT, _RETRIES = (OpenAIConfig.model_fields[name].default for name in ("time
 
 
 def run(  # one name for each option
-    source: opt.Input,
+    source: common.Input,
     *,
-    output: opt.OutputFile = "-",
-    resume: Annotated[
-        bool, Option("--resume", help="Continue an output: ask for the rows it lacks.")
-    ] = False,
+    output: common.OutputFile = "-",
+    resume: Annotated[bool, Option("--resume", help="Continue an output: ask for rows it lacks.")] = False,
     retry_failed: Annotated[
         bool, Option("--retry-failed", help="With --resume: ask again for rows that failed.")
     ] = False,
-    overwrite: Annotated[
-        bool, Option("--overwrite", help="Begin anew; what the output has is lost.")
-    ] = False,
-    model: opt.Model = None,
-    system: opt.System = None,
-    schema: opt.Schema = None,
-    temperature: opt.Temperature = None,
-    max_tokens: opt.MaxTokens = None,
-    param: opt.Params = None,
-    api: opt.ApiOption = "chat",
-    prompt_column: opt.PromptColumn = None,
-    form: opt.FormOption = None,
-    limit: opt.Limit = None,
-    rpm: opt.Rpm = opt.DEFAULT_RPM,
-    tpm: opt.Tpm = opt.DEFAULT_TPM,
-    max_concurrent: opt.MaxConcurrent = opt.DEFAULT_CONCURRENT,
+    overwrite: Annotated[bool, Option("--overwrite", help="Begin anew; the old output is lost.")] = False,
+    model: common.Model = None,
+    system: common.System = None,
+    schema: common.Schema = None,
+    temperature: common.Temperature = None,
+    max_tokens: common.MaxTokens = None,
+    param: common.Params = None,
+    api: common.ApiOption = "chat",
+    prompt_column: common.PromptColumn = None,
+    form: common.FormOption = None,
+    limit: common.Limit = None,
+    rpm: common.Rpm = common.DEFAULT_RPM,
+    tpm: common.Tpm = common.DEFAULT_TPM,
+    max_concurrent: common.MaxConcurrent = common.DEFAULT_CONCURRENT,
     max_cost: Annotated[
         float | None,
         Option(min=0, metavar="USD", help="The most it may cost; needs --max-tokens. (default: any amount)"),
     ] = None,
-    cache: opt.Cache = None,
+    cache: common.Cache = None,
     report: Annotated[
         Path | None,
         Option(
@@ -83,28 +78,24 @@ def run(  # one name for each option
             "what failed. (default: none)",
         ),
     ] = None,
-    batch: Annotated[
-        bool, Option("--batch", help="Use the Batch API: half the price, within a day.")
-    ] = False,
-    window: opt.Window = opt.DEFAULT_WINDOW,
-    interval: opt.Interval = opt.DEFAULT_INTERVAL,
+    batch: Annotated[bool, Option("--batch", help="Use the Batch API: half the price, in a day.")] = False,
+    window: common.Window = common.DEFAULT_WINDOW,
+    interval: common.Interval = common.DEFAULT_INTERVAL,
     timeout: Annotated[
         float | None, Option(metavar="SECONDS", help=f"Time limit of an attempt. (default: {_TIMEOUT:g})")
     ] = None,
     max_retries: Annotated[
         int | None, Option(min=0, metavar="N", help=f"Attempts after the first. (default: {_RETRIES})")
     ] = None,
-    base_url: opt.BaseUrl = None,
-    key_file: opt.KeyFile = None,
+    base_url: common.BaseUrl = None,
+    key_file: common.KeyFile = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Say what it would cost, and send nothing.")] = False,
     progress: Annotated[bool, Option(help="Show progress on standard error.")] = True,
     quiet: Annotated[bool, Option("--quiet", "-q", help="Say nothing but errors.")] = False,
     verbose: Annotated[bool, Option("--verbose", "-v", help="Show waits and retries as well.")] = False,
     as_json: Annotated[
         bool,
-        Option(
-            "--json", help="Print the summary as JSON; if the rows go to standard output, to standard error."
-        ),
+        Option("--json", help="Print the summary as JSON; to standard error if rows go to standard output."),
     ] = False,
 ) -> None:
     """Answer a file of prompts, one output row for each.
@@ -119,27 +110,14 @@ def run(  # one name for each option
     130 interrupted. After Ctrl-C, requests in flight have 5 seconds to finish.
     """
     show_log(verbose=verbose)
+    settings: Any = {"default_model": model, "timeout": timeout, "max_retries": max_retries}
+    named = {"temperature": temperature, "max_tokens": max_tokens, "system": system, "max_cost": max_cost}
     with exit_codes():
         work = FileRun(
             Source(source, column=prompt_column, form=form, limit=limit),
-            opt.api_config(
-                base_url=base_url,
-                key_file=key_file,
-                needs_key=not dry_run,
-                default_model=model,
-                timeout=timeout,
-                max_retries=max_retries,
-            ),
-            opt.rate_limit(rpm, tpm, max_concurrent),
-            opt.request_params(
-                param or [],
-                schema,
-                api,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                system=system,
-                max_cost=max_cost,
-            ),
+            common.api_config(base_url=base_url, key_file=key_file, needs_key=not dry_run, **settings),
+            common.rate_limit(rpm, tpm, max_concurrent),
+            common.request_params(param or [], schema, api, **named),
             output=output,
             resume=resume,
             retry_failed=retry_failed,
@@ -160,29 +138,29 @@ def run(  # one name for each option
 
 
 def estimate(
-    source: opt.Input,
+    source: common.Input,
     *,
-    model: opt.Model = None,
-    system: opt.System = None,
-    schema: opt.Schema = None,
-    max_tokens: opt.MaxTokens = None,
-    param: opt.Params = None,
-    api: opt.ApiOption = "chat",
-    prompt_column: opt.PromptColumn = None,
-    form: opt.FormOption = None,
-    limit: opt.Limit = None,
-    rpm: opt.Rpm = opt.DEFAULT_RPM,
-    tpm: opt.Tpm = opt.DEFAULT_TPM,
-    as_json: opt.AsJson = False,
+    model: common.Model = None,
+    system: common.System = None,
+    schema: common.Schema = None,
+    max_tokens: common.MaxTokens = None,
+    param: common.Params = None,
+    api: common.ApiOption = "chat",
+    prompt_column: common.PromptColumn = None,
+    form: common.FormOption = None,
+    limit: common.Limit = None,
+    rpm: common.Rpm = common.DEFAULT_RPM,
+    tpm: common.Tpm = common.DEFAULT_TPM,
+    as_json: common.AsJson = False,
 ) -> None:
     """Estimate what a file of prompts needs: tokens, dollars, minutes. Nothing is sent; no key is needed."""
     show_log()
     with exit_codes():
         work = FileRun(
             Source(source, column=prompt_column, form=form, limit=limit),
-            opt.api_config(needs_key=False, default_model=model),
-            opt.rate_limit(rpm, tpm),
-            opt.request_params(param or [], schema, api, max_tokens=max_tokens, system=system),
+            common.api_config(needs_key=False, default_model=model),
+            common.rate_limit(rpm, tpm),
+            common.request_params(param or [], schema, api, max_tokens=max_tokens, system=system),
             as_json=as_json,
         )
         _show_estimate(work)
@@ -335,9 +313,8 @@ def _show_estimate(run: FileRun) -> int:
     _look_at_input(run)
     prompts = run.feed(row.prompt for row in run.rows())
     params = {name: value for name, value in run.params.items() if name != "max_cost"}
-    estimated = with_client(
-        run.config, lambda client: client.estimate(prompts, **params), rate_limit=run.limits
-    )
+    limits = run.limits
+    estimated = with_client(run.config, lambda client: client.estimate(prompts, **params), rate_limit=limits)
     typer.echo(estimated.model_dump_json() if run.as_json else str(estimated))
     return 0
 
@@ -374,7 +351,7 @@ class Result:
         """Count the outcome of a row."""
         if isinstance(outcome, Exception):
             self.failed += 1
-            self.kinds[exits.explain(outcome)] += 1
+            self.kinds[common.explain(outcome)] += 1
         else:
             self.answered += 1
             self.cached += outcome.cached
@@ -382,12 +359,12 @@ class Result:
     def exit_code(self, failed_before: int) -> int:
         """Return the exit code, given the rows of the output that had failed before."""
         if self.interrupted:
-            return exits.INTERRUPTED
+            return common.INTERRUPTED
         if self.error is not None:
-            return exits.exit_code_of(self.error)
+            return common.exit_code_of(self.error)
         if self.failed or failed_before:
-            return exits.SOME_FAILED
-        return exits.BAD_INPUT if self.report_error else 0
+            return common.SOME_FAILED
+        return common.BAD_INPUT if self.report_error else 0
 
 
 async def _answer(run: FileRun, output: Output) -> Result:
@@ -395,9 +372,8 @@ async def _answer(run: FileRun, output: Output) -> Result:
     result, began = Result(), time.monotonic()
     last_words = "" if run.output == "-" else f"to go on: {_resume_command()}"
     answer_all = _answer_by_batch if run.by_batch else _answer_online
-    client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
-    async with client:
-        with exits.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
+    async with OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache) as client:
+        with common.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
             try:
                 await answer_all(run, client, output, result, stop)
             except (openai.OpenAIError, OSError) as error:  # what the rows without an outcome had in common
@@ -476,7 +452,7 @@ def _line_of(row: Row, outcome: ModelResponse | Exception) -> bytes:
 def _sum_up(run: FileRun, result: Result, code: int) -> None:
     """Say what a run came to, and how to go on."""
     reader_left = isinstance(result.error, BrokenPipeError)
-    quiet = run.quiet or reader_left or (code == exits.BAD_INPUT and not result.answered + result.failed)
+    quiet = run.quiet or reader_left or (code == common.BAD_INPUT and not result.answered + result.failed)
     if run.as_json:
         print_to = sys.stderr if run.output == "-" else sys.stdout
         typer.echo(json.dumps(_summary(run, result, code)), file=print_to)
@@ -489,7 +465,7 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
     elif run.report is not None and not quiet:
         say(f"report: {run.report}")
     if isinstance(result.error, openai.OpenAIError):
-        say(exits.message_of(result.error), style="red")
+        say(common.message_of(result.error), style="red")
     hint = _hint(run, result, code)
     if hint and not quiet:
         say(hint)
@@ -534,11 +510,11 @@ def _hint(run: FileRun, result: Result, code: int) -> str:
         results = f"their results: openai-eval-client batch results {result.jobs}"
         waiting = f"to wait for them: {_resume_command()}"
         return f"the batches go on; {results if run.cache is None else waiting}"
-    if code == exits.SOME_FAILED and run.output != "-":
+    if code == common.SOME_FAILED and run.output != "-":
         return f"to ask again for what failed: {_resume_command()} --retry-failed"
-    if code == 0 or (code == exits.BAD_INPUT and not result.answered):
+    if code == 0 or (code == common.BAD_INPUT and not result.answered):
         return ""
-    check = exits.what_to_check(result.error, answered=bool(result.answered))
+    check = common.what_to_check(result.error, answered=bool(result.answered))
     if check:
         resumable = run.output != "-" and (result.answered or run.done)
         return f"{check}; then: {_resume_command()}" if resumable else check

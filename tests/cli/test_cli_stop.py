@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from openai_eval_client import OpenAIConfig
-from openai_eval_client._cli import exits
+from openai_eval_client._cli import common
 from openai_eval_client.testing import SimulatedServer
 
 ROOT = Path(__file__).parents[2]
@@ -165,7 +165,7 @@ def interrupting(is_time):
 
 def test_what_takes_too_long_is_not_waited_for(cli, folder, monkeypatch):
     """After the time it is given, the run ends as if it had finished."""
-    monkeypatch.setattr(exits, "GRACE", 0.05)
+    monkeypatch.setattr(common, "GRACE", 0.05)
     before = signal.getsignal(signal.SIGINT)
     with (
         SimulatedServer(api_key=KEY, latency=30, latency_sigma=0) as server,
@@ -250,7 +250,7 @@ def test_rows_are_piped(folder):
 
 def complete(work):
     """Do what a command without rows does with its client."""
-    return exits.with_client(OpenAIConfig(api_key=KEY), lambda _: work())
+    return common.with_client(OpenAIConfig(api_key=KEY), lambda _: work())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from openai_eval_client import BudgetExceededError, QuotaError
-from openai_eval_client._cli import exits
+from openai_eval_client._cli import common
 from openai_eval_client.errors import sdk_httpx
 
 
@@ -33,19 +33,19 @@ def status_error(kind, status, code="", message="no"):
 )
 def test_what_to_check_after_an_error(error, code, advice):
     """The exit code and the options to look at; nothing to check where only time helps."""
-    assert exits.exit_code_of(error) == code
-    shown = exits.what_to_check(error, answered=False)
+    assert common.exit_code_of(error) == code
+    shown = common.what_to_check(error, answered=False)
     assert shown.startswith(advice)
     assert bool(shown) == bool(advice)
 
 
 def test_a_budget_that_had_room_for_some_rows():
     """There is nothing to check: the summary shows how to go on."""
-    assert exits.what_to_check(BudgetExceededError("spent"), answered=True) == ""
+    assert common.what_to_check(BudgetExceededError("spent"), answered=True) == ""
 
 
 def test_an_explained_error_quotes_no_prompt():
     """It has the class, the status and the API's code, and what they mean."""
     error = status_error(openai.BadRequestError, 400, "content_policy_violation", "the prompt was: secret")
     shown = "BadRequestError 400 content_policy_violation: the provider refuses the content"
-    assert exits.explain(error) == shown
+    assert common.explain(error) == shown
