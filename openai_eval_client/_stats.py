@@ -52,9 +52,6 @@ class ModelTimeline:
     seconds: float = 0.0  # how long its attempts took, summed
 
 
-_COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
-
-
 @dataclass(frozen=True, slots=True)
 class History:
     """A timeline as it stood at one moment."""
@@ -145,7 +142,7 @@ class Timeline:
         self._index //= 2
         self._busy = _joined(self._busy)
         for timeline in self._models.values():
-            for count in _COUNTS:
+            for count in ("admitted", "reserved", "used", "rate_limited", "failed"):
                 setattr(timeline, count, _joined(getattr(timeline, count)))
         breaks, self._breaks = self._breaks, defaultdict(float)
         for index, seconds in breaks.items():
@@ -349,9 +346,5 @@ class Recorder:
     def report_data(self) -> ReportData:
         """Return what a report shows besides the totals."""
         with self._lock:
-            return ReportData(
-                self._timeline.history(),
-                dict(self._latency),
-                [replace(row) for row in self._failures.rows()],
-                dict(self._finish_reasons),
-            )
+            history, failures = self._timeline.history(), [replace(row) for row in self._failures.rows()]
+            return ReportData(history, dict(self._latency), failures, dict(self._finish_reasons))

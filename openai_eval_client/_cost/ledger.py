@@ -138,13 +138,8 @@ class Pricer:
         moment = datetime.fromtimestamp(at, tz=timezone.utc)
         name = model.removeprefix("openai/") if self._provider == _OPENAI else model  # as proxies write it
         try:
-            found = genai_prices.calc_price(
-                genai_prices.Usage(),
-                name,
-                provider_id=self._provider,
-                genai_request_timestamp=moment,
-                price_context=context,
-            )
+            when: dict[str, Any] = {"genai_request_timestamp": moment, "price_context": context}
+            found = genai_prices.calc_price(genai_prices.Usage(), name, provider_id=self._provider, **when)
         except LookupError:
             return None
         own = any(found.model is known for known in found.provider.models)  # else another provider's price

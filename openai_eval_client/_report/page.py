@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from openai_eval_client._format import clock, count, dollars, duration, percent
-from openai_eval_client._report.charts import chart_sections
-from openai_eval_client._report.html import Markup, cost_text, escape, name, section, table
+from openai_eval_client._report.drawing import Markup, chart_sections, cost_text, escape, name, section, table
 from openai_eval_client._runtime import replacing
 from openai_eval_client._wire import meaning_of
 
@@ -190,11 +189,9 @@ def write_report(path: str | os.PathLike[str], account: Account, base_url: str, 
     about = f"{urlsplit(base_url).hostname or base_url}{began}; written {clock(time.time())}"
     template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
     texts = {"title": title or "Run report", "about": about, "summary": _summary(stats, data.history, bound)}
-    page = template.substitute(
-        {key: escape(text) for key, text in texts.items()},
-        sections="".join(_sections(stats, data, limits, bound)),
-    )
-    return write_page(path, page)
+    parts = {key: escape(text) for key, text in texts.items()}
+    sections = "".join(_sections(stats, data, limits, bound))
+    return write_page(path, template.substitute(parts, sections=sections))
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> Path:
