@@ -369,13 +369,10 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
         return Histogram.value_of(first + bar * wide - 0.5)
 
     low, high = edge(-margin), edge(max(bars) + 1 + margin)
-
-    def scale(seconds: float) -> float:
-        return math.log(seconds / low) / math.log(high / low)
-
+    width = math.log(high / low)
     ticks = [seconds for seconds in _ROUND_TIMES if low <= seconds <= high] or [math.sqrt(low * high)]
     ticks = ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
-    chart = _Chart(max(bars.values()), "requests", scale, ticks)
+    chart = _Chart(max(bars.values()), "requests", lambda seconds: math.log(seconds / low) / width, ticks)
     for bar, times in sorted(bars.items()):
         tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
         chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)

@@ -292,6 +292,8 @@ _ON_LOOP = 20_000  # characters: 0.6 ms of English, 3 ms of Chinese; a hop to a 
 _SLICE = 10_000  # characters: longer words overflow tiktoken's stack, or before 0.13 take quadratic time
 _REMEMBERED = range(128, _ON_LOOP)  # characters: finding it saves 14 us at 400, else it costs 0.8 us
 _ROLE = len("assistant")  # characters: nearly all texts so short are roles, the same ones repeated
+# OpenAI's rule of thumb for English, https://help.openai.com/en/articles/4936856; bytes, not characters,
+# because scripts that need more of them also need more tokens.
 _BYTES_PER_TOKEN = 4
 _SCHEMAS = ("tools", "functions", "response_format", "text", "suffix", "documents", "chat_template")
 _MARGIN = 128  # tokens that a provider may put round the messages; the most known are gpt-oss's 70
@@ -300,10 +302,8 @@ _MARGIN = 128  # tokens that a provider may put round the messages; the most kno
 class TokenCounter:
     """Counts the input tokens of requests, with tiktoken's vocabularies where they can be had.
 
-    A vocabulary is loaded in a thread of its own, once in a process. Until it is there, and for ever where it
-    cannot be had, texts are estimated at 4 bytes of UTF-8 a token, OpenAI's rule of thumb for English
-    (https://help.openai.com/en/articles/4936856); bytes, because scripts that need more of them also need
-    more tokens. What the server then reports corrects the estimate. Threads and event loops may share one.
+    Without one, texts are estimated at 4 bytes of UTF-8 a token, and what the server reports corrects that.
+    Threads and event loops may share a counter.
     """
 
     def __init__(self, *, load_timeout: float = 5.0) -> None:
@@ -358,16 +358,13 @@ class TokenCounter:
         """Count one text, without holding up the event loop."""
         return await self.count_input({"model": model, "prompt": text})
 
-    async def estimate_usage(
-        self, response: ModelResponse, input_tokens: int, *, service_tier: object = None
-    ) -> Usage:
+    async def estimate_usage(self, response: ModelResponse, input_tokens: int, tier: object = None) -> Usage:
         """Fill in the usage that the server left out, and return it."""
         usage, texts = response.usage, "\n".join(response.choices)
         usage.prompt_tokens = input_tokens
         usage.completion_tokens = await self.count_text(texts, response.model) if texts else 0
         usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-        tier = service_tier if isinstance(service_tier, str) else None
-        counts = usage.prompt_tokens, usage.completion_tokens
+        counts, tier = (usage.prompt_tokens, usage.completion_tokens), tier if isinstance(tier, str) else None
         return Usage(*counts, model=response.model, service_tier=tier, estimated=True)
 
     def observe(self, model: str, counted: int, actual: int) -> None:
