@@ -52,9 +52,6 @@ class ModelTimeline:
     seconds: float = 0.0  # how long its attempts took, summed
 
 
-_COUNTS = ("admitted", "reserved", "used", "rate_limited", "failed")
-
-
 @dataclass(frozen=True, slots=True)
 class History:
     """A timeline as it stood at one moment."""
@@ -145,7 +142,7 @@ class Timeline:
         self._index //= 2
         self._busy = _joined(self._busy)
         for timeline in self._models.values():
-            for count in _COUNTS:
+            for count in ("admitted", "reserved", "used", "rate_limited", "failed"):
                 setattr(timeline, count, _joined(getattr(timeline, count)))
         breaks, self._breaks = self._breaks, defaultdict(float)
         for index, seconds in breaks.items():
@@ -179,29 +176,27 @@ class Failures:
 
     def raised(self, model: str, error: Exception, *, for_good: bool) -> None:
         """Count the error of an attempt, or of a prompt that failed for good."""
-        row = self._row(model, type(error).__name__, status_of(error), code_of(error))
-        row.attempts += isinstance(error, openai.APIError)  # for any other error, nothing was sent
-        row.prompts += for_good
+        is_sent = isinstance(error, openai.APIError)  # for any other error, nothing was
+        key = model, type(error).__name__, status_of(error), code_of(error)
+        self._count(key, attempts=is_sent, prompts=for_good)
 
     def refused(self, model: str, status: int | None, code: str, *, for_good: bool) -> None:
         """Count an attempt of the SDK, which makes its own error; without a status nothing came back."""
         kind = "APIConnectionError" if status is None else class_of(status).__name__
-        row = self._row(model, kind, status, code)
-        row.attempts += 1
-        row.prompts += for_good
+        self._count((model, kind, status, code), attempts=1, prompts=for_good)
 
     def rows(self) -> list[Failure]:
         """Return the kinds there were, the most frequent first."""
         return sorted(self._rows.values(), key=lambda row: (-row.prompts, -row.attempts, row.model))
 
-    def _row(self, model: str, kind: str, status: int | None, code: str) -> Failure:
+    def _count(self, key: tuple[str, str, int | None, str], *, attempts: int, prompts: int) -> None:
         now = time.time()
-        key = model, kind, status, code
         if key not in self._rows and len(self._rows) >= _FAILURES:
             key = _OTHER, _OTHER, None, ""
         row = self._rows.get(key) or self._rows.setdefault(key, Failure(*key, first=now))
         row.last = now
-        return row
+        row.attempts += attempts
+        row.prompts += prompts
 
 
 _STEP = math.log(1.02)  # a class is 2% wide: percentiles are off by 1% at most
@@ -349,9 +344,5 @@ class Recorder:
     def report_data(self) -> ReportData:
         """Return what a report shows besides the totals."""
         with self._lock:
-            return ReportData(
-                self._timeline.history(),
-                dict(self._latency),
-                [replace(row) for row in self._failures.rows()],
-                dict(self._finish_reasons),
-            )
+            history, failures = self._timeline.history(), [replace(row) for row in self._failures.rows()]
+            return ReportData(history, dict(self._latency), failures, dict(self._finish_reasons))

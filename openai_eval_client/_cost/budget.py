@@ -161,11 +161,11 @@ class CostBudget:
 
     def settle(self, hold: _Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
-        self._lock.when_free(lambda: self._settle(hold, actual))
+        self._lock.when_free(lambda: self._end(hold, "done", actual))
 
     def keep_reserved(self, hold: _Hold) -> None:
         """Keep a reservation, but let nothing wait for its settling, which may never come."""
-        self._lock.when_free(lambda: self._keep_reserved(hold))
+        self._lock.when_free(lambda: self._end(hold, "kept", _NOTHING))
 
     @property
     def free(self) -> Decimal:
@@ -187,8 +187,9 @@ class CostBudget:
 
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
-        numbers = (f"{usd.normalize():f}" for usd in (*self._amounts().values(), amount))
-        limit, spent, reserved, asked = numbers
+        limit, spent, reserved, asked = (
+            f"{usd.normalize():f}" for usd in (*self._amounts().values(), amount)
+        )
         held = f"{spent} spent, {reserved} reserved for what is in flight"
         return BudgetExceededError(f"max_cost={limit} USD: {held}, and the next request may cost {asked}")
 
@@ -210,16 +211,12 @@ class CostBudget:
                 self._reserved[counted] = change(self._reserved[counted], hold.amount)
         hold.state = state
 
-    def _settle(self, hold: _Hold, actual: Decimal) -> None:
+    def _end(self, hold: _Hold, state: _State, actual: Decimal) -> None:
         if hold.state in self._reserved:
             self._spent = EXACT.add(self._spent, actual)
-        self._move(hold, "done")
+        if state == "done" or hold.state == "held":
+            self._move(hold, state)
         self._serve_waiting()
-
-    def _keep_reserved(self, hold: _Hold) -> None:
-        if hold.state == "held":
-            self._move(hold, "kept")
-            self._serve_waiting()
 
     def _serve_waiting(self) -> None:
         """Grant what waits, first come, first served; fail that for which there cannot be room any more."""

@@ -138,13 +138,8 @@ class Pricer:
         moment = datetime.fromtimestamp(at, tz=timezone.utc)
         name = model.removeprefix("openai/") if self._provider == _OPENAI else model  # as proxies write it
         try:
-            found = genai_prices.calc_price(
-                genai_prices.Usage(),
-                name,
-                provider_id=self._provider,
-                genai_request_timestamp=moment,
-                price_context=context,
-            )
+            when: dict[str, Any] = {"genai_request_timestamp": moment, "price_context": context}
+            found = genai_prices.calc_price(genai_prices.Usage(), name, provider_id=self._provider, **when)
         except LookupError:
             return None
         own = any(found.model is known for known in found.provider.models)  # else another provider's price
@@ -272,15 +267,12 @@ class _Row:
 
 
 class Ledger:
-    """What the answers of one client cost; safe for several threads.
-
-    An answer is priced once, as it is entered: appended to a queue, which needs no lock, so that a collected
-    stream or a signal handler may do it anywhere. The queue is summed a hundred entries at a time, and
-    whenever the ledger is read. What is entered before the price list is loaded is priced only then.
-    """
+    """What the answers of one client cost; safe for several threads."""
 
     def __init__(self) -> None:
         self._pricer: Pricer | None = None
+        # Needs no lock: a collected stream or a signal handler may append anywhere. It is summed a hundred
+        # entries at a time, and whenever the ledger is read.
         self._queue: deque[_Entry] = deque()
         self._lock = threading.RLock()  # re-entrant: a signal handler may read what it interrupts
         self._held = self._loading = False

@@ -27,10 +27,7 @@ class Clock:
 
 
 class Bucket(AsyncLimiter):
-    """aiolimiter's leaky bucket, for every event loop and thread, and with debts.
-
-    Its level may go above the capacity: a debt, after a request larger than the bucket.
-    """
+    """aiolimiter's leaky bucket, for every loop and thread; its level may exceed the capacity, as a debt."""
 
     _loop: Any = None  # the clock; a property in the class above, which asks asyncio
 
@@ -293,14 +290,10 @@ class Limit(NamedTuple):
 
 
 class Quota:
-    """One dimension of a model's limit: the bucket that the user configured, and the server's.
-
-    An overestimate is given back to the configured bucket only: servers that charge `max_tokens` up front do
-    not give it back.
-    """
+    """One dimension of a model's limit: the bucket that the user configured, and the server's."""
 
     def __init__(
-        self, per_minute: int | None, config: RateLimitConfig, clock: Clock, *, metered: bool = True
+        self, per_minute: int | None, config: RateLimitConfig, clock: Clock, *, metered: bool
     ) -> None:
         rate = per_minute / MINUTE if per_minute and metered else None
         margin = min(MARGIN, config.burst_seconds * MARGIN_SHARE)
@@ -352,7 +345,7 @@ class Quota:
 
     def settle(self, reserved: float, actual: float) -> None:
         """Replace what was reserved by what was used."""
-        self._configured.charge(actual - reserved)
+        self._configured.charge(actual - reserved)  # alone: servers that charge max_tokens give nothing back
         if actual > reserved:
             self.server.add_debt(actual - reserved)
 

@@ -152,17 +152,14 @@ class Limiter:
         self._lock.when_free(lambda: self._release(*permit, outcome))
         failure = outcome.failure if outcome.is_rate_limit else None
         if failure is not None and failure.wait:
-            inform(
-                "%s rate limited by the server: pausing %.2f s",
+            model, wait, text = (
                 permit.queue.model,
                 failure.wait,
-                event="rate_limited",
-                wait_seconds=failure.wait,
-                model=permit.queue.model,
-                status=failure.status,
-                limit=failure.dimension,
-                request_id=request_id(outcome.headers),
+                "%s rate limited by the server: pausing %.2f s",
             )
+            about = {"limit": failure.dimension, "status": failure.status, "wait_seconds": wait}
+            about |= {"model": model, "request_id": request_id(outcome.headers)}
+            inform(text, model, wait, event="rate_limited", **about)
 
     def update_from_headers(self, permit: Permit, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer whose body is still to come."""

@@ -238,10 +238,9 @@ class ModelQueue:
         return min(firsts, default=None)
 
     def _limits_in_use(self) -> list[ConcurrencyLimit]:
-        self._concurrency_limits = [
-            limit for limit in self._concurrency_limits if limit.queue or limit is self.concurrency
-        ]
-        return self._concurrency_limits
+        limits = [each for each in self._concurrency_limits if each.queue or each is self.concurrency]
+        self._concurrency_limits = limits
+        return limits
 
     def _ready_in(self, waiter: Waiter) -> tuple[float, str]:
         """Return the seconds until a waiter can go, and what it waits for."""

@@ -26,9 +26,12 @@ from openai_eval_client.errors import ValidationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
+    from openai_eval_client._limits.buckets import Clock
     from openai_eval_client._limits.queue import Position
     from openai_eval_client._wire import Outcome, StatedLimit
     from openai_eval_client.config import RateLimitConfig
+
+    Replied = Callable[["SharedModelQueue", Any], None]
 
 try:
     import redis
@@ -243,18 +246,10 @@ _KEEP_SECONDS = 3600.0  # for which an idle state is kept at least; then its buc
 
 
 class SharedModelQueue(ModelQueue):
-    """The queue of one model, within what all workers together may send.
-
-    Besides the shared state the quotas of this worker alone are kept up, for the time when they are needed.
-    """
+    """The queue of one model for all workers; its own quotas are kept up too, for when it is alone."""
 
     def __init__(
-        self,
-        model: str,
-        config: RateLimitConfig,
-        clock: buckets.Clock,
-        backend: RedisBackend,
-        replied: Callable[[SharedModelQueue, Any], None],
+        self, model: str, config: RateLimitConfig, clock: Clock, backend: RedisBackend, replied: Replied
     ) -> None:
         super().__init__(model, config, clock)
         self._backend = backend

@@ -181,9 +181,8 @@ class Caller:
                 request_id=reply.headers.get("x-request-id"),
                 latency=latency,
             )
-            usage = counted or await self._counter.estimate_usage(
-                response, job.input_tokens, service_tier=answer.get("service_tier")
-            )
+            tier = answer.get("service_tier")
+            usage = counted or await self._counter.estimate_usage(response, job.input_tokens, tier)
             attempt.ended(Outcome(reply.status_code, reply.headers, usage))
             if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()

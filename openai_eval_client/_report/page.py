@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from openai_eval_client._format import clock, count, dollars, duration, percent
-from openai_eval_client._report.charts import chart_sections
-from openai_eval_client._report.html import Markup, cost_text, escape, name, section, table
+from openai_eval_client._report.drawing import Markup, chart_sections, cost_text, escape, name, section, table
 from openai_eval_client._runtime import replacing
 from openai_eval_client._wire import meaning_of
 
@@ -185,16 +184,21 @@ def limit_shares(limits: ModelLimits, history: History) -> dict[str, float]:
 def write_report(path: str | os.PathLike[str], account: Account, base_url: str, title: str | None) -> Path:
     """Write the page about what a client did, and return its path."""
     stats, data, limits = account.stats, account.recorder.report_data(), account.limiter.limits
-    bound, began_at = bottleneck(stats, limits, data.history), data.history.began_at
-    began = "" if began_at is None else f", first request {clock(began_at)}"
+    history, bound = data.history, bottleneck(stats, limits, data.history)
+    began = "" if history.began_at is None else f", first request {clock(history.began_at)}"
     about = f"{urlsplit(base_url).hostname or base_url}{began}; written {clock(time.time())}"
-    template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
-    texts = {"title": title or "Run report", "about": about, "summary": _summary(stats, data.history, bound)}
-    page = template.substitute(
-        {key: escape(text) for key, text in texts.items()},
-        sections="".join(_sections(stats, data, limits, bound)),
+    cached = f" ({count(stats.cache_hits)} from the cache)" if stats.cache_hits else ""
+    idle = sum(history.breaks.values())
+    whole = f" at work within {duration(history.seconds + idle)}" if idle else ""
+    summary = (
+        f"{count(stats.requests - stats.failures)} answered{cached}, {count(stats.failures)} failed, "
+        f"{cost_text(stats.cost)}, {duration(history.seconds)}{whole}; {bound.headline}"
     )
-    return write_page(path, page)
+    template = Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+    texts = {"title": title or "Run report", "about": about, "summary": summary}
+    parts = {key: escape(text) for key, text in texts.items()}
+    sections = "".join(_sections(stats, data, limits, bound))
+    return write_page(path, template.substitute(parts, sections=sections))
 
 
 def write_page(path: str | os.PathLike[str], text: str) -> Path:
@@ -206,16 +210,6 @@ def write_page(path: str | os.PathLike[str], text: str) -> Path:
         error.filename, error.filename2 = os.fspath(path), None  # the name that the caller knows
         raise
     return Path(path)
-
-
-def _summary(stats: ClientStats, history: History, bound: Bottleneck) -> str:
-    cached = f" ({count(stats.cache_hits)} from the cache)" if stats.cache_hits else ""
-    idle = sum(history.breaks.values())
-    whole = f" at work within {duration(history.seconds + idle)}" if idle else ""
-    return (
-        f"{count(stats.requests - stats.failures)} answered{cached}, {count(stats.failures)} failed, "
-        f"{cost_text(stats.cost)}, {duration(history.seconds)}{whole}; {bound.headline}"
-    )
 
 
 def _sections(

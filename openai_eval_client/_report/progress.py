@@ -154,17 +154,13 @@ def details(state: ProgressSnapshot) -> list[str]:
         limit = state.limits.limits.get(name)
         parts.append(f"{_NAMES[name]} {short(used)}" + (f"/{short(limit)}" if limit else ""))
     parts += [] if state.in_flight is None else [f"{state.in_flight} in flight"]
-    parts.append(_money(state))
+    projected = "" if state.projected is None else f" of ~${usd(state.projected)}"
+    unpriced = f" + {state.unpriced:,} unpriced" if state.unpriced else ""
+    is_unknown = state.unpriced and not state.cost
+    parts.append("cost unknown" if is_unknown else f"${usd(state.cost)}{projected}{unpriced}")
     parts += [f"{state.rate_limited:,} x 429"] if state.rate_limited else []
     parts += [f"{state.retries:,} {'retry' if state.retries == 1 else 'retries'}"] if state.retries else []
     return parts
-
-
-def _money(state: ProgressSnapshot) -> str:
-    if state.unpriced and not state.cost:
-        return "cost unknown"
-    projected = "" if state.projected is None else f" of ~${usd(state.projected)}"
-    return f"${usd(state.cost)}{projected}" + (f" + {state.unpriced:,} unpriced" if state.unpriced else "")
 
 
 def fitted(parts: Iterable[str], width: int) -> str:

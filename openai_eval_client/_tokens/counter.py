@@ -70,7 +70,12 @@ def image_tokens(model: str, size: tuple[int, int], detail: object = None) -> in
     family = _family(model)
     if isinstance(family, float):
         return math.ceil(round(_patches(*size) * family, 6))
-    return family.base + (0 if detail == "low" else _tiles(*size) * family.tile)
+    if detail == "low":
+        return family.base
+    # Tiles cover the image, shrunk to fit 2048 x 2048 with a short side of 768.
+    shrink = min(1.0, _MAX_SIDE / max(size), _MAX_SHORT_SIDE / min(size))
+    across, down = (math.ceil(max(1, round(side * shrink)) / _TILE) for side in size)
+    return family.base + family.tile * across * down
 
 
 @lru_cache(maxsize=256)
@@ -79,13 +84,6 @@ def _family(model: str) -> _Tiles | float:
     name = model.rpartition("/")[2].removeprefix("ft:")
     known = max((start for start in _FAMILIES if name.startswith(start)), key=len, default="gpt-4o")
     return _FAMILIES[known]
-
-
-def _tiles(width: int, height: int) -> int:
-    """Count the tiles that cover an image, shrunk to fit 2048 x 2048 with a short side of 768."""
-    shrink = min(1.0, _MAX_SIDE / max(width, height), _MAX_SHORT_SIDE / min(width, height))
-    across, down = (max(1, round(side * shrink)) for side in (width, height))
-    return math.ceil(across / _TILE) * math.ceil(down / _TILE)
 
 
 def _patches(width: int, height: int) -> int:
@@ -186,9 +184,18 @@ class Input:
     def _add_part(self, part: Mapping[Any, Any]) -> None:
         kind = part.get("type")
         if "image_url" in part or kind == "input_image":
-            self._add_image(part)
+            url = image = part.get("image_url")
+            if isinstance(
+                image, Mapping
+            ):  # Chat Completions; in Responses the part itself has url and detail
+                url, part = image.get("url"), image
+            self.fixed += image_tokens(self._model, _size_of(url), part.get("detail"))
         elif kind == "input_audio":
-            self._add_audio(_mapping(part.get("input_audio")))
+            audio = _mapping(part.get("input_audio"))
+            data, is_wav = audio.get("data"), audio.get("format") == "wav"
+            size = len(data) * 3 / 4 if isinstance(data, str) else 0
+            seconds = size / (_WAV_BYTES_PER_SECOND if is_wav else _OTHER_AUDIO_BYTES_PER_SECOND)
+            self.fixed += max(1, math.ceil(seconds * _AUDIO_TOKENS_PER_SECOND))
         elif kind in ("file", "input_file"):
             self._add_file(part)
         else:
@@ -213,18 +220,6 @@ class Input:
                     self.texts.append(value)
             elif value and key not in _UNCOUNTED_KEYS:
                 self._walk(value)
-
-    def _add_image(self, part: Mapping[Any, Any]) -> None:
-        url = image = part.get("image_url")
-        if isinstance(image, Mapping):  # Chat Completions; in Responses the part itself has url and detail
-            url, part = image.get("url"), image
-        self.fixed += image_tokens(self._model, _size_of(url), part.get("detail"))
-
-    def _add_audio(self, audio: Mapping[str, Any]) -> None:
-        data, is_wav = audio.get("data"), audio.get("format") == "wav"
-        size = len(data) * 3 / 4 if isinstance(data, str) else 0
-        seconds = size / (_WAV_BYTES_PER_SECOND if is_wav else _OTHER_AUDIO_BYTES_PER_SECOND)
-        self.fixed += max(1, math.ceil(seconds * _AUDIO_TOKENS_PER_SECOND))
 
     def _add_tools(self, tools: Any) -> None:
         has_functions = False
@@ -297,6 +292,8 @@ _ON_LOOP = 20_000  # characters: 0.6 ms of English, 3 ms of Chinese; a hop to a 
 _SLICE = 10_000  # characters: longer words overflow tiktoken's stack, or before 0.13 take quadratic time
 _REMEMBERED = range(128, _ON_LOOP)  # characters: finding it saves 14 us at 400, else it costs 0.8 us
 _ROLE = len("assistant")  # characters: nearly all texts so short are roles, the same ones repeated
+# OpenAI's rule of thumb for English, https://help.openai.com/en/articles/4936856; bytes, not characters,
+# because scripts that need more of them also need more tokens.
 _BYTES_PER_TOKEN = 4
 _SCHEMAS = ("tools", "functions", "response_format", "text", "suffix", "documents", "chat_template")
 _MARGIN = 128  # tokens that a provider may put round the messages; the most known are gpt-oss's 70
@@ -305,10 +302,8 @@ _MARGIN = 128  # tokens that a provider may put round the messages; the most kno
 class TokenCounter:
     """Counts the input tokens of requests, with tiktoken's vocabularies where they can be had.
 
-    A vocabulary is loaded in a thread of its own, once in a process. Until it is there, and for ever where it
-    cannot be had, texts are estimated at 4 bytes of UTF-8 a token, OpenAI's rule of thumb for English
-    (https://help.openai.com/en/articles/4936856); bytes, because scripts that need more of them also need
-    more tokens. What the server then reports corrects the estimate. Threads and event loops may share one.
+    Without one, texts are estimated at 4 bytes of UTF-8 a token, and what the server reports corrects that.
+    Threads and event loops may share a counter.
     """
 
     def __init__(self, *, load_timeout: float = 5.0) -> None:
@@ -363,21 +358,14 @@ class TokenCounter:
         """Count one text, without holding up the event loop."""
         return await self.count_input({"model": model, "prompt": text})
 
-    async def estimate_usage(
-        self, response: ModelResponse, input_tokens: int, *, service_tier: object = None
-    ) -> Usage:
+    async def estimate_usage(self, response: ModelResponse, input_tokens: int, tier: object = None) -> Usage:
         """Fill in the usage that the server left out, and return it."""
         usage, texts = response.usage, "\n".join(response.choices)
         usage.prompt_tokens = input_tokens
         usage.completion_tokens = await self.count_text(texts, response.model) if texts else 0
         usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-        return Usage(
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            model=response.model,
-            service_tier=service_tier if isinstance(service_tier, str) else None,
-            estimated=True,
-        )
+        counts, tier = (usage.prompt_tokens, usage.completion_tokens), tier if isinstance(tier, str) else None
+        return Usage(*counts, model=response.model, service_tier=tier, estimated=True)
 
     def observe(self, model: str, counted: int, actual: int) -> None:
         """Learn from what a server reported, for models without a vocabulary of their own."""

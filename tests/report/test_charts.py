@@ -5,7 +5,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from openai_eval_client._report.charts import Layer, TimeAxis, histogram
+from openai_eval_client._report.drawing import Layer, TimeAxis, histogram
 from openai_eval_client._stats import History
 
 

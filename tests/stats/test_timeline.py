@@ -56,7 +56,8 @@ def test_a_long_run_takes_no_more_memory_than_a_short_one():
     """A million seconds fit the same arrays."""
     short, long = after([(1, 1, 1)] * 3), after([(9, 1, 1)] * 3000)
     sizes = [
-        sum(sys.getsizeof(getattr(h.models["m"], name)) for name in _stats._COUNTS) for h in (short, long)
+        sum(sys.getsizeof(getattr(h.models["m"], name)) for name in _stats.ModelTimeline.__slots__)
+        for h in (short, long)
     ]
     assert sizes[0] == sizes[1]
     assert long.seconds > 20_000

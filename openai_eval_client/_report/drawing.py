@@ -1,22 +1,172 @@
-"""The charts of a report, as SVG."""
+"""What reports and notebooks show: escaped text and tables as HTML, charts as SVG."""
 
 from __future__ import annotations
 
+import html
 import math
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from openai_eval_client._format import count, duration, percent, short
-from openai_eval_client._report.html import Markup, escape, name, section, table
+from openai_eval_client._format import as_html, clock, count, dollars, duration, percent, short
 from openai_eval_client._stats import Histogram
+from openai_eval_client.models import BatchJobStatus, ClientStats, CostEstimate, CostLedger, ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from openai_eval_client._limits import ModelLimits
     from openai_eval_client._stats import History, ReportData
-    from openai_eval_client.models import ClientStats
 
+
+# --- text and tables ------------------------------------------------------------------------------------
+
+_LONG_NAME, _LONG_ANSWER = 48, 2000  # characters that are shown
+_ERRORS = 20  # of a job that are shown
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+def escape(text: object) -> Markup:
+    """Return any text as HTML: half a surrogate pair and control characters become a question mark."""
+    if isinstance(text, Markup):
+        return text
+    valid = str(text).encode(errors="replace").decode()
+    return Markup(html.escape("".join(char if char.isprintable() or char == "\n" else "?" for char in valid)))
+
+
+def name(text: object) -> Markup:
+    """Return a name as HTML; a long one without its middle, and whole as its title."""
+    whole = str(text)
+    if len(whole) <= _LONG_NAME:
+        return escape(whole)
+    half = _LONG_NAME // 2
+    return Markup(f'<span title="{escape(whole)}">{escape(f"{whole[:half]}…{whole[-half + 1 :]}")}</span>')
+
+
+def table(
+    head: Sequence[object], rows: Iterable[Sequence[object]], *, caption: object = "", texts: int = 1
+) -> Markup:
+    """Return a table; its first `texts` columns are aligned left, the others right."""
+    above = f"<caption>{escape(caption)}</caption>" if caption else ""
+    if head:
+        above += f"<thead>{_row(head, 'th', texts)}</thead>"
+    body = "".join(_row(row, "td", texts) for row in rows)
+    return Markup(f"<table>{above}<tbody>{body}</tbody></table>")
+
+
+def _row(cells: Sequence[object], tag: str, texts: int) -> str:
+    row = ""
+    for number, cell in enumerate(cells):
+        kind = "td" if tag == "td" and number else "th"
+        scope = "" if kind == "td" else ' scope="col"' if tag == "th" else ' scope="row"'
+        align = "left" if number < texts else "right"
+        row += f'<{kind}{scope} style="text-align:{align}">{escape(cell)}</{kind}>'
+    return f"<tr>{row}</tr>"
+
+
+def section(heading: str, content: str, *, note: str = "") -> Markup:
+    """Return a part of a page under its heading; `note` says how to read it."""
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return Markup(f"<section><h2>{escape(heading)}</h2>{below}{content}</section>\n")
+
+
+def cost_text(cost: CostLedger) -> str:
+    """Return what it cost, as far as that is known."""
+    if cost.unpriced and not cost.total:
+        return "cost unknown"
+    return dollars(cost.total) + (f" and {count(cost.unpriced)} unpriced" if cost.unpriced else "")
+
+
+@as_html.register(ClientStats)
+def _stats_table(stats: ClientStats) -> Markup:
+    waits = sorted(stats.wait_seconds_by.items(), key=lambda pair: -pair[1])
+    causes = ", ".join(f"{cause} {duration(seconds)}" for cause, seconds in waits if seconds)
+    latency = (stats.latency_p50, stats.latency_p95, stats.latency_p99)
+    rows: list[tuple[object, str]] = [
+        ("answered / failed", _counts(stats.requests - stats.failures, stats.failures)),
+        ("attempts / retries / 429s", _counts(stats.attempts, stats.retries, stats.rate_limited)),
+        ("tokens in / out", _counts(stats.prompt_tokens, stats.completion_tokens)),
+        ("cost", cost_text(stats.cost)),
+        ("from the cache", count(stats.cache_hits)),
+        ("latency p50 / p95 / p99", " / ".join(_known(each, duration) for each in latency)),
+        ("waited, summed", duration(stats.wait_seconds) + (f" ({causes})" if causes else "")),
+    ]
+    for model, shares in stats.utilisation.items():
+        rows += [(Markup(f"{name(model)}: of its {each} limit"), percent(shares[each])) for each in shares]
+    return table((), rows)
+
+
+def _counts(*numbers: int) -> str:
+    return " / ".join(map(count, numbers))
+
+
+def _known(value: Any, shown: Callable[[Any], str]) -> str:
+    return "-" if value is None else shown(value)
+
+
+@as_html.register(CostEstimate)
+def _estimate_table(estimate: CostEstimate) -> Markup:
+    rows = []
+    for label, field, shown in (
+        ("output tokens", "completion_tokens", count),
+        ("online", "cost", dollars),
+        ("by batch", "batch_cost", dollars),
+    ):
+        values = (getattr(estimate, f"{field}_{bound}") for bound in ("low", "expected", "high"))
+        rows.append((label, *(_known(value, shown) for value in values)))
+    time = "no limit is configured" if estimate.minutes is None else duration(60 * estimate.minutes)
+    asked, tokens = f"{count(estimate.requests)} requests to {estimate.model}", count(estimate.prompt_tokens)
+    caption = f"{asked}: {tokens} tokens in; at the limits: {time}"
+    return table(("", "at least", "likely", "at most"), rows, caption=caption)
+
+
+@as_html.register(BatchJobStatus)
+def _job_table(job: BatchJobStatus) -> Markup:
+    rows = [
+        ("job", name(job.job_id)),
+        ("status", job.status),
+        ("completed / failed / all", _counts(job.completed_count, job.failed_count, job.request_count)),
+        ("created", clock(job.created_at.timestamp())),
+        ("completed", _known(job.completed_at, lambda at: clock(at.timestamp()))),
+    ]
+    rows += [(f"error {error.code or ''}", error.message) for error in job.errors[:_ERRORS]]
+    return table((), rows, texts=2)
+
+
+@as_html.register(CostLedger)
+def _cost_table(cost: CostLedger) -> Markup:
+    head = ("model", "channel", "tier", "calls", "input", "cached", "output", "unpriced", "cost")
+    rows = []
+    for row in cost.rows:
+        numbers = row.calls, row.input_tokens, row.cached_tokens, row.output_tokens, row.unpriced
+        rows.append((name(row.model), row.channel, row.service_tier, *map(count, numbers), dollars(row.cost)))
+    saved = f"; saved by the cache: {dollars(cost.saved_by_cache)}" if cost.saved_by_cache else ""
+    lost = f"; unaccounted: {count(cost.unaccounted)} attempts" if cost.unaccounted else ""
+    return table(head, rows, caption=f"{dollars(cost.total)}{saved}{lost}", texts=3)
+
+
+@as_html.register(ModelResponse)
+def _answer_table(answer: ModelResponse) -> Markup:
+    text = answer.content or answer.refusal or ""
+    shown = f"{text[:_LONG_ANSWER]}…" if len(text) > _LONG_ANSWER else text
+    cached = " (cached)" if answer.cached else ""
+    content = Markup(f'<pre style="white-space:pre-wrap;text-align:left">{escape(shown)}</pre>')
+    rows = [
+        ("content" if answer.content or not answer.refusal else "refusal", content),
+        ("model", name(answer.model)),
+        ("finish reason", answer.finish_reason),
+        ("tokens in / out", _counts(answer.usage.prompt_tokens, answer.usage.completion_tokens)),
+        ("cost", dollars(answer.usage.estimated_cost)),
+        ("latency", f"{duration(answer.latency_ms / 1000)}{cached}"),
+    ]
+    return table((), rows, texts=2)
+
+
+# --- charts ---------------------------------------------------------------------------------------------
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 430.0, 22.0, 176.0  # the ends of the axes
 _LABEL = 66.0  # the width of a label beside a mark
@@ -46,9 +196,7 @@ _CAUSES = {
 class _Chart:
     """Columns between an axis of amounts and an axis of time; what is added later is drawn above them."""
 
-    def __init__(
-        self, reach: float, unit: str, scale: Callable[[float], float], ticks: Iterable[float]
-    ) -> None:
+    def __init__(self, reach: float, unit: str, scale: Callable[[float], float], ticks: list[float]) -> None:
         self.top = top = 1.08 * reach
         self._scale = scale  # where a time stands on its axis, from 0 to 1
         self.parts: list[str] = []
@@ -221,13 +369,10 @@ def histogram(classes: Mapping[int, int], marks: Mapping[str, float]) -> Markup:
         return Histogram.value_of(first + bar * wide - 0.5)
 
     low, high = edge(-margin), edge(max(bars) + 1 + margin)
-
-    def scale(seconds: float) -> float:
-        return math.log(seconds / low) / math.log(high / low)
-
+    width = math.log(high / low)
     ticks = [seconds for seconds in _ROUND_TIMES if low <= seconds <= high] or [math.sqrt(low * high)]
     ticks = ticks[:: 1 + (len(ticks) - 1) // (_TIME_TICKS + 1)]
-    chart = _Chart(max(bars.values()), "requests", scale, ticks)
+    chart = _Chart(max(bars.values()), "requests", lambda seconds: math.log(seconds / low) / width, ticks)
     for bar, times in sorted(bars.items()):
         tooltip = f"{duration(edge(bar))} to {duration(edge(bar + 1))}: {times:,}"
         chart.column("time", (edge(bar), edge(bar + 1)), 0.0, times, tooltip)
@@ -297,10 +442,8 @@ def _against_limits(axis: TimeAxis, limits: Sequence[ModelLimits]) -> str:
         sent = [Layer("sent", "admitted", axis.rates(timeline.admitted))]
         reserved = Layer("reserved when sent", "reserved", axis.rates(timeline.reserved))
         used = Layer("used by answers", "used", axis.rates(timeline.used), is_line=True)
-        for what, layers, limit in (
-            ("requests", sent, limited.requests),
-            ("tokens", [reserved, used], limited.tokens),
-        ):
+        cases = ("requests", sent, limited.requests), ("tokens", [reserved, used], limited.tokens)
+        for what, layers, limit in cases:
             server = None if limit.server == limit.configured else limit.server
             pairs = (("limit", limit.configured), ("server's limit", server))
             marks = [(f"{label} {short(n)}/min", n * axis.scale / _MINUTE) for label, n in pairs if n]
