@@ -16,17 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.files import (
-    BatchLine,
-    close_files,
-    cut_file,
-    even_counts,
-    numbered_id,
-    recut,
-    write_in_thread,
-)
-from openai_eval_client._batches.results import is_curable
-from openai_eval_client._batches.status import (
+from openai_eval_client._batches.api import (
     SEPARATOR,
     JobRecord,
     are_of_use,
@@ -38,6 +28,16 @@ from openai_eval_client._batches.status import (
     request_counts,
     state_of,
 )
+from openai_eval_client._batches.files import (
+    BatchLine,
+    close_files,
+    cut_file,
+    even_counts,
+    numbered_id,
+    recut,
+    write_in_thread,
+)
+from openai_eval_client._batches.results import is_curable
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
 from openai_eval_client._sdk import without

@@ -255,17 +255,16 @@ def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
 def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | None) -> TokenUsage:
     counts = usage or Usage(0, 0, estimated=True)
     total = None if usage is None else token_count(body["usage"].get("total_tokens"))
-    return TokenUsage._of(  # type: ignore[no-any-return]  # noqa: SLF001
-        {
-            "prompt_tokens": counts.prompt_tokens,
-            "completion_tokens": counts.completion_tokens,
-            "total_tokens": total or counts.prompt_tokens + counts.completion_tokens,
-            "estimated_cost": cost,
-            "cached_tokens": counts.cached_tokens,
-            "reasoning_tokens": counts.reasoning_tokens,
-            "estimated": counts.estimated,
-        }
-    )
+    fields = {
+        "prompt_tokens": counts.prompt_tokens,
+        "completion_tokens": counts.completion_tokens,
+        "total_tokens": total or counts.prompt_tokens + counts.completion_tokens,
+        "estimated_cost": cost,
+        "cached_tokens": counts.cached_tokens,
+        "reasoning_tokens": counts.reasoning_tokens,
+        "estimated": counts.estimated,
+    }
+    return TokenUsage._of(fields)  # type: ignore[no-any-return]  # noqa: SLF001
 
 
 def _parsed(response: ModelResponse, schema: type[BaseModel]) -> BaseModel | None:

@@ -238,9 +238,8 @@ def _refusal(status: int, headers: Mapping[str, str], words: list[str], message:
 
 def _fitting(status: int, words: list[str], message: str = "") -> Row:
     for row in FAILURES:
-        if row.of in {status, status // 100} and (
-            row.word is None or row.word in words or row.word in message
-        ):
+        word_fits = row.word is None or row.word in words or row.word in message
+        if word_fits and row.of in {status, status // 100}:
             return row
     return _UNKNOWN
 
