@@ -130,8 +130,8 @@ class BatchApi:
 
     async def get(self, batch_id: str) -> Batch:
         """Look a batch up."""
-        look = functools.partial(self._sdk.batches.retrieve, batch_id, timeout=None)
-        return await self._repeat(lambda: _checked(look()), self._timeout)
+        look = self._sdk.batches.retrieve
+        return await self._repeat(lambda: _checked(look(batch_id, timeout=None)), self._timeout)
 
     async def cancel(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
@@ -204,7 +204,8 @@ class BatchApi:
                     raise _from_the_start(file, error.request) from error
                 raise
             if response.status_code != _PARTIAL:
-                _empty(file)
+                file.seek(0)
+                file.truncate()
             elif not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
                 raise _from_the_start(file, response.http_request)
             chunks = response.iter_bytes()
@@ -243,13 +244,9 @@ async def _once_known(file_id: str, action: Callable[[], Awaitable[T]], seconds:
 
 def _from_the_start(file: IO[bytes], request: Any) -> openai.APIConnectionError:
     """Empty a file whose rest cannot be had, and return the error that has it downloaded once more."""
-    _empty(file)
-    return openai.APIConnectionError(message="the rest of the file could not be had", request=request)
-
-
-def _empty(file: IO[bytes]) -> None:
     file.seek(0)
     file.truncate()
+    return openai.APIConnectionError(message="the rest of the file could not be had", request=request)
 
 
 # --- how a job is recorded, and the metadata that name its batches -----------------------------------------
@@ -295,16 +292,15 @@ def read_job_metadata(metadata: object) -> JobMetadata | None:
     return found if found.first + found.count <= found.total else None
 
 
-def check_metadata(metadata: object) -> dict[str, str]:
+def check_metadata(metadata: Any) -> dict[str, str]:
     """Return the caller's metadata, None as an empty dict."""
     if metadata is None:
         return {}
     check_mapping(metadata, "metadata")
-    pairs: Mapping[str, Any] = metadata  # type: ignore[assignment]  # just checked
-    if len(pairs) > _PAIRS - 2:
-        why = f"has {len(pairs)} pairs; a batch takes {_PAIRS}, of which the package sets two"
+    if len(metadata) > _PAIRS - 2:
+        why = f"has {len(metadata)} pairs; a batch takes {_PAIRS}, of which the package sets two"
         reject_input("metadata", metadata, why)
-    for key, value in pairs.items():
+    for key, value in metadata.items():
         name = f"metadata[{key!r}]"
         check_text(key, "metadata")
         if key in {JOB_KEY, LINES_KEY}:
@@ -316,7 +312,7 @@ def check_metadata(metadata: object) -> dict[str, str]:
         check_json({name: value}, field="metadata")
         if len(value) > _VALUE:
             reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
-    return dict(pairs)
+    return dict(metadata)
 
 
 _RECORDED = ("name", "since", "refused", "most_lines", "made", "spans")

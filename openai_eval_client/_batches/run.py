@@ -270,9 +270,8 @@ class Submission:
         """Name the batches of a job that was not created whole: they may cost."""
         if self.unsettled:
             job_id = error.__dict__["job_id"] = SEPARATOR.join(self.unsettled)
-            about = {"batch_id": job_id, **of_error(error)}
-            text = "job not submitted whole (%s): created were %s"
-            warn(text, type(error).__name__, job_id, event="batch_job_incomplete", **about)
+            text, about = "job not submitted whole (%s): created were %s", of_error(error)
+            warn(text, about["error_type"], job_id, event="batch_job_incomplete", batch_id=job_id, **about)
 
     def _end(self) -> None:
         """Keep what batches may still cost reserved, though no request waits for that; give back the rest."""

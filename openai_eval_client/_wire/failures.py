@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
-from openai_eval_client._wire.answers import is_answer, read_json, read_object, read_usage
-from openai_eval_client._wire.headers import refused_dimension, stated_wait
+from openai_eval_client._wire.answers import (
+    is_answer,
+    read_json,
+    read_object,
+    read_usage,
+    refused_dimension,
+    stated_wait,
+)
 from openai_eval_client._wire.requests import PATHS
 from openai_eval_client.errors import (
     BudgetExceededError,
