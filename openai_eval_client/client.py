@@ -213,12 +213,9 @@ class OpenAIClient:
                 pool, listed, progress=callback, display=display, return_exceptions=return_exceptions
             )
         with display or contextlib.nullcontext():
+            shown = Progress(None if display is None else display.reach, callback)
             return await self._jobs.collect(
-                listed,
-                parameters,
-                budget=budget,
-                progress=Progress(None if display is None else display.reach, callback),
-                return_exceptions=return_exceptions,
+                listed, parameters, budget=budget, progress=shown, return_exceptions=return_exceptions
             )
 
     def as_completed(

@@ -103,7 +103,7 @@ class _PacedClient:
             elif body := _body_of(request):
                 tokens = await self.counter.count_input(body)
                 most_output = max_output(body, path)
-                demand = Demand(body["model"], tokens, most_output, retry=retry, free=not endpoint.billed)
+                demand = Demand(body["model"], tokens, most_output, retry=retry, free=endpoint.free)
         most = await self.account.budgets.most(body, path, self.counter) if endpoint.billed else None
         return demand if most is None else demand._replace(most_cost=most)
 

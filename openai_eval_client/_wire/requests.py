@@ -37,6 +37,11 @@ class Endpoint(NamedTuple):
     billed: bool = True  # may cost money
     api: str | None = None  # its name for our own methods and batch jobs
 
+    @property
+    def free(self) -> bool:
+        """Whether it runs a model for nothing."""
+        return self.metered and not self.billed
+
 
 def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
     """Return endpoints that run no model themselves; the billed ones make the provider work all the same."""
