@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sized
+from collections.abc import Iterable, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from openai_eval_client._account import Account
@@ -21,15 +21,7 @@ from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, Ra
 if TYPE_CHECKING:
     import asyncio
     import os
-    from collections.abc import (
-        AsyncGenerator,
-        AsyncIterable,
-        AsyncIterator,
-        Callable,
-        Iterable,
-        Mapping,
-        Sequence,
-    )
+    from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Mapping
     from decimal import Decimal
     from pathlib import Path
 
@@ -82,25 +74,23 @@ class OpenAIClient:
         self._config = config_of("config", config, OpenAIConfig)
         self._batch = config_of("batch", batch, BatchConfig)
         limits = config_of("rate_limit", rate_limit, RateLimitConfig)
-        self._account = Account(limits, max_cost=self._config.max_cost)
+        account = self._account = Account(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
         self._http = http_client or fast_client(self._config.base_url)
         sdk = self._sdk_client(SdkClient, self._http, max_retries=0)
-        self._account.limiter.share(*account_of(sdk))
-        pricer = self._account.ledger.pricer_for(self._config.base_url)
+        account.limiter.share(*account_of(sdk))
+        pricer = account.ledger.pricer_for(self._config.base_url)
         self._cache: Cache | None = None
         if cache is not None:
             from openai_eval_client._cache import open_cache  # some Pythons are built without SQLite
 
-            self._cache = open_cache(
-                cache, self._config.base_url, self._account.recorder, self._account.ledger
-            )
-        self._call = Caller(self._config, sdk, self._account, self._counter, pricer, cache=self._cache)
+            self._cache = open_cache(cache, self._config.base_url, account.recorder, account.ledger)
+        self._call = Caller(self._config, sdk, account, self._counter, pricer, cache=self._cache)
         self._jobs = Batches(
             self._config,
             self._batch,
             sdk=sdk,
-            account=self._account,
+            account=account,
             counter=self._counter,
             unsupported=self._call.unsupported,
             cache=self._cache,
@@ -223,12 +213,9 @@ class OpenAIClient:
                 pool, listed, progress=callback, display=display, return_exceptions=return_exceptions
             )
         with display or contextlib.nullcontext():
+            shown = Progress(None if display is None else display.reach, callback)
             return await self._jobs.collect(
-                listed,
-                parameters,
-                budget=budget,
-                progress=Progress(None if display is None else display.reach, callback),
-                return_exceptions=return_exceptions,
+                listed, parameters, budget=budget, progress=shown, return_exceptions=return_exceptions
             )
 
     def as_completed(

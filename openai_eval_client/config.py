@@ -107,9 +107,7 @@ class OpenAIConfig(_Config):
         default_factory=lambda: os.environ.get("OPENAI_API_KEY", ""), repr=False, exclude=True
     )
     organization_id: str | None = Field(default_factory=lambda: os.environ.get("OPENAI_ORG_ID"))
-    base_url: str = Field(
-        default_factory=lambda: os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-    )
+    base_url: str = Field(default_factory=lambda: os.getenv("OPENAI_BASE_URL") or "https://api.openai.com/v1")
     default_model: Annotated[str, Field(pattern=r"\S")] = "gpt-3.5-turbo"
     timeout: Seconds = 30.0
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3

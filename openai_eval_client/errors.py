@@ -99,9 +99,8 @@ class RequestTooLargeError(_OwnError):
     """
 
     def __init__(self, model: str, *, tokens: int, limit: int) -> None:
-        super().__init__(
-            f"{model}: a request of {tokens:,} tokens is too large for the limit of {limit:,} per minute"
-        )
+        what = f"a request of {tokens:,} tokens is too large for the limit of {limit:,} per minute"
+        super().__init__(f"{model}: {what}")
         self.model = model
         self.tokens = tokens
         self.limit = limit
@@ -214,9 +213,8 @@ def rate_limited(message: str, seconds: float) -> RateLimitError:
     request = sdk_httpx().Request("POST", "https://client.invalid/")
     headers = {"retry-after-ms": f"{math.ceil(seconds * 1000)}"}
     body = {"message": message, "code": "rate_limit_exceeded"}
-    return RateLimitError(
-        message, response=sdk_httpx().Response(429, headers=headers, request=request), body=body
-    )
+    response = sdk_httpx().Response(429, headers=headers, request=request)
+    return RateLimitError(message, response=response, body=body)
 
 
 def _reduce_sdk_error(error: APIError) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def few_certificates(tmp_path_factory):
 def no_pauses(monkeypatch):
     """Retries follow at once: their waits have tests of their own."""
     from openai_eval_client._batches import api as _batch_api
-    from openai_eval_client._sdk import calls as _retry
+    from openai_eval_client._sdk import attempts as _retry
 
     monkeypatch.setattr(_retry, "_FIRST_DELAY", 0.01)
     monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.01)

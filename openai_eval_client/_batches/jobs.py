@@ -7,18 +7,9 @@ import hashlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._batches.api import BatchApi
-from openai_eval_client._batches.files import (
-    check_requests,
-    close_files,
-    list_requests,
-    refuse_online_only,
-    write_in_thread,
-)
-from openai_eval_client._batches.results import BatchBudget, BatchSettler
-from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
-from openai_eval_client._batches.status import (
+from openai_eval_client._batches.api import (
     SEPARATOR,
+    BatchApi,
     JobRecord,
     check_metadata,
     failure_of,
@@ -31,6 +22,15 @@ from openai_eval_client._batches.status import (
     stated_errors,
     with_index,
 )
+from openai_eval_client._batches.files import (
+    check_requests,
+    close_files,
+    list_requests,
+    refuse_online_only,
+    write_in_thread,
+)
+from openai_eval_client._batches.results import BatchBudget, BatchSettler
+from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
 from openai_eval_client._log import warn
 from openai_eval_client._online import outcomes_or_raise
 from openai_eval_client._validation import check_window, reject_input
@@ -205,9 +205,8 @@ class Batches:
         if not lines and all(state_of(batch) == "failed" for batch in batches):
             raise failure_of(batches)
         free = [index for index in range(len(outcomes) + len(unplaced)) if index not in outcomes]
-        outcomes.update(
-            (index, with_index(error, index)) for index, error in zip(free, unplaced, strict=False)
-        )
+        placed = zip(free, unplaced, strict=False)
+        outcomes.update((index, with_index(error, index)) for index, error in placed)
         return [outcome for _, outcome in sorted(outcomes.items())]
 
     async def _status_of(self, batches: list[Batch]) -> BatchJobStatus:

@@ -12,17 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.files import (
-    MIXED,
-    RequestIndex,
-    custom_id_of,
-    guess_index,
-    numbered_id,
-    parse_line,
-    read_bodies,
-    read_index,
-)
-from openai_eval_client._batches.status import (
+from openai_eval_client._batches.api import (
     EXPIRED,
     MISSING,
     JobMetadata,
@@ -32,6 +22,16 @@ from openai_eval_client._batches.status import (
     request_counts,
     stated_errors,
     with_index,
+)
+from openai_eval_client._batches.files import (
+    MIXED,
+    RequestIndex,
+    custom_id_of,
+    guess_index,
+    numbered_id,
+    parse_line,
+    read_bodies,
+    read_index,
 )
 from openai_eval_client._cost import commit, exact, reserve, reserve_now
 from openai_eval_client._log import warn

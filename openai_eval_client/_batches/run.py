@@ -16,17 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.files import (
-    BatchLine,
-    close_files,
-    cut_file,
-    even_counts,
-    numbered_id,
-    recut,
-    write_in_thread,
-)
-from openai_eval_client._batches.results import is_curable
-from openai_eval_client._batches.status import (
+from openai_eval_client._batches.api import (
     SEPARATOR,
     JobRecord,
     are_of_use,
@@ -38,6 +28,16 @@ from openai_eval_client._batches.status import (
     request_counts,
     state_of,
 )
+from openai_eval_client._batches.files import (
+    BatchLine,
+    close_files,
+    cut_file,
+    even_counts,
+    numbered_id,
+    recut,
+    write_in_thread,
+)
+from openai_eval_client._batches.results import is_curable
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
 from openai_eval_client._sdk import without
@@ -270,9 +270,8 @@ class Submission:
         """Name the batches of a job that was not created whole: they may cost."""
         if self.unsettled:
             job_id = error.__dict__["job_id"] = SEPARATOR.join(self.unsettled)
-            about = {"batch_id": job_id, **of_error(error)}
-            text = "job not submitted whole (%s): created were %s"
-            warn(text, type(error).__name__, job_id, event="batch_job_incomplete", **about)
+            text, about = "job not submitted whole (%s): created were %s", of_error(error)
+            warn(text, about["error_type"], job_id, event="batch_job_incomplete", batch_id=job_id, **about)
 
     def _end(self) -> None:
         """Keep what batches may still cost reserved, though no request waits for that; give back the rest."""

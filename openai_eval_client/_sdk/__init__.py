@@ -1,14 +1,16 @@
 """The SDK's client: paced, on its own transport; one call of it, its errors and its retries."""
 
-from openai_eval_client._sdk.calls import (
+from openai_eval_client._sdk.attempts import (
+    AsyncOpenAI,
     UnsupportedParameters,
+    account_of,
     call_sdk,
     deadline,
+    paced,
     retry_for,
     retrying,
     without,
 )
-from openai_eval_client._sdk.paced import AsyncOpenAI, account_of, paced
 from openai_eval_client._sdk.transport import SdkClient, fast_client
 
 __all__ = [

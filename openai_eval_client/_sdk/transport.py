@@ -100,10 +100,8 @@ def _timeout(connect: float | None = None, read: float | None = None, **_: objec
 
 def _response(kind: Any, answer: aiohttp.ClientResponse, request: Any, body: Any) -> Any:
     reason = (answer.reason or "").encode("ascii", "ignore")
-    extensions = {"http_version": b"HTTP/1.1", "reason_phrase": reason}
-    return kind(
-        answer.status, headers=answer.raw_headers, request=request, extensions=extensions, stream=body
-    )
+    more = {"http_version": b"HTTP/1.1", "reason_phrase": reason}
+    return kind(answer.status, headers=answer.raw_headers, request=request, extensions=more, stream=body)
 
 
 class _WholeResponse(_httpx.Response):  # type: ignore[misc]  # of either httpx

@@ -1,12 +1,15 @@
 """Requests and answers as they stand on the wire, and what an answer means."""
 
 from openai_eval_client._wire.answers import (
+    DIMENSIONS,
+    StatedLimit,
     Tail,
     Usage,
     is_answer,
     read_answer,
     read_json,
     read_object,
+    read_stated_limits,
     read_usage,
     token_count,
     usage_of,
@@ -28,7 +31,6 @@ from openai_eval_client._wire.failures import (
     status_error,
     status_of,
 )
-from openai_eval_client._wire.headers import DIMENSIONS, StatedLimit, read_stated_limits
 from openai_eval_client._wire.requests import (
     BATCH_PATHS,
     INPUT_KEYS,

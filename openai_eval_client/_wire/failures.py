@@ -9,8 +9,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
-from openai_eval_client._wire.answers import is_answer, read_json, read_object, read_usage
-from openai_eval_client._wire.headers import refused_dimension, stated_wait
+from openai_eval_client._wire.answers import (
+    is_answer,
+    read_json,
+    read_object,
+    read_usage,
+    refused_dimension,
+    stated_wait,
+)
 from openai_eval_client._wire.requests import PATHS
 from openai_eval_client.errors import (
     BudgetExceededError,
@@ -238,9 +244,8 @@ def _refusal(status: int, headers: Mapping[str, str], words: list[str], message:
 
 def _fitting(status: int, words: list[str], message: str = "") -> Row:
     for row in FAILURES:
-        if row.of in {status, status // 100} and (
-            row.word is None or row.word in words or row.word in message
-        ):
+        word_fits = row.word is None or row.word in words or row.word in message
+        if word_fits and row.of in {status, status // 100}:
             return row
     return _UNKNOWN
 

@@ -35,8 +35,7 @@ class Endpoint(NamedTuple):
     output_caps: tuple[str, ...] | None = None  # what bounds the output; (): there is none; None: not known
     metered: bool = True  # runs a model, and so counts against RPM and TPM
     billed: bool = True  # may cost money
-    api: str | None = None  # its name for our own methods
-    batchable: bool = False  # our batch jobs take it
+    api: str | None = None  # its name for our own methods and batch jobs
 
     @property
     def free(self) -> bool:
@@ -51,20 +50,8 @@ def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
 
 # https://platform.openai.com/docs/api-reference; a path that is not here runs a model, and may cost money.
 ENDPOINTS = (
-    Endpoint(
-        "/chat/completions",
-        inputs=("messages",),
-        output_caps=("max_completion_tokens", "max_tokens"),
-        api="chat",
-        batchable=True,
-    ),
-    Endpoint(
-        "/responses",
-        inputs=("input", "instructions"),
-        output_caps=("max_output_tokens",),
-        api="responses",
-        batchable=True,
-    ),
+    Endpoint("/chat/completions", ("messages",), ("max_completion_tokens", "max_tokens"), api="chat"),
+    Endpoint("/responses", ("input", "instructions"), ("max_output_tokens",), api="responses"),
     Endpoint("/completions", ("prompt",), ("max_tokens",)),
     Endpoint("/embeddings", ("input",), ()),
     Endpoint("/moderations", ("input",), (), billed=False),
@@ -77,7 +64,7 @@ _UNKNOWN = Endpoint("")
 _NOT_POSTED = Endpoint("", metered=False, billed=False)
 _CAPS = tuple(dict.fromkeys(cap for row in ENDPOINTS for cap in row.output_caps or ()))  # of any endpoint
 PATHS = {row.api: row.end for row in ENDPOINTS if row.api is not None}
-BATCH_PATHS = {row.api: f"/v1{row.end}" for row in ENDPOINTS if row.api is not None and row.batchable}
+BATCH_PATHS = {api: f"/v1{path}" for api, path in PATHS.items()}
 INPUT_KEYS = tuple(dict.fromkeys(key for row in ENDPOINTS for key in row.inputs))
 
 
@@ -183,16 +170,8 @@ def check_parameters(
     if body.get("temperature") is not None:
         check_number(body["temperature"], "temperature", least=0)
     check_json(body)
-    return Parameters(
-        api=api,
-        model=body["model"],
-        timeout=float(timeout),
-        body=body,
-        system=system,
-        schema=schema,
-        headers=extra["headers"],
-        query=extra["query"],
-    )
+    headers, query = extra["headers"], extra["query"]
+    return Parameters(api, body["model"], float(timeout), body, system, schema, headers, query)
 
 
 def check_prompt(prompt: object, index: int | None = None) -> None:

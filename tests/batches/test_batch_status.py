@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from openai.types import Batch
 
 from openai_eval_client import BatchError, BatchJobStatus, BatchRequest
-from openai_eval_client._batches.files import check_requests, write_files
-from openai_eval_client._batches.status import (
+from openai_eval_client._batches.api import (
     JOB_KEY,
     LINES_KEY,
     JobMetadata,
@@ -33,6 +32,7 @@ from openai_eval_client._batches.status import (
     request_counts,
     stated_errors,
 )
+from openai_eval_client._batches.files import check_requests, write_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -15,7 +15,7 @@ from openai_eval_client import (
     TimeoutError,
     ValidationError,
 )
-from openai_eval_client._sdk.calls import delays, retrying
+from openai_eval_client._sdk.attempts import delays, retrying
 from openai_eval_client._wire.failures import read_failure
 from openai_eval_client.errors import PartialFailureError, QuotaError, rate_limited, sdk_httpx
 from openai_eval_client.testing import SimulatedServer
