@@ -83,10 +83,11 @@ class Journal:
         found = await self._store.journal_get(self._name) if self._store else None
         return found["jobs"] if found else []
 
-    async def save(self, jobs: Iterable[JobRecord]) -> None:
-        """Record the jobs; they are on disk when the call returns."""
+    async def save(self, jobs: Iterable[JobRecord], later: Iterable[dict[str, Any]] = ()) -> None:
+        """Record the jobs, and those still to be taken up; they are on disk when the call returns."""
         if self._store is not None:
-            await self._store.journal_put(self._name, {"jobs": [job.to_dict() for job in jobs]})
+            records = [*(job.to_dict() for job in jobs), *later]
+            await self._store.journal_put(self._name, {"jobs": records})
 
     async def forget(self) -> None:
         """Forget the records."""
@@ -147,6 +148,7 @@ class Submission:
     budget: BatchBudget
     journal: Journal
     jobs: list[JobRecord] = field(default_factory=list)  # as they are recorded; the last is worked on
+    later: deque[dict[str, Any]] = field(default_factory=deque)  # recorded jobs that are still to be taken up
     waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
     running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
     batches: list[Batch] = field(default_factory=list)  # as they were when they were made or found
@@ -220,7 +222,7 @@ class Submission:
         spans = dict(self.job.spans)
         spans.update((file.first, file.count) for file in [*self.waiting, *self.running.values()])
         self.job.spans = sorted(spans.items())
-        await self.journal.save(self.jobs)
+        await self.journal.save(self.jobs, self.later)
 
     async def _find(self, file: InputFile) -> Batch | None:
         """Return the batch that was made of a file before, with what it may cost reserved."""
@@ -230,11 +232,12 @@ class Submission:
                 batch = await self.api.get(made)
         if batch is None and (self.job.recovered or file.key in self.job.unclear):
             batch = await self.api.find(self.job, file)
+        for key in (self._unseen(file), *([] if batch is None else [batch.id])):
+            earlier = self.settler.unsettled.pop(key, None)
+            if earlier is not None:  # from an earlier call: it is reserved anew
+                self.budget.release(earlier)
         if batch is None:
             return None
-        earlier = self.settler.unsettled.pop(batch.id, None)
-        if earlier is not None:  # from an earlier call: it is reserved anew
-            self.budget.release(earlier)
         self.budget.reserve(file, is_made=True)
         about = {"batch_id": batch.id, "batch_status": batch.status}
         inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
@@ -280,7 +283,13 @@ class Submission:
             if batch_id is not None and file.reservation is not None:
                 self.settler.unsettled[batch_id] = file
             may_run = batch_id is not None or file.key in self.job.unclear or self.job.recovered
+            if batch_id is None and may_run and file.reservation is not None:
+                self.settler.unsettled[self._unseen(file)] = file
             self.budget.release(file, keep=may_run)
+
+    def _unseen(self, file: InputFile) -> str:
+        """Return what stands for the id of a batch that may have been made, but was not seen."""
+        return f"{self.job.name} {file.key}"
 
 
 # --- prompts answered by batches --------------------------------------------------------------------------
@@ -329,10 +338,10 @@ class BatchRun(Submission):
 
     async def _run(self) -> None:
         """Run job after job, first those recorded, until every request has an outcome to be handed out."""
-        recorded = deque(await self.journal.load())
+        self.later.extend(await self.journal.load())
         missing = [index for index in range(len(self.prompts)) if index not in self.outcomes]
         wanted = missing
-        while wanted or recorded:
+        while wanted or self.later:
             job = JobRecord(
                 endpoint=BATCH_PATHS[self.parameters.api],
                 window=self.config.completion_window,
@@ -340,13 +349,13 @@ class BatchRun(Submission):
                 most_lines=self.config.max_batch_size,
                 refused=self.unsupported.of(self.parameters.model),
             )
-            if recorded:
-                job = job.recover(recorded.popleft())
+            if self.later:
+                job = job.recover(self.later.popleft())
             await self._run_job(job)
             none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
             reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
-                await self.journal.forget()
+                await (self.journal.save((), self.later) if self.later else self.journal.forget())
                 raise reason
             wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
 

@@ -118,3 +118,25 @@ async def test_a_bill_is_booked_whole_or_not_at_all() -> None:
             total = sum(response.usage.estimated_cost for response in responses)
             assert float(client.stats.cost) == pytest.approx(total)
             assert client.stats.requests == 8
+
+
+async def test_a_rerun_that_is_killed_early_forgets_no_later_job(tmp_path: Path) -> None:
+    """While it waits for the first job of the run before, the second job stays recorded."""
+    cache = tmp_path / "runs.sqlite"
+    plans = [{"status": "expired", "done": 0.5}, {"seconds": 1.0}]
+    with SimulatedServer(batch_seconds=0.02, batch_plans=plans) as server:
+        async with connect(server, cache=cache) as client:
+            await interrupted(client, server, 2)
+        seen = len(server.calls)
+        async with connect(server, cache=cache, batch={"polling_interval": 60}) as client:
+            task = asyncio.create_task(client.batch_generate(EIGHT, use_batch_api=True))
+            while len(server.calls) == seen:  # it looks at the first job's batch, and then waits a minute
+                await asyncio.sleep(SOON)
+            await asyncio.sleep(10 * SOON)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        async with connect(server, cache=cache) as client:
+            responses = await client.batch_generate(EIGHT, use_batch_api=True)
+        assert [response.content for response in responses] == [f"echo: {prompt}" for prompt in EIGHT]
+        assert len(server.batches) == 2
