@@ -175,7 +175,7 @@ class RateLimitConfig(_Config):
         adaptive_throttling: Go slower where the server's headers and 429s say so; True by default.
         burst_seconds: Size of the buckets, in seconds of quota; 60 by default. A tenth of it, but at most the
             quota of 0.25 s, is left unused: requests travel at different speeds, and some arrive early.
-        max_wait: Seconds that the server may ask to pause, at most; a call that it asks for more fails. 600
+        max_wait: The longest pause, in seconds, that the server may ask for; beyond it `RateLimitError`. 600
             by default.
         redis_url: A Redis or Valkey through which all processes and machines that name it share these limits:
             "redis://...", "rediss://..." (TLS) or "unix://..."; None, the default: this client has them to

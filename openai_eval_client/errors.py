@@ -111,7 +111,7 @@ class BudgetExceededError(_OwnError):
 
     Args:
         message: What the request could have cost, and what is left.
-        responses: The answers until then, in input order; None for each prompt without one.
+        responses: The answers before the budget was reached, in input order; None where there is none.
     """
 
     def __init__(self, message: str, *, responses: Sequence[ModelResponse | None] = ()) -> None:

@@ -16,7 +16,6 @@ from openai_eval_client._wire.answers import (
 )
 from openai_eval_client._wire.failures import (
     NOT_SENT,
-    Failure,
     Kind,
     Outcome,
     class_of,
@@ -36,7 +35,6 @@ from openai_eval_client._wire.requests import (
     INPUT_KEYS,
     PATHS,
     Demand,
-    Endpoint,
     Parameters,
     check_iterable,
     check_parameters,
@@ -53,8 +51,6 @@ __all__ = [
     "NOT_SENT",
     "PATHS",
     "Demand",
-    "Endpoint",
-    "Failure",
     "Kind",
     "Outcome",
     "Parameters",

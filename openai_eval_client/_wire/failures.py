@@ -85,14 +85,14 @@ FAILURES = (
     Row(429, "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
         "more tokens than the limit can ever admit"),
     Row(429, None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
-        "the server's limit was reached; sent again when it said"),
+        "rate limited; sent again after the wait that the server asked for"),
     Row(401, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
     Row(403, "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
     Row(403, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
     Row(404, "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL, "no such model, or not for this key"),
     Row(404, None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
     Row(408, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
-    Row(409, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "in the way of another request; sent again"),
+    Row(409, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "conflicts with another request; sent again"),
     Row(413, None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
     Row(_4XX, "context_length_exceeded", Kind.TOO_LARGE, _NEVER, _REQUEST,
         "the prompt and max_tokens do not fit the model"),
@@ -317,8 +317,10 @@ def forget_key(error: openai.APIError, key: str) -> None:
         error.args = (error.message,)
         error.body = None
         response = getattr(error, "response", None)
-        if response is not None:
-            error.__dict__["response"] = sdk_httpx().Response(response.status_code, request=error.request)
+        if response is not None:  # its headers say how long to wait, and whether to try again
+            headers = [pair for pair in _headers_of(response) if key not in pair[1]]
+            status, request = response.status_code, error.request
+            error.__dict__["response"] = sdk_httpx().Response(status, headers=headers, request=request)
 
 
 # --- errors made from an answer ----------------------------------------------------------------------------
@@ -383,10 +385,15 @@ def _not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
         shown = "" if reported else f": {reply.content[:80]!r}"
         message = f"the answer is {what}{shown}"
         return openai.APIResponseValidationError(response=reply, body=body, message=message)
-    headers = [(name, text) for name, text in reply.headers.multi_items() if name not in _OF_THE_BODY]
-    answer = sdk_httpx().Response(status, headers=headers, content=reply.content, request=reply.request)
+    headers, request = _headers_of(reply), reply.request
+    answer = sdk_httpx().Response(status, headers=headers, content=reply.content, request=request)
     error = body.get("error")
     return status_error(status, {"message": error} if isinstance(error, str) else body, answer)
+
+
+def _headers_of(response: Any) -> list[tuple[str, str]]:
+    """Return the headers of a response that hold for another body as well."""
+    return [(name, text) for name, text in response.headers.multi_items() if name not in _OF_THE_BODY]
 
 
 def _stated_status(body: dict[str, Any]) -> int | None:

@@ -33,9 +33,10 @@ class Endpoint(NamedTuple):
     end: str  # of its path
     inputs: tuple[str, ...] = ()  # what in the body is input
     output_caps: tuple[str, ...] | None = None  # what bounds the output; (): there is none; None: not known
+    api: str | None = None  # its name for our own methods
+    batchable: bool = False  # our batch jobs take it
     metered: bool = True  # runs a model, and so counts against RPM and TPM
     billed: bool = True  # may cost money
-    api: str | None = None  # its name for our own methods and batch jobs
 
     @property
     def free(self) -> bool:
@@ -50,8 +51,10 @@ def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
 
 # https://platform.openai.com/docs/api-reference; a path that is not here runs a model, and may cost money.
 ENDPOINTS = (
-    Endpoint("/chat/completions", ("messages",), ("max_completion_tokens", "max_tokens"), api="chat"),
-    Endpoint("/responses", ("input", "instructions"), ("max_output_tokens",), api="responses"),
+    Endpoint(
+        "/chat/completions", ("messages",), ("max_completion_tokens", "max_tokens"), "chat", batchable=True
+    ),
+    Endpoint("/responses", ("input", "instructions"), ("max_output_tokens",), "responses", batchable=True),
     Endpoint("/completions", ("prompt",), ("max_tokens",)),
     Endpoint("/embeddings", ("input",), ()),
     Endpoint("/moderations", ("input",), (), billed=False),
@@ -64,7 +67,7 @@ _UNKNOWN = Endpoint("")
 _NOT_POSTED = Endpoint("", metered=False, billed=False)
 _CAPS = tuple(dict.fromkeys(cap for row in ENDPOINTS for cap in row.output_caps or ()))  # of any endpoint
 PATHS = {row.api: row.end for row in ENDPOINTS if row.api is not None}
-BATCH_PATHS = {api: f"/v1{path}" for api, path in PATHS.items()}
+BATCH_PATHS = {row.api: f"/v1{row.end}" for row in ENDPOINTS if row.api is not None and row.batchable}
 INPUT_KEYS = tuple(dict.fromkeys(key for row in ENDPOINTS for key in row.inputs))
 
 

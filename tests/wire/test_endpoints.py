@@ -3,6 +3,7 @@
 import pytest
 
 from openai_eval_client._wire.requests import (
+    BATCH_PATHS,
     INPUT_KEYS,
     PATHS,
     endpoint_of,
@@ -41,6 +42,7 @@ def test_any_other_method_runs_no_model(path):
 def test_our_own_methods_ask_two_endpoints():
     """By the names that `api=` takes, for online prompts and the Batch API."""
     assert PATHS == {"chat": "/chat/completions", "responses": "/responses"}
+    assert {api: f"/v1{path}" for api, path in PATHS.items()} == BATCH_PATHS
 
 
 def test_the_input_is_named_once():

@@ -16,6 +16,7 @@ from openai_eval_client._wire.failures import (
     FAILURES,
     Kind,
     Scope,
+    forget_key,
     meaning_of,
     outcome_of,
     read_failure,
@@ -192,3 +193,12 @@ def test_no_connection_ends_a_run_in_which_nothing_was_answered():
     failure = read_failure(caused_by(connection_error(), "ConnectError"))
     assert failure.ends_run(600, answered=False)
     assert not failure.ends_run(600, answered=True)
+
+
+def test_an_error_that_forgets_the_key_still_says_how_long_to_wait():
+    """A server that echoes the key in its message, with a wait in its headers."""
+    error = error_of(429, None, "key sk-0123456789 is rate limited", retry_after="601", x_key="sk-0123456789")
+    forget_key(error, "sk-0123456789")
+    assert "sk-0123456789" not in f"{error}{error.body}{error.response.headers}"
+    assert read_failure(error).wait == 601
+    assert read_failure(error).ends_run(600, answered=True)
