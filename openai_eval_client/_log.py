@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 logger = logging.getLogger("openai_eval_client")
-
 _LONGEST_ID = 200  # characters
 
 

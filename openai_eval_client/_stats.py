@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.models import ModelResponse
 
-
 BINS = 240  # intervals of a timeline
 _FIRST_WIDTH = 0.25  # seconds of an interval at first
 _IDLE = 10.0  # seconds with nothing in flight or waiting, from which they are left out

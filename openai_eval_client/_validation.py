@@ -16,7 +16,6 @@ from openai_eval_client.errors import ValidationError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-
 T = TypeVar("T")
 
 _UNITS = {"h": 3600, "d": 86_400}

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from openai_eval_client._cost import Reservation
     from openai_eval_client._wire import Parameters
 
-
 MOST_BYTES = 200_000_000  # of one input file: https://platform.openai.com/docs/guides/batch
 MIXED: Literal["mixed"] = "mixed"
 Temperature = float | Literal["mixed"] | None  # of all requests; None: none was given; "mixed": they differ

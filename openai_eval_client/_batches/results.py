@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 
     Outcome = ModelResponse | Exception
 
-
 _OK, _BAD_REQUEST = 200, 400
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _NOT_OURS = JobMetadata(

@@ -61,7 +61,6 @@ if TYPE_CHECKING:
     from openai_eval_client.config import BatchConfig
     from openai_eval_client.errors import BudgetExceededError
 
-
 # --- what is kept of a call -------------------------------------------------------------------------------
 
 _AT_ONCE = 100  # answers looked up or kept at a time

@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     Keep = Callable[[ModelResponse], Awaitable[object]]
     Send = Callable[[Keep], Awaitable[ModelResponse]]
 
-
 _VERSION = 1  # of the form below: another version makes other keys of all requests
 _PORTS = {"http": 80, "https": 443}
 # The account and the name of the request: the answer does not depend on these headers.

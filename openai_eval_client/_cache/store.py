@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     Statement = tuple[str, tuple[Any, ...]]
 
-
 _APPLICATION_ID = int.from_bytes(b"OEvC", "big")  # https://www.sqlite.org/pragma.html#pragma_application_id
 _SCHEMA_VERSION = 1
 _COLUMNS = "key BLOB PRIMARY KEY, created REAL NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL"

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Demand, Outcome
 
-
 _NOTHING = Decimal(0)
 _LONG_WAIT = 1.0  # seconds from which a wait is logged
 

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from openai_eval_client._wire import Demand, Outcome
 
-
 EXACT = Context(prec=60)  # digits; the program may have set fewer for its own sums
 
 

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import StatedLimit
     from openai_eval_client.config import RateLimitConfig
 
-
 MINUTE = 60.0
 _SAME = 0.005  # of the capacity: headers round their numbers
 ROUNDING = 1e-9  # of the capacity: far below one token, far above float error

@@ -152,11 +152,8 @@ class Limiter:
         self._lock.when_free(lambda: self._release(*permit, outcome))
         failure = outcome.failure if outcome.is_rate_limit else None
         if failure is not None and failure.wait:
-            model, wait, text = (
-                permit.queue.model,
-                failure.wait,
-                "%s rate limited by the server: pausing %.2f s",
-            )
+            model, wait = permit.queue.model, failure.wait
+            text = "%s rate limited by the server: pausing %.2f s"
             about = {"limit": failure.dimension, "status": failure.status, "wait_seconds": wait}
             about |= {"model": model, "request_id": request_id(outcome.headers)}
             inform(text, model, wait, event="rate_limited", **about)

@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from openai_eval_client.config import OpenAIConfig, RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
-
 _TAKING = 0.002  # seconds of taking items after which other tasks run first
 _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from openai_eval_client._limits import ModelLimits
     from openai_eval_client._stats import History, ReportData
 
-
 # --- text and tables ------------------------------------------------------------------------------------
 
 _LONG_NAME, _LONG_ANSWER = 48, 2000  # characters that are shown

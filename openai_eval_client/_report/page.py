@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     Rows = Sequence[Sequence[object]]
 
-
 _ROWS = 40  # of the table of costs
 _MINUTE = 60.0
 _LITTLE = 0.05  # of all time: waits that do not matter

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-
 logger = logging.getLogger("openai_eval_client")
 
 _MINUTE = 60.0

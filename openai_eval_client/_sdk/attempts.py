@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from openai_eval_client._account import Attempt
     from openai_eval_client.models import ClientStats
 
-
 _UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
 _JSON = "application/json"
 _BAD_REQUEST = 400

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     import aiohttp
 
-
 T = TypeVar("T")
 
 _httpx: Any = sdk_httpx()  # httpx or httpx2: the one that the SDK is built on

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from openai_eval_client.models import ModelResponse
 
-
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 

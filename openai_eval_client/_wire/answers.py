@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from openai_eval_client._wire.requests import Parameters
 
-
 MOST_TOKENS = 10**12  # more than any limit; larger numbers would not fit a float
 _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')

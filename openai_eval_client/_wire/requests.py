@@ -50,10 +50,9 @@ def _other(*ends: str, billed: bool = False) -> list[Endpoint]:
 
 
 # https://platform.openai.com/docs/api-reference; a path that is not here runs a model, and may cost money.
+_CHAT_CAPS = ("max_completion_tokens", "max_tokens")
 ENDPOINTS = (
-    Endpoint(
-        "/chat/completions", ("messages",), ("max_completion_tokens", "max_tokens"), "chat", batchable=True
-    ),
+    Endpoint("/chat/completions", ("messages",), _CHAT_CAPS, "chat", batchable=True),
     Endpoint("/responses", ("input", "instructions"), ("max_output_tokens",), "responses", batchable=True),
     Endpoint("/completions", ("prompt",), ("max_tokens",)),
     Endpoint("/embeddings", ("input",), ()),
