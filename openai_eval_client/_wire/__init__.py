@@ -1,19 +1,6 @@
 """Requests and answers as they stand on the wire, and what an answer means."""
 
-from openai_eval_client._wire.answers import (
-    DIMENSIONS,
-    StatedLimit,
-    Tail,
-    Usage,
-    is_answer,
-    read_answer,
-    read_json,
-    read_object,
-    read_stated_limits,
-    read_usage,
-    token_count,
-    usage_of,
-)
+from openai_eval_client._wire.answers import is_answer, read_answer
 from openai_eval_client._wire.failures import (
     NOT_SENT,
     Kind,
@@ -30,6 +17,7 @@ from openai_eval_client._wire.failures import (
     status_error,
     status_of,
 )
+from openai_eval_client._wire.headers import DIMENSIONS, StatedLimit, read_stated_limits
 from openai_eval_client._wire.requests import (
     BATCH_PATHS,
     INPUT_KEYS,
@@ -42,6 +30,15 @@ from openai_eval_client._wire.requests import (
     endpoint_of,
     list_prompts,
     max_output,
+)
+from openai_eval_client._wire.usage import (
+    Tail,
+    Usage,
+    read_json,
+    read_object,
+    read_usage,
+    token_count,
+    usage_of,
 )
 
 __all__ = [

@@ -9,15 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
-from openai_eval_client._wire.answers import (
-    is_answer,
-    read_json,
-    read_object,
-    read_usage,
-    refused_dimension,
-    stated_wait,
-)
+from openai_eval_client._wire.answers import is_answer
+from openai_eval_client._wire.headers import refused_dimension, stated_wait
 from openai_eval_client._wire.requests import PATHS
+from openai_eval_client._wire.usage import read_json, read_object, read_usage
 from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
@@ -30,7 +25,7 @@ from openai_eval_client.errors import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from openai_eval_client._wire.answers import Usage
+    from openai_eval_client._wire.usage import Usage
 
 _BAD_REQUEST, _SERVER_ERROR = 400, 500
 

@@ -20,7 +20,7 @@ from openai_eval_client._validation import (
     check_text,
     reject_input,
 )
-from openai_eval_client._wire.answers import MOST_TOKENS, token_count
+from openai_eval_client._wire.usage import MOST_TOKENS, token_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -26,7 +26,7 @@ from openai_eval_client._batches.files import (
 from openai_eval_client._batches.results import BatchResults, LineReader, explain_missing, is_curable
 
 if TYPE_CHECKING:
-    from openai_eval_client._wire.answers import Usage
+    from openai_eval_client._wire.usage import Usage
 
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 

@@ -19,9 +19,9 @@ from openai_eval_client import BudgetExceededError
 from openai_eval_client._cost.budget import Budgets, CostBudget, commit, reserve, reserve_now
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._runtime.loops import DeferringLock
-from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
 from openai_eval_client._wire.requests import Demand
+from openai_eval_client._wire.usage import Usage
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds

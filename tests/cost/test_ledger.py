@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from openai_eval_client._cost import ledger as ledger_module
 from openai_eval_client._cost.ledger import EXACT, Ledger, Pricer
-from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
 from openai_eval_client._wire.requests import Demand, endpoint_of
+from openai_eval_client._wire.usage import Usage
 
 PRICER = Pricer()
 INPUT = Usage(1000, 0)

@@ -23,9 +23,9 @@ from openai_eval_client import (
     OpenAIConfig,
     TimeoutError,
 )
-from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.failures import Outcome
 from openai_eval_client._wire.requests import Demand
+from openai_eval_client._wire.usage import Usage
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 
 from openai_eval_client._cost import ledger as _pricing
 from openai_eval_client._cost.ledger import Pricer
-from openai_eval_client._wire.answers import Usage
+from openai_eval_client._wire.usage import Usage
 
 PRICER = Pricer()
 COUNTS = st.integers(0, 2_000_000)

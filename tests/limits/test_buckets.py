@@ -17,7 +17,7 @@ from virtual import VirtualLoop, VirtualServer, rehearse
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._account import Account
 from openai_eval_client._limits.buckets import Bucket, ServerBucket
-from openai_eval_client._wire.answers import StatedLimit
+from openai_eval_client._wire.headers import StatedLimit
 from openai_eval_client._wire.requests import Demand
 
 

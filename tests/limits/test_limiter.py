@@ -12,9 +12,9 @@ from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
 from openai_eval_client._limits import ConcurrencyLimit, Limiter, Permit
-from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.failures import Outcome, refused
 from openai_eval_client._wire.requests import Demand
+from openai_eval_client._wire.usage import Usage
 
 
 def in_virtual_time(scenario, config: RateLimitConfig | None) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._limits.queue import ConcurrencyLimit, ModelQueue, State, Waiter
-from openai_eval_client._wire.answers import StatedLimit, Usage
 from openai_eval_client._wire.failures import Outcome
+from openai_eval_client._wire.headers import StatedLimit
+from openai_eval_client._wire.usage import Usage
 
 EPSILON = 1e-6
 

@@ -15,9 +15,9 @@ from virtual import VirtualLoop, VirtualServer
 from openai_eval_client import RateLimitConfig, RateLimitError
 from openai_eval_client._account import Account
 from openai_eval_client._limits.shared import PendingUpdates
-from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.failures import Outcome, refused
 from openai_eval_client._wire.requests import Demand
+from openai_eval_client._wire.usage import Usage
 
 
 def limits(rpm: int | None, tpm: int | None = None, **options: object) -> RateLimitConfig:

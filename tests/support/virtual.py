@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from openai_eval_client import RateLimitConfig  # noqa: TC001
 from openai_eval_client._account import Account
 from openai_eval_client._limits.queue import ConcurrencyLimit
-from openai_eval_client._wire.answers import Usage
 from openai_eval_client._wire.failures import Outcome, refused
 from openai_eval_client._wire.requests import Demand
+from openai_eval_client._wire.usage import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from openai_eval_client import ModelResponse, OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client._cost.ledger import Pricer
-from openai_eval_client._wire.answers import Usage, is_answer, read_answer, usage_of
+from openai_eval_client._wire.answers import is_answer, read_answer
 from openai_eval_client._wire.requests import check_parameters
+from openai_eval_client._wire.usage import Usage, usage_of
 from openai_eval_client.testing import SimulatedServer
 
 PATHS = {"chat": "/chat/completions", "responses": "/responses"}

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openai_eval_client._wire.answers import (
+from openai_eval_client._wire.headers import (
     StatedLimit,
     duration,
     read_stated_limit,

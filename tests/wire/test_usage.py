@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI
-from openai_eval_client._wire.answers import _TAIL, Tail, Usage, read_usage, usage_of
 from openai_eval_client._wire.requests import endpoint_of, max_output
+from openai_eval_client._wire.usage import _TAIL, Tail, Usage, read_usage, usage_of
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
