@@ -289,9 +289,12 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
         finish_reason: "stop", "length", "tool_calls", "content_filter", or what the server says.
         cached: True where it came from the local cache.
         choices: All texts, for n > 1.
-        tool_calls: The calls the model asks for, as the API sends them.
+        tool_calls: The calls the model asks for, as the API sends them; an old `function_call` too.
         refusal: The text with which the model refused; None where it did not.
         logprobs: Log probabilities of the first choice, where the request asked for them.
+        reasoning: The model's reasoning, or the summary of it, where the server shows it.
+        audio: The spoken answer as the API sends it, with its `transcript`; None where there is none.
+        annotations: What the text refers to, such as the pages that a search found.
     """
 
     content: str
@@ -306,6 +309,9 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
     tool_calls: list[dict[str, Any]] = Field(default_factory=list)
     refusal: str | None = None
     logprobs: dict[str, Any] | None = None
+    reasoning: str | None = None
+    audio: dict[str, Any] | None = None
+    annotations: list[dict[str, Any]] = Field(default_factory=list)
 
     _parsed: Any = PrivateAttr(default=None)
     _body: Any = PrivateAttr(default=None)
@@ -318,7 +324,7 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
 
     @property
     def raw(self) -> Any:
-        """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
+        """All that the server sent, as the SDK's own object (ChatCompletion or Response); None after JSON."""
         body = self._decoded()
         if body is None:
             return None

@@ -66,6 +66,9 @@ RESPONSES = st.builds(
     tool_calls=st.lists(OBJECTS, max_size=2),
     refusal=st.none() | st.text(),
     logprobs=st.none() | OBJECTS,
+    reasoning=st.none() | st.text(),
+    audio=st.none() | OBJECTS,
+    annotations=st.lists(OBJECTS, max_size=2),
 )
 REQUESTS = st.builds(
     BatchRequest,

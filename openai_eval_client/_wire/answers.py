@@ -1,4 +1,4 @@
-"""What an answer says, whatever a compatible server gets wrong: its text, calls, refusal, logprobs."""
+"""What an answer says, whatever a compatible server gets wrong: text, reasoning, calls, refusal and so on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 # Items of a response that wait for the caller; the API runs its hosted tools itself.
 _CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local_shell_call"})
+# Where compatible servers put the reasoning of a message, and under which names its parts hold the text.
+_REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+_THINKING, _NAMES = ("thinking", "reasoning"), ("text", "content", "summary", "thinking")
 _DEFAULT_TEMPERATURE = 1.0  # https://platform.openai.com/docs/api-reference/chat/create
 
 
@@ -49,7 +52,8 @@ def read_answer(
     }
     response: ModelResponse = ModelResponse._of(values, {"_parsed": None, "_body": kept or body})  # noqa: SLF001
     if parameters.schema is not None:
-        response._parsed = _parsed(response, parameters.schema)  # noqa: SLF001
+        messages = [] if parameters.api == "chat" else _messages(body)
+        response._parsed = _parsed(response, parameters.schema, messages)  # noqa: SLF001
     return response
 
 
@@ -59,13 +63,17 @@ def _chat_fields(body: Mapping[str, Any]) -> dict[str, Any]:
     message = dict_in(first.get("message"))
     content = _content(message)
     calls, logprobs = message.get("tool_calls"), first.get("logprobs")
+    audio, annotations = message.get("audio"), message.get("annotations")
     return {
         "content": content,
         "choices": [content if each is first else _content(dict_in(each.get("message"))) for each in choices],
         "finish_reason": text_in(first.get("finish_reason")),
-        "tool_calls": clean(dicts_in(calls)) if calls else [],
+        "tool_calls": clean(dicts_in(calls)) if calls else _old_call(message),
         "refusal": text_in(message.get("refusal")) or None,
         "logprobs": clean(dict_in(logprobs)) or None if logprobs else None,
+        "reasoning": _reasoning(message),
+        "audio": clean(dict_in(audio)) or None if audio else None,
+        "annotations": clean(dicts_in(annotations)) if annotations else [],
     }
 
 
@@ -74,7 +82,31 @@ def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if not isinstance(content, list):
         return text_in(content)
-    return "".join(text_in(part.get("text")) for part in dicts_in(content) if part.get("type") == "text")
+    return "".join(_texts(dicts_in(content), "text"))
+
+
+def _old_call(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the call of a server that has only `function_call`, in the shape of `tool_calls`."""
+    call = dict_in(message.get("function_call"))
+    return [{"id": "", "type": "function", "function": clean(call)}] if call else []
+
+
+def _reasoning(message: Mapping[str, Any]) -> str | None:
+    """Return the reasoning of a message, from the first place where there is one."""
+    places = [message[name] for name in _REASONING if message.get(name)]
+    if isinstance(content := message.get("content"), list):
+        places.append([part for part in dicts_in(content) if part.get("type") in _THINKING])
+    return next(filter(None, map(_thought, places)), None)
+
+
+def _thought(value: object, levels: int = 4) -> str:
+    """Return a text, or that of parts which hold it under one of several names."""
+    if isinstance(value, list) and levels:
+        return "\n\n".join(filter(None, (_thought(part, levels - 1) for part in value)))
+    if isinstance(value, dict) and levels:
+        texts = (_thought(value.get(name), levels - 1) for name in _NAMES)
+        return next(filter(None, texts), "")
+    return text_in(value)
 
 
 def _responses_fields(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,17 +115,35 @@ def _responses_fields(body: Mapping[str, Any]) -> dict[str, Any]:
         part for item in items if item.get("type") == "message" for part in dicts_in(item.get("content"))
     ]
     calls = [item for item in items if text_in(item.get("type")) in _CALLS]
-    text = "".join(text_in(part.get("text")) for part in parts if part.get("type") == "output_text")
+    text = "".join(_messages(body))
     refusals = [text_in(part.get("refusal")) for part in parts if part.get("type") == "refusal"]
-    logprobs = [entry for part in parts for entry in dicts_in(part.get("logprobs"))]
+    thoughts = [item for item in items if item.get("type") == "reasoning"]
     return {
         "content": text,
         "choices": [text],
         "finish_reason": _finish_reason(body, calls=bool(calls)),
         "tool_calls": clean(calls),
         "refusal": refusals[0] if refusals else None,
-        "logprobs": {"content": clean(logprobs)} if logprobs else None,
+        "logprobs": {"content": logprobs} if (logprobs := _all_of(parts, "logprobs")) else None,
+        "reasoning": _thought(thoughts) or None,
+        "audio": next((clean(part) for part in parts if part.get("type") == "output_audio"), None),
+        "annotations": _all_of(parts, "annotations"),
     }
+
+
+def _all_of(parts: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Return the objects in the lists that parts have by one name."""
+    return [clean(each) for part in parts for each in dicts_in(part.get(name))]
+
+
+def _messages(body: Mapping[str, Any]) -> list[str]:
+    """Return the text of each message of a response."""
+    messages = [item for item in dicts_in(body["output"]) if item.get("type") == "message"]
+    return ["".join(_texts(dicts_in(message.get("content")), "output_text")) for message in messages]
+
+
+def _texts(parts: list[dict[str, Any]], kind: str) -> list[str]:
+    return [text_in(part.get("text")) for part in parts if part.get("type") == kind]
 
 
 def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
@@ -122,14 +172,23 @@ def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | Non
     return TokenUsage._of(fields)  # type: ignore[no-any-return]  # noqa: SLF001
 
 
-def _parsed(response: ModelResponse, schema: type[BaseModel]) -> BaseModel | None:
+def _parsed(response: ModelResponse, schema: type[BaseModel], messages: list[str]) -> BaseModel | None:
+    """Return the object in the last message that fits, or in the whole text."""
     if response.refusal is not None or not response.content:
         return None
+    for text in dict.fromkeys([*filter(None, reversed(messages)), response.content]):
+        found = _validated(text, schema)
+        if not isinstance(found, Exception):
+            return found
+    kind, name = type(found).__name__, schema.__name__
+    about = {"model": response.model, "request_id": response.request_id, "error_type": kind}
+    text = "answer %s does not fit %s (%s): parsed is None"
+    warn(text, response.request_id, name, kind, event="not_parsed", **about)
+    return None
+
+
+def _validated(text: str, schema: type[BaseModel]) -> BaseModel | Exception:
     try:
-        return schema.model_validate_json(response.content)
+        return schema.model_validate_json(text)
     except Exception as error:  # noqa: BLE001  # a validator may raise anything; the answer is paid for
-        kind, name = type(error).__name__, schema.__name__
-        about = {"model": response.model, "request_id": response.request_id, "error_type": kind}
-        text = "answer %s does not fit %s (%s): parsed is None"
-        warn(text, response.request_id, name, kind, event="not_parsed", **about)
-        return None
+        return error

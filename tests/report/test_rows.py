@@ -61,3 +61,12 @@ def test_a_data_frame_has_a_type_for_each_column():
     for few in ([], [None], [ValueError()]):
         assert (to_pandas(few).dtypes == frame.dtypes[: len(to_pandas(few).columns)]).all()
     assert isinstance(frame["cached"].dtype, pandas.BooleanDtype)
+
+
+def test_a_row_says_what_the_model_thought_called_and_cited():
+    """Each is missing where there was none, or an empty list."""
+    calls, cited = [{"id": "call_1"}], [{"type": "url_citation"}]
+    (row,) = rows([answer(reasoning="I think.", tool_calls=calls, annotations=cited)])
+    assert (row["reasoning"], row["tool_calls"], row["annotations"]) == ("I think.", calls, cited)
+    (plain,) = rows([answer()])
+    assert (plain["reasoning"], plain["tool_calls"], plain["annotations"]) == (None, [], [])
