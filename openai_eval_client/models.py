@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import operator
-from collections.abc import Mapping
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +13,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from openai_eval_client._format import as_html, bounds_text, count, duration, usd
+from openai_eval_client._format import as_html, bounds_text, count, duration, plain, usd
 from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
@@ -35,9 +33,9 @@ __all__ = [
 
 
 class Record(BaseModel):
-    """A model that programs pass on; its JSON reads back as it was, infinite log probabilities included."""
+    """A model that programs pass on; its JSON reads back as it was, but for infinite numbers: null there."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that every JSON parser, data frame and database takes.
@@ -46,7 +44,7 @@ class Record(BaseModel):
         money is a float in USD, a time is an ISO 8601 string, and a number that JSON does not have (infinite
         or not a number) is None.
         """
-        return {name: _plain(value) for name, value in self.model_dump().items()}
+        return {name: plain(value) for name, value in self.model_dump().items()}
 
     @classmethod
     def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:
@@ -67,19 +65,6 @@ class _Shown(Record):
 @functools.cache
 def _field_names(cls: type[Record]) -> set[str]:
     return set(cls.model_fields)  # one set for all instances
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, Decimal):
-        value = float(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value.isoformat() if isinstance(value, date) else value
 
 
 _NOTHING = Decimal(0)
@@ -340,10 +325,10 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as `Record.to_dict` does, and `parsed` where there is one."""
-        plain = super().to_dict()
+        data = super().to_dict()
         if isinstance(self._parsed, BaseModel):
-            plain["parsed"] = self._parsed.model_dump(mode="json")
-        return plain
+            data["parsed"] = plain(self._parsed.model_dump(mode="json"))
+        return data
 
     def _decoded(self) -> Any:
         """Return the body of the answer: as it came, or from a line of a batch or of the cache."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import os
 import re
 import shlex
@@ -24,7 +23,7 @@ from typer import Option
 from openai_eval_client._cli import common
 from openai_eval_client._cli.common import cost_text, exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Output, Source, carried, fingerprint, line_of, read_in_thread
-from openai_eval_client._format import count, duration
+from openai_eval_client._format import count, duration, to_json
 from openai_eval_client._wire import read_failure
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig
@@ -455,7 +454,7 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
     quiet = run.quiet or reader_left or (code == common.BAD_INPUT and not result.answered + result.failed)
     if run.as_json:
         print_to = sys.stderr if run.output == "-" else sys.stdout
-        typer.echo(json.dumps(_summary(run, result, code)), file=print_to)
+        typer.echo(to_json(_summary(run, result, code), only_ascii=True), file=print_to)
     elif not quiet:
         say(_counts(run, result))
         for kind, times in result.kinds.most_common(3):
