@@ -280,6 +280,9 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
         reasoning: The model's reasoning, or the summary of it, where the server shows it.
         audio: The spoken answer as the API sends it, with its `transcript`; None where there is none.
         annotations: What the text refers to, such as the pages that a search found.
+        fits_schema: Whether it fits the class given as `response_format`; False also where a JSON schema was
+            given, which is not checked, and the text is no JSON. None where nothing can be said.
+        unsent_parameters: What was asked for and not sent, because the model refuses it: "temperature".
     """
 
     content: str
@@ -297,6 +300,8 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
     reasoning: str | None = None
     audio: dict[str, Any] | None = None
     annotations: list[dict[str, Any]] = Field(default_factory=list)
+    fits_schema: bool | None = None
+    unsent_parameters: list[str] = Field(default_factory=list)
 
     _parsed: Any = PrivateAttr(default=None)
     _body: Any = PrivateAttr(default=None)
@@ -452,6 +457,10 @@ class ClientStats(_Shown):
         completion_tokens: Output tokens as the server counted them.
         cost: USD of all priced answers, and its parts; usable as a number.
         unpriced: Answers whose model has no known price, not in `cost`.
+        finish_reasons: How many answers ended for each reason, those from the cache included.
+        schema_misses: Answers of which `ModelResponse.fits_schema` is False.
+        unsent_parameters: By parameter, the answers to requests that went without it, because the model
+            refuses it.
         budget: For `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is
             "reserved" for requests in flight; empty without one.
         cache_hits: Prompts answered from the cache; besides this, only `requests` and `cost` include them.
@@ -478,6 +487,9 @@ class ClientStats(_Shown):
     completion_tokens: int = 0
     cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
+    finish_reasons: dict[str, int] = Field(default_factory=dict)
+    schema_misses: int = 0
+    unsent_parameters: dict[str, int] = Field(default_factory=dict)
     budget: dict[str, Decimal] = Field(default_factory=dict)
     cache_hits: int = 0
     cache_writes: int = 0

@@ -24,6 +24,7 @@ from openai_eval_client._cli import common
 from openai_eval_client._cli.common import cost_text, exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Output, Source, carried, fingerprint, line_of, read_in_thread
 from openai_eval_client._format import count, duration, to_json
+from openai_eval_client._report import remarks
 from openai_eval_client._wire import read_failure
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig
@@ -459,6 +460,8 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
         say(_counts(run, result))
         for kind, times in result.kinds.most_common(3):
             say(f"  {count(times)} x {kind}")
+        for remark in remarks(result.stats):
+            say(f"  {remark}")
     if result.report_error is not None:
         say(f"no report: {run.report}: {result.report_error.strerror}", style="red")
     elif run.report is not None and not quiet:
@@ -473,7 +476,10 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
 
 
 def _summary(run: FileRun, result: Result, code: int) -> dict[str, Any]:
-    stats = ("unpriced", "prompt_tokens", "completion_tokens", "rate_limited", "retries")
+    stats = (
+        *("unpriced", "prompt_tokens", "completion_tokens", "rate_limited", "retries"),
+        *("finish_reasons", "schema_misses", "unsent_parameters"),
+    )
     return {
         "exit_code": code,
         "input": run.source.name,

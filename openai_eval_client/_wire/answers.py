@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._log import warn
-from openai_eval_client._wire.usage import Usage, clean, dict_in, dicts_in, text_in, token_count
+from openai_eval_client._wire.usage import (
+    Usage,
+    clean,
+    dict_in,
+    dicts_in,
+    read_json,
+    text_in,
+    token_count,
+)
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
@@ -20,6 +28,7 @@ _CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local
 # Where compatible servers put the reasoning of a message, and under which names its parts hold the text.
 _REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 _THINKING, _NAMES = ("thinking", "reasoning"), ("text", "content", "summary", "thinking")
+_JSON_FORMATS = ("json_schema", "json_object")
 _DEFAULT_TEMPERATURE = 1.0  # https://platform.openai.com/docs/api-reference/chat/create
 
 
@@ -42,6 +51,7 @@ def read_answer(
 ) -> ModelResponse:
     """Build the response to one prompt; a field that a server gets wrong reads as missing."""
     values = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
+    asked = parameters.body.get("temperature")
     values |= {
         "usage": _token_usage(body, usage, cost),
         "model": text_in(body.get("model")) or parameters.model,
@@ -49,11 +59,13 @@ def read_answer(
         "latency_ms": latency * 1000,
         "temperature": _DEFAULT_TEMPERATURE if temperature is None else float(temperature),
         "cached": False,
+        "fits_schema": None,
+        "unsent_parameters": [] if asked is None or asked == temperature else ["temperature"],
     }
     response: ModelResponse = ModelResponse._of(values, {"_parsed": None, "_body": kept or body})  # noqa: SLF001
-    if parameters.schema is not None:
+    if parameters.schema is not None or _wants_json(parameters):
         messages = [] if parameters.api == "chat" else _messages(body)
-        response._parsed = _parsed(response, parameters.schema, messages)  # noqa: SLF001
+        _check_schema(response, parameters.schema, messages)
     return response
 
 
@@ -172,23 +184,40 @@ def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | Non
     return TokenUsage._of(fields)  # type: ignore[no-any-return]  # noqa: SLF001
 
 
-def _parsed(response: ModelResponse, schema: type[BaseModel], messages: list[str]) -> BaseModel | None:
-    """Return the object in the last message that fits, or in the whole text."""
-    if response.refusal is not None or not response.content:
-        return None
-    for text in dict.fromkeys([*filter(None, reversed(messages)), response.content]):
+def _wants_json(parameters: Parameters) -> bool:
+    """Return whether the answer has to be JSON."""
+    body, name = parameters.body, "response_format"
+    if parameters.api == "responses":
+        body, name = dict_in(body.get("text")), "format"
+    return bool(wanted := body.get(name)) and dict_in(wanted).get("type") in _JSON_FORMATS
+
+
+def _check_schema(response: ModelResponse, schema: type[BaseModel] | None, messages: list[str]) -> None:
+    """Look for the object in the last message that fits, and then in the whole text."""
+    if response.tool_calls and not response.content:
+        return
+    response.fits_schema = False
+    texts = [*reversed(messages), response.content] if response.refusal is None else []
+    failures = []
+    for text in dict.fromkeys(filter(None, texts)):
         found = _validated(text, schema)
         if not isinstance(found, Exception):
-            return found
-    kind, name = type(found).__name__, schema.__name__
-    about = {"model": response.model, "request_id": response.request_id, "error_type": kind}
-    text = "answer %s does not fit %s (%s): parsed is None"
-    warn(text, response.request_id, name, kind, event="not_parsed", **about)
-    return None
+            response._parsed, response.fits_schema = found, None if schema is None else True  # noqa: SLF001
+            return
+        failures.append(found)
+    if failures and schema is not None:
+        kind, name = type(failures[-1]).__name__, schema.__name__
+        about = {"model": response.model, "request_id": response.request_id, "error_type": kind}
+        text = "answer %s does not fit %s (%s): parsed is None"
+        warn(text, response.request_id, name, kind, event="not_parsed", **about)
 
 
-def _validated(text: str, schema: type[BaseModel]) -> BaseModel | Exception:
+def _validated(text: str, schema: type[BaseModel] | None) -> BaseModel | Exception | None:
+    """Return the object in a text, or why there is none; None for JSON without a class to fit."""
     try:
-        return schema.model_validate_json(text)
+        if schema is not None:
+            return schema.model_validate_json(text)
+        read_json(text.encode())
     except Exception as error:  # noqa: BLE001  # a validator may raise anything; the answer is paid for
         return error
+    return None

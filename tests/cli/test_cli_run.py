@@ -99,6 +99,21 @@ def test_the_summary_for_machines(cli, prompts, tmp_path):
     assert len(rows_of(cli.out)) == 5
 
 
+def test_what_is_odd_about_the_answers_is_said_in_the_end(cli, prompts, tmp_path):
+    """Those that were cut off and those without a price; in the summary for machines too."""
+    options = ["--model", "made-up", "--max-tokens", "1", "--no-progress", "-o", tmp_path / "out"]
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, *options, server=server) == 0
+        said = cli.err
+        assert cli("run", prompts, *options, "--overwrite", "--json", server=server) == 0
+    assert "  5 answers cut off: longer than max_tokens or the model allows\n" in said
+    assert "  5 answers unpriced: no price is known of 'made-up'\n" in said
+    summary = json.loads(cli.out)
+    assert (summary["finish_reasons"], summary["unpriced"]) == ({"length": 5}, 5)
+    assert (summary["schema_misses"], summary["unsent_parameters"]) == (0, {})
+    assert {row["response"]["finish_reason"] for row in written(tmp_path / "out").values()} == {"length"}
+
+
 def test_progress_is_shown(cli, prompts, tmp_path):
     """In lines of standard error if there is no terminal; --no-progress shows none."""
     with SimulatedServer(api_key=KEY) as server:

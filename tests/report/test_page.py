@@ -162,6 +162,20 @@ async def test_finish_reasons_are_a_table(tmp_path, few_certificates):
     assert "Not counted: 1 answers without a finish reason, or to calls on client.openai." in page.words
 
 
+async def test_what_is_odd_about_the_answers_is_on_the_page(tmp_path):
+    """In words; a page about answers that are all whole has no such section."""
+    heading = "What to know about the answers"
+    async with OpenAIClient(OpenAIConfig(api_key=KEY)) as client:
+        client._account.recorder.answered(answer())
+        assert heading not in read(client.report(tmp_path / "run.html")).words
+        client._account.recorder.answered(
+            answer(finish_reason=SCRIPT, fits_schema=False, unsent_parameters=["temperature"])
+        )
+        words = read(client.report(tmp_path / "run.html")).words
+    assert f"{heading} 1 answer ended with '{SCRIPT}' 1 answer without what the schema asks for" in words
+    assert "1 answer to requests without temperature, which the model refuses" in words
+
+
 async def test_a_page_without_finish_reasons_has_no_table_of_them(tmp_path):
     """A client that only asked through `client.openai` knows none."""
     async with OpenAIClient(OpenAIConfig(api_key=KEY)) as client:

@@ -450,6 +450,53 @@ def test_without_a_class_nothing_is_parsed():
     assert read(body, response_format={"type": "json_object"}).parsed is None
 
 
+@pytest.mark.parametrize(
+    ("message", "fits"),
+    [
+        ({"content": '{"name": "Paris", "people": 2}'}, True),
+        ({"content": '{"name": "Paris"}'}, False),
+        ({"content": "Paris"}, False),
+        ({"content": ""}, False),
+        ({"content": None, "refusal": "No."}, False),
+        ({"content": None, "tool_calls": [CALL]}, None),
+    ],
+)
+def test_an_answer_says_whether_it_fits(message, fits):
+    """A refusal and an empty answer do not; of a call for a tool nothing can be said."""
+    assert read(chat(message), response_format=City).fits_schema is fits
+    assert read(chat(message)).fits_schema is None
+
+
+@pytest.mark.parametrize(
+    ("content", "fits"), [("[1]", None), ("{}", None), ("Paris", False), ("", False), ('{"a": "cut', False)]
+)
+def test_without_a_class_the_text_may_still_be_no_json(caplog, content, fits):
+    """Whether it fits a JSON schema is not checked, and what is no JSON is not logged."""
+    for wanted in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {}}):
+        assert read(chat({"content": content}), response_format=wanted).fits_schema is fits
+        found = read(response(text(content)), "responses", text={"format": wanted})
+        assert (found.fits_schema, found.parsed) == (fits, None)
+    assert caplog.records == []
+    for unclear in ("json_object", {"type": []}, {"type": "text"}):
+        assert read(chat({"content": content}), extra_body={"response_format": unclear}).fits_schema is None
+
+
+@pytest.mark.parametrize(
+    ("asked_", "sent", "unsent"),
+    [
+        (0.2, None, ["temperature"]),
+        (0.2, 1.0, ["temperature"]),
+        (0.2, 0.2, []),
+        (0, 0.0, []),
+        (None, None, []),
+    ],
+)
+def test_a_temperature_that_was_not_sent_is_named(asked_, sent, unsent):
+    """A model may refuse it; the cache keeps the API's default then."""
+    body = {} if asked_ is None else {"extra_body": {"temperature": asked_}}
+    assert read(chat(), temperature=sent, **body).unsent_parameters == unsent
+
+
 PARIS = '{"name": "Paris", "people": 2}'
 
 
