@@ -26,7 +26,6 @@ from openai_eval_client._cli.rows import Output, Source, carried, fingerprint, l
 from openai_eval_client._format import count, duration, to_json
 from openai_eval_client._report import remarks
 from openai_eval_client._wire import read_failure
-from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import ClientStats
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable, Iterator
 
     from openai_eval_client._cli.rows import Row
+    from openai_eval_client.client import OpenAIClient
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
@@ -372,7 +372,8 @@ async def _answer(run: FileRun, output: Output) -> Result:
     result, began = Result(), time.monotonic()
     last_words = "" if run.output == "-" else f"to go on: {_resume_command()}"
     answer_all = _answer_by_batch if run.by_batch else _answer_online
-    async with OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache) as client:
+    options: Any = {"rate_limit": run.limits, "batch": run.batch, "cache": run.cache}
+    async with common.open_client(run.config, **options) as client:
         with common.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
             try:
                 await answer_all(run, client, output, result, stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import time
 import weakref
 from datetime import timedelta
@@ -33,10 +34,9 @@ _LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bou
 class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either httpx
     """The connections of one event loop, as many as are in flight; made on the loop that uses them."""
 
-    def __init__(self, *, secure: bool) -> None:
+    def __init__(self, tls: Any) -> None:
         import aiohttp
 
-        tls = _httpx.create_ssl_context() if secure else True
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -189,9 +189,10 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     # Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
     # shuts down, when this one is closed, or when it is garbage collected.
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[[], Any], *made: Any) -> None:
         super().__init__(transport=_httpx.AsyncBaseTransport())  # it sends nothing itself
         self._factory = factory
+        self._made = list(made)  # clients for the first loops
         self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
         self._shut = False
         weakref.finalize(self, _close_later, self._real).atexit = False
@@ -220,7 +221,10 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
         if loop not in self._real:
             for closed in [known for known in list(self._real) if known.is_closed()]:
                 self._real.pop(closed, None)
-            client = self._factory()
+            try:
+                client = self._made.pop()
+            except IndexError:
+                client = self._factory()
             guard = _closing(client, functools.partial(self._real.pop, loop, None))
             self._real[loop] = client, guard
             await guard.__anext__()
@@ -267,7 +271,8 @@ class FastClient(LoopLocalClient):
     # redirects go through httpx, with its authentication, cookies and hooks, on the same connections.
 
     def __init__(self, *, secure: bool) -> None:
-        super().__init__(lambda: _Direct(Transport(secure=secure)))
+        tls = _from_environment(_httpx.create_ssl_context) if secure else True
+        super().__init__(lambda: _Direct(Transport(tls)))
         self._decoded = (_DECODED, self.headers[_DECODED])
 
     def build_request(self, method: str, url: Any, *, headers: Any = None, **options: Any) -> Any:
@@ -304,9 +309,29 @@ class FastClient(LoopLocalClient):
 _url = functools.lru_cache(maxsize=_URLS)(_httpx.URL)
 
 
+def _from_environment(make: Callable[[], T]) -> T:
+    """Make what depends on the environment, as the SDK does; an error names the variables, no password."""
+    try:
+        return make()
+    except OSError as error:  # of certificates, where the file is not named
+        path = os.environ.get("SSL_CERT_FILE")
+        if error.filename is None and path:
+            error.filename = f"SSL_CERT_FILE={path}"
+        raise
+    except (ImportError, ValueError, _httpx.InvalidURL) as error:
+        kinds = (ImportError, _httpx.InvalidURL, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        # what follows the colon may be a part of a password
+        why = str(error).partition(":")[0] if kind is _httpx.InvalidURL else error
+        names = ", ".join(sorted(name for name in os.environ if name.lower().endswith("_proxy")))
+        failure = kind(f"the proxy that {names} names cannot be used: {why}")
+    raise failure
+
+
 def default_client() -> LoopLocalClient:
     """Return what the SDK uses by default."""
-    return LoopLocalClient(openai.DefaultAsyncHttpxClient)
+    make = openai.DefaultAsyncHttpxClient
+    return LoopLocalClient(make, _from_environment(make))
 
 
 def fast_client(base_url: str) -> LoopLocalClient:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -424,6 +425,34 @@ def test_bad_input_and_usage(cli, tmp_path, options, lines, message):
         assert server.calls == []
     assert message in cli.err
     assert cli.out == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"HTTPS_PROXY": "http://127.0.0.1:80a"},
+            "the proxy that HTTPS_PROXY names cannot be used: Invalid port",
+        ),
+        ({"SSL_CERT_FILE": "/nowhere/all.pem"}, "SSL_CERT_FILE=/nowhere/all.pem: No such file or directory"),
+    ],
+)
+def test_a_broken_environment(cli, prompts, tmp_path, monkeypatch, *, variables, message):
+    """2, said once, whatever the command; a run that has not begun leaves no file."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    url = ["--base-url", "https://127.0.0.1:9/v1"]
+    commands = [
+        ("run", prompts, "-o", tmp_path / "out", "--model", "gpt-4o-mini"),
+        ("run", prompts, "-o", tmp_path / "out", "--model", "gpt-4o-mini", "--batch"),
+        ("limits",),
+    ]
+    for command in commands:
+        assert cli(*command, *url) == 2
+        assert cli.err == f"{message}\n"
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_is_missing(cli, tmp_path):

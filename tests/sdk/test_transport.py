@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import pickle
 import ssl
 import sys
@@ -14,7 +15,7 @@ import openai
 import pytest
 from raw_server import ANSWER, listening, whole
 
-from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
+from openai_eval_client import AsyncOpenAI, OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import TimeoutError as OurTimeout
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
@@ -221,6 +222,66 @@ async def test_certificates_are_checked(trusted: bool, monkeypatch, tmp_path) ->
         with pytest.raises(openai.APIConnectionError, match="certificate"):
             await client.batch_generate(["hi"] * 50)
         assert seen == []
+
+
+BROKEN = {
+    "a SOCKS proxy without its package": ({"HTTPS_PROXY": "socks5://me:qx:zj@127.0.0.1:1080"}, ImportError),
+    "a proxy for all": ({"ALL_PROXY": "socks5://me:qx:zj@127.0.0.1:1080"}, ImportError),
+    "a port that is no number": ({"https_proxy": "http://me:qx/zj@127.0.0.1:80a"}, sdk_httpx().InvalidURL),
+    "a scheme that no proxy has": ({"HTTPS_PROXY": "ftp://me:qx:zj@127.0.0.1:80"}, ValueError),
+    "no such file": ({"SSL_CERT_FILE": "/nowhere/certificates.pem"}, FileNotFoundError),
+    "a file without certificates": ({"SSL_CERT_FILE": __file__}, ssl.SSLError),
+}
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    """An environment without proxies."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize(("variables", "kind"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_environment_is_said_by_the_constructor(variables, kind, monkeypatch) -> None:
+    """The class is that of the SDK's own client; the variable is named, and no password."""
+    if kind is ImportError:
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind) as theirs:
+        openai.AsyncOpenAI(api_key=KEY)
+    for make in (lambda: AsyncOpenAI(api_key=KEY), lambda: OpenAIClient(OpenAIConfig(api_key=KEY))):
+        with pytest.raises(kind) as caught:
+            make()
+        assert type(caught.value) is type(theirs.value)
+        said = f"{caught.value} {getattr(caught.value, 'filename', '')}"
+        assert next(iter(variables)) in said
+        assert "qx" not in said
+        assert "zj" not in said
+
+
+@pytest.mark.usefixtures("no_proxy")
+async def test_what_is_not_used_may_be_broken(monkeypatch) -> None:
+    """Certificates at an address without TLS, and a proxy where there is none, are not looked at."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:80a")
+    async with listening(whole()) as (url, _), connect(url) as client:
+        assert (await client.generate_response("hi")).content == "yes"
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_the_sdks_own_client_serves_loop_after_loop(few_certificates) -> None:
+    """The one that was made first serves the first loop."""
+
+    async def once(client: AsyncOpenAI) -> str:
+        async with listening(whole()) as (url, _):
+            answer = await client.with_options(base_url=url).chat.completions.create(**CHAT)
+        return answer.choices[0].message.content
+
+    client = AsyncOpenAI(api_key=KEY)
+    assert [asyncio.run(once(client)) for _ in range(3)] == ["yes"] * 3
 
 
 def test_the_transport_speaks_the_sdks_httpx() -> None:
