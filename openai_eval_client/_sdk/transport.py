@@ -15,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import openai
 
+from openai_eval_client._log import warn
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
@@ -136,6 +137,9 @@ class _StreamedBody(_httpx.AsyncByteStream):  # type: ignore[misc]  # of either 
         self._answer.release()
 
 
+_WAY_OUT = "the SDK's own transport reads the next ones; http_client= takes another"
+
+
 async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
     """Await a call of aiohttp's, whose errors become httpx's: those the SDK knows."""
     try:
@@ -143,18 +147,25 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
     except Exception as error:
         import aiohttp
 
-        kinds = (
-            (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
-            (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
-            (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
-            (aiohttp.ClientConnectorError, _httpx.ConnectError),
-            ((aiohttp.ClientError, OSError), _httpx.ReadError),
+        text, kinds = (
+            str(error) or type(error).__name__,
+            (
+                (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
+                (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
+                (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
+                (aiohttp.ClientConnectorError, _httpx.ConnectError),
+                (aiohttp.ClientResponseError, _httpx.RemoteProtocolError),
+                ((aiohttp.ClientError, OSError), _httpx.ReadError),
+            ),
         )
         kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), None)
         if kind is None:
             raise
-        failure: Exception = kind(str(error) or type(error).__name__, request=request)
         shows_key = isinstance(error, aiohttp.ClientResponseError)  # it holds the request's headers
+        if shows_key:
+            why = " ".join(getattr(error, "message", "").split())
+            text = f"the server's answer is not valid HTTP{f' ({why})' if why else ''}: {_WAY_OUT}"
+        failure: Exception = kind(text, request=request)
         failure.__cause__ = None if shows_key else error
     raise failure  # here aiohttp's error is no longer handled, and so is not its context
 
@@ -273,6 +284,7 @@ class FastClient(LoopLocalClient):
     def __init__(self, *, secure: bool) -> None:
         tls = _from_environment(_httpx.create_ssl_context) if secure else True
         super().__init__(lambda: _Direct(Transport(tls)))
+        self._instead: LoopLocalClient | None = None  # what sends once aiohttp cannot read the answers
         self._decoded = (_DECODED, self.headers[_DECODED])
 
     def build_request(self, method: str, url: Any, *, headers: Any = None, **options: Any) -> Any:
@@ -299,11 +311,30 @@ class FastClient(LoopLocalClient):
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Send through the running loop's connections."""
+        if self._instead is not None:
+            return await self._instead.send(request, stream=stream, **options)
         real = await self._of_this_loop()
-        if stream or options:
-            return await real.send(request, stream=stream, **options)
-        response = await real.fetch(request)
-        return await real.send(request) if response.has_redirect_location else response
+        try:
+            if stream or options:
+                return await real.send(request, stream=stream, **options)
+            response = await real.fetch(request)
+            return await real.send(request) if response.has_redirect_location else response
+        except (
+            _httpx.RemoteProtocolError
+        ):  # it was answered, and may be billed: only the next attempt differs
+            if self._instead is None:
+                self._instead = LoopLocalClient(openai.DefaultAsyncHttpxClient)
+                text = (
+                    "answers are not valid HTTP for aiohttp: the SDK's own transport reads them from now on"
+                )
+                warn(text, event="transport_changed")
+            raise
+
+    async def aclose(self) -> None:
+        """Close both transports."""
+        if self._instead is not None:
+            await self._instead.aclose()
+        await super().aclose()
 
 
 _url = functools.lru_cache(maxsize=_URLS)(_httpx.URL)
