@@ -403,11 +403,11 @@ class BatchRequest(Record):
 
 
 class BatchJob(Record):
-    """A submitted Batch job; `job_id` alone finds it again."""
+    """A submitted Batch job; `job_id` alone finds it again. Some servers do not say when it was created."""
 
     job_id: str
     status: str
-    created_at: datetime
+    created_at: datetime | None
     request_count: int
 
 
@@ -418,7 +418,7 @@ class BatchJobStatus(_Shown):
     status: Literal[
         "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
     ]
-    created_at: datetime
+    created_at: datetime | None  # None where the server does not say
     completed_at: datetime | None = None
     request_count: int
     completed_count: int = 0

@@ -149,7 +149,7 @@ def _job_table(job: BatchJobStatus) -> Markup:
         ("job", name(job.job_id)),
         ("status", job.status),
         ("completed / failed / all", _counts(job.completed_count, job.failed_count, job.request_count)),
-        ("created", clock(job.created_at.timestamp())),
+        ("created", _known(job.created_at, lambda at: clock(at.timestamp()))),
         ("completed", _known(job.completed_at, lambda at: clock(at.timestamp()))),
     ]
     rows += [(f"error {error.code or ''}", error.message) for error in job.errors[:_ERRORS]]
