@@ -278,8 +278,7 @@ def message_of(error: openai.OpenAIError) -> str:
 def explain(error: Exception) -> str:
     """Return the kind of an error and what it means; unlike the error's message, this quotes no prompt."""
     kind = type(error).__name__, status_of(error), code_of(error)
-    means = meaning_of(*kind).partition("; sent again")[0].replace("the exception", "its row")
-    return f"{' '.join(str(part) for part in kind if part)}: {means}"
+    return f"{' '.join(str(part) for part in kind if part)}: {meaning_of(*kind)}"
 
 
 def what_to_check(error: Exception | None, *, answered: bool) -> str:
