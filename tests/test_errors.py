@@ -26,6 +26,7 @@ from openai_eval_client import (
     RequestTooLargeError,
     TimeoutError,
     TokenUsage,
+    TooManyFailuresError,
     ValidationError,
 )
 from openai_eval_client.errors import rate_limited, sdk_httpx

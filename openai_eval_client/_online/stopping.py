@@ -39,6 +39,7 @@ class StopRule:
         self._answered = False  # by the server, not from the cache
         self._done = self._failed = 0
         self._alike: list[Any] = []  # the different prompts that failed so, in a row
+        self._in_a_row = 0  # equal ones as well
         self._suspect: Exception | None = None  # the latest failure that may be everyone's
         self._others = 0  # failures of other kinds
 
@@ -48,6 +49,7 @@ class StopRule:
         if not cached:
             self._answered = True
             self._alike.clear()
+            self._in_a_row = 0
             self._suspect = None
 
     def failed(self, error: Exception, item: object) -> Exception | None:
@@ -59,6 +61,7 @@ class StopRule:
             return error
         if self._is_suspect(failure):
             self._suspect = error
+            self._in_a_row += 1
             if len(self._alike) < _MANY and item not in self._alike:
                 self._alike.append(item)
         else:
@@ -68,8 +71,10 @@ class StopRule:
     @property
     def suspect(self) -> Exception | None:
         """The error that ends the run, unless what is in flight now is answered; None: it goes on."""
-        enough = len(self._alike) >= (_MANY if self._answered else _FEW)
-        return self._suspect if enough else None
+        different = len(self._alike)
+        if self._answered:
+            return self._suspect if different >= _MANY else None
+        return self._suspect if different >= _FEW or self._in_a_row >= _MANY else None
 
     @property
     def last(self) -> Exception | None:

@@ -239,7 +239,7 @@ class Outcome(NamedTuple):
         return float(used.prompt_tokens + used.completion_tokens)
 
     @property
-    def isread_refusal(self) -> bool:
+    def is_refusal(self) -> bool:
         """Whether the request was refused (4xx) without being worked on."""
         return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
 

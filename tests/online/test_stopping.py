@@ -51,6 +51,21 @@ def test_a_failure_that_may_be_one_prompts_ends_a_run_by_evidence(error):
     assert rule.suspect is error
 
 
+def test_equal_prompts_are_evidence_only_in_number():
+    """Where nothing was answered; after an answer, one prompt that is refused says nothing of the others."""
+    error = error_of(403)
+    rule = StopRule(600)
+    for _ in range(19):
+        rule.failed(error, "a")
+    assert rule.suspect is None
+    rule.failed(error, "a")
+    assert rule.suspect is error
+    rule.answered()
+    for _ in range(99):
+        rule.failed(error, "a")
+    assert rule.suspect is None
+
+
 def test_an_answer_from_the_cache_is_no_evidence():
     """It says nothing of the server."""
     rule = StopRule(600)

@@ -222,10 +222,10 @@ def wait_all(errors_, **limits):
     """The delays after these errors, up to where it is not worth another attempt."""
     waits = delays(**limits)
     next(waits)
-    found = []
+    found: list[float] = []
     with contextlib.suppress(StopIteration):
         for error in errors_:
-            found.append(waits.send(error))
+            found += [waits.send(error)]
     return found
 
 
