@@ -371,7 +371,7 @@ class Store:
         with self._reader.lent(self._patience) as connection:
             connection.execute("BEGIN")
             rows = [_row(connection, statement) for statement in statements]
-            connection.execute("COMMIT")
+            connection.execute("ROLLBACK")  # COMMIT would fail where one of them met damage
             return rows
 
     def _write(self, statements: Sequence[Statement]) -> list[Exception | None]:
