@@ -24,7 +24,7 @@ import pydantic
 from openai_eval_client._cache.store import Store
 from openai_eval_client._log import warn
 from openai_eval_client._validation import reject_input
-from openai_eval_client._wire import PATHS, Usage, is_answer, of_error, read_answer, read_json, usage_of
+from openai_eval_client._wire import PATHS, Usage, fault_in, of_error, read_answer, read_json, usage_of
 from openai_eval_client.config import CacheConfig
 from openai_eval_client.models import TokenUsage
 
@@ -328,7 +328,7 @@ def _packed(response: ModelResponse) -> bytes | None:
 def _unpacked(kept: dict[str, Any], parameters: Parameters) -> tuple[ModelResponse, Usage]:
     """Return the response as it was, and its usage: the server's, or else our estimate."""
     body, latency = kept["response"]["body"], kept["latency_ms"]
-    if not is_answer(body, parameters.api):
+    if fault_in(body, parameters.api) is not None:
         raise ValueError("no answer")
     usage = usage_of(body)
     same = {name: kept[name] for name in ("temperature", "request_id")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -396,27 +397,39 @@ async def _answer_online(
 ) -> None:
     """Write each outcome as it comes."""
     taken: dict[int, Row] = {}
+    held: list[tuple[Row, Exception]] = []  # not these rows' fault, if it turns out to end the run
 
     def prompts() -> Iterator[Any]:
         for position, row in enumerate(run.rows()):
             taken[position] = row
             yield row.prompt
 
+    write = functools.partial(_write, output, result)
     feed = run.feed(prompts())
     stream = client.as_completed(feed, progress=run.progress, stop_event=stop, **run.params)
     async with contextlib.aclosing(stream) as outcomes:
         async for position, outcome in outcomes:
             row = taken.pop(position)
-            if isinstance(outcome, Exception) and read_failure(outcome).ends_run(
-                run.limits.max_wait, answered=bool(result.answered)
-            ):
-                continue  # raised in the end: it is not this row's fault
-            line = _line_of(row, outcome)
-            if output.is_regular:
-                output.write(line)
-            else:
-                await asyncio.to_thread(output.write, line)  # a pipe may be full
-            result.count(outcome)  # what is not written is not done
+            if isinstance(outcome, Exception):
+                failure = read_failure(outcome)
+                if failure.is_shared or failure.ends_run(run.limits.max_wait):
+                    held.append((row, outcome))
+                    continue
+            elif not outcome.cached:  # the account works
+                while held:
+                    await write(*held.pop(0))
+            await write(row, outcome)
+    for pair in held:
+        await write(*pair)
+
+
+async def _write(output: Output, result: Result, row: Row, outcome: ModelResponse | Exception) -> None:
+    line = _line_of(row, outcome)
+    if output.is_regular:
+        output.write(line)
+    else:
+        await asyncio.to_thread(output.write, line)  # a pipe may be full
+    result.count(outcome)  # what is not written is not done
 
 
 async def _answer_by_batch(

@@ -102,8 +102,9 @@ def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
 # --- a body from a prompt and its parameters ---------------------------------------------------------------
 
 _KEYWORDS = {  # of our own methods
-    "api", "max_concurrent", "max_cost", "max_tokens", "model", "progress", "progress_callback",
-    "return_exceptions", "stop_event", "system", "temperature", "timeout", "use_batch_api",
+    "api", "max_concurrent", "max_cost", "max_failures", "max_tokens", "model", "progress",
+    "progress_callback", "return_exceptions", "stop_event", "system", "temperature", "timeout",
+    "use_batch_api",
 }  # fmt: skip
 _OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
 
