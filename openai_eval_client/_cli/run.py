@@ -234,7 +234,7 @@ def _check_usage(run: FileRun) -> None:
         raise ValidationError("--resume needs --output: standard output cannot be read back", field="resume")
     source = None if run.source.is_stream else run.source.path
     output = None if run.output == "-" else Path(run.output).expanduser()
-    _check_apart("output", output, input=source)
+    _check_apart("output", output, input=source, cache=run.cache)
     if run.report is not None:
         _check_apart("report", run.report, input=source, output=output, cache=run.cache)
         _check_can_write(run.report)
@@ -322,10 +322,12 @@ def _show_estimate(run: FileRun) -> int:
 
 def _carry_out(run: FileRun) -> int:
     """Answer the rows that are not done, and return the exit code."""
+    # Made first: where the cache or a limit is refused, the output stays as it is.
+    client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
     with contextlib.closing(Output(run.output)) as file:
         _look_at_output(run, file)
         _look_at_input(run)
-        result = asyncio.run(_answer(run, file))
+        result = asyncio.run(_answer(run, client, file))
     if not (result.answered or result.failed or run.done or result.error or result.interrupted):
         raise ValidationError(f"{run.source.name}: no rows", field="input")
     code = result.exit_code(file.failed)
@@ -368,12 +370,12 @@ class Result:
         return common.BAD_INPUT if self.report_error else 0
 
 
-async def _answer(run: FileRun, output: Output) -> Result:
+async def _answer(run: FileRun, client: OpenAIClient, output: Output) -> Result:
     """Answer the rows, write their outcomes, and then the report, however the run ended."""
     result, began = Result(), time.monotonic()
     last_words = "" if run.output == "-" else f"to go on: {_resume_command()}"
     answer_all = _answer_by_batch if run.by_batch else _answer_online
-    async with OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache) as client:
+    async with client:
         with common.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
             try:
                 await answer_all(run, client, output, result, stop)
