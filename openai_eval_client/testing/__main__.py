@@ -143,6 +143,12 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     output = "completion tokens to report (default: the words of the answer)"
     add("--output-tokens", type=int, metavar="N", help=output)
     add("--cached-tokens", type=int, metavar="N", help="prompt tokens to report as cached")
+    polls = "polls that find a background response still under way"
+    add("--background-polls", type=int, metavar="N", help=polls)
+    seconds = "seconds that a background response takes (default: its latency)"
+    add("--background-seconds", type=float, metavar="S", help=seconds)
+    after = "seconds in the openai-poll-after-ms header of a background response (default: no header)"
+    add("--background-poll-after", type=float, metavar="S", help=after)
     add("--batch-seconds", type=float, metavar="S", help="seconds from a batch's creation to its end")
     add("--seed", type=int, metavar="N", help="seed of latencies and faults")
     add("--record", type=int, metavar="N", help="how many of the newest calls are kept")

@@ -16,6 +16,7 @@ POSITIVE = ("rpm", "tpm", "window")
 NOT_NEGATIVE = (
     "port", "default_output", "quota_exhausted_after", "latency", "latency_sigma", "unavailable_retry_after",
     "output_tokens", "cached_tokens", "record", "batch_seconds", "enqueued_tokens", "file_lag",
+    "background_polls", "background_seconds", "background_poll_after",
 )  # fmt: skip
 CHOICES = {
     "charge": ("upfront", "actual"),
@@ -35,6 +36,7 @@ COUNTS = ("total", "completed", "failed")
 
 ENDPOINTS = (
     "upload", "list_files", "retrieve_file", "delete", "content", "create", "list", "retrieve", "cancel",
+    "retrieve_response", "cancel_response", "delete_response",
 )  # fmt: skip
 BEFORE = ("500", "503", "429", "drop", "hang")  # faults without the effect of the call
 AFTER = ("500_after", "drop_after", "hang_after")  # faults with its effect, but without its answer
@@ -68,6 +70,9 @@ class Options:
     cached_tokens: int = 0
     count_tokens: Callable[[str], int] | None = None
     record: int = 100_000
+    background_polls: int = 1
+    background_seconds: float | None = None
+    background_poll_after: float | None = None
     batch_seconds: float = 0.2
     batch_plans: Sequence[Mapping[str, Any]] = ()
     batch_faults: Mapping[str, float] = field(default_factory=dict)

@@ -22,9 +22,10 @@ class SimulatedServer(Options):
     """An OpenAI API on a real loopback socket: limits, latency and failures as set, made-up answers.
 
     Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /v1/models, /v1/files and
-    /v1/batches. A batch spends a tenth of `batch_seconds` validating, eight tenths in progress and a tenth
-    finalizing; more if its lines cannot be answered as fast. Its lines are answered like requests online,
-    but charged to no limit, and written in another order than they came.
+    /v1/batches. It keeps the responses that are made in the background. A batch spends a tenth of
+    `batch_seconds` validating, eight tenths in progress and a tenth finalizing; more if its lines cannot be
+    answered as fast. Its lines are answered like requests online, but charged to no limit, and written in
+    another order than they came.
     Start it with `with`, `async with` or `start()`. Once stopped, `calls` and the counters stay readable.
 
     ```python
@@ -64,6 +65,11 @@ class SimulatedServer(Options):
         count_tokens: Called with a text of the prompt, returns its tokens; default a quarter of its UTF-8
             bytes, at least 1. A chat request counts 3 more for each message and 3 for the reply.
         record: How many of the newest calls are kept.
+        background_polls: How many polls find a response still under way that was created with
+            `background`: queued at its creation, then in_progress.
+        background_seconds: Seconds for which it is under way, however often it is polled; None draws
+            `latency`. Then it is what it would have been at once, with its usage.
+        background_poll_after: Seconds in the header openai-poll-after-ms meanwhile; None sends none.
         batch_seconds: Seconds from a batch's creation to its end.
         batch_plans: What happens to the first batches, in the order of their creation; all others complete.
             A plan may have:
@@ -93,9 +99,10 @@ class SimulatedServer(Options):
             validating ("later"), as it does at OpenAI.
         file_lag: Seconds for which a file just uploaded cannot be found.
         endpoint_script: What happens to the first calls of an endpoint, by its name: "upload", "list_files",
-            "retrieve_file", "delete", "content"; and of batches "create", "list", "retrieve", "cancel". "ok";
-            without effect "500", "503", "429", "drop", "hang"; with the effect, but without its answer
-            "500_after", "drop_after", "hang_after"; for "content" also "truncate" (closed mid-body).
+            "retrieve_file", "delete", "content"; of batches "create", "list", "retrieve", "cancel"; of background
+            responses "retrieve_response", "cancel_response", "delete_response". "ok"; without effect "500",
+            "503", "429", "drop", "hang"; with the effect, but without its answer "500_after", "drop_after",
+            "hang_after"; for "content" also "truncate" (closed mid-body).
         endpoint_faults: Probabilities of the same, by endpoint, after the script.
         ranges: Whether a download honors "range: bytes=N-".
         process: Run in a process of its own instead of a thread of this one; `answer` and `count_tokens`

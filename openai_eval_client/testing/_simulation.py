@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ._batches import Storage, read_form
-from ._endpoints import Ask, Generation, dumps, quarter_bytes
+from ._endpoints import RESPONSES, Ask, Generation, dumps, quarter_bytes
 from ._exchange import JSON_TYPE, Delivery, Exchange, Recorder
 from ._faults import (
     STATUS_FAULTS,
@@ -114,12 +114,17 @@ class Simulation:
         if exchange.fault == "hang":
             await exchange.hang()
         stream = endpoint.stream if ask.body.get("stream") and exchange.fault not in WHOLE else None
-        if not stream:
+        background = bool(ask.body.get("background")) and endpoint is RESPONSES
+        if not (stream or background):
             await asyncio.sleep(latency)
         if exchange.fault in UNANSWERED:
             self._settle(exchange, 0)
             await exchange.fail(str(exchange.fault), self._options.unavailable_retry_after)
         answer = spoil_usage(self._write(exchange, endpoint, ask), exchange.fault)
+        if background:
+            exchange.background = self.storage.responses.keep(answer, latency, streamed=bool(stream))
+            answer = answer if stream else exchange.background.start()
+            exchange.extra = self.storage.responses.headers(answer)
         frames = stream(ask, answer) if stream else [dumps(answer)]
         return await Delivery(exchange, frames, bool(stream), latency if stream else 0.0).send()
 
@@ -150,6 +155,7 @@ class Simulation:
         body = endpoint.write(ask, self._options, exchange.ident)
         total = body["usage"]["total_tokens"]
         exchange.completion_tokens = total - ask.prompt_tokens
+        exchange.served = True
         self._settle(exchange, total)
         self.recorder.generations += 1
         return body

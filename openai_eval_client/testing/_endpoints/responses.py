@@ -76,7 +76,7 @@ def _write(ask: Ask, options: Options, ident: str) -> Json:
         "object": "response",
         "created_at": int(time.time()),
         "status": status,
-        "background": False,
+        "background": bool(ask.body.get("background")),
         "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if answer.cut else None,
         "model": ask.model,
