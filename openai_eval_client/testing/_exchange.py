@@ -24,6 +24,7 @@ OK = 200
 JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"
 HTML = b"<html><head><title>502 Bad Gateway</title></head><body><h1>Bad Gateway</h1></body></html>"
+DONE = b"\n\ndata: [DONE]\n\n"
 DRIP_SECONDS = 1.0  # how much longer than its latency a slow drip takes
 
 
@@ -225,6 +226,8 @@ class Delivery:
                 return self._whole(HTML, "text/html; charset=utf-8")
             case "truncate":
                 await self._truncate()
+            case "json_done":
+                return self._whole(self.frames[0] + DONE, JSON_TYPE)
             case "slow_drip":
                 drops = [bytes((byte,)) for byte in b"".join(self.frames)]
                 return await self._paced(drops, self.latency + DRIP_SECONDS)
