@@ -293,15 +293,12 @@ class Recorder:
             self._totals["retry_seconds"] += wait
             self._failures.raised(model, error, for_good=False)
 
-    def answered(self, answer: ModelResponse | str = "", *, cached: bool = False) -> None:
-        """Count one prompt that was answered, by the server or from the cache; a text is a finish reason."""
+    def answered(self, answer: ModelResponse, *, cached: bool = False) -> None:
+        """Count one prompt that was answered, by the server or from the cache."""
         with self._lock:
             self._totals["requests"] += 1
             self._totals["cache_hits"] += cached
-            if isinstance(answer, str):
-                self._count_reason(answer)
-            else:
-                self._count_answer(answer)
+            self._count_answer(answer)
 
     def stored(self) -> None:
         """Count one answer stored in the cache."""
@@ -327,12 +324,9 @@ class Recorder:
                 self._count_answer(answer)
 
     def _count_answer(self, answer: ModelResponse) -> None:
-        self._count_reason(answer.finish_reason)
+        known, reason = self._finish_reasons, answer.finish_reason
         self._totals["schema_misses"] += answer.fits_schema is False
         self._unsent.update(answer.unsent_parameters)
-
-    def _count_reason(self, reason: str) -> None:
-        known = self._finish_reasons
         if reason:
             known[reason if reason in known or len(known) < _REASONS else _OTHER] += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -96,9 +97,10 @@ class BatchResults:
 class LineReader:
     """Reads the result lines of one batch into responses and errors, and prices the responses."""
 
-    def __init__(self, api: str, schema: Any, pricer: Pricer, *, model: str = "") -> None:
+    def __init__(self, api: str, pricer: Pricer, *, model: str = "", asked: Parameters | None = None) -> None:
         self.prices: list[tuple[str, Usage, Decimal | None]] = []  # of each answer, in USD
-        self._parameters = Parameters(api=api, model=model, timeout=0.0, body={}, schema=schema)
+        nothing = Parameters(api=api, model=model, timeout=0.0, body={})
+        self._parameters = nothing if asked is None else dataclasses.replace(asked, model=model)
         self._pricer = pricer
 
     def read(self, files: Iterable[Iterable[bytes]], index: RequestIndex) -> BatchResults:
@@ -234,7 +236,7 @@ class BatchSettler:
         self.unsettled: dict[str, InputFile] = {}  # with a reservation, by the id of their batch
 
     async def settle(
-        self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, schema: Any = None
+        self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, asked: Parameters | None = None
     ) -> BatchResults:
         """Read the results of a batch; without its input file, its first request may have index `offset`."""
         api = next((api for api, path in BATCH_PATHS.items() if path == batch.endpoint), None)
@@ -245,7 +247,7 @@ class BatchSettler:
         await pricer.ready()
         source = file or read_job_metadata(batch.metadata)
         model = (source and source.model) or getattr(batch, "model", None) or ""
-        reader = LineReader(api, schema, pricer, model=model)
+        reader = LineReader(api, pricer, model=model, asked=asked)
         async with contextlib.AsyncExitStack() as stack:
             files = [
                 stack.enter_context(found)

@@ -532,7 +532,7 @@ class BatchRun(Submission):
             await self._hold(refusal)
             await self._save()
             return
-        results = await self.settler.settle(batch, file=file, schema=self.parameters.schema)
+        results = await self.settler.settle(batch, file=file, asked=self.parameters)
         await self.cached.keep(results.responses)
         self.running.pop(batch.id)
         self._held, self._refused_alone = False, 0

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 import pydantic
 
 from openai_eval_client._cache.store import Store
+from openai_eval_client._format import to_json
 from openai_eval_client._log import warn
 from openai_eval_client._validation import reject_input
 from openai_eval_client._wire import PATHS, Usage, fault_in, of_error, read_answer, read_json, usage_of
@@ -272,7 +273,7 @@ class Cache:
                 warn(message, reason, event="cache_unreadable", **about)
             return None
         response._body = text  # noqa: SLF001  # a tenth of the parsed body's memory
-        self._recorder.answered(response.finish_reason, cached=True)
+        self._recorder.answered(response, cached=True)
         self._ledger.saved(parameters.model, usage, batch=batch)
         self._ledger.keep_up()
         return response
@@ -358,7 +359,7 @@ def _packed(response: ModelResponse) -> bytes | None:
     if response.usage.estimated:
         kept["usage"] = response.usage.model_dump()  # the body has none
     try:
-        value = json.dumps(kept, separators=(",", ":")).encode()
+        value = to_json(kept, only_ascii=True)
     except RecursionError:  # nested as deep as could just be read
         about = {"model": response.model, "request_id": response.request_id}
         text = "answer %s is nested too deeply to be kept"

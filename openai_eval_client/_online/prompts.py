@@ -144,7 +144,7 @@ class Caller:
                 forget_key(error, self._key)
             account.recorder.failed(body["model"], error)
             raise
-        account.recorder.answered(response.finish_reason)
+        account.recorder.answered(response)
         return response
 
     async def _again(self, job: _Job, failures: list[openai.APIError]) -> ModelResponse:

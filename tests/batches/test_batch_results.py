@@ -60,7 +60,7 @@ def unrun(name: Any, error: Any) -> bytes:
 
 
 def read(*files: list[bytes], count: int = 1, api: str = "chat") -> Any:
-    return LineReader(api, None, HalfADollar()).read(files, RequestIndex(range(count), temperature=0.5))
+    return LineReader(api, HalfADollar()).read(files, RequestIndex(range(count), temperature=0.5))
 
 
 # --- one line ----------------------------------------------------------------------------------------------

@@ -481,6 +481,8 @@ async def test_parameters_that_the_model_refuses_are_learnt(names: list[str]) ->
                     EIGHT, use_batch_api=True, max_tokens=9, temperature=0.5
                 )
             sent = [next(iter((await bodies(batch)).values())) for batch in server.batches]
+            unsent = client.stats.unsent_parameters
+    assert unsent == ({"temperature": 16} if "temperature" in names else {})
     assert contents(responses) == echoes(EIGHT)
     assert len(sent) == len(names) + 2
     assert all(("max_tokens" in body) != ("max_completion_tokens" in body) for body in sent)

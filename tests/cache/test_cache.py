@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 import pydantic
 import pytest
+from answers import answer
 from pydantic import BaseModel
 
 from openai_eval_client import (
@@ -25,6 +26,7 @@ from openai_eval_client import (
     RateLimitConfig,
     ValidationError,
 )
+from openai_eval_client._cache.cache import _packed
 from openai_eval_client._cache.store import Store
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
@@ -659,3 +661,11 @@ async def test_without_a_cache_no_file_is_made(tmp_path: Path, monkeypatch) -> N
         async with connect(server, None) as client:
             assert not (await client.generate_response("a")).cached
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_kept_is_json_for_every_parser() -> None:
+    """Some servers send -Infinity as the log probability of a token."""
+    response = answer()
+    response._body = b'{"choices": [{"logprobs": {"content": [{"logprob": -Infinity}]}}]}'
+    kept = json.loads(_packed(response) or b"", parse_constant=pytest.fail)
+    assert kept["response"]["body"]["choices"][0]["logprobs"] == {"content": [{"logprob": None}]}

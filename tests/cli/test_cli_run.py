@@ -115,6 +115,22 @@ def test_what_is_odd_about_the_answers_is_said_in_the_end(cli, prompts, tmp_path
     assert {row["response"]["finish_reason"] for row in written(tmp_path / "out").values()} == {"length"}
 
 
+@pytest.mark.parametrize("road", [[], ["--batch", "--interval", "0.01"]])
+def test_answers_that_miss_their_schema_are_said_in_the_end(cli, prompts, tmp_path, road):
+    """Online, by batch, and from the cache."""
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    options = ["--schema", tmp_path / "schema.json", "--model", "gpt-4o-mini", "--no-progress", *road]
+    options += ["--cache", tmp_path / "cache"]
+    with SimulatedServer(api_key=KEY, answer=lambda _: "That is no JSON.", batch_seconds=0.01) as server:
+        assert cli("run", prompts, *options, "-o", tmp_path / "first", server=server) == 0
+        assert "  5 answers without what the schema asks for\n" in cli.err
+        assert cli("run", prompts, *options, "-o", tmp_path / "again", "--json", server=server) == 0
+    summary = json.loads(cli.out)
+    assert (summary["cached"], summary["schema_misses"], summary["unsent_parameters"]) == (5, 5, {})
+    responses = [row["response"] for row in written(tmp_path / "again").values()]
+    assert [each["fits_schema"] for each in responses] == [False] * 5
+
+
 def test_progress_is_shown(cli, prompts, tmp_path):
     """In lines of standard error if there is no terminal; --no-progress shows none."""
     with SimulatedServer(api_key=KEY) as server:

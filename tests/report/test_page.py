@@ -152,7 +152,7 @@ async def test_finish_reasons_are_a_table(tmp_path, few_certificates):
         async with client_of(server) as client:
             recorder = client._account.recorder
             for reason in ("stop", "length", "stop", "stop", SCRIPT, ""):
-                recorder.answered(reason)
+                recorder.answered(answer(finish_reason=reason))
             recorder.settled(
                 [answer(finish_reason=reason) for reason in ("content_filter", *["length"] * 4)], 1
             )
@@ -179,7 +179,7 @@ async def test_what_is_odd_about_the_answers_is_on_the_page(tmp_path):
 async def test_a_page_without_finish_reasons_has_no_table_of_them(tmp_path):
     """A client that only asked through `client.openai` knows none."""
     async with OpenAIClient(OpenAIConfig(api_key=KEY)) as client:
-        client._account.recorder.answered()
+        client._account.recorder.answered(answer(finish_reason=""))
         assert "Finish reasons" not in read(client.report(tmp_path / "run.html")).words
 
 

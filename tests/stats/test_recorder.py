@@ -12,13 +12,12 @@ def test_finish_reasons_are_counted_for_prompts_and_batches():
     """An answer without one counts as an answer alone."""
     recorder = Recorder()
     for reason in ("stop", "length", "stop", ""):
-        recorder.answered(reason)
-    recorder.answered()
+        recorder.answered(answer(finish_reason=reason))
     recorder.settled([answer(finish_reason=reason) for reason in ("stop", "stop", "tool_calls")], 1)
     recorder.settled([answer(finish_reason="")], 0)
     assert recorder.snapshot().finish_reasons == {"stop": 4, "length": 1, "tool_calls": 1}
     stats = recorder.snapshot()
-    assert (stats.requests, stats.failures) == (10, 1)
+    assert (stats.requests, stats.failures) == (9, 1)
     assert (stats.prompt_tokens, stats.completion_tokens) == (28, 12)
 
 
@@ -26,8 +25,8 @@ def test_there_are_no_more_finish_reasons_than_a_table_holds():
     """A server may invent any number of them: the rest is "other"."""
     recorder = Recorder()
     for number in range(1000):
-        recorder.answered(f"reason {number}")
-    recorder.answered("reason 3")
+        recorder.answered(answer(finish_reason=f"reason {number}"))
+    recorder.answered(answer(finish_reason="reason 3"))
     reasons = recorder.snapshot().finish_reasons
     assert len(reasons) == 21
     assert (reasons["reason 3"], reasons["other"]) == (2, 980)
@@ -38,10 +37,10 @@ def test_report_data_stays_as_it_is():
     """What happens later does not change it."""
     recorder = Recorder()
     recorder.admitted("m", 10, 0.0, 0.0)
-    recorder.answered("stop")
+    recorder.answered(answer())
     data, stats = recorder.report_data(), recorder.snapshot()
     recorder.admitted("m", 10, 0.1, 0.1)
-    recorder.answered("stop")
+    recorder.answered(answer())
     assert sum(data.history.models["m"].admitted) == 1
     assert stats.finish_reasons == {"stop": 1}
 
@@ -58,8 +57,8 @@ def test_429s_and_retries_are_known_at_any_time():
 def test_an_answer_from_the_cache_counts_with_its_finish_reason():
     """It is one more prompt answered."""
     recorder = Recorder()
-    recorder.answered("stop")
-    recorder.answered("stop", cached=True)
+    recorder.answered(answer())
+    recorder.answered(answer(), cached=True)
     assert recorder.snapshot().finish_reasons == {"stop": 2}
     stats = recorder.snapshot()
     assert (stats.requests, stats.cache_hits) == (2, 1)
