@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,6 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,18 +26,18 @@ from openai_eval_client._log import warn
 from openai_eval_client._validation import reject_input
 from openai_eval_client._wire import PATHS, Usage, fault_in, of_error, read_answer, read_json, usage_of
 from openai_eval_client.config import CacheConfig
+from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import TokenUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from openai_eval_client._cost import Ledger
     from openai_eval_client._stats import Recorder
     from openai_eval_client._wire import Parameters
     from openai_eval_client.models import ModelResponse
 
-    Keep = Callable[[ModelResponse], Awaitable[object]]
-    Send = Callable[[Keep], Awaitable[ModelResponse]]
+    Send = Callable[["Keeper"], Awaitable[ModelResponse]]
 
 _PORTS = {"http": 80, "https": 443}
 _VERSION = 2  # of the key
@@ -181,7 +181,7 @@ class Cache:
         try:
             if self._config.read:
                 return await self._answer_once(sample, parameters, send)
-            return await send(partial(self.keep, sample.key))
+            return await send(Keeper(self, sample.key))
         except BaseException:
             self.give_back(sample, parameters)
             raise
@@ -238,21 +238,16 @@ class Cache:
             if response is not None:
                 return response
         self._asking[loop, key] = outcome = loop.create_future()
-        value = None
-
-        async def keep(response: ModelResponse) -> None:
-            nonlocal value
-            value = await self.keep(key, response)
-
+        keeper = Keeper(self, key)
         try:
             found = await self._look_up(sample, parameters)
             if found is None:
-                return await send(keep)
-            response, value = found
+                return await send(keeper)
+            response, keeper.value = found
             return response
         finally:
             del self._asking[loop, key]
-            outcome.set_result(value)
+            outcome.set_result(keeper.value)
 
     async def _look_up(
         self, sample: Occurrence, parameters: Parameters, *, batch: bool = False
@@ -281,6 +276,53 @@ class Cache:
         self._ledger.saved(parameters.model, usage, batch=batch)
         self._ledger.keep_up()
         return response
+
+
+class Keeper:
+    """Keeps the answer to one sample, and the name of the response in the background that is to be it."""
+
+    def __init__(self, cache: Cache, key: bytes) -> None:
+        self._cache = cache
+        self._key = key
+        self._entry = f"background:{key.hex()}"  # in the journal
+        self._is_noted = False
+        self.value: bytes | None = None  # the answer as it is kept
+
+    async def __call__(self, response: ModelResponse) -> None:
+        """Keep the answer, if it is to be kept."""
+        self.value = await self._cache.keep(self._key, response)
+        if self._is_noted:
+            await self.forget()
+
+    async def noted(self) -> str | None:
+        """Return the name of the response that was submitted for this sample, and is not known to be over."""
+        journal = self._cache.journal
+        entry = None if journal is None else await journal.journal_get(self._entry)
+        self._is_noted = entry is not None
+        return str(entry["id"]) if entry else None
+
+    async def note(self, name: str) -> None:
+        """Note that this response was submitted, so that another process finds it after a kill."""
+        if self._cache.journal is not None and not self._is_noted:
+            self._is_noted = True
+            with _told():
+                await self._cache.journal.journal_put(self._entry, {"id": name})
+
+    async def forget(self) -> None:
+        """Note that the response is over."""
+        if self._cache.journal is not None and self._is_noted:
+            self._is_noted = False
+            with _told():
+                await self._cache.journal.journal_delete(self._entry)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Log that the journal cannot be written: what was submitted is paid for, and goes on."""
+    try:
+        yield
+    except ValidationError as error:
+        warn("a response in the background is not noted: %s", error, event="cache_failed")
 
 
 def open_cache(given: object, base_url: str, recorder: Recorder, ledger: Ledger) -> Cache:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._limits import ConcurrencyLimit
+from openai_eval_client._log import inform
+from openai_eval_client._online.background import BackgroundResponses, pending
 from openai_eval_client._online.stopping import StopRule, check_max_failures
 from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._validation import check_count
@@ -30,6 +32,7 @@ from openai_eval_client._wire import (
     max_output,
     read_answer,
     read_body,
+    read_failure,
     usage_of,
 )
 from openai_eval_client.errors import PartialFailureError, sdk_httpx
@@ -38,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
     from decimal import Decimal
 
-    from openai_eval_client._account import Account
-    from openai_eval_client._cache import Cache
+    from openai_eval_client._account import Account, Attempt
+    from openai_eval_client._cache import Cache, Keeper
     from openai_eval_client._cost import CostBudget, Pricer
     from openai_eval_client._report import Display, Progress
     from openai_eval_client._tokens import TokenCounter
@@ -61,10 +64,11 @@ class _Job:
     concurrency: ConcurrencyLimit | None  # None: the model's
     budget: CostBudget | None  # the call's own, besides the client's
     sending: contextlib.AbstractContextManager[None] | None  # entered while a request is in flight
-    keep: Callable[[ModelResponse], Awaitable[None]] | None = None  # stores the answer, still in flight
+    keep: Keeper | None = None  # stores the answer, still in flight
     input_tokens: int = 0
     most_cost: Decimal | None = None  # USD that one attempt can cost; None: there is no budget
     turn: int = 0  # its place in the queue, kept through all attempts
+    flex_refused_at: float = 0.0  # when the flex tier first had no capacity for it; 0: it never was refused
 
 
 class Caller:
@@ -91,6 +95,8 @@ class Caller:
         self._has_answered = False
         self._name, self._count = uuid.uuid4(), itertools.count()
         self.unsupported = UnsupportedParameters()
+        self._background = BackgroundResponses(sdk, config.background_timeout)
+        self._flex_fallback = config.flex_fallback
         self._retrying = retrying(
             self._again,
             max_retries=config.max_retries,
@@ -118,9 +124,7 @@ class Caller:
             return self._answer(job)
         return self._cache.answer(body, parameters, functools.partial(self._answer, job))
 
-    async def _answer(
-        self, job: _Job, keep: Callable[[ModelResponse], Awaitable[None]] | None = None
-    ) -> ModelResponse:
+    async def _answer(self, job: _Job, keep: Keeper | None = None) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         account, counter, body = self._account, self._counter, job.body
         try:
@@ -152,7 +156,24 @@ class Caller:
         except openai.BadRequestError as error:
             if not self.unsupported.learn(error, job.sent):
                 raise
+        except openai.RateLimitError as error:
+            if not self._falls_back(job, error):
+                raise
         return await self._again(job, failures)
+
+    def _falls_back(self, job: _Job, error: openai.RateLimitError) -> bool:
+        """Ask for the standard tier where flex had no capacity for long enough; return whether it did."""
+        patience, is_flex = self._flex_fallback, job.body.get("service_tier") == "flex"
+        if patience is None or not is_flex or read_failure(error).kind is not Kind.CAPACITY:
+            return False
+        now = time.monotonic()
+        job.flex_refused_at = job.flex_refused_at or now
+        if now - job.flex_refused_at < patience:
+            return False
+        job.body = {**job.body, "service_tier": "default"}
+        text = "no capacity in the flex tier for %.0f s: sent in the standard tier"
+        inform(text, now - job.flex_refused_at, event="flex_fallback", model=job.body["model"])
+        return True
 
     def _is_worth(self, failure: Failure) -> bool:
         """Return whether another attempt may help; a page from a server that answers is a passing fault."""
@@ -166,7 +187,7 @@ class Caller:
             demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget, sending=job.sending
         ) as attempt:
             started = time.perf_counter()
-            reply = await self._post(job.parameters, body)
+            reply = await self._reply_to(job, attempt)
             latency = time.perf_counter() - started
             answer, kept = read_body(reply, job.parameters.api)
             self._has_answered = True
@@ -192,6 +213,20 @@ class Caller:
         if not usage.estimated:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
         return response
+
+    async def _reply_to(self, job: _Job, attempt: Attempt) -> Any:
+        """Send once, and return the reply; of a response in the background the last one."""
+        parameters, body, keep = job.parameters, job.sent, job.keep
+        if parameters.api != "responses":
+            return await self._post(parameters, body)
+        reply = None
+        if keep is not None and body.get("background"):
+            reply = await self._background.noted(keep, parameters)
+        if reply is None:
+            reply = await self._post(parameters, body)
+            if pending(reply) is not None:  # the replies to come state no limits
+                attempt.update_from_headers(reply.headers)
+        return await self._background.finished(reply, parameters, keep)
 
     def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""

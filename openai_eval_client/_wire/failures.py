@@ -85,6 +85,7 @@ _REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
 _4XX, _5XX = 4, 5
 _INPUT = (400, 403, 404, 422)  # statuses of a refusal that may be about the input
 _SEE = "see the exception"
+_OF_ALL = frozenset({"cache", "max_cost", "redis_url"})  # fields that are wrong for every request
 _LONGEST_BODY = 16_384  # bytes of a body that is no JSON
 _NO_CREDIT = "the account's credit or limit on spending is used up, or it is suspended: waiting does not help"
 _NO_MODEL = "no such model, or not for this key"
@@ -270,8 +271,8 @@ def read_failure(error: BaseException) -> Failure:
     if _was_never_sent(error):
         return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT, meaning=_UNREACHABLE)
     row = next(row for row in FAILURES if _is_row_of(row, error))
-    # A closed client, a wrong budget and shared limits out of reach are met by every request.
-    meets_all = type(error) is RuntimeError or getattr(error, "field", None) in {"max_cost", "redis_url"}
+    # A closed client, a wrong budget, a damaged cache, shared limits out of reach meet every request.
+    meets_all = type(error) is RuntimeError or getattr(error, "field", None) in _OF_ALL
     scope = Scope.ACCOUNT if meets_all else row.scope
     return Failure(row.kind, row.retry, scope, meaning=row.meaning, billed=row.billed)
 

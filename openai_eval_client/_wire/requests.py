@@ -17,6 +17,7 @@ from openai_eval_client._validation import (
     check_json,
     check_mapping,
     check_number,
+    check_switch,
     check_text,
     reject_input,
 )
@@ -106,7 +107,7 @@ _KEYWORDS = {  # of our own methods
     "progress_callback", "return_exceptions", "stop_event", "system", "temperature", "timeout",
     "use_batch_api",
 }  # fmt: skip
-_OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
+_OURS = {"self", "messages", "input", "model", "stream_options", "timeout"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,8 @@ def check_parameters(
     check_text(body["model"], "model")
     if body.get("temperature") is not None:
         check_number(body["temperature"], "temperature", least=0)
+    if "background" in body:
+        check_switch(body["background"], "background")
     check_json(body)
     headers, query = extra["headers"], extra["query"]
     return Parameters(api, body["model"], float(timeout), body, system, schema, headers, query)

@@ -297,7 +297,6 @@ async def warm(server: SimulatedServer, path: Path) -> None:
         await client.batch_generate(PROMPTS)
 
 
-@pytest.mark.xfail(strict=True, reason="until a failure of the field cache ends a run")
 async def test_a_run_ends_with_one_error(path: Path) -> None:
     """And not with one for each prompt: nothing is sent that the file may have."""
     with SimulatedServer() as server:
