@@ -397,8 +397,10 @@ class Budgets:
         most = min(demand.most_cost or _NOTHING, self._amount(demand))
         if usage is None:  # an error status costs nothing, nor does what was never sent
             return most if outcome.may_be_billed else _NOTHING
-        if cost is None:
-            return most
+        if cost is None:  # of a model or tier without a price: at least what it would cost ordinarily
+            pricer, now = self._ledger.pricer_for(None), time.time()
+            cost = pricer.price(str(demand.model), usage, batch=False, service_tier=None, at=now)
+            return max(cost or _NOTHING, most)
         if usage.estimated:  # it used that much at least
             return max(cost, most)
         model = usage.model or str(demand.model)
@@ -454,13 +456,13 @@ class Budgets:
         """Return the most that an attempt can cost by what answers have shown since that was asked."""
         most = demand.most_cost or _NOTHING
         if isinstance(most, _MostCost):
-            with contextlib.suppress(ValidationError):  # the price list has changed
+            with contextlib.suppress(Exception):  # the price list has changed; an answer may wait for this
                 return self._price(most.request)
         return most
 
     def _price(self, request: _Request) -> Decimal:
         """Price all input and all output at the highest price that either can have."""
-        # Where a tier was asked for, the ordinary one may serve instead. Where none was, the project's default
+        # Where a tier was asked for, the ordinary one may serve instead. Where none was, the project's own
         # does, which may be the dearest until an answer tells. Some models reason beyond their max_tokens.
         pricer, (model, tokens, output, audio, batch, asked) = self._ledger.pricer_for(None), request
         tiers: set[str | None] = {None, asked}

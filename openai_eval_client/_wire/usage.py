@@ -83,10 +83,12 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     prompt, completion, total = counts.get("prompt"), counts.get("completion"), counts.get("total")
     if prompt is None and completion is None and total is None:
         return None
-    partial = bool(unread - counts.keys() - {"total"})
+    partial = bool(unread and unread - counts.keys() - {"total"})
     # Where one of the two is missing, the total tells; where both are, all of it counts as input.
     if completion is None:
-        partial |= prompt is None or (total is None and "data" not in body)  # embeddings have no output
+        partial |= prompt is None or (
+            (total or 0) < prompt and "data" not in body
+        )  # embeddings have no output
         completion = 0 if prompt is None else max(0, (total or 0) - prompt)
     if prompt is None:
         partial, prompt = True, max(0, (total or 0) - completion)
@@ -132,7 +134,8 @@ def _collect(
             continue
         count = value if type(value) is int and 0 <= value <= _MOST_COUNTED else _count(value)
         if count is not None:
-            counts[kind] = max(count, counts.get(kind, 0))
+            if count > counts.get(kind, -1):
+                counts[kind] = count
         elif value is not None or kind in {"prompt", "completion"}:  # null stands for no such part
             unread.add(kind)
 
