@@ -224,14 +224,14 @@ def serving(tier: str, output: int):
 
 async def test_a_project_whose_own_tier_is_a_dear_one_keeps_the_cap() -> None:
     """No request names it, and 64 are in flight before the first answer does."""
-    http, given = serving("priority", MOST)
-    config = OpenAIConfig(api_key="k", default_model="gpt-4o-mini", max_cost=0.002)
+    http, given = serving("priority", 400)
+    config = OpenAIConfig(api_key="k", default_model="gpt-4o-mini", max_cost=0.005)
     async with OpenAIClient(config, rate_limit=WIDE, http_client=http) as client:
         with pytest.raises(BudgetExceededError):
-            await client.batch_generate(["word " * 40] * 200, max_tokens=MOST, max_concurrent=64)
+            await client.batch_generate(["word " * 40] * 200, max_tokens=400, max_concurrent=64)
         spent = client.stats.budget["spent"]
-    assert spent == len(given) * list_price("gpt-4o-mini", 50, MOST, service_tier="priority")
-    assert Decimal("0.0018") < spent <= Decimal("0.002")
+    assert spent == len(given) * list_price("gpt-4o-mini", 50, 400, service_tier="priority")
+    assert Decimal("0.0045") < spent <= Decimal("0.005")
 
 
 async def test_reasoning_beyond_max_tokens_spends_no_more_than_the_cap(caplog) -> None:
