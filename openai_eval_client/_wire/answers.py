@@ -20,12 +20,6 @@ _CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local
 _DEFAULT_TEMPERATURE = 1.0  # https://platform.openai.com/docs/api-reference/chat/create
 
 
-def is_answer(body: object, api: str) -> bool:
-    """Return whether a body is an answer at all, and not what something on the way makes of it."""
-    wanted = "choices" if api == "chat" else "output"
-    return isinstance(body, dict) and isinstance(body.get(wanted), list)
-
-
 def read_answer(
     body: Mapping[str, Any],
     parameters: Parameters,
