@@ -159,7 +159,9 @@ class LineReader:
                 body,
                 self._parameters,
                 usage=usage,
-                cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
+                cost=None  # what is missing is estimated first
+                if usage is None or usage.estimated
+                else self.price(usage.model or self._parameters.model, usage),
                 kept=raw if body is response.get("body") else None,  # a tenth of the parsed body's memory
                 temperature=temperature,
                 request_id=request_id,
