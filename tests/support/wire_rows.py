@@ -178,8 +178,8 @@ def check_limits(row: Row, limiter: Any) -> None:
     (queue,) = (queue for queue in limiter._queues.values() if queue.model == MODEL)
     left = queue.pause_left()
     if row.pause is not None:
-        assert max(0.0, row.pause - 1.5) <= left <= row.pause + 0.001
-        assert row.pause == 0 or left > 0 or row.pause < 0.1
+        assert max(0.0, row.pause - 5) <= left <= row.pause  # a busy machine may take seconds to look
+        assert left > 0 or row.pause < 1
     if row.cut is not None:
         learned = [limits.requests.server for limits in limiter.limits if limits.model == MODEL]
         is_cut = any(rate is not None and rate < CONFIG["requests_per_minute"] for rate in learned)

@@ -86,6 +86,7 @@ class WireServer:
         self._files: dict[str, bytes] = {}
         self._batches: dict[str, dict[str, Any]] = {}
         self._tasks: set[asyncio.Task[Any] | None] = set()
+        self._writers: set[asyncio.StreamWriter] = set()
 
     @property
     def calls(self) -> int:
@@ -95,6 +96,7 @@ class WireServer:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until it is closed."""
         self._tasks.add(asyncio.current_task())
+        self._writers.add(writer)
         with contextlib.closing(writer), contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
@@ -106,16 +108,15 @@ class WireServer:
 
     async def close(self) -> None:
         """End all connections."""
-        for task in self._tasks:
-            if task is not None:
-                task.cancel()
+        for writer in self._writers:
+            writer.close()
         await asyncio.gather(*filter(None, self._tasks), return_exceptions=True)
 
     def _answer(self, head: bytes, body: bytes) -> Reply:
         method, target = head.split(b" ", 2)[:2]
         path = target.decode().partition("?")[0].removeprefix("/v1")
         if path.startswith(("/files", "/batches")):
-            return self._of_batches(method.decode(), path, head, body)
+            return self._of_batches(method.decode(), path, body)
         self.heads.append(head)
         return self._next(body, path)
 
@@ -130,7 +131,7 @@ class WireServer:
 
     # --- the Batch API: each batch has ended as soon as it is made ------------------------------------------
 
-    def _of_batches(self, method: str, path: str, head: bytes, body: bytes) -> Reply:
+    def _of_batches(self, method: str, path: str, body: bytes) -> Reply:
         _, kind, *rest = path.split("/")
         if kind == "files":
             if method == "POST":
@@ -168,7 +169,7 @@ class WireServer:
         reply = self._next(raw, endpoint)
         try:
             body = json.loads(reply.content)
-        except ValueError:
+        except (ValueError, RecursionError):
             body = reply.content.decode(errors="replace")
         answer = {"status_code": reply.status, "request_id": "req_1", "body": body}
         return json.dumps({"id": "x", "custom_id": custom_id, "response": answer, "error": None}).encode()

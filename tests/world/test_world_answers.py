@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -65,6 +66,9 @@ RESPONSES = [
         (*[failed("rate_limit_exceeded", "Please try again in 5ms.")] * 4, GOOD_RESPONSE),
         calls=5,
     ),
+    Row("failed: server_is_overloaded, then answered", (
+        failed("server_is_overloaded", "Our servers are overloaded. Try again in 5ms."), GOOD_RESPONSE,
+    ), calls=2),
     Row("failed and billed", (failed("server_error", usage=PAID_RESPONSE),), EITHER, FOREVER),
     Row("failed and billed, then answered", (failed("server_error", usage=PAID_RESPONSE), GOOD_RESPONSE),
         calls=2),
@@ -187,12 +191,7 @@ BYTES = [
 ]  # fmt: skip
 
 
-def spread(row):
-    """The row again, for the other API."""
-    return Row(**{**vars(row), "api": "responses"})
-
-
-ROWS = [*map(spread, RESPONSES), *CHAT, *BYTES]
+ROWS = [*(dataclasses.replace(row, api="responses") for row in RESPONSES), *CHAT, *BYTES]
 
 
 @over(ROWS, "one")
