@@ -60,6 +60,7 @@ class Row:
     pause: float | None = 0.0  # seconds that the model is paused after the first reply; None: not looked at
     cut: bool | None = False  # whether its rate is lowered after the first reply; None: not looked at
     usd: str | None = None  # that all calls cost; None: what the replies say
+    batch_usd: str | None = None  # what the first reply costs in a batch; None: half
     retried: int | None = None  # calls billed without an answer; None: those that failed and cost
     max_wait: float = 5.0
     or_answer: bool = False  # an answer of that text is right as well
@@ -130,16 +131,13 @@ def check(row: Row, outcome: Any, *, classes: tuple[str, ...] | None = None) -> 
     assert KEY not in f"{outcome!r} {outcome} {getattr(outcome, 'body', None)}"
 
 
-def check_cost(row: Row, ledger: Any, replies: list[Reply], outcome: Any, *, share: str = "1") -> None:
+def check_cost(row: Row, ledger: Any, replies: list[Reply], outcome: Any) -> None:
     """Check that the bill is exactly what the replies cost, and what of it brought no answer."""
-    total = sum((Decimal(reply.usd) for reply in replies), Decimal(0)) * Decimal(share)
-    if row.usd is not None:
-        total = Decimal(row.usd) * Decimal(share)
-    assert ledger.total == total
-    if share == "1":
-        failed = replies[:-1] if isinstance(outcome, ModelResponse) else replies
-        paid = sum(Decimal(reply.usd) > 0 for reply in failed)
-        assert ledger.retried == (paid if row.retried is None else row.retried)
+    total = sum((Decimal(reply.usd) for reply in replies), Decimal(0))
+    assert ledger.total == (total if row.usd is None else Decimal(row.usd))
+    failed = replies[:-1] if isinstance(outcome, ModelResponse) else replies
+    paid = sum(Decimal(reply.usd) > 0 for reply in failed)
+    assert ledger.retried == (paid if row.retried is None else row.retried)
 
 
 async def check_one(row: Row, cache: Path) -> None:
@@ -258,4 +256,5 @@ async def check_batch(row: Row) -> None:
                 check(row, outcomes[1], classes=(*row.classes, "BatchError"))
         else:
             check(row, outcomes[1])
-        check_cost(row, client.stats.cost, [good, first], outcomes[1], share="0.5")
+        usd = Decimal(first.usd) / 2 if row.batch_usd is None else Decimal(row.batch_usd)
+        assert client.stats.cost.total == Decimal(good.usd) / 2 + usd

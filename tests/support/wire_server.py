@@ -49,6 +49,7 @@ class Reply:
     usd: str = "0"
     raw: bytes | None = None  # the whole answer, head included, instead of all of the above
     hang_up: bool = False  # close the connection after it
+    delay: float = 0.0  # seconds before it is sent
 
     @property
     def content(self) -> bytes:
@@ -84,7 +85,7 @@ class WireServer:
         self._script = script
         self._lines = lines  # of the output of a batch, instead of those made of the script
         self._files: dict[str, bytes] = {}
-        self._batches: dict[str, dict[str, Any]] = {}
+        self.batches: dict[str, dict[str, Any]] = {}  # by their ids
         self._tasks: set[asyncio.Task[Any] | None] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -101,6 +102,8 @@ class WireServer:
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
                 reply = self._answer(head, await _body(reader, head))
+                if reply.delay:
+                    await asyncio.sleep(reply.delay)
                 writer.write(reply.on_the_wire())
                 await writer.drain()
                 if reply.hang_up:
@@ -141,8 +144,8 @@ class WireServer:
         if method == "POST" and not rest:
             return Reply(self._batch(json.loads(body)))
         if not rest:
-            return Reply({"object": "list", "data": list(self._batches.values()), "has_more": False})
-        return Reply(self._batches[rest[0]])
+            return Reply({"object": "list", "data": list(self.batches.values()), "has_more": False})
+        return Reply(self.batches[rest[0]])
 
     def _file(self, content: bytes) -> dict[str, Any]:
         name = f"file-{len(self._files)}"
@@ -153,13 +156,13 @@ class WireServer:
         requests = self._files[asked["input_file_id"]].splitlines()
         lines = [self._line(number, raw, asked["endpoint"]) for number, raw in enumerate(requests)]
         output = self._file(b"".join(line + b"\n" for line in lines))
-        name, now = f"batch_{len(self._batches)}", int(time.time())
+        name, now = f"batch_{len(self.batches)}", int(time.time())
         counts = {"total": len(requests), "completed": len(requests), "failed": 0}
         times = {"created_at": now, "completed_at": now}
         ended = {"status": "completed", "output_file_id": output["id"], "error_file_id": None}
         batch = {"id": name, "object": "batch", "errors": None, **asked, **times, **ended}
-        self._batches[name] = {**batch, "request_counts": counts}
-        return self._batches[name]
+        self.batches[name] = {**batch, "request_counts": counts}
+        return self.batches[name]
 
     def _line(self, number: int, raw: bytes, endpoint: str) -> bytes:
         custom_id = json.loads(raw)["custom_id"]

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import openai
 import pytest
-from wire_rows import BAD, FOREVER, KEY, LIMITED, SERVER, Row, check_batch, check_drop_in, check_one, over
-from wire_server import Reply
-
-from wire_rows import check_run  # isort: skip
+from wire_rows import (
+    BAD,
+    FOREVER,
+    KEY,
+    LIMITED,
+    SERVER,
+    Row,
+    check_batch,
+    check_drop_in,
+    check_one,
+    check_run,
+    connect,
+    over,
+)
+from wire_server import Reply, serving
 
 pytestmark = pytest.mark.usefixtures("no_pauses", "few_certificates")
 WORDS = "the tank is empty"
@@ -67,42 +78,43 @@ EMPTY = {
 ERRORS = {400: (BAD, 1), 429: (LIMITED, FOREVER), 500: (SERVER, FOREVER)}
 
 
-def rows(shapes, *words):
-    for status, (error, calls) in ERRORS.items():
-        for name, body in shapes.items():
-            reply = Reply(body, status, kind="text/plain" if name == "plain text" else "application/json")
-            cut = status == 429
-            yield Row(f"{status}, {name}", (reply,), error, calls, words=words, cut=cut)
+def rows(shapes, status, *words):
+    error, calls = ERRORS[status]
+    for name, body in shapes.items():
+        kind = "text/plain" if name == "plain text" else "application/json"
+        reply = Reply(body, status, kind=kind)
+        yield Row(f"{status}, {name}", (reply,), error, calls, words=words, cut=status == 429)
 
 
-WORDY, WORDLESS = list(rows(SHAPES, WORDS)), list(rows(EMPTY))
+WORDY, LIMITS, FAILURES = (list(rows(SHAPES, status, WORDS)) for status in ERRORS)
+WORDLESS, WORDLESS_LIMITS, WORDLESS_FAILURES = (list(rows(EMPTY, status)) for status in ERRORS)
 
 
-@over(WORDY, "one")
+@over([*WORDY, *LIMITS[::5], *FAILURES[::5]], "one")
 async def test_the_servers_words_stand_in_the_message(row, tmp_path):
     """In whatever shape they come."""
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over(WORDLESS, "one")
+@over([*WORDLESS, *WORDLESS_LIMITS[::5], *WORDLESS_FAILURES[::5]], "one")
 async def test_no_body_breaks_anything(row, tmp_path):
     """The class of the error is that of the status."""
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over(WORDY[: len(SHAPES)], "run")
+@over([*WORDY[::3], *FAILURES[1::3]], "run")
 async def test_they_stand_in_the_failed_row(row):
     """And the run goes on."""
     await check_run(row)
 
 
-@over([*WORDY[: len(SHAPES)], *WORDLESS[: len(EMPTY)]], "batch")
+@over([*WORDY, *WORDLESS, *LIMITS[::5], *WORDLESS_FAILURES[::5]], "batch")
 async def test_they_stand_in_the_failed_line(row):
     """A batch holds the same bodies."""
     await check_batch(row)
 
 
-@over([*WORDY, *WORDLESS], "drop-in")
+@over([*LIMITS, *WORDLESS_LIMITS], "drop-in")
 async def test_the_limiter_reads_the_same_for_the_drop_in_client(row):
     """The error itself is the SDK's."""
     await check_drop_in(row)
@@ -111,8 +123,6 @@ async def test_the_limiter_reads_the_same_for_the_drop_in_client(row):
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500])
 async def test_a_key_in_a_body_stays_there(status):
     """Servers echo what they refuse; the error does not."""
-    from wire_rows import connect, serving
-
     for body in (
         {"error": {"message": f"bad key {KEY}"}},
         {"detail": f"no {KEY}"},

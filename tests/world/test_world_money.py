@@ -1,15 +1,14 @@
-"""What an answer used, however a server counts; what it costs, to the last digit; what a local fault loses."""
+"""What an answer used, however a server counts; what it costs to the last digit; what local faults lose."""
 
 from __future__ import annotations
 
-import json
 import sys
 from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pytest
-from wire_rows import Row, check_batch, check_drop_in, check_one, connect, serving
-from wire_server import MODEL, Reply, chat, response
+from wire_rows import Row, check_batch, check_drop_in, check_one, connect
+from wire_server import MODEL, Reply, chat, response, serving
 
 from openai_eval_client import BudgetExceededError, ModelResponse
 
@@ -38,10 +37,10 @@ class Counts(NamedTuple):
     @property
     def row(self) -> Row:
         """It as a row of the other tables."""
-        if self.api == "responses":
-            return Row(self.name, (Reply(response(usage=self.usage), usd=self.usd),), api="responses")
-        body = json.dumps(chat()).replace(json.dumps(chat()["usage"]), json.dumps(self.usage))
-        return Row(self.name, (Reply(body.encode(), usd=self.usd),))
+        body = chat(usage=self.usage) if self.api == "chat" else response(usage=self.usage)
+        batch_usd = Decimal(self.usd) / 2 + self.cached * CACHED / 2  # cached input costs as much in a batch
+        reply = Reply(body, usd=self.usd)
+        return Row(self.name, (reply,), api=self.api, batch_usd=str(batch_usd))
 
 
 def of(prompt, completion, total=None, reasoning=None, **more):
@@ -75,7 +74,8 @@ READ = [
     Counts("one float", of(1000, 500.0, 1500), 1000, 500),
     Counts("floats, reasoning outside", of(100.0, 50.0, 2150.0), 100, 2050),
     Counts("reasoning as a float", of(100, 50, 150, 30.0), 100, 50, reasoning=30),
-    Counts("cached, as OpenAI counts", of(1000, 500, 1500, **{PARTS: {"cached_tokens": 400}}), 1000, 500, 400),
+    Counts("cached, as OpenAI counts",
+        of(1000, 500, 1500, **{PARTS: {"cached_tokens": 400}}), 1000, 500, 400),
     Counts("cached as a float", of(1000, 500, 1500, **{PARTS: {"cached_tokens": 400.0}}), 1000, 500, 400),
     Counts("cached, as DeepSeek counts",
         of(1000, 500, 1500, prompt_cache_hit_tokens=400, prompt_cache_miss_tokens=600), 1000, 500, 400),
@@ -87,7 +87,8 @@ READ = [
     Counts("negative cached", of(1000, 500, 1500, **{PARTS: {"cached_tokens": -400}}), 1000, 500),
     Counts("details that are lists", of(1000, 500, 1500, **{PARTS: [1]}), 1000, 500),
     Counts("nothing made", of(100, 0, 100), 100, 0),
-    Counts("names of the other API", {"input_tokens": 100, "output_tokens": 50, "total_tokens": 150}, 100, 50),
+    Counts("names of the other API",
+        {"input_tokens": 100, "output_tokens": 50, "total_tokens": 150}, 100, 50),
     Counts("a response", of_response(100, 50, 150, 30, 40), 100, 50, 40, 30, api="responses"),
     Counts("a response, reasoning outside", of_response(100, 50, 2150), 100, 2050, api="responses"),
     Counts("a response with floats", of_response(100.0, 50.0, 150.0), 100, 50, api="responses"),
@@ -223,8 +224,8 @@ async def test_a_budget_reserves_the_dearest_tier_until_one_is_named():
 async def test_a_budget_holds_where_the_dear_tier_serves():
     """Twenty prompts at once, billed at twice the price, stay within it."""
     async with serving({"prompt": (tiered("priority"),)}) as server, connect(server) as client:
+        prompts = [f"prompt {number}" for number in range(20)]
         with pytest.raises(BudgetExceededError) as caught:
-            prompts = [f"prompt {number}" for number in range(20)]
             await client.batch_generate(prompts, model=DEAR, max_tokens=500, max_cost=0.1)
         assert client.stats.cost.total <= Decimal("0.1")
         assert sum(answer is not None for answer in caught.value.responses) == server.calls > 0

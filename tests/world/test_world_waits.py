@@ -19,9 +19,8 @@ from wire_rows import (
     check_run,
     connect,
     over,
-    serving,
 )
-from wire_server import GOOD, GOOD_RESPONSE, Reply, refusal
+from wire_server import GOOD, GOOD_RESPONSE, Reply, refusal, serving
 
 pytestmark = pytest.mark.usefixtures("no_pauses", "few_certificates", "far_east")
 MESSAGE = "Rate limit reached for gpt-4o-mini on requests per min (RPM): Limit 3, Used 3, Requested 1."
