@@ -88,6 +88,7 @@ def rows(shapes, status, *words):
 
 WORDY, LIMITS, FAILURES = (list(rows(SHAPES, status, WORDS)) for status in ERRORS)
 WORDLESS, WORDLESS_LIMITS, WORDLESS_FAILURES = (list(rows(EMPTY, status)) for status in ERRORS)
+ROWS = [*WORDY, *WORDLESS]
 
 
 @over([*WORDY, *LIMITS[::5], *FAILURES[::5]], "one")

@@ -120,6 +120,7 @@ UNREAD = [
     ("Infinity", of(float("inf"), float("inf"), float("inf"))),
     ("-Infinity", of(float("-inf"), 50, 150)),
 ]
+ROWS = [counts.row for counts in READ]
 ids = [counts.name for counts in READ]
 
 

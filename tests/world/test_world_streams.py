@@ -99,37 +99,6 @@ PAGES = [
         evidence=True, words=WORDS),
     Row("a page for the other API", (page(LOGIN),), NO_ANSWER, evidence=True, words=WORDS, api="responses"),
 ]  # fmt: skip
-ROWS = [*STREAMS, *PAGES]
-
-
-@over(ROWS, "one")
-async def test_one_prompt(row, tmp_path):
-    """The calls, the error or the answer, the bill, and whether a second client finds it in the cache."""
-    await check_one(row, tmp_path / "cache.sqlite")
-
-
-@over(ROWS, "run")
-async def test_a_run_goes_on(row):
-    """Beside prompts that are answered, one stream or page ends nothing."""
-    await check_run(row)
-
-
-@over(PAGES, "run")
-async def test_pages_alone_end_a_run(row):
-    """Three of them, before any answer, say that there is no API."""
-    await check_alone(row)
-
-
-@over(PAGES, "batch")
-async def test_a_page_in_a_batch(row):
-    """It is no answer there either, but no sign of a wrong address."""
-    await check_batch(dataclasses.replace(row, words=()))
-
-
-@over(ROWS, "drop-in")
-async def test_the_drop_in_client_bills_the_same(row):
-    """What the SDK makes of it is the SDK's."""
-    await check_drop_in(row)
 
 
 def with_head(*fields, body=WHOLE):
@@ -162,15 +131,34 @@ FRAMES = [
     Row("hung up without an answer", (Reply(raw=b"", hang_up=True),), "APIConnectionError", 3),
     Row("what is no HTTP", (Reply(raw=b"SSH-2.0-OpenSSH_9.6\r\n", hang_up=True),), "APIConnectionError", 3),
 ]  # fmt: skip
+ROWS = [*STREAMS, *PAGES, *FRAMES]
 
 
-@over(FRAMES, "one")
-async def test_how_an_answer_is_framed(row, tmp_path):
-    """It is read as the SDK's own transport reads it."""
+@over(ROWS, "one")
+async def test_one_prompt(row, tmp_path):
+    """The calls, the error or the answer, the bill, and whether a second client finds it in the cache."""
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over(FRAMES, "drop-in")
-async def test_how_an_answer_is_framed_for_the_drop_in_client(row):
-    """Likewise."""
+@over([*STREAMS, *PAGES], "run")
+async def test_a_run_goes_on(row):
+    """Beside prompts that are answered, one stream or page ends nothing."""
+    await check_run(row)
+
+
+@over(PAGES, "run")
+async def test_pages_alone_end_a_run(row):
+    """Three of them, before any answer, say that there is no API."""
+    await check_alone(row)
+
+
+@over(PAGES, "batch")
+async def test_a_page_in_a_batch(row):
+    """It is no answer there either, but no sign of a wrong address."""
+    await check_batch(dataclasses.replace(row, words=()))
+
+
+@over(ROWS, "drop-in")
+async def test_the_drop_in_client_bills_the_same(row):
+    """What the SDK makes of it is the SDK's."""
     await check_drop_in(row)
