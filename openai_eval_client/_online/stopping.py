@@ -26,7 +26,7 @@ def check_max_failures(value: object) -> None:
 def too_many_failures(
     most: float | None, failed: int, done: int, total: int | None, error: Exception
 ) -> TooManyFailuresError | None:
-    """Return the error for more failures than `most` allows, with the latest one; None where it allows them."""
+    """Return the error for more failures than `most` allows, caused by the latest; None for fewer."""
     if most is None:
         return None
     sample = _SAMPLE if total is None else min(_SAMPLE, total)
