@@ -174,8 +174,8 @@ class Attempt:
         account.ledger.keep_up()
         if not logger.isEnabledFor(logging.DEBUG):
             return
-        model, status, seconds = self.demand.model, outcome.status, waiter.ended_at - waiter.granted_at
-        waited, name = waiter.granted_at - waiter.asked_at, request_id(outcome.headers)
-        about = {"model": model, "status": status, "wait_seconds": waited, "seconds": seconds}
-        text, used = "attempt for %s: %s after %.2f s", {"tokens": outcome.tokens, "request_id": name}
-        debug(text, model, status or "no answer", seconds, event="attempt", **about, **used)
+        model, status, name = self.demand.model, outcome.status, request_id(outcome.headers)
+        waited, seconds = waiter.granted_at - waiter.asked_at, waiter.ended_at - waiter.granted_at
+        about = {"model": model, "status": status, "tokens": outcome.tokens, "request_id": name}
+        about |= {"wait_seconds": waited, "seconds": seconds}
+        debug("attempt for %s: %s after %.2f s", model, status or "no answer", seconds, event="attempt", **about)
