@@ -29,6 +29,7 @@ from openai_eval_client.errors import (
     RateLimitError,
     RequestTooLargeError,
     TimeoutError,
+    TooManyFailuresError,
     ValidationError,
 )
 from openai_eval_client.models import (
@@ -67,6 +68,7 @@ __all__ = [
     "RequestTooLargeError",
     "TimeoutError",
     "TokenUsage",
+    "TooManyFailuresError",
     "ValidationError",
     "to_pandas",
 ]

@@ -14,7 +14,7 @@ from openai_eval_client._online import Caller, collect, estimate, pool_for
 from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSnapshot, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
-from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
+from openai_eval_client._validation import check_callback, check_event, check_switch, config_of, reject_input
 from openai_eval_client._wire import PATHS, check_iterable, check_parameters, check_prompt, list_prompts
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
@@ -155,6 +155,7 @@ class OpenAIClient:
         api: str = "chat",
         max_concurrent: int | None = None,
         max_cost: float | Decimal | None = None,
+        max_failures: float | None = None,
         use_batch_api: bool = False,
         progress_callback: Callable[[float], Any] | None = None,
         progress: bool = False,
@@ -174,6 +175,8 @@ class OpenAIClient:
             max_concurrent: Requests of this call in flight at once; None: the rate limit's.
             max_cost: USD that the call may cost; None: any amount. Every attempt reserves the most it can
                 cost, and none is sent for which too little is left. Needs `max_tokens`.
+            max_failures: Prompts that may fail before the run ends early: a whole number, or a share of those
+                done as a float below 1.0, judged from 20 prompts on; None: any number.
             use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; the first
@@ -189,8 +192,10 @@ class OpenAIClient:
         Raises:
             ValidationError: The input is wrong; nothing was sent.
             PartialFailureError: Some prompts failed; its `responses` are those of the others.
-            APIError: An error that all prompts would meet (key, model, credit, a pause beyond `max_wait`, no
-                server there); its `responses` are the answers so far.
+            APIError: An error that all prompts would meet; its `responses` are the answers so far. Credit and
+                a pause beyond `max_wait` end the run at once; what may be one prompt's own (key, permission,
+                model, address) when 3 different prompts in a row met it before any answer, or 20 after one.
+            TooManyFailuresError: More prompts failed than `max_failures`; its `responses` likewise.
             BudgetExceededError: The next request could cost more than is left of a budget; `responses`
                 likewise, all of them paid within the budget.
             BatchError: The Batch API ran none of the prompts.
@@ -199,12 +204,14 @@ class OpenAIClient:
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=False)
+        pool = self._pool(parameters, budget, max_concurrent, max_failures, prompts)
         check_callback(progress_callback, "progress_callback")
         callback = Progress(progress_callback)
         check_switch(progress, "progress")
         listed = list_prompts(prompts)
         by_batch = use_batch_api and self._are_enough(listed)
+        if by_batch and parameters.body.get("background"):
+            reject_input("background", True, "not by the Batch API, which is in the background itself")
         display = None
         if progress:
             display = self._display(parameters.model, len(listed), None if by_batch else pool)
@@ -230,6 +237,7 @@ class OpenAIClient:
         api: str = "chat",
         max_concurrent: int | None = None,
         max_cost: float | Decimal | None = None,
+        max_failures: float | None = None,
         progress: bool = False,
         stop_event: asyncio.Event | None = None,
         **chat_params: Any,
@@ -251,6 +259,7 @@ class OpenAIClient:
             api: "chat" (chat completions) or "responses" (the Responses API).
             max_concurrent: Requests of this call in flight at once; None: the rate limit's.
             max_cost: USD that the call may cost, as for `batch_generate`.
+            max_failures: Prompts that may fail before the run ends early, as for `batch_generate`.
             progress: Show the progress, as for `batch_generate`.
             stop_event: Once it is set, nothing more is sent: what is in flight is yielded, and the iterator
                 ends. Prompts that were taken and not sent have no outcome.
@@ -265,10 +274,11 @@ class OpenAIClient:
             APIError: An error that all prompts would meet, as for `batch_generate`; raised after what was in
                 flight has been yielded. An exception of `prompts` itself is raised after all it gave.
             BudgetExceededError: The next request could cost more than is left of a budget; likewise.
+            TooManyFailuresError: More prompts failed than `max_failures`; likewise.
         """
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        pool = pool_for(self._call, parameters, self._account.config, max_concurrent, budget, check=True)
+        pool = self._pool(parameters, budget, max_concurrent, max_failures, prompts, check=True)
         check_iterable(prompts, "__iter__", "__aiter__")
         check_switch(progress, "progress")
         check_event(stop_event, "stop_event")
@@ -480,6 +490,28 @@ class OpenAIClient:
             text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
             inform(text, count, least, event="batch_too_small", requests=count)
         return count >= least
+
+    def _pool(  # in the order of the methods that call it
+        self,
+        parameters: Parameters,
+        budget: CostBudget | None,
+        max_concurrent: int | None,
+        max_failures: float | None,
+        prompts: object,
+        *,
+        check: bool = False,
+    ) -> WorkerPool:
+        """Return the pool that answers prompts; with `check`, each is checked as it is taken."""
+        return pool_for(
+            self._call,
+            parameters,
+            self._account.config,
+            budget,
+            max_concurrent=max_concurrent,
+            max_failures=max_failures,
+            total=len(prompts) if isinstance(prompts, Sized) else None,
+            check=check,
+        )
 
     def _display(self, model: str, total: int | None, pool: WorkerPool | None) -> Display:
         """Return what shows the progress of a call; without a pool the Batch API is at work."""

@@ -101,6 +101,10 @@ class OpenAIConfig(_Config):
         timeout: Seconds that one attempt may take, waiting for the rate limit not counted; 30 by default.
         max_retries: Attempts after the first; 3 by default, 0 for none.
         max_cost: USD that the client may spend in all; None, the default: any amount. See `batch_generate`.
+        background_timeout: Seconds that a response in the background (`background=True` with the Responses
+            API) may take from when it is submitted, before it is cancelled; 3600 by default.
+        flex_fallback: Seconds for which a request of `service_tier="flex"` that is refused for lack of
+            capacity is sent again, before it is sent in the standard tier; None, the default: never.
     """
 
     api_key: Annotated[str, Field(strict=True)] = Field(
@@ -112,6 +116,8 @@ class OpenAIConfig(_Config):
     timeout: Seconds = 30.0
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
     max_cost: Dollars | None = None
+    background_timeout: Seconds = 3600.0
+    flex_fallback: Annotated[float, Field(ge=0)] | None = None
 
     @field_validator("api_key", mode="before")
     @classmethod

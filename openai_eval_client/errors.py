@@ -9,12 +9,13 @@ written for calls of the SDK goes on working::
     │   │   └── openai.APITimeoutError
     │   │       └── TimeoutError                 also builtins.TimeoutError
     │   └── openai.RateLimitError                RateLimitError
-    │       └── QuotaError                       insufficient_quota: waiting does not help
+    │       └── QuotaError                       credit or spending limit used up: waiting does not help
     ├── ValidationError                          also ValueError: the input is wrong
     ├── RequestTooLargeError                     more tokens than the limit can admit
     ├── BudgetExceededError                      could have cost more than is left
     ├── BatchError                               a Batch job, or one line of it
-    └── PartialFailureError                      some prompts of several
+    ├── PartialFailureError                      some prompts of several
+    └── TooManyFailuresError                     more than max_failures allows
 
 All of them, the SDK's own included, can be pickled; the API key is left out.
 """
@@ -48,6 +49,7 @@ __all__ = [
     "RateLimitError",
     "RequestTooLargeError",
     "TimeoutError",
+    "TooManyFailuresError",
     "ValidationError",
 ]
 
@@ -60,7 +62,9 @@ class TimeoutError(openai.APITimeoutError, builtins.TimeoutError):
 
 
 class QuotaError(openai.RateLimitError):
-    """The account's credit is used up (`insufficient_quota`), and waiting does not help.
+    """The account's credit or spending limit is used up, or it is suspended: waiting does not help.
+
+    Whatever the server's status and words for it (429 `insufficient_quota`, `billing_not_active`, 402, ...).
 
     Also raised where a batch would have too many tokens enqueued (`token_limit_exceeded`): until other
     batches have ended.
@@ -194,6 +198,26 @@ class PartialFailureError(_OwnError):
         listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         share, first = f"{len(failures)} of {len(self.responses)}", min(failures)
         super().__init__(f"{share} prompts failed ({listed}); first, prompt {first}: {failures[first]}")
+
+
+class TooManyFailuresError(_OwnError):
+    """More prompts failed than `max_failures` allows; the run ended early. Its cause is the latest failure.
+
+    Args:
+        failed: The prompts that failed.
+        done: The prompts that were answered or failed.
+        max_failures: What was allowed: a number of prompts, or a share of those done as a float.
+        responses: The answers before that, in input order; None where there is none.
+    """
+
+    def __init__(
+        self, failed: int, done: int, max_failures: float, *, responses: Sequence[ModelResponse | None] = ()
+    ) -> None:
+        super().__init__(f"{failed} of {done} prompts failed, more than max_failures={max_failures!r} allows")
+        self.failed = failed
+        self.done = done
+        self.max_failures = max_failures
+        self.responses = list(responses)
 
 
 # --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------

@@ -163,12 +163,22 @@ TRANSIENT = ["500", "503", "408", "409", "429", "drop", "truncate", "garbage", "
 @pytest.mark.parametrize("fault", TRANSIENT)
 async def test_a_transient_failure_is_tried_again(fault: str) -> None:
     """A failure and then an answer are two attempts and one retry, and no slot stays taken."""
-    with SimulatedServer(script=[fault]) as server:
+    with SimulatedServer(script=["ok", fault]) as server:
         async with connect(server) as client:
+            await client.generate_response("first")
             assert (await client.generate_response("hello")).content == "echo: hello"
-            assert (client.stats.retries, client.stats.attempts) == (1, 2)
+            assert (client.stats.retries, client.stats.attempts) == (1, 3)
             assert no_slot_is_taken(client)
-        assert len(server.calls) == 2
+        assert len(server.calls) == 3
+
+
+async def test_pages_in_place_of_answers_end_the_run() -> None:
+    """Where nothing was answered before, it is no API: each page is asked for once, and a few are enough."""
+    with SimulatedServer(faults={"garbage": 1.0}) as server:
+        async with connect(server) as client:
+            with pytest.raises(openai.APIResponseValidationError, match="check base_url"):
+                await client.batch_generate([f"{n}" for n in range(300)], max_concurrent=2)
+        assert len(server.calls) <= 6
 
 
 @pytest.mark.parametrize(

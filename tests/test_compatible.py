@@ -134,7 +134,7 @@ async def test_answers_of_local_servers_are_read(body):
         ({"content": [{"type": "text", "text": "ye"}, {"type": "text", "text": "s"}]}, "yes"),
         ({"content": [{"type": "thinking", "thinking": []}, {"type": "text", "text": "yes"}]}, "yes"),
         ({"content": [{"type": "image_url"}, {"type": "text", "text": None}, "text", None]}, ""),
-        ({"content": None}, ""),
+        ({"content": None, "refusal": "no"}, ""),
     ],
 )
 async def test_text_may_come_in_parts(message, content):
@@ -160,14 +160,14 @@ async def test_every_choice_may_come_in_parts():
     ("error", "kind", "attempts"),
     [
         ({"message": "Provider returned error", "code": 502}, openai.InternalServerError, 3),
-        ({"message": "slow down", "code": "429"}, openai.RateLimitError, 3),
+        ({"message": "rate limited", "code": "429"}, openai.RateLimitError, 3),
         (
-            {"message": "slow down", "type": "requests", "code": "rate_limit_exceeded"},
+            {"message": "rate limited", "type": "requests", "code": "rate_limit_exceeded"},
             openai.RateLimitError,
             3,
         ),
         ({"message": "no credit", "type": "insufficient_quota"}, QuotaError, 1),
-        ({"message": "no credit", "code": 402}, openai.APIStatusError, 1),
+        ({"message": "no credit", "code": 402}, QuotaError, 1),
         ({"message": "wrong key", "code": 401}, openai.AuthenticationError, 1),
         ({"message": "bad", "type": "invalid_request_error", "code": None}, openai.BadRequestError, 1),
         ({"message": "what?", "code": 99999}, openai.APIResponseValidationError, 3),
@@ -211,7 +211,7 @@ async def test_the_attempt_after_an_error_in_a_200_counts(no_pauses):
 
 async def test_a_refusal_in_a_200_pauses_the_model(no_pauses):
     """It is counted as a 429."""
-    wrong = reply({"error": {"message": "slow down", "code": 429}})
+    wrong = reply({"error": {"message": "rate limited", "code": 429}})
     async with listening(wrong, reply(OLLAMA)) as (url, _), connect(url) as client:
         await client.generate_response("hello", model=MODEL)
         assert client.stats.rate_limited == 1
@@ -246,7 +246,7 @@ TOO_LONG = (
         ("400 X", b'{"error": "no"}', openai.BadRequestError, 1),
         ("400 X", b'["no"]', openai.BadRequestError, 1),
         ("400 X", b"", openai.BadRequestError, 1),
-        ("429 X", b"slow down", openai.RateLimitError, 3),
+        ("429 X", b"rate limited", openai.RateLimitError, 3),
         ("429 X", b'{"error": {"message": null, "code": {"a": 1}, "type": ["x"]}}', openai.RateLimitError, 3),
         ("400 X", b'{"error": {"code": ["x"], "param": {"a": 1}}}', openai.BadRequestError, 1),
         (

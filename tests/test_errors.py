@@ -26,6 +26,7 @@ from openai_eval_client import (
     RequestTooLargeError,
     TimeoutError,
     TokenUsage,
+    TooManyFailuresError,
     ValidationError,
 )
 from openai_eval_client.errors import rate_limited, sdk_httpx
@@ -127,6 +128,7 @@ ERRORS = {
     "PartialFailureError": lambda: PartialFailureError(
         [response(), None, None], {1: from_the_sdk(429), 2: TimeoutError("too slow", request=a_request())}
     ),
+    "TooManyFailuresError": lambda: TooManyFailuresError(3, 20, 0.1, responses=[response(), None]),
     "nested PartialFailureError": lambda: PartialFailureError(
         [None], {0: PartialFailureError([None], {0: quota_error()})}
     ),
@@ -164,7 +166,10 @@ def test_two_errors_are_the_sdks_own():
 
 def test_errors_that_are_not_the_apis_are_no_api_errors():
     """What was never sent, or concerns many prompts, is not caught by `except APIError`."""
-    for ours in (ValidationError, BatchError, PartialFailureError, BudgetExceededError, RequestTooLargeError):
+    for ours in (
+        *(ValidationError, BatchError, PartialFailureError),
+        *(BudgetExceededError, RequestTooLargeError, TooManyFailuresError),
+    ):
         assert not issubclass(ours, openai.APIError)
 
 

@@ -98,6 +98,7 @@ PUBLIC = [
     "RequestTooLargeError",
     "TimeoutError",
     "TokenUsage",
+    "TooManyFailuresError",
     "ValidationError",
     "to_pandas",
 ]

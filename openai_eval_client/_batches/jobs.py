@@ -99,7 +99,7 @@ class Batches:
             api=self._api,
             settler=self._settler,
             budget=BatchBudget(self._payments, self._counter, budget),
-            journal=Journal(self._cache, f"batch {cached.name}"),
+            journal=Journal(self._cache, *(f"batch {name}" for name in cached.names)),
             config=self._batch,
             counter=self._counter,
             unsupported=self._unsupported,

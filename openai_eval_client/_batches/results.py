@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -40,11 +41,12 @@ from openai_eval_client._wire import (
     BATCH_PATHS,
     Parameters,
     Usage,
-    is_answer,
+    fault_in,
     read_answer,
     read_body,
     read_failure,
     read_json,
+    read_object,
     status_error,
     usage_of,
 )
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     Outcome = ModelResponse | Exception
 
 _OK, _BAD_REQUEST = 200, 400
+_STATUS = re.compile(r"[1-5][0-9][0-9](?:\.0)?")
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _NOT_OURS = JobMetadata(
     job="", total=0, first=0, count=0, start=None, numbered=False, temperature=None, model=""
@@ -146,28 +149,43 @@ class LineReader:
         response = line.get("response")
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
-        status, request_id = response.get("status_code", _OK), response.get("request_id")
-        body: Any = response.get("body")
+        status, request_id = _status_in(response), response.get("request_id")
+        body = _body_in(response)
         request_id = request_id if isinstance(request_id, str) else None
-        if status == _OK or (isinstance(status, int) and status >= _BAD_REQUEST):
-            error = _failure(int(status), body, request_id, self._parameters.api)
-            if error is None:
-                usage = usage_of(body)
-                return read_answer(
-                    body,
-                    self._parameters,
-                    usage=usage,
-                    cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
-                    kept=raw,  # a tenth of the parsed body's memory
-                    temperature=temperature,
-                    request_id=request_id,
-                    latency=0.0,
-                )
-            if isinstance(error, openai.APIStatusError):
-                return error
+        error = None if status is None else _failure(status, body, request_id, self._parameters.api)
+        if status is not None and error is None:
+            usage = usage_of(body)
+            return read_answer(
+                body,
+                self._parameters,
+                usage=usage,
+                cost=None  # what is missing is estimated first
+                if usage is None or usage.estimated
+                else self.price(usage.model or self._parameters.model, usage),
+                kept=raw if body is response.get("body") else None,  # a tenth of the parsed body's memory
+                temperature=temperature,
+                request_id=request_id,
+                latency=0.0,
+            )
+        if isinstance(error, openai.APIStatusError):
+            return error
         if line.get("error"):
             return _line_error(line["error"], index)
         return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
+
+
+def _status_in(response: Mapping[str, Any]) -> int | None:
+    """Return the HTTP status of a result, which some servers send as a text; None where it is none."""
+    status = response.get("status_code", _OK)
+    text = str(status) if isinstance(status, str | int | float) else ""
+    number = int(float(text)) if _STATUS.fullmatch(text) else 0
+    return number if number == _OK or number >= _BAD_REQUEST else None
+
+
+def _body_in(response: Mapping[str, Any]) -> Any:
+    """Return the body of a result, which some servers send as JSON in a text."""
+    body = response.get("body")
+    return read_object(body.encode(errors="replace")) if isinstance(body, str) and body[:1] == "{" else body
 
 
 def is_curable(error: Exception) -> bool:
@@ -189,7 +207,7 @@ def _line_error(error: object, index: int) -> BatchError:
 
 def _failure(status: int, body: Any, request_id: str | None, api: str) -> openai.APIError | None:
     """Return the error that such a response is online; None for an answer."""
-    if status == _OK and is_answer(body, api) and not body.get("error"):
+    if status == _OK and fault_in(body, api) is None:
         return None  # as nearly always: quicker than to encode and to read it again
     headers = {"content-type": "application/json"}
     if request_id is not None and is_header_text(request_id):

@@ -46,7 +46,7 @@ from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_j
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
     from openai.types import Batch
 
@@ -69,18 +69,30 @@ _AT_ONCE = 100  # answers looked up or kept at a time
 class Journal:
     """The jobs of one call as the cache remembers them; without a cache, none."""
 
-    def __init__(self, cache: Cache | None, name: str) -> None:
+    def __init__(self, cache: Cache | None, name: str, *earlier: str) -> None:
         self._store = None if cache is None else cache.journal
         self._name = name
         self.later: deque[dict[str, Any]] = deque()  # records of jobs that are still to be taken up
+        self._names = (name, *earlier)  # the others are those under which earlier versions record the call
 
-    def exclusive(self) -> contextlib.AbstractAsyncContextManager[Any]:
-        """Wait until no other process works under this name, and keep others waiting."""
-        return contextlib.nullcontext() if self._store is None else self._store.exclusive(self._name)
+    @contextlib.asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[None]:
+        """Wait until no other process works under these names, and keep others waiting."""
+        async with contextlib.AsyncExitStack() as stack:
+            if self._store is not None:
+                for name in self._names:
+                    await stack.enter_async_context(self._store.exclusive(name))
+            yield
 
     async def load(self) -> list[dict[str, Any]]:
-        """Return the records of the jobs."""
-        found = await self._store.journal_get(self._name) if self._store else None
+        """Return the records of the jobs, and stay with the name under which they are."""
+        if self._store is None:
+            return []
+        for name in self._names:
+            found = await self._store.journal_get(name)
+            if found is not None:
+                self._name = name
+                break
         return found["jobs"] if found else []
 
     async def save(self, jobs: Iterable[JobRecord]) -> None:
@@ -99,7 +111,7 @@ class CachedAnswers:
     """The cached answers to the prompts of one call; without a cache, none."""
 
     def __init__(self, cache: Cache | None, parameters: Parameters) -> None:
-        self.name = ""  # tells these prompts and parameters from all others
+        self.names = [""]  # of these prompts and parameters alone, by each version of the key
         self._cache = cache
         self._parameters = parameters
         self._samples: list[Occurrence] = []
@@ -110,7 +122,8 @@ class CachedAnswers:
             bodies = map(self._parameters.with_prompt, prompts)
             take = functools.partial(self._cache.take, parameters=self._parameters)
             self._samples = await asyncio.to_thread(list, map(take, bodies))
-            self.name = hashlib.sha256(b"".join(sample.key for sample in self._samples)).hexdigest()
+            keys = list(zip(*(sample.keys for sample in self._samples), strict=True)) or [()]
+            self.names = [hashlib.sha256(b"".join(each)).hexdigest() for each in keys]
 
     async def look_up(self) -> dict[int, ModelResponse]:
         """Return the answers there are, by the index of their prompt."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
+import os
+import re
 import threading
 import time
 import zlib
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,39 +24,57 @@ import pydantic
 from openai_eval_client._cache.store import Store
 from openai_eval_client._log import warn
 from openai_eval_client._validation import reject_input
-from openai_eval_client._wire import PATHS, Usage, is_answer, of_error, read_answer, read_json, usage_of
+from openai_eval_client._wire import PATHS, Usage, fault_in, of_error, read_answer, read_json, usage_of
 from openai_eval_client.config import CacheConfig
+from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import TokenUsage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from openai_eval_client._cost import Ledger
     from openai_eval_client._stats import Recorder
     from openai_eval_client._wire import Parameters
     from openai_eval_client.models import ModelResponse
 
-    Keep = Callable[[ModelResponse], Awaitable[object]]
-    Send = Callable[[Keep], Awaitable[ModelResponse]]
+    Send = Callable[["Keeper"], Awaitable[ModelResponse]]
 
-_VERSION = 1  # of the form below: another version makes other keys of all requests
 _PORTS = {"http": 80, "https": 443}
-# The account and the name of the request: the answer does not depend on these headers.
-_IGNORED_HEADERS = frozenset({
-    "api-key", "authorization", "idempotency-key", "openai-organization", "openai-project", "traceparent",
-    "tracestate", "user-agent", "x-client-request-id", "x-request-id",
-})  # fmt: skip
+_VERSION = 2  # of the key
+# What the answer does not depend on, by the version of the key: fields of the body that name a request, bill
+# it or say how it is delivered and stored; headers and fields of the query that name account, request or
+# program. What is not listed counts: to ask once more is better than a wrong answer.
+_IGNORED_FIELDS = {1: frozenset[str](), 2: frozenset({
+    "background", "metadata", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+    "safety_identifier", "service_tier", "store", "stream_options", "user",
+})}  # fmt: skip
+_IGNORED_HEADERS = {1: re.compile(
+    "api-key|authorization|idempotency-key|openai-organization|openai-project|traceparent|tracestate|"
+    "user-agent|x-client-request-id|x-request-id"
+), 2: re.compile(
+    "api-key|authorization|ocp-apim-subscription-key|openai-organization|openai-project|x-api-key|"
+    "x-goog-api-key|b3|baggage|idempotency-key|request-id|sentry-trace|traceparent|tracestate|"
+    "x-amzn-trace-id|x-client-request-id|x-cloud-trace-context|x-correlation-id|x-request-id|"
+    "http-referer|referer|user-agent|x-title|x-(b3|datadog|stainless)-.*"
+)}  # fmt: skip
+_IGNORED_QUERY = {1: frozenset[str](), 2: frozenset({"api-key", "api_key", "subscription-key"})}
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=repr)
 
 
-def request_digest(base_url: str, parameters: Parameters, body: Mapping[str, Any]) -> bytes:
+def request_digest(
+    base_url: str, parameters: Parameters, body: Mapping[str, Any], version: int = _VERSION
+) -> bytes:
     """Return what two requests have in common if, and only if, they ask for the same answer."""
-    # Everything counts that can change the answer: the address, the API, the whole body as asked for (schema
-    # of the answer included), and the extra query and headers. The account and the timeout do not.
+    # Everything counts that can change the answer: the address, the API, the body as asked for (schema of the
+    # answer included), and the extra query and headers. The account and the timeout do not.
+    fields, names, keys = _IGNORED_FIELDS[version], _IGNORED_HEADERS[version], _IGNORED_QUERY[version]
     headers = {name.lower(): value for name, value in parameters.headers.items()}
-    headers = {name: value for name, value in headers.items() if name not in _IGNORED_HEADERS}
-    whole = {name: int(n) for name, n in body.items() if isinstance(n, float) and n.is_integer()}  # 1 for 1.0
-    request = [_VERSION, base_url, PATHS[parameters.api], dict(parameters.query), headers, {**body, **whole}]
+    headers = {name: value for name, value in headers.items() if not names.fullmatch(name)}
+    query = {name: value for name, value in parameters.query.items() if name not in keys}
+    asked = {name: value for name, value in body.items() if name not in fields}
+    whole = {name: int(n) for name, n in asked.items() if isinstance(n, float) and n.is_integer()}
+    asked |= whole  # 1 for 1.0
+    request = [version, base_url, PATHS[parameters.api], query, headers, asked]
     try:
         text = _CANONICAL.encode(request)
     except TypeError:  # keys of several types have no order until they are written as text
@@ -78,11 +98,17 @@ class Occurrence(NamedTuple):
     digest: bytes  # of the request
     number: int  # how often the request was asked before
     sampled: bool  # whether asking again gives another answer
+    earlier: Occurrence | None = None  # as version 1 of the key has it, where the file may hold such entries
 
     @property
     def key(self) -> bytes:
         """What its answer is kept under."""
         return hashlib.sha256(b"%s %d" % (self.digest, self.number)).digest()
+
+    @property
+    def keys(self) -> list[bytes]:
+        """What its answer is looked up under, in this order."""
+        return [self.key] if self.earlier is None else [self.key, self.earlier.key]
 
 
 def is_sampled(body: Mapping[str, Any]) -> bool:
@@ -137,13 +163,15 @@ class Cache:
     """The kept answers of one client."""
 
     def __init__(self, config: CacheConfig, base_url: str, recorder: Recorder, ledger: Ledger) -> None:
-        self.store = Store(Path(config.path).expanduser(), read_only=not config.write)
+        self.store = Store(_file_path(config.path), read_only=not config.write)
         self._config = config
         self.ttl = config.ttl  # seconds for which an answer may be used again; None: for ever
         self._base_url = normalised(base_url)
         self._recorder = recorder
         self._ledger = ledger
         self._occurrences = Occurrences()
+        self._has_version_1 = config.read and self.store.has_version_1  # entries with such keys
+        self._warned = False  # that a kept answer cannot be read
         # what is being looked up or sent now; its result is the answer as it is kept
         self._asking: dict[tuple[asyncio.AbstractEventLoop, bytes], asyncio.Future[bytes | None]] = {}
 
@@ -152,28 +180,36 @@ class Cache:
         sample = self.take(body, parameters)  # no await before it: prompts come in order
         try:
             if self._config.read:
-                return await self._answer_once(sample.key, parameters, send)
-            return await send(partial(self.keep, sample.key))
+                return await self._answer_once(sample, parameters, send)
+            return await send(Keeper(self, sample.key))
         except BaseException:
             self.give_back(sample, parameters)
             raise
 
     def take(self, body: Mapping[str, Any], parameters: Parameters) -> Occurrence:
         """Return the next sample of a request."""
-        digest = request_digest(self._base_url, parameters, body)
-        sampled = is_sampled(body)
+        sample = self._numbered(body, parameters, _VERSION)
+        if not self._has_version_1:
+            return sample
+        # It counts for itself, so no entry, under whichever key, is the answer to two samples.
+        return sample._replace(earlier=self._numbered(body, parameters, 1))
+
+    def _numbered(self, body: Mapping[str, Any], parameters: Parameters, version: int) -> Occurrence:
+        digest, sampled = request_digest(self._base_url, parameters, body, version), is_sampled(body)
         return Occurrence(digest, self._occurrences.take(digest, parameters) if sampled else 0, sampled)
 
     def give_back(self, sample: Occurrence, parameters: Parameters) -> None:
         """Let a later call ask for a sample again: it was not answered."""
         if sample.sampled:
             self._occurrences.give_back(sample.digest, sample.number, parameters)
+        if sample.earlier is not None:
+            self.give_back(sample.earlier, parameters)
 
     async def kept(self, samples: Sequence[Occurrence], parameters: Parameters) -> dict[int, ModelResponse]:
         """Return the kept answers to these samples, by position; they save the price of a batch."""
         if not self._config.read:
             return {}
-        found = await asyncio.gather(*(self._look_up(one.key, parameters, batch=True) for one in samples))
+        found = await asyncio.gather(*(self._look_up(one, parameters, batch=True) for one in samples))
         return {n: pair[0] for n, pair in enumerate(found) if pair is not None}
 
     async def keep(self, key: bytes, response: ModelResponse) -> bytes | None:
@@ -193,38 +229,35 @@ class Cache:
         """Keep what is waiting to be kept, and close the file."""
         await asyncio.to_thread(self.store.close)
 
-    async def _answer_once(self, key: bytes, parameters: Parameters, send: Send) -> ModelResponse:
+    async def _answer_once(self, sample: Occurrence, parameters: Parameters, send: Send) -> ModelResponse:
         """Answer, or wait for the same request that is just being answered."""
-        loop = asyncio.get_running_loop()
+        loop, key = asyncio.get_running_loop(), sample.key
         while (first := self._asking.get((loop, key))) is not None:
             value = await asyncio.shield(first)
             response = None if value is None else self._read(value, parameters)
             if response is not None:
                 return response
         self._asking[loop, key] = outcome = loop.create_future()
-        value = None
-
-        async def keep(response: ModelResponse) -> None:
-            nonlocal value
-            value = await self.keep(key, response)
-
+        keeper = Keeper(self, key)
         try:
-            found = await self._look_up(key, parameters)
+            found = await self._look_up(sample, parameters)
             if found is None:
-                return await send(keep)
-            response, value = found
+                return await send(keeper)
+            response, keeper.value = found
             return response
         finally:
             del self._asking[loop, key]
-            outcome.set_result(value)
+            outcome.set_result(keeper.value)
 
     async def _look_up(
-        self, key: bytes, parameters: Parameters, *, batch: bool = False
+        self, sample: Occurrence, parameters: Parameters, *, batch: bool = False
     ) -> tuple[ModelResponse, bytes] | None:
-        value = await self.store.get(key, since=0.0 if self.ttl is None else time.time() - self.ttl)
-        if value is None or (response := self._read(value, parameters, batch=batch)) is None:
-            return None
-        return response, value
+        since = 0.0 if self.ttl is None else time.time() - self.ttl
+        for key in sample.keys:
+            value = await self.store.get(key, since=since)
+            if value is not None and (response := self._read(value, parameters, batch=batch)) is not None:
+                return response, value
+        return None
 
     def _read(self, value: bytes, parameters: Parameters, *, batch: bool = False) -> ModelResponse | None:
         """Return the response as it was; None where the value holds none."""
@@ -232,14 +265,64 @@ class Cache:
             text = value if value[:1] == b"{" else zlib.decompress(value)
             response, usage = _unpacked(read_json(text), parameters)
         except (ValueError, KeyError, TypeError, RecursionError, zlib.error) as error:
-            reason, about = type(error).__name__, {"model": parameters.model, **of_error(error)}
-            warn("a kept answer cannot be read (%s): asking again", reason, event="cache_unreadable", **about)
+            if not self._warned:  # an old file may hold thousands
+                self._warned = True
+                reason, about = type(error).__name__, {"model": parameters.model, **of_error(error)}
+                message = "a kept answer cannot be read (%s): asking again, as for each one like it"
+                warn(message, reason, event="cache_unreadable", **about)
             return None
         response._body = text  # noqa: SLF001  # a tenth of the parsed body's memory
         self._recorder.answered(response.finish_reason, cached=True)
         self._ledger.saved(parameters.model, usage, batch=batch)
         self._ledger.keep_up()
         return response
+
+
+class Keeper:
+    """Keeps the answer to one sample, and the name of the response in the background that is to be it."""
+
+    def __init__(self, cache: Cache, key: bytes) -> None:
+        self._cache = cache
+        self._key = key
+        self._entry = f"background:{key.hex()}"  # in the journal
+        self._is_noted = False
+        self.value: bytes | None = None  # the answer as it is kept
+
+    async def __call__(self, response: ModelResponse) -> None:
+        """Keep the answer, if it is to be kept."""
+        self.value = await self._cache.keep(self._key, response)
+        if self._is_noted:
+            await self.forget()
+
+    async def noted(self) -> str | None:
+        """Return the name of the response that was submitted for this sample, and is not known to be over."""
+        journal = self._cache.journal
+        entry = None if journal is None else await journal.journal_get(self._entry)
+        self._is_noted = entry is not None
+        return str(entry["id"]) if entry else None
+
+    async def note(self, name: str) -> None:
+        """Note that this response was submitted, so that another process finds it after a kill."""
+        if self._cache.journal is not None and not self._is_noted:
+            self._is_noted = True
+            with _told():
+                await self._cache.journal.journal_put(self._entry, {"id": name})
+
+    async def forget(self) -> None:
+        """Note that the response is over."""
+        if self._cache.journal is not None and self._is_noted:
+            self._is_noted = False
+            with _told():
+                await self._cache.journal.journal_delete(self._entry)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Log that the journal cannot be written: what was submitted is paid for, and goes on."""
+    try:
+        yield
+    except ValidationError as error:
+        warn("a response in the background is not noted: %s", error, event="cache_failed")
 
 
 def open_cache(given: object, base_url: str, recorder: Recorder, ledger: Ledger) -> Cache:
@@ -254,6 +337,15 @@ def open_cache(given: object, base_url: str, recorder: Recorder, ledger: Ledger)
     return Cache(given, base_url, recorder, ledger)
 
 
+def _file_path(given: str | Path) -> Path:
+    try:
+        path = Path(given).expanduser()
+        os.fsencode(path)
+    except (RuntimeError, UnicodeError) as error:  # no such user; half of a surrogate pair
+        reject_input("cache", given, str(error))
+    return path
+
+
 def _packed(response: ModelResponse) -> bytes | None:
     """Return a response as it is kept; None where it is nested too deeply for that."""
     kept = {
@@ -264,7 +356,7 @@ def _packed(response: ModelResponse) -> bytes | None:
         "cost": response.usage.estimated_cost,
     }
     if response.usage.estimated:
-        kept["usage"] = response.usage.model_dump()  # the body has none
+        kept["usage"] = response.usage.model_dump()  # the body has none, or not all of it
     try:
         value = json.dumps(kept, separators=(",", ":")).encode()
     except RecursionError:  # nested as deep as could just be read
@@ -278,18 +370,20 @@ def _packed(response: ModelResponse) -> bytes | None:
 def _unpacked(kept: dict[str, Any], parameters: Parameters) -> tuple[ModelResponse, Usage]:
     """Return the response as it was, and its usage: the server's, or else our estimate."""
     body, latency = kept["response"]["body"], kept["latency_ms"]
-    if not is_answer(body, parameters.api):
+    if fault_in(body, parameters.api) is not None:
         raise ValueError("no answer")
     usage = usage_of(body)
     same = {name: kept[name] for name in ("temperature", "request_id")}
     response = read_answer(body, parameters, usage=usage, latency=latency / 1000, **same)
-    if response.usage.estimated:
+    if response.usage.estimated and "usage" in kept:
         response.usage = TokenUsage(**kept["usage"])
     response.usage.estimated_cost = kept["cost"]
     response.latency_ms = latency
     response.cached = True
     tokens = response.usage
-    return response, usage or Usage(tokens.prompt_tokens, tokens.completion_tokens, estimated=True)
+    if usage is None or usage.estimated:
+        usage = Usage(tokens.prompt_tokens, tokens.completion_tokens, tokens.cached_tokens, estimated=True)
+    return response, usage
 
 
 def _is_incomplete(response: ModelResponse) -> bool:

@@ -25,12 +25,15 @@ if TYPE_CHECKING:
     Statement = tuple[str, tuple[Any, ...]]
 
 _APPLICATION_ID = int.from_bytes(b"OEvC", "big")  # https://www.sqlite.org/pragma.html#pragma_application_id
-_SCHEMA_VERSION = 1
+_FORMAT = 2  # a file of format 1 may hold entries with keys of version 1
 _COLUMNS = "key BLOB PRIMARY KEY, created REAL NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL"
 _TABLES = {name: f"CREATE TABLE {name} ({_COLUMNS})" for name in ("answers", "journal")}
 # Seconds that SQLite itself waits for another user of the file.
 _PATIENCE_TO_OPEN = 10.0
 _PATIENCE_TO_TRY_WRITING = 0.5
+_COUNT_KEYS = "SELECT count(*) FROM {0} INDEXED BY sqlite_autoindex_{0}_1"
+_AND_ENTRIES = "UNION ALL SELECT count(*) FROM {0} NOT INDEXED"  # in twenty times as many pages
+_KEYS_ONLY = 256_000_000  # bytes from which that would take a moment: 0.1 s
 
 
 class Database:
@@ -39,6 +42,7 @@ class Database:
     def __init__(self, path: str | Path, *, read_only: bool = False) -> None:
         self.name = os.fspath(path)
         self.path = Path(os.path.realpath(path))
+        self.format = _FORMAT
         self._read_only = read_only
         self._wal = Path(f"{self.path}-wal")  # what SQLite has committed and not yet moved into the file
         try:
@@ -46,7 +50,9 @@ class Database:
                 self._create()
             self._status = self._recognise()
             with contextlib.closing(self.connect(_PATIENCE_TO_OPEN)) as connection:
-                self._check_writable(connection)
+                if not read_only:  # else it has what can be read of it
+                    self._check_pages(connection)
+                    self._check_writable(connection)
         except sqlite3.OperationalError as error:
             raise self.unusable(f"cannot be used: {error}") from None
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # SQLite's message may quote damage
@@ -70,7 +76,8 @@ class Database:
     def damaged(self, error: object) -> ValidationError:
         """Return the error for a file that SQLite cannot read, or whose content is not as it was written."""
         why = f"damaged, or no cache of this package ({error}). It was left as it is: move or restore it"
-        return self.unusable(why)
+        rest = "; with CacheConfig(write=False), what can still be read of a cache answers"
+        return self.unusable(why if self._read_only else f"{why}{rest}")
 
     def is_there(self) -> bool:
         """Return whether the file is still the one that was opened first."""
@@ -121,13 +128,15 @@ class Database:
 
     def _check_marks(self, connection: sqlite3.Connection) -> None:
         (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (self.format,) = connection.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION_ID:
             raise self.unusable("is an SQLite database of another program; it was left as it is")
-        if version > _SCHEMA_VERSION:
-            versions = f"format {version}, this one knows {_SCHEMA_VERSION}"
+        if self.format > _FORMAT:
+            versions = f"format {self.format}, this one knows {_FORMAT}"
             why = f"was made by a newer version of this package ({versions}); it was left as it is"
             raise self.unusable(why)
+        if self.format < 1:
+            raise self.damaged(f"format {self.format}")
 
     def _open(self, mode: str, patience: float) -> sqlite3.Connection:
         with contextlib.ExitStack() as stack:
@@ -148,9 +157,16 @@ class Database:
         uri = f"{self.path.as_uri()}?{mode}"
         return sqlite3.connect(uri, timeout=patience, isolation_level=None, check_same_thread=False, uri=True)
 
+    def _check_pages(self, connection: sqlite3.Connection) -> None:
+        """Find pages that SQLite cannot read before anything is asked."""
+        # Counting looks at the head of every page but those on which long values go on.
+        counts = _COUNT_KEYS if self._status.st_size > _KEYS_ONLY else f"{_COUNT_KEYS} {_AND_ENTRIES}"
+        for table in _TABLES:
+            (keys,), *rows = connection.execute(counts.format(table))
+            if rows not in ([], [(keys,)]):
+                raise self.damaged(f"{keys} keys, but {rows[0][0]} entries")
+
     def _check_writable(self, connection: sqlite3.Connection) -> None:
-        if self._read_only:
-            return
         _set_patience(connection, _PATIENCE_TO_TRY_WRITING)
         try:
             connection.execute("DELETE FROM journal WHERE key IS NULL")  # no row: it only takes the lock
@@ -163,7 +179,7 @@ class Database:
 def _fill(path: Path) -> None:
     """Make our tables in an empty file that no other process knows of."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        marks = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_SCHEMA_VERSION}"
+        marks = f"PRAGMA application_id = {_APPLICATION_ID}; PRAGMA user_version = {_FORMAT}"
         connection.executescript("PRAGMA synchronous = OFF; PRAGMA journal_mode = MEMORY")
         connection.executescript(f"BEGIN; {marks}; {'; '.join(_TABLES.values())}; COMMIT")
         connection.execute("PRAGMA journal_mode = WAL")
@@ -261,6 +277,7 @@ class Store:
 
     def __init__(self, path: str | Path, *, read_only: bool = False, patience: float = _PATIENCE) -> None:
         self._database = Database(path, read_only=read_only)
+        self._read_only = read_only
         self._reader, self._writer = Connection(self._database), Connection(self._database)
         self._reads = Background("openai_eval_client reads", self._read)
         self._writes = Background("openai_eval_client writes", self._write)
@@ -268,15 +285,21 @@ class Store:
         self._warned: set[str] = set()
         self._closed = False
 
+    @property
+    def has_version_1(self) -> bool:
+        """Whether there may be entries with keys of version 1: earlier versions made the file."""
+        return self._database.format == 1
+
     async def get(self, key: bytes, *, since: float = 0.0) -> bytes | None:
         """Return what was kept under a key since a time; None where there is nothing."""
         try:
             row = await self._do(self._reads, (_GET.format("answers"), (key,)))
-        except (sqlite3.OperationalError, RuntimeError) as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError, RuntimeError) as error:
+            passes = isinstance(error, sqlite3.OperationalError | RuntimeError)
+            if not passes and not self._read_only:  # asked again, all of it could neither be kept nor found
+                raise self._database.damaged(error) from None
             self._warn("cache %s cannot be read (%s): asking again", error)
             return None
-        except sqlite3.DatabaseError as error:
-            raise self._database.damaged(error) from None
         if row is not None and not _is_intact(key, row):
             self._warn("cache %s: an answer is damaged (%s): asking again", "wrong checksum")
             return None
@@ -348,11 +371,22 @@ class Store:
         with self._reader.lent(self._patience) as connection:
             connection.execute("BEGIN")
             rows = [_row(connection, statement) for statement in statements]
-            connection.execute("COMMIT")
+            connection.execute("ROLLBACK")  # COMMIT would fail where one of them met damage
             return rows
 
-    def _write(self, statements: Sequence[Statement]) -> list[None]:
-        """Commit all statements together; on the thread of the writes."""
+    def _write(self, statements: Sequence[Statement]) -> list[Exception | None]:
+        """Commit all statements together, else one by one those that can be; on the thread of the writes."""
+        try:
+            self._commit(statements)
+        except Exception as error:
+            if len(statements) == 1:
+                return [error]
+            if isinstance(error, sqlite3.OperationalError):  # a lock, a full disk: the same for each
+                raise
+            return [outcome for each in statements for outcome in self._write([each])]
+        return [None] * len(statements)
+
+    def _commit(self, statements: Sequence[Statement]) -> None:
         deadline = time.monotonic() + self._write_patience
         while True:
             left = max(deadline - time.monotonic(), 0.0)
@@ -369,7 +403,7 @@ class Store:
                     self._write_patience = min(self._patience, _LITTLE_PATIENCE)
                 raise
             self._write_patience = self._patience
-            return [None] * len(statements)
+            return
 
     def _warn(self, message: str, why: object) -> None:
         if message not in self._warned:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -233,7 +234,7 @@ def _check_usage(run: FileRun) -> None:
         raise ValidationError("--resume needs --output: standard output cannot be read back", field="resume")
     source = None if run.source.is_stream else run.source.path
     output = None if run.output == "-" else Path(run.output).expanduser()
-    _check_apart("output", output, input=source)
+    _check_apart("output", output, input=source, cache=run.cache)
     if run.report is not None:
         _check_apart("report", run.report, input=source, output=output, cache=run.cache)
         _check_can_write(run.report)
@@ -321,10 +322,12 @@ def _show_estimate(run: FileRun) -> int:
 
 def _carry_out(run: FileRun) -> int:
     """Answer the rows that are not done, and return the exit code."""
+    # Made first: where the cache or a limit is refused, the output stays as it is.
+    client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
     with contextlib.closing(Output(run.output)) as file:
         _look_at_output(run, file)
         _look_at_input(run)
-        result = asyncio.run(_answer(run, file))
+        result = asyncio.run(_answer(run, client, file))
     if not (result.answered or result.failed or run.done or result.error or result.interrupted):
         raise ValidationError(f"{run.source.name}: no rows", field="input")
     code = result.exit_code(file.failed)
@@ -367,12 +370,12 @@ class Result:
         return common.BAD_INPUT if self.report_error else 0
 
 
-async def _answer(run: FileRun, output: Output) -> Result:
+async def _answer(run: FileRun, client: OpenAIClient, output: Output) -> Result:
     """Answer the rows, write their outcomes, and then the report, however the run ended."""
     result, began = Result(), time.monotonic()
     last_words = "" if run.output == "-" else f"to go on: {_resume_command()}"
     answer_all = _answer_by_batch if run.by_batch else _answer_online
-    async with OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache) as client:
+    async with client:
         with common.interruptible(at_once=run.by_batch, last_words=last_words) as stop:
             try:
                 await answer_all(run, client, output, result, stop)
@@ -394,27 +397,39 @@ async def _answer_online(
 ) -> None:
     """Write each outcome as it comes."""
     taken: dict[int, Row] = {}
+    held: list[tuple[Row, Exception]] = []  # not these rows' fault, if it turns out to end the run
 
     def prompts() -> Iterator[Any]:
         for position, row in enumerate(run.rows()):
             taken[position] = row
             yield row.prompt
 
+    write = functools.partial(_write, output, result)
     feed = run.feed(prompts())
     stream = client.as_completed(feed, progress=run.progress, stop_event=stop, **run.params)
     async with contextlib.aclosing(stream) as outcomes:
         async for position, outcome in outcomes:
             row = taken.pop(position)
-            if isinstance(outcome, Exception) and read_failure(outcome).ends_run(
-                run.limits.max_wait, answered=bool(result.answered)
-            ):
-                continue  # raised in the end: it is not this row's fault
-            line = _line_of(row, outcome)
-            if output.is_regular:
-                output.write(line)
-            else:
-                await asyncio.to_thread(output.write, line)  # a pipe may be full
-            result.count(outcome)  # what is not written is not done
+            if isinstance(outcome, Exception):
+                failure = read_failure(outcome)
+                if failure.is_shared or failure.ends_run(run.limits.max_wait):
+                    held.append((row, outcome))
+                    continue
+            elif not outcome.cached:  # the account works
+                while held:
+                    await write(*held.pop(0))
+            await write(row, outcome)
+    for pair in held:
+        await write(*pair)
+
+
+async def _write(output: Output, result: Result, row: Row, outcome: ModelResponse | Exception) -> None:
+    line = _line_of(row, outcome)
+    if output.is_regular:
+        output.write(line)
+    else:
+        await asyncio.to_thread(output.write, line)  # a pipe may be full
+    result.count(outcome)  # what is not written is not done
 
 
 async def _answer_by_batch(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from openai_eval_client._cost.ledger import EXACT
 from openai_eval_client._log import inform, warn
@@ -20,9 +23,11 @@ from openai_eval_client.errors import BudgetExceededError, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from typing_extensions import Self
+
     from openai_eval_client._cost.ledger import Ledger
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client._wire import Demand, Outcome
+    from openai_eval_client._wire import Demand, Outcome, Usage
 
 _NOTHING = Decimal(0)
 _LONG_WAIT = 1.0  # seconds from which a wait is logged
@@ -287,6 +292,44 @@ def commit(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
     return Reservation([budget.commit(amount) for budget in budgets])
 
 
+class _Request(NamedTuple):
+    """What the most that a request can cost depends on."""
+
+    model: str
+    input: int  # tokens at most
+    output: int  # tokens at most, as far as the model keeps to it
+    audio: dict[str, bool]  # whether it may have "audio_input", "audio_output"
+    batch: bool
+    tier: str | None  # the service tier asked for; None: none, so that the project's default serves
+
+
+def _request(body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> _Request:
+    """Return what the most that a request can cost depends on."""
+    model, asked = body.get("model"), body.get("service_tier")
+    if not isinstance(model, str):
+        _reject(f"what model={model!r} costs is not known")
+    parts = list(_parts((body.get("messages"), body.get("input"))))
+    hidden = (part.get("encrypted_content") for part in parts)
+    tokens += sum(len(content) for content in hidden if isinstance(content, str))
+    audio = {
+        "audio_input": any(part.get("type") == "input_audio" for part in parts),
+        "audio_output": "audio" in (body.get("modalities") or ()),
+    }
+    tier = asked if isinstance(asked, str) and asked != "auto" and not batch else None
+    return _Request(model, tokens, output, audio, batch, tier)
+
+
+class _MostCost(Decimal):
+    """The most that a request can cost in USD, as far as was known when it was made."""
+
+    def __new__(cls, amount: Decimal, request: _Request) -> Self:
+        made = super().__new__(cls, amount)
+        made.request = request
+        return made
+
+    request: _Request
+
+
 class Budgets:
     """The budgets of one client: what its requests can cost, and what they did cost."""
 
@@ -295,6 +338,9 @@ class Budgets:
         self._lock = lock
         self._budget = self._new(max_cost)
         self._overspent: set[str] = set()  # models of which it was logged
+        # What answers showed, by the model asked:
+        self._served: dict[str, set[str | None]] = {}  # tiers that served where none was asked for
+        self._excess: dict[str, Fraction] = {}  # the longest output, in shares of what was allowed
 
     def budget_for(
         self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str
@@ -319,7 +365,8 @@ class Budgets:
             return _NOTHING
         output = most_output(body, path)
         await self.ready()
-        return self._most(body, await counter.most_input(body), output, batch=False)
+        request = _request(body, await counter.most_input(body), output, batch=False)
+        return _MostCost(self._price(request), request)
 
     async def ready(self) -> None:
         """Load the price list, for `most_by_batch`."""
@@ -328,15 +375,22 @@ class Budgets:
     def most_by_batch(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
         """Return the most that one line of a batch can cost; as long as counting takes: for a thread."""
         output = most_output(body, path)
-        return self._most(body, counter.most_input_now(body), output, batch=True)
+        return self._price(_request(body, counter.most_input_now(body), output, batch=True))
 
     def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None) -> Decimal:
         """Return what an attempt cost in USD: its price, where that is known; else the most it can."""
-        most, usage = demand.most_cost or _NOTHING, outcome.counted
+        usage = outcome.usage
+        if usage is not None and isinstance(demand.most_cost, _MostCost):
+            self._learn(demand.most_cost.request, usage)
+        most = min(demand.most_cost or _NOTHING, self._amount(demand))
         if usage is None:  # an error status costs nothing, nor does what was never sent
             return most if outcome.may_be_billed else _NOTHING
-        if cost is None:
-            return most
+        if cost is None:  # of a model or tier without a price: at least what it would cost ordinarily
+            pricer, now = self._ledger.pricer_for(None), time.time()
+            cost = pricer.price(str(demand.model), usage, batch=False, service_tier=None, at=now)
+            return max(cost or _NOTHING, most)
+        if usage.estimated:  # it used that much at least
+            return max(cost, most)
         model = usage.model or str(demand.model)
         if cost > most and model not in self._overspent:
             self._overspent.add(model)
@@ -346,7 +400,18 @@ class Budgets:
 
     async def reserve(self, demand: Demand, own: CostBudget | None) -> Reservation:
         """Reserve the most that an attempt can cost, once there is room for it."""
-        return await reserve(self.budgets(own), demand.most_cost or _NOTHING)
+        # While it waits, answers may show that this is more or less than was known.
+        while True:
+            amount = self._amount(demand)
+            try:
+                reservation = await reserve(self.budgets(own), amount)
+            except BudgetExceededError:
+                if self._amount(demand) < amount:
+                    continue
+                raise
+            if self._amount(demand) <= amount:
+                return reservation
+            reservation.refund()
 
     def shared(self, ledger: Ledger) -> Budgets:
         """Return the same budget for another account, whose prices may be others."""
@@ -365,24 +430,40 @@ class Budgets:
         check_cost(max_cost, "max_cost")
         return CostBudget(Decimal(str(max_cost)), lock=self._lock)
 
-    def _most(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
+    def _learn(self, request: _Request, usage: Usage) -> None:
+        """Note in which tier an answer was served, and whether its output exceeded what was allowed."""
+        model, pricer = request.model, self._ledger.pricer_for(None)
+        if request.tier is None and pricer.loaded:
+            is_known = usage.service_tier in pricer.tiers(model, at=time.time())
+            self._served.setdefault(model, set()).add(usage.service_tier if is_known else None)
+        if usage.completion_tokens > request.output > 0 and not usage.estimated:
+            excess = Fraction(usage.completion_tokens, request.output)
+            self._excess[model] = max(excess, self._excess.get(model, excess))
+
+    def _amount(self, demand: Demand) -> Decimal:
+        """Return the most that an attempt can cost by what answers have shown since that was asked."""
+        most = demand.most_cost or _NOTHING
+        if isinstance(most, _MostCost):
+            with contextlib.suppress(Exception):  # the price list has changed; an answer may wait for this
+                return self._price(most.request)
+        return most
+
+    def _price(self, request: _Request) -> Decimal:
         """Price all input and all output at the highest price that either can have."""
-        model, asked = body.get("model"), body.get("service_tier")
-        if not isinstance(model, str):
-            _reject(f"what model={model!r} costs is not known")
-        parts = list(_parts((body.get("messages"), body.get("input"))))
-        hidden = (part.get("encrypted_content") for part in parts)
-        tokens += sum(len(content) for content in hidden if isinstance(content, str))
-        audio = {
-            "audio_input": any(part.get("type") == "input_audio" for part in parts),
-            "audio_output": "audio" in (body.get("modalities") or ()),
-        }
-        pricer, costs = self._ledger.pricer_for(None), []
-        for tier in {None, asked if isinstance(asked, str) and not batch else None}:
+        # Where a tier was asked for, the ordinary one may serve instead. Where none was, the project's own
+        # does, which may be the dearest until an answer tells. Some models reason beyond their max_tokens.
+        pricer, (model, tokens, output, audio, batch, asked) = self._ledger.pricer_for(None), request
+        tiers: set[str | None] = {None, asked}
+        if asked is None and not batch:
+            tiers |= self._served.get(model) or pricer.tiers(model, at=time.time())
+        output, costs = math.ceil(output * self._excess.get(model, 1)), []
+        for tier in tiers:
             rates = pricer.rates(model, batch=batch, service_tier=tier, at=time.time())
             cost = None if rates is None else rates.most(tokens, output, **audio)
-            if cost is None:
-                kind = "batch price" if batch else f"price in service tier {tier!r}" if tier else "price"
+            if cost is not None:
+                costs.append(cost)
+            elif tier in {None, asked}:
+                named = "price" if tier is None else f"price in service tier {tier!r}"
+                kind = "batch price" if batch else named
                 _reject(f"the {kind} of model={model!r} is not known, so the cost cannot be limited")
-            costs.append(cost)
-        return max(costs)  # a tier that was asked for may not be the one that serves
+        return max(costs)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
 _WORTH_LOGGING = 1.0  # seconds of waiting
+_OVERLOAD_PAUSE = 1.0  # seconds, where an overloaded server names none
 
 
 class Permit(NamedTuple):
@@ -175,6 +176,8 @@ class Limiter:
     def _learn(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
         """Take over what the server says of its limits; after a 429, pause as long as it says."""
         failure = outcome.failure if outcome.is_rate_limit else None
+        if outcome.is_overload and outcome.failure is not None:
+            queue.pause(outcome.failure.wait or _OVERLOAD_PAUSE)
         if outcome.headers is None or (failure is None and not queue.is_news(waiter)):
             return
         stated = read_stated_limits(outcome.headers)

@@ -1,11 +1,11 @@
 """Prompts answered online: one, many by a pool of workers, an estimate."""
 
+from openai_eval_client._online.estimate import estimate
 from openai_eval_client._online.prompts import (
     Caller,
     WorkerPool,
     attach_responses,
     collect,
-    estimate,
     outcomes_or_raise,
     pool_for,
     responses_of,

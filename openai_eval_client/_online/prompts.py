@@ -9,23 +9,24 @@ import itertools
 import os
 import time
 import uuid
-from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterable, Sized
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterable
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._cost import exact
-from openai_eval_client._limits import FIRST_OUTPUT_GUESS, MINUTE, Clock, ConcurrencyLimit, ModelQueue
+from openai_eval_client._limits import ConcurrencyLimit
+from openai_eval_client._log import inform
+from openai_eval_client._online.background import BackgroundResponses, pending
+from openai_eval_client._online.stopping import StopRule, check_max_failures
 from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._validation import check_count
 from openai_eval_client._wire import (
     PATHS,
     Demand,
+    Kind,
     Outcome,
-    Usage,
     check_prompt,
     forget_key,
     max_output,
@@ -35,27 +36,22 @@ from openai_eval_client._wire import (
     usage_of,
 )
 from openai_eval_client.errors import PartialFailureError, sdk_httpx
-from openai_eval_client.models import CostEstimate
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+    from decimal import Decimal
 
-    from openai_eval_client._account import Account
-    from openai_eval_client._cache import Cache
-    from openai_eval_client._cost import CostBudget, Pricer, Rates
+    from openai_eval_client._account import Account, Attempt
+    from openai_eval_client._cache import Cache, Keeper
+    from openai_eval_client._cost import CostBudget, Pricer
     from openai_eval_client._report import Display, Progress
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client._wire import Parameters
+    from openai_eval_client._wire import Failure, Parameters
     from openai_eval_client.config import OpenAIConfig, RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
 _TAKING = 0.002  # seconds of taking items after which other tasks run first
 _READ_AHEAD = 32  # prompts beyond those in flight: ready when one is done; more would only take memory
-
-# Of an estimate:
-_CHUNK = 256  # prompts taken at a time
-_CHUNK_TIME = 0.001  # seconds for that, on the event loop
-_COUNTING = 0.002  # seconds for one hop to the thread, which takes 0.2 ms: longer would keep the loop waiting
 
 
 @dataclass(slots=True)
@@ -68,10 +64,11 @@ class _Job:
     concurrency: ConcurrencyLimit | None  # None: the model's
     budget: CostBudget | None  # the call's own, besides the client's
     sending: contextlib.AbstractContextManager[None] | None  # entered while a request is in flight
-    keep: Callable[[ModelResponse], Awaitable[None]] | None = None  # stores the answer, still in flight
+    keep: Keeper | None = None  # stores the answer, still in flight
     input_tokens: int = 0
     most_cost: Decimal | None = None  # USD that one attempt can cost; None: there is no budget
     turn: int = 0  # its place in the queue, kept through all attempts
+    flex_refused_at: float = 0.0  # when the flex tier first had no capacity for it; 0: it never was refused
 
 
 class Caller:
@@ -95,14 +92,18 @@ class Caller:
         self._cache = cache
         self._urls = {api: str(sdk.base_url).rstrip("/") + path for api, path in PATHS.items()}
         self._reply_class = sdk_httpx().Response  # what post() casts to: both headers and body
+        self._has_answered = False
         self._name, self._count = uuid.uuid4(), itertools.count()
         self.unsupported = UnsupportedParameters()
+        self._background = BackgroundResponses(sdk, config.background_timeout)
+        self._flex_fallback = config.flex_fallback
         self._retrying = retrying(
             self._again,
             max_retries=config.max_retries,
             max_wait=account.config.max_wait,
             on_retry=account.recorder.retry,
             model_of=lambda job, _: str(job.body["model"]),
+            is_worth=self._is_worth,
         )
 
     def __call__(
@@ -123,9 +124,7 @@ class Caller:
             return self._answer(job)
         return self._cache.answer(body, parameters, functools.partial(self._answer, job))
 
-    async def _answer(
-        self, job: _Job, keep: Callable[[ModelResponse], Awaitable[None]] | None = None
-    ) -> ModelResponse:
+    async def _answer(self, job: _Job, keep: Keeper | None = None) -> ModelResponse:
         """Send one prompt, which the cache does not know, until it is answered or failed for good."""
         account, counter, body = self._account, self._counter, job.body
         try:
@@ -157,7 +156,28 @@ class Caller:
         except openai.BadRequestError as error:
             if not self.unsupported.learn(error, job.sent):
                 raise
+        except openai.RateLimitError as error:
+            if not self._falls_back(job, error):
+                raise
         return await self._again(job, failures)
+
+    def _falls_back(self, job: _Job, error: openai.RateLimitError) -> bool:
+        """Ask for the standard tier where flex had no capacity for long enough; return whether it did."""
+        patience, is_flex = self._flex_fallback, job.body.get("service_tier") == "flex"
+        if patience is None or not is_flex or read_failure(error).kind is not Kind.CAPACITY:
+            return False
+        now = time.monotonic()
+        job.flex_refused_at = job.flex_refused_at or now
+        if now - job.flex_refused_at < patience:
+            return False
+        job.body = {**job.body, "service_tier": "default"}
+        text = "no capacity in the flex tier for %.0f s: sent in the standard tier"
+        inform(text, now - job.flex_refused_at, event="flex_fallback", model=job.body["model"])
+        return True
+
+    def _is_worth(self, failure: Failure) -> bool:
+        """Return whether another attempt may help; a page from a server that answers is a passing fault."""
+        return failure.retry or (failure.kind is Kind.NOT_AN_API and self._has_answered)
 
     async def _send(self, job: _Job) -> ModelResponse:
         """Send once."""
@@ -167,15 +187,16 @@ class Caller:
             demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget, sending=job.sending
         ) as attempt:
             started = time.perf_counter()
-            reply = await self._post(job.parameters, body)
+            reply = await self._reply_to(job, attempt)
             latency = time.perf_counter() - started
-            answer = read_body(reply, job.parameters.api)
+            answer, kept = read_body(reply, job.parameters.api)
+            self._has_answered = True
             counted = usage_of(answer)
             response = read_answer(
                 answer,
                 job.parameters,
                 usage=counted,
-                kept=reply.content,  # less memory than what is read from it
+                kept=kept,  # less memory than what is read from it
                 temperature=body.get("temperature"),
                 request_id=reply.headers.get("x-request-id"),
                 latency=latency,
@@ -192,6 +213,20 @@ class Caller:
         if not usage.estimated:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
         return response
+
+    async def _reply_to(self, job: _Job, attempt: Attempt) -> Any:
+        """Send once, and return the reply; of a response in the background the last one."""
+        parameters, body, keep = job.parameters, job.sent, job.keep
+        if parameters.api != "responses":
+            return await self._post(parameters, body)
+        reply = None
+        if keep is not None and body.get("background"):
+            reply = await self._background.noted(keep, parameters)
+        if reply is None:
+            reply = await self._post(parameters, body)
+            if pending(reply) is not None:  # the replies to come state no limits
+                attempt.update_from_headers(reply.headers)
+        return await self._background.finished(reply, parameters, keep)
 
     def _post(self, parameters: Parameters, body: dict[str, Any]) -> Awaitable[Any]:
         """Post through the SDK, which authenticates, sends and turns bad statuses into its errors."""
@@ -220,11 +255,12 @@ class WorkerPool:
         *,
         slots: int,
         width: int,
-        is_fatal: Callable[[Exception, bool], bool],
+        rule: StopRule | None = None,
     ) -> None:
         self.error: BaseException | None = None  # raised once all that was in flight is done
         self._work = work
-        self._is_fatal = is_fatal  # of an error, and of whether any item was answered
+        self._rule = rule or StopRule()
+        self._witnesses: set[Any] | None = None  # in flight when the evidence was complete
         self._slots = slots  # requests in flight at once
         self._workers = 0
         self._ready: deque[tuple[int, Any]] = deque()  # items that no worker has begun
@@ -233,7 +269,6 @@ class WorkerPool:
         self._tasks: set[asyncio.Task[None]] = set()
         self._sending: set[asyncio.Task[Any] | None] = set()  # those with a request in flight
         self._waiting: set[asyncio.Task[Any] | None] = set()  # those between two attempts
-        self._answered = False
         self._stopped = False
 
     async def run(
@@ -299,7 +334,7 @@ class WorkerPool:
         if kind is None:
             return
         task = asyncio.current_task()
-        self._sending.discard(task)
+        self._leave(task)
         if isinstance(error, Exception):
             self._waiting.add(task)
             asyncio.get_running_loop().call_soon(self._start_worker)  # unless this one goes on itself
@@ -322,6 +357,8 @@ class WorkerPool:
         if error is not None:  # cancelled from outside, or a bug: no item may be dropped in silence
             self.stop(error)
         if not self._tasks:
+            if not self._stopped:
+                self.error = self.error or self._rule.last
             self._outcomes.put_nowait(None)
 
     async def _take(self, items: Iterable[Any] | AsyncIterable[Any]) -> None:
@@ -368,14 +405,28 @@ class WorkerPool:
             outcome = await self._work(index, item, sending=self)
         except Exception as error:  # noqa: BLE001  # handed to the consumer as the item's outcome
             self._outcomes.put_nowait((index, error))
-            if self._is_fatal(error, self._answered):
-                self.stop(error)
+            ended = self._rule.failed(error, item)
+            if ended is not None:
+                self.stop(ended)
+            elif self._witnesses is None and self._rule.suspect is not None:
+                self._witnesses = self._sending.copy()
         else:
-            self._answered = True
+            self._rule.answered(cached=getattr(outcome, "cached", False))
             self._outcomes.put_nowait((index, outcome))
         finally:
-            self._sending.discard(task)
+            self._leave(task)
             self._waiting.discard(task)
+
+    def _leave(self, task: asyncio.Task[Any] | None) -> None:
+        """Count a request as no longer in flight; the last that could have disproved a failure decides."""
+        self._sending.discard(task)
+        if self._witnesses is None:
+            return
+        self._witnesses.discard(task)
+        if self._rule.suspect is None:
+            self._witnesses = None
+        elif not self._witnesses:
+            self.stop(self._rule.suspect)
 
 
 async def iterate(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[Any, None]:
@@ -397,12 +448,15 @@ def pool_for(
     call: Callable[..., Awaitable[ModelResponse]],
     parameters: Parameters,
     limits: RateLimitConfig,
-    max_concurrent: int | None,
     budget: CostBudget | None,
     *,
+    max_concurrent: int | None,
+    max_failures: float | None,
+    total: int | None,
     check: bool,
 ) -> WorkerPool:
     """Return the pool that answers prompts; with `check`, each is checked as it is taken."""
+    check_max_failures(max_failures)
     concurrency = None
     if max_concurrent is not None:
         check_count(max_concurrent, "max_concurrent")
@@ -418,7 +472,7 @@ def pool_for(
         answer,
         slots=slots,
         width=slots + min(slots, _READ_AHEAD),
-        is_fatal=lambda error, answered: read_failure(error).ends_run(limits.max_wait, answered=answered),
+        rule=StopRule(limits.max_wait, max_failures=max_failures, total=total),
     )
 
 
@@ -466,129 +520,3 @@ def responses_of(outcomes: Sequence[ModelResponse | Exception | None]) -> list[M
 def attach_responses(error: BaseException, responses: Sequence[ModelResponse | None]) -> None:
     """Give an error the answers that there were before it, as `.responses`."""
     error.__dict__["responses"] = list(responses)
-
-
-# --- an estimate: counted as sending counts, but nothing is sent ------------------------------------------
-
-
-async def estimate(
-    prompts: Iterable[Any] | AsyncIterable[Any],
-    parameters: Parameters,
-    *,
-    counter: TokenCounter,
-    account: Account,
-    progress: Progress,
-) -> CostEstimate:
-    """Estimate what prompts would need."""
-    total = len(prompts) if isinstance(prompts, Sized) else 0
-    sizes: Counter[int] = Counter()  # how many prompts have so many tokens: their prices are alike
-    async with contextlib.aclosing(_chunks(prompts)) as chunks:
-        async for chunk in chunks:
-            sizes.update(await _count_all(chunk, sizes.total(), parameters, counter))
-            if sizes.total() < total:
-                await progress(sizes.total() / total)
-    estimated = await asyncio.to_thread(_priced, sizes, parameters, account)
-    await progress(1.0)
-    return estimated
-
-
-async def _chunks(prompts: Iterable[Any] | AsyncIterable[Any]) -> AsyncGenerator[list[Any], None]:
-    """Yield the prompts, a few at a time."""
-    chunk: list[Any] = []
-    began = time.perf_counter()
-    async with contextlib.aclosing(iterate(prompts)) as source:
-        async for prompt in source:
-            chunk.append(prompt)
-            if len(chunk) == _CHUNK or time.perf_counter() - began > _CHUNK_TIME:
-                yield chunk
-                chunk, began = [], time.perf_counter()
-    if chunk:
-        yield chunk
-
-
-async def _count_all(
-    prompts: Sequence[Any], first: int, parameters: Parameters, counter: TokenCounter
-) -> list[int]:
-    """Return the input tokens of each prompt; `first` is the index of the first."""
-    counts: list[int] = []
-    while rest := prompts[len(counts) :]:
-        counted = await asyncio.to_thread(_count_some, rest, first + len(counts), parameters, counter)
-        counts += counted or [await counter.count_input(parameters.with_prompt(rest[0]))]
-    return counts
-
-
-def _count_some(
-    prompts: Iterable[Any], first: int, parameters: Parameters, counter: TokenCounter
-) -> list[int]:
-    """Return the input tokens of the first prompts, up to one that cannot be counted at once."""
-    counts: list[int] = []
-    until = time.perf_counter() + _COUNTING
-    for index, prompt in enumerate(prompts, first):
-        check_prompt(prompt, index)
-        tokens = counter.count_input_now(parameters.with_prompt(prompt))
-        if tokens is not None:
-            counts.append(tokens)
-        if tokens is None or time.perf_counter() > until:
-            break
-    return counts
-
-
-def _priced(sizes: Counter[int], parameters: Parameters, account: Account) -> CostEstimate:
-    """Return the estimate for so many prompts of each size."""
-    requests, most = sizes.total(), max_output(parameters.body)
-    prompt_tokens = sum(size * count for size, count in sizes.items())
-    mean = account.limiter.stats["output_length"].get(parameters.model, {}).get("mean")
-    mean = mean if mean is None or most is None else min(mean, most)
-    reserved = most if most is not None else FIRST_OUTPUT_GUESS if mean is None else mean
-    pricer, tier = account.ledger.pricer_for(None), parameters.body.get("service_tier")
-    costs: dict[str, Any] = {}
-    for channel in ("", "batch_"):
-        rates = pricer.rates(
-            parameters.model,
-            batch=bool(channel),
-            service_tier=tier if isinstance(tier, str) else None,
-            at=time.time(),
-        )
-        for bound, output in (("low", 0), ("expected", mean), ("high", most)):
-            costs[f"{channel}cost_{bound}"] = _cost(sizes, output, rates)
-    pricer.log_unpriced()
-    return CostEstimate(
-        model=parameters.model,
-        requests=requests,
-        prompt_tokens=prompt_tokens,
-        completion_tokens_expected=None if mean is None else round(requests * mean),
-        completion_tokens_high=None if most is None else requests * most,
-        **costs,
-        unpriced=requests if costs["cost_low"] is None else 0,
-        minutes=minutes(account.config, requests, prompt_tokens + requests * reserved),
-    )
-
-
-def _cost(sizes: Counter[int], output: float | None, rates: Rates | None) -> float | None:
-    """Return USD if each answer has `output` tokens; None where that or a price is not known."""
-    if output is None or rates is None:
-        return None
-    total = Decimal()
-    with exact():
-        for size, count in sizes.items():
-            price = rates.price(Usage(size, Decimal(output)))  # type: ignore[arg-type]  # a mean is no int
-            if price is None:
-                return None
-            total += price * count
-    return float(total)
-
-
-class _StoppedClock(Clock):
-    @staticmethod
-    def time() -> float:
-        return 0.0
-
-
-def minutes(limits: RateLimitConfig, requests: int, tokens: float) -> float | None:
-    """Return the minutes that the limiter takes to admit so much, from full buckets; None without limits."""
-    if limits.requests_per_minute is None and limits.tokens_per_minute is None:
-        return None
-    queue = ModelQueue("", limits.model_copy(update={"adaptive_throttling": False}), _StoppedClock())
-    queue.requests.charge(requests)
-    queue.tokens.charge(tokens)
-    return max(queue.requests.ready_in(0), queue.tokens.ready_in(0)) / MINUTE  # until the debt is paid

@@ -27,8 +27,9 @@ from openai_eval_client._wire import (
     of_error,
     read_failure,
     read_object,
-    read_usage,
+    read_outcome,
     refused,
+    words_of,
 )
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping
 
     from openai_eval_client._account import Attempt
+    from openai_eval_client._wire import Failure
     from openai_eval_client.models import ClientStats
 
 _UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
@@ -82,7 +84,8 @@ class _PacedClient:
             if stream and not response.is_closed:
                 response.stream = _metered_class(response.stream.__class__)(response, attempt)
                 return response  # the attempt stays open until the stream ends
-            outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content)
+            api = endpoint_of(request.url.path, request.method).api
+            outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content, api)
             attempt.ended(outcome)
         used, demand = outcome.usage, attempt.demand
         if used is not None and demand.model is not None:
@@ -128,11 +131,12 @@ def _body_of(request: Any) -> dict[str, Any]:
     return body if isinstance(body.get("model"), str) else {}
 
 
-def _outcome(demand: Demand, status: int, headers: Any, tail: bytes) -> Outcome:
+def _outcome(demand: Demand, status: int, headers: Any, tail: bytes, api: str | None = None) -> Outcome:
     if status >= _BAD_REQUEST:
         return refused(status, headers, tail)
-    usage = None if demand.model is None else read_usage(tail)  # a file may hold usage of other requests
-    return Outcome(status, headers, usage)
+    if demand.model is None:  # a file may hold usage of other requests
+        return Outcome(status, headers)
+    return read_outcome(status, headers, tail, api)
 
 
 @functools.lru_cache(maxsize=8)
@@ -321,7 +325,11 @@ async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> 
     except (json.JSONDecodeError, _httpx.TransportError) as error:  # in the middle of an answer
         message = f"answer cut short: {error}"
         raise openai.APIConnectionError(message=message, request=_httpx.Request("POST", url)) from error
-    except openai.RateLimitError as error:
+    except openai.APIStatusError as error:
+        words = words_of(error.body).message
+        if words and words not in error.message:  # the SDK quotes one shape of body alone
+            error.message = f"{error.message} - {words}"
+            error.args = (error.message,)
         if read_failure(error).kind is Kind.OUT_OF_QUOTA:
             raise QuotaError(error.message, response=error.response, body=error.body) from None
         raise
@@ -370,6 +378,8 @@ def without(body: dict[str, Any], refused: Collection[str]) -> dict[str, Any]:
 
 _FIRST_DELAY = 0.5  # seconds; the SDK's own first and longest delays
 _LONGEST_DELAY = 8.0
+_LONGEST_PATIENT_DELAY = 30.0
+_SHORTEST_PATIENCE = 1.0  # seconds that a shorter wait counts as
 
 
 def retrying(
@@ -379,13 +389,14 @@ def retrying(
     max_wait: float,
     on_retry: Callable[[str, Exception, float], None] | None = None,
     model_of: Callable[..., str] | None = None,
+    is_worth: Callable[[Failure], bool] = lambda failure: failure.retry,
     governed: bool = True,
 ) -> Callable[..., Awaitable[Any]]:
     """Return `attempt`, tried again where that may help."""
 
     def give_up(error: Exception) -> bool:
         failure = read_failure(error)
-        return not failure.retry or (failure.wait or 0.0) > max_wait
+        return not is_worth(failure) or failure.is_too_long(max_wait)
 
     def before_retry(details: Any) -> None:
         tries, wait, error = details["tries"], details["wait"], details["exception"]
@@ -399,11 +410,12 @@ def retrying(
     return backoff.on_exception(
         delays,
         openai.APIError,
-        max_tries=max_retries + 1,
         giveup=give_up,
         on_backoff=before_retry,
         jitter=None,
         logger=None,
+        max_retries=max_retries,
+        max_wait=max_wait,
         governed=governed,
     )(attempt)
 
@@ -424,18 +436,28 @@ def retry_for(
     )(attempt)
 
 
-def delays(*, governed: bool = True) -> Generator[float, Any, None]:
-    """Yield the seconds to wait after each error: the server's, else exponential with full jitter."""
-    # After a 429 whose wait is known there is none here for a governed attempt: the whole model pauses, and
-    # the request queues for it in its old place.
+def delays(
+    *, max_retries: int, max_wait: float = float("inf"), governed: bool = True
+) -> Generator[float, Any, None]:
+    """Yield the seconds to wait after each error, until it is not worth another attempt."""
+    # A refusal that says nothing against the request counts against `max_wait`, any other against
+    # `max_retries`. The wait is the server's, else exponential with full jitter. Where a governed attempt's
+    # whole model pauses for that long there is none here: the request queues in its old place.
     # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    ceilings = backoff.expo(base=2, factor=_FIRST_DELAY, max_value=_LONGEST_DELAY)
-    next(ceilings)
+    failed, refused_for, patience = 0, 0, 0.0
     delay = 0.0
     while True:
-        error: Exception = yield delay
-        ceiling, asked = next(ceilings), read_failure(error).wait
-        if not asked:
-            delay = backoff.full_jitter(ceiling)
+        failure = read_failure((yield delay))
+        is_patient = failure.is_patient and max_retries > 0
+        if is_patient:
+            ceiling = min(_FIRST_DELAY * 2 ** min(refused_for, 9), _LONGEST_PATIENT_DELAY)
+            refused_for += 1
+            patience += max(failure.wait, _SHORTEST_PATIENCE) if failure.wait else ceiling
         else:
-            delay = 0.0 if governed and isinstance(error, openai.RateLimitError) else asked
+            ceiling = min(_FIRST_DELAY * 2 ** min(failed, 9), _LONGEST_DELAY)
+            failed += 1
+        if failed > max_retries or (refused_for > max_retries and patience > max_wait):
+            return
+        pauses = governed and failure.kind in {Kind.RATE_LIMITED, Kind.OVERLOADED}
+        wait = 0.0 if pauses else failure.wait
+        delay = wait if failure.wait and wait is not None else backoff.full_jitter(ceiling)

@@ -1,8 +1,10 @@
 """Requests and answers as they stand on the wire, and what an answer means."""
 
-from openai_eval_client._wire.answers import is_answer, read_answer
+from openai_eval_client._wire.answers import read_answer
+from openai_eval_client._wire.bodies import fault_in, read_body, read_outcome, status_error
 from openai_eval_client._wire.failures import (
     NOT_SENT,
+    Failure,
     Kind,
     Outcome,
     class_of,
@@ -11,13 +13,12 @@ from openai_eval_client._wire.failures import (
     meaning_of,
     of_error,
     outcome_of,
-    read_body,
     read_failure,
     refused,
-    status_error,
     status_of,
 )
 from openai_eval_client._wire.headers import DIMENSIONS, StatedLimit, read_stated_limits
+from openai_eval_client._wire.refusals import words_of
 from openai_eval_client._wire.requests import (
     BATCH_PATHS,
     INPUT_KEYS,
@@ -48,6 +49,7 @@ __all__ = [
     "NOT_SENT",
     "PATHS",
     "Demand",
+    "Failure",
     "Kind",
     "Outcome",
     "Parameters",
@@ -60,8 +62,8 @@ __all__ = [
     "class_of",
     "code_of",
     "endpoint_of",
+    "fault_in",
     "forget_key",
-    "is_answer",
     "list_prompts",
     "max_output",
     "meaning_of",
@@ -72,6 +74,7 @@ __all__ = [
     "read_failure",
     "read_json",
     "read_object",
+    "read_outcome",
     "read_stated_limits",
     "read_usage",
     "refused",
@@ -79,4 +82,5 @@ __all__ = [
     "status_of",
     "token_count",
     "usage_of",
+    "words_of",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._log import warn
-from openai_eval_client._wire.usage import Usage, clean, dict_in, dicts_in, text_in, token_count
+from openai_eval_client._wire.usage import Usage, clean, dict_in, dicts_in, text_in
 from openai_eval_client.models import ModelResponse, TokenUsage
 
 if TYPE_CHECKING:
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
 # Items of a response that wait for the caller; the API runs its hosted tools itself.
 _CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local_shell_call"})
 _DEFAULT_TEMPERATURE = 1.0  # https://platform.openai.com/docs/api-reference/chat/create
-
-
-def is_answer(body: object, api: str) -> bool:
-    """Return whether a body is an answer at all, and not what something on the way makes of it."""
-    wanted = "choices" if api == "chat" else "output"
-    return isinstance(body, dict) and isinstance(body.get(wanted), list)
 
 
 def read_answer(
@@ -40,7 +34,7 @@ def read_answer(
     """Build the response to one prompt; a field that a server gets wrong reads as missing."""
     values = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
     values |= {
-        "usage": _token_usage(body, usage, cost),
+        "usage": _token_usage(usage, cost),
         "model": text_in(body.get("model")) or parameters.model,
         "request_id": request_id or text_in(body.get("id")),
         "latency_ms": latency * 1000,
@@ -107,13 +101,12 @@ def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
     return "tool_calls" if calls else "stop"
 
 
-def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | None) -> TokenUsage:
+def _token_usage(usage: Usage | None, cost: float | None) -> TokenUsage:
     counts = usage or Usage(0, 0, estimated=True)
-    total = None if usage is None else token_count(body["usage"].get("total_tokens"))
     fields = {
         "prompt_tokens": counts.prompt_tokens,
         "completion_tokens": counts.completion_tokens,
-        "total_tokens": total or counts.prompt_tokens + counts.completion_tokens,
+        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
         "estimated_cost": cost,
         "cached_tokens": counts.cached_tokens,
         "reasoning_tokens": counts.reasoning_tokens,

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._log import request_id
-from openai_eval_client._wire.answers import is_answer
-from openai_eval_client._wire.headers import refused_dimension, stated_wait
-from openai_eval_client._wire.requests import PATHS
-from openai_eval_client._wire.usage import read_json, read_object, read_usage
+from openai_eval_client._wire.headers import refused_dimension
+from openai_eval_client._wire.refusals import Words, refusal_wait, words_of
+from openai_eval_client._wire.usage import read_json, read_usage
 from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
@@ -34,13 +33,17 @@ class Kind(enum.Enum):
     """What went wrong."""
 
     RATE_LIMITED = "rate_limited"
-    OUT_OF_QUOTA = "out_of_quota"
+    OVERLOADED = "overloaded"  # the server has too much to do, whoever asks
+    CAPACITY = "capacity"  # of a cheaper tier: refused, not charged
+    CONCURRENCY = "concurrency"  # too many in flight
+    OUT_OF_QUOTA = "out_of_quota"  # credit or spending: waiting does not help
     TOO_LARGE = "too_large"
     REFUSED_KEY = "refused_key"
     REFUSED_MODEL = "refused_model"
     REFUSED_INPUT = "refused_input"
     CONTENT_REFUSED = "content_refused"
     NOT_FOUND = "not_found"
+    NOT_AN_API = "not_an_api"  # an HTML page
     SERVER_ERROR = "server_error"
     UNREADABLE = "unreadable"  # a 200 that holds no answer
     TIMED_OUT = "timed_out"
@@ -58,59 +61,110 @@ class Scope(enum.Enum):
 
 
 class Row(NamedTuple):
-    """One row of the table of failures: the first that fits decides."""
+    """One row of the table of failures."""
 
-    of: int | type[BaseException]  # a status, or the first digit of one; the class of an error without one
-    word: str | None  # the error's code or type, or a text in its message; None: any
+    of: (
+        int | tuple[int, ...] | type[BaseException]
+    )  # status, first digit of it; class of an error without one
     kind: Kind
     retry: bool
     scope: Scope
     meaning: str  # for the user, in a report
+    code: str = ""  # a pattern of the code or type; "": it needs none
+    text: str = ""  # a pattern of the message or details; "": it needs none
     billed: bool = False  # whether it may have been billed
+
+    def is_of(self, status: int) -> bool:
+        """Return whether it is a row of a status."""
+        of = self.of if isinstance(self.of, tuple) else (self.of,)
+        return status in of or status // 100 in of
 
 
 _AGAIN, _NEVER = True, False  # whether the same request is worth another attempt
 _REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
 _4XX, _5XX = 4, 5
+_INPUT = (400, 403, 404, 422)  # statuses of a refusal that may be about the input
 _SEE = "see the exception"
-# The API's codes: https://platform.openai.com/docs/guides/error-codes
+_OF_ALL = frozenset({"cache", "max_cost", "redis_url"})  # fields that are wrong for every request
+_LONGEST_BODY = 16_384  # bytes of a body that is no JSON
+_NO_CREDIT = "the account's credit or limit on spending is used up, or it is suspended: waiting does not help"
+_NO_MODEL = "no such model, or not for this key"
+_NOT_THIS = "the provider refuses the content"
+_WRONG_KEY = "the key is wrong or was withdrawn"
+_BUSY = "the server has too much to do"
+# What servers send: the API's codes (https://platform.openai.com/docs/guides/error-codes), and the words of
+# compatible servers. A row whose code fits decides, else one whose type does, else one whose text fits the
+# message, else the first that needs no word.
 FAILURES = (
-    Row(429, "insufficient_quota", Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT,
-        "the account's credit is used up: waiting does not help"),
-    Row(429, "Request too large", Kind.TOO_LARGE, _NEVER, _REQUEST,
-        "more tokens than the limit can ever admit"),
-    Row(429, None, Kind.RATE_LIMITED, _AGAIN, _MODEL,
-        "rate limited; sent again after the wait that the server asked for"),
-    Row(401, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
-    Row(403, "invalid_api_key", Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "the key is wrong or was withdrawn"),
-    Row(403, None, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
-    Row(404, "model_not_found", Kind.REFUSED_MODEL, _NEVER, _MODEL, "no such model, or not for this key"),
-    Row(404, None, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
-    Row(408, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting; sent again"),
-    Row(409, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "conflicts with another request; sent again"),
-    Row(413, None, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
-    Row(_4XX, "context_length_exceeded", Kind.TOO_LARGE, _NEVER, _REQUEST,
-        "the prompt and max_tokens do not fit the model"),
-    Row(_4XX, "content_policy_violation", Kind.CONTENT_REFUSED, _NEVER, _REQUEST,
-        "the provider refuses the content"),
-    Row(_4XX, None, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
-    Row(_5XX, None, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed; sent again"),
-    Row(openai.APIResponseValidationError, None, Kind.UNREADABLE, _AGAIN, _REQUEST,
-        "what came was no answer; sent again", billed=True),
-    Row(TimeoutError, None, Kind.TIMED_OUT, _AGAIN, _REQUEST,
-        "no answer within timeout; sent again", billed=True),
-    Row(openai.APIConnectionError, None, Kind.DROPPED, _AGAIN, _REQUEST,
-        "the connection failed, or the answer was cut short; sent again", billed=True),
-    Row(openai.APIError, None, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
-    Row(BudgetExceededError, None, Kind.LOCAL, _NEVER, _ACCOUNT, "max_cost left too little; not sent"),
-    Row(RequestTooLargeError, None, Kind.TOO_LARGE, _NEVER, _REQUEST,
+    Row(_4XX, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT,
+        code=r"insufficient_(?:user_)?(?:quota|balance|funds|credits?)|(?:exceeded_current|user)_quota.*"
+        r"|billing_(?:not_active|hard_limit_reached)|(?:credit_)?balance_(?:exhausted|too_low|insufficient)"
+        r"|(?:organization|project|account|user|team)_(?:spend|spending|usage|budget)_limit_(?:exceeded|reached)"
+        r"|account_(?:suspended|deactivated|overdue|blocked)|budget_exceeded|payment_required|arrearage"),
+    Row(402, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT),
+    Row(_4XX, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT,
+        text=r"insufficient[ _](?:\w+ )?(?:balance|funds|credits?|quota)|(?:more|out of|no) credits\b"
+        r"|(?:balance|credits?|funds)\b.{0,40}\b(?:too low|insufficient|not enough|exhausted|depleted)"
+        r"|(?:exceeded|exhausted) (?:your |the )?(?:current |monthly )?(?:free )?(?:quota|allowance|spend)"
+        r"|account (?:\S+ )?(?:is |was |has been )?(?:suspended|deactivated|in arrears|overdue)"
+        r"|spend(?:ing)? limit"
+        r"|billing\b.{0,40}\b(?:not active|hard limit)|budget has been exceeded|\brecharge\b|top up your"),
+    Row(429, Kind.TOO_LARGE, _NEVER, _REQUEST, "more tokens than the limit can ever admit",
+        text="request too large"),
+    Row(429, Kind.CONCURRENCY, _AGAIN, _MODEL, "too many requests in flight",
+        code=".*concurren.*", text=r"concurren|parallel request|simultaneous"),
+    Row((429, 503), Kind.OVERLOADED, _AGAIN, _MODEL, _BUSY, code=".*overload.*|slow_down",
+        text="overload|slow down|too busy|heavy load|high (?:load|demand)"),
+    Row(529, Kind.OVERLOADED, _AGAIN, _MODEL, _BUSY),
+    Row((429, 503), Kind.CAPACITY, _AGAIN, _MODEL, "no capacity for this tier or model now",
+        code="resource_unavailable|.*capacity.*",
+        text=r"resources? (?:is |are )?(?:temporarily )?unavailable|\bcapacity\b"),
+    Row(429, Kind.RATE_LIMITED, _AGAIN, _MODEL, "rate limited"),
+    Row((401, 403), Kind.REFUSED_KEY, _NEVER, _ACCOUNT, _WRONG_KEY, code="invalid_api_key"),
+    Row(_INPUT, Kind.CONTENT_REFUSED, _NEVER, _REQUEST, _NOT_THIS,
+        code=r"content_(?:policy_violation|filter|moderation.*)|invalid_prompt|responsibleaipolicyviolation"
+        r"|(?:.*_)?moderation(?:_.*)?|data_?inspection_?failed|image_content_policy_violation",
+        text=r"usage (?:guideline|polic)|content (?:management )?(?:polic|filter)|moderation|flagged"
+        r"|safety (?:system|polic|filter|settings)|violat\w+.{0,60}(?:polic|guideline|terms)"
+        r"|inappropriate content"),
+    Row(_INPUT, Kind.TOO_LARGE, _NEVER, _REQUEST, "the prompt and max_tokens do not fit the model",
+        code="context_length_exceeded", text=r"maximum context length|context window|prompt is too long"),
+    Row(_INPUT, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the model does not take such input",
+        text=r"no endpoints found that|(?:does(?: not|n't)|cannot) (?:support|accept|handle)\b.{0,40}"
+        r"\b(?:image|audio|video|file|tool|input)"),
+    Row(_INPUT, Kind.REFUSED_MODEL, _NEVER, _MODEL, _NO_MODEL, code="model_not_found",
+        text=r"\bmodel\b.{0,80}\b(?:does not exist|not (?:exist|found|available|allowed)|no access)"
+        r"|access to (?:the )?model|no endpoints found for|(?:unknown|invalid) model"),
+    Row(401, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, _WRONG_KEY),
+    Row(403, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
+    Row(404, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
+    Row(408, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting"),
+    Row(409, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "conflicts with another request"),
+    Row(413, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
+    Row(_4XX, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
+    Row(_5XX, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed"),
+    Row(openai.APIResponseValidationError, Kind.NOT_AN_API, _NEVER, _ACCOUNT,
+        "a page came in place of an answer: this is no API", text="^an HTML page"),
+    Row(openai.APIResponseValidationError, Kind.UNREADABLE, _NEVER, _REQUEST,
+        "a stream of events came in place of an answer", text="^a stream of events", billed=True),
+    Row(openai.APIResponseValidationError, Kind.UNREADABLE, _AGAIN, _REQUEST, "what came was no answer",
+        billed=True),
+    Row(TimeoutError, Kind.TIMED_OUT, _AGAIN, _REQUEST, "no answer within timeout", billed=True),
+    Row(openai.APIConnectionError, Kind.DROPPED, _AGAIN, _REQUEST,
+        "the connection failed, or the answer was cut short", billed=True),
+    Row(openai.APIError, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
+    Row(BudgetExceededError, Kind.LOCAL, _NEVER, _ACCOUNT, "max_cost left too little; not sent"),
+    Row(RequestTooLargeError, Kind.TOO_LARGE, _NEVER, _REQUEST,
         "more tokens than the limit can ever admit; not sent"),
-    Row(ValidationError, None, Kind.LOCAL, _NEVER, _REQUEST, "the input is wrong; not sent"),
-    Row(openai.OpenAIError, None, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
-    Row(RuntimeError, None, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
-    Row(BaseException, None, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
+    Row(ValidationError, Kind.LOCAL, _NEVER, _REQUEST, "the input is wrong; not sent"),
+    Row(openai.OpenAIError, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
+    Row(RuntimeError, Kind.LOCAL, _NEVER, _REQUEST, _SEE),
+    Row(BaseException, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
 )  # fmt: skip
-_UNKNOWN = Row(0, None, Kind.SERVER_ERROR, _NEVER, _REQUEST, _SEE)
+_UNKNOWN = Row(0, Kind.SERVER_ERROR, _NEVER, _REQUEST, _SEE)
+_UNREACHABLE = "no connection to the server"
+_PATIENT = frozenset({Kind.OVERLOADED, Kind.CAPACITY, Kind.CONCURRENCY})
+_PASSING = _PATIENT | {Kind.RATE_LIMITED}
 
 
 class Failure(NamedTuple):
@@ -123,15 +177,28 @@ class Failure(NamedTuple):
     dimension: str | None = None  # the limit that it names: "requests" or "tokens"
     status: int | None = None
     code: str = ""  # the API's word for it; "" where it has none
+    meaning: str = _SEE  # for the user, in a report
     billed: bool = False  # whether it may have been billed
 
-    def ends_run(self, max_wait: float, *, answered: bool) -> bool:
-        """Return whether every other prompt would meet it; `answered`: whether any was answered so far."""
-        if self.kind is Kind.UNREACHABLE:
-            return not answered
-        if self.kind is Kind.RATE_LIMITED:
-            return (self.wait or 0.0) > max_wait
-        return self.scope is not Scope.REQUEST
+    @property
+    def is_patient(self) -> bool:
+        """Whether it says nothing against the request: it is sent again for as long as `max_wait` lasts."""
+        return self.kind in _PATIENT or (self.kind is Kind.RATE_LIMITED and self.wait is not None)
+
+    def is_too_long(self, max_wait: float) -> bool:
+        """Return whether the server asks for a longer wait than that, in seconds."""
+        return (self.wait or 0.0) > max_wait
+
+    def ends_run(self, max_wait: float) -> bool:
+        """Return whether every other request would meet it for certain."""
+        if self.kind in _PASSING:
+            return self.is_too_long(max_wait)
+        return self.kind is Kind.OUT_OF_QUOTA or (self.kind is Kind.LOCAL and self.is_shared)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether every other request may meet it: what becomes of them shows whether they do."""
+        return self.scope is not Scope.REQUEST and self.kind not in _PASSING
 
 
 class Outcome(NamedTuple):
@@ -165,12 +232,12 @@ class Outcome(NamedTuple):
     @property
     def tokens(self) -> float | None:
         """The tokens it came to; None: unknown, the estimate stays."""
-        # A request refused with a 4xx was not worked on, so its tokens were not spent. Without an answer, or
-        # with a server error, the server may have counted them.
-        if self.is_refusal:
-            return 0.0
+        # A request refused with a 4xx was not worked on, so its tokens were not spent, unless it says so.
+        # Without an answer, or with a server error, the server may have counted them.
         used = self.counted
-        return None if used is None else float(used.prompt_tokens + used.completion_tokens)
+        if used is None:
+            return 0.0 if self.is_refusal else None
+        return float(used.prompt_tokens + used.completion_tokens)
 
     @property
     def is_refusal(self) -> bool:
@@ -182,6 +249,11 @@ class Outcome(NamedTuple):
         """Whether it was refused because a limit was reached, which time cures."""
         return self.failure is not None and self.failure.kind is Kind.RATE_LIMITED
 
+    @property
+    def is_overload(self) -> bool:
+        """Whether it was refused because the server has too much to do."""
+        return self.failure is not None and self.failure.kind is Kind.OVERLOADED
+
 
 NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
 
@@ -189,67 +261,94 @@ NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
 def read_failure(error: BaseException) -> Failure:
     """Return what an exception means."""
     if isinstance(error, openai.APIStatusError):
-        words = [str(error.code), str(error.type)]  # servers send lists here too
+        words = words_of(error.body)
+        if not words.message:
+            words = words._replace(message=error.message)
         if isinstance(error, QuotaError):
-            words.append("insufficient_quota")
-        status = status_of(error) or 0
-        return _refusal(status, error.response.headers, words, f"{error.code} {error.message}")
+            words = words._replace(code="insufficient_quota")
+        failure = read_refusal(status_of(error) or 0, error.response.headers, words)
+        return failure._replace(code=code_of(error))
     if _was_never_sent(error):
-        return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT)
-    row = next(row for row in FAILURES if isinstance(row.of, type) and isinstance(error, row.of))
-    # A closed client, a wrong budget and shared limits out of reach are met by every request.
-    meets_all = type(error) is RuntimeError or getattr(error, "field", None) in {"max_cost", "redis_url"}
-    return Failure(row.kind, row.retry, Scope.ACCOUNT if meets_all else row.scope, billed=row.billed)
+        return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT, meaning=_UNREACHABLE)
+    row = next(row for row in FAILURES if _is_row_of(row, error))
+    # A closed client, a wrong budget, a damaged cache, shared limits out of reach meet every request.
+    meets_all = type(error) is RuntimeError or getattr(error, "field", None) in _OF_ALL
+    scope = Scope.ACCOUNT if meets_all else row.scope
+    return Failure(row.kind, row.retry, scope, meaning=row.meaning, billed=row.billed)
+
+
+def _is_row_of(row: Row, error: BaseException) -> bool:
+    is_class = isinstance(row.of, type) and isinstance(error, row.of)
+    return is_class and (not row.text or re.search(row.text, str(error)) is not None)
 
 
 def outcome_of(error: BaseException) -> Outcome:
     """Return what came of an attempt that ended in an exception."""
     failure = read_failure(error)
     if isinstance(error, openai.APIStatusError):
-        return Outcome(error.status_code, error.response.headers, failure=failure)
+        return Outcome(error.status_code, error.response.headers, _billed(error), failure)
     if isinstance(error, openai.APIResponseValidationError):
-        return Outcome(usage=read_usage(error.response.content), failure=failure)
+        return Outcome(usage=_billed(error), failure=failure)
     if failure.kind is Kind.LOCAL:  # raised while the request was in flight: it does not show what came of it
         failure = Failure(Kind.DROPPED, retry=True, billed=True)
     return Outcome(failure=failure)
 
 
+def _billed(error: openai.APIStatusError | openai.APIResponseValidationError) -> Usage | None:
+    """Return what an answer used that holds an error."""
+    try:
+        return read_usage(error.response.content)
+    except sdk_httpx().StreamError:  # it was not read
+        return None
+
+
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    error = read_object(body).get("error")
-    words = [str(error.get("code")), str(error.get("type"))] if isinstance(error, dict) else []
-    failure = _refusal(status, headers, words, body.decode(errors="replace"))
-    return Outcome(status, headers, failure=failure)
+    try:
+        words = words_of(read_json(body))
+    except (ValueError, RecursionError):
+        words = words_of(body[:_LONGEST_BODY].decode(errors="replace"))
+    return Outcome(status, headers, failure=read_refusal(status, headers, words))
 
 
-def _refusal(status: int, headers: Mapping[str, str], words: list[str], message: str) -> Failure:
-    row = _fitting(status, words, message)
+def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failure:
+    """Return what a refusal means."""
+    row, wait = row_of(status, words), refusal_wait(headers, words)
+    if row.kind is Kind.OUT_OF_QUOTA and row.text and wait is not None:  # a quota that comes back
+        row = row_of(status, Words())
     wish = headers.get("x-should-retry")  # of the server, which the SDK obeys as well
     retry = wish == "true" if wish in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
     return Failure(
         row.kind,
         retry=retry,
         scope=row.scope,
-        wait=stated_wait(headers, message),
-        dimension=refused_dimension(message) if row.kind is Kind.RATE_LIMITED else None,
+        wait=wait,
+        dimension=refused_dimension(words.text) if row.kind is Kind.RATE_LIMITED else None,
         status=status,
-        code=_as_code(words[0]) if words else "",
+        code=_as_code(words.code),
+        meaning=row.meaning,
     )
 
 
-def _fitting(status: int, words: list[str], message: str = "") -> Row:
-    for row in FAILURES:
-        word_fits = row.word is None or row.word in words or row.word in message
-        if word_fits and row.of in {status, status // 100}:
+def row_of(status: int, words: Words) -> Row:
+    """Return the row of the table that a refusal fits."""
+    rows = [row for row in FAILURES if not isinstance(row.of, type) and row.is_of(status)]
+    for word in filter(None, (words.code, words.type)):
+        for row in rows:
+            if row.code and re.fullmatch(row.code, word, re.IGNORECASE):
+                return row
+    for row in rows:
+        if row.text and re.search(row.text, words.text, re.IGNORECASE):
             return row
-    return _UNKNOWN
+    return next((row for row in rows if not row.code and not row.text), _UNKNOWN)
 
 
 def meaning_of(name: str, status: int | None, code: str) -> str:
     """Return what an error means, for a reader, from the name of its class, its status and its code."""
     if status is not None:
-        return _fitting(status, [code]).meaning
-    return next((row.meaning for row in FAILURES if getattr(row.of, "__name__", None) == name), _SEE)
+        return row_of(status, Words(code)).meaning
+    named = (row for row in FAILURES if getattr(row.of, "__name__", None) == name and not row.text)
+    return next((row.meaning for row in named), _SEE)
 
 
 _NO_CONNECTION = frozenset(
@@ -313,88 +412,29 @@ def forget_key(error: openai.APIError, key: str) -> None:
         error.body = None
         response = getattr(error, "response", None)
         if response is not None:  # its headers say how long to wait, and whether to try again
-            headers = [pair for pair in _headers_of(response) if key not in pair[1]]
+            headers = [pair for pair in headers_of(response) if key not in pair[1]]
             status, request = response.status_code, error.request
             error.__dict__["response"] = sdk_httpx().Response(status, headers=headers, request=request)
 
 
-# --- errors made from an answer ----------------------------------------------------------------------------
-
-_CLASSES: dict[int, tuple[type[openai.APIStatusError], tuple[str, ...]]] = {  # with the API's codes and types
-    400: (openai.BadRequestError, ("invalid_request_error",)),
-    401: (openai.AuthenticationError, ("authentication_error", "invalid_api_key")),
-    403: (openai.PermissionDeniedError, ("permission_error",)),
-    404: (openai.NotFoundError, ("model_not_found", "not_found_error")),
-    409: (openai.ConflictError, ()),
-    422: (openai.UnprocessableEntityError, ()),
-    429: (openai.RateLimitError, ("insufficient_quota", "rate_limit_error", "rate_limit_exceeded")),
-}
-_STATUS_BY_WORD = {word: status for status, (_, words) in _CLASSES.items() for word in words}
-_NUMBER = re.compile("[45][0-9][0-9]")
 _OF_THE_BODY = {"content-encoding", "content-length", "transfer-encoding"}  # which is decoded by now
+_CLASSES: dict[int, type[openai.APIStatusError]] = {
+    400: openai.BadRequestError,
+    401: openai.AuthenticationError,
+    403: openai.PermissionDeniedError,
+    404: openai.NotFoundError,
+    409: openai.ConflictError,
+    422: openai.UnprocessableEntityError,
+    429: openai.RateLimitError,
+}
 
 
-def class_of(status: int) -> type[openai.APIStatusError]:
-    """Return the class of the error that the SDK makes of a status."""
-    if status in _CLASSES:
-        return _CLASSES[status][0]
-    return openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
-
-
-def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
-    """Return the error that the SDK raises for a status, or ours where the account's credit is used up."""
-    details = body.get("error", body) if isinstance(body, dict) else body
-    fields = details if isinstance(details, dict) else {}
-    row = _fitting(status, [str(fields.get("code")), str(fields.get("type"))])
-    kind = QuotaError if row.kind is Kind.OUT_OF_QUOTA else class_of(status)
-    text = fields.get("message")
-    message = text if isinstance(text, str) and text else f"status {status}"
-    return kind(message, response=answer, body=details)
-
-
-def read_body(reply: Any, api: str) -> dict[str, Any]:
-    """Return the JSON body of a 200.
-
-    Raises:
-        openai.APIResponseValidationError: It is cut short, or no answer at all; worth another attempt.
-        openai.APIStatusError: It is an error that names a status.
-    """
-    try:
-        body = read_json(reply.content)
-    except (ValueError, RecursionError):
-        body = None
-    if not is_answer(body, api) or (api == "chat" and body.get("error") and not body["choices"]):
-        raise _not_an_answer(reply, body, PATHS[api])
-    decoded: dict[str, Any] = body
-    return decoded
-
-
-def _not_an_answer(reply: Any, body: Any, path: str) -> openai.APIError:
-    """Return the error for a 200 that holds no answer."""
-    # Proxies answer 200 before they know what comes of a request, and put an error into the body; its code is
-    # often the status of the server behind them. Where it names none, the error is one that is tried again.
-    reported = isinstance(body, dict) and (body.get("error") or body.get("object") == "error")
-    status = _stated_status(body) if reported else None
-    if status is None:
-        what = f"an error: {body.get('error') or body}" if reported else f"not what {path} returns"
-        shown = "" if reported else f": {reply.content[:80]!r}"
-        message = f"the answer is {what}{shown}"
-        return openai.APIResponseValidationError(response=reply, body=body, message=message)
-    headers, request = _headers_of(reply), reply.request
-    answer = sdk_httpx().Response(status, headers=headers, content=reply.content, request=request)
-    error = body.get("error")
-    return status_error(status, {"message": error} if isinstance(error, str) else body, answer)
-
-
-def _headers_of(response: Any) -> list[tuple[str, str]]:
+def headers_of(response: Any) -> list[tuple[str, str]]:
     """Return the headers of a response that hold for another body as well."""
     return [(name, text) for name, text in response.headers.multi_items() if name not in _OF_THE_BODY]
 
 
-def _stated_status(body: dict[str, Any]) -> int | None:
-    """Return the HTTP status that an error object names, as a number or by the API's word for it."""
-    error = body.get("error")
-    fields = error if isinstance(error, dict) else body
-    words = [str(fields.get(name)) for name in ("code", "status", "status_code", "type")]
-    named = [int(word) if _NUMBER.fullmatch(word) else _STATUS_BY_WORD.get(word) for word in words]
-    return next((status for status in named if status is not None), None)
+def class_of(status: int) -> type[openai.APIStatusError]:
+    """Return the class of the error that the SDK makes of a status."""
+    other = openai.InternalServerError if status >= _SERVER_ERROR else openai.APIStatusError
+    return _CLASSES.get(status, other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,19 @@ if TYPE_CHECKING:
 _DIGITS = 10  # of a number below _LONGEST
 _LONGEST = 1e9  # a number in a header: thirty years, or more tokens than any limit
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_LONGEST_MESSAGE = 4096  # characters that are looked at
 _LONGEST_RESET = 86_400.0  # seconds; beyond it a plain number is no duration, but perhaps a date
 _NUMBER = r"\d+(?:\.\d+)?"
 _PART = re.compile(rf"({_NUMBER})(ms|s|m|h|d)")
 _DURATION = re.compile(rf"(?:{_NUMBER}(?:ms|s|m|h|d))+")
-_WAIT = re.compile(rf"(?:try again in|retry after) (?:({_DURATION.pattern})|({_NUMBER}) seconds?)")
+_SPELLED = rf"{_NUMBER}\s?(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|hrs?|h|days?|d)\b"
+_PIECE = re.compile(rf"({_NUMBER})\s?(ms|mil|s|m|h|d)", re.IGNORECASE)
+_ASKS = r"(?:try|trying|retry|retrying|come back|wait|available|resets?)"
+_BETWEEN = r"(?:\s+(?:again|in|after|at|least|for|about|it|please))*"
+_WAIT = re.compile(
+    rf"\b{_ASKS}{_BETWEEN}:?\s+({_SPELLED}(?:,?\s(?:and\s)?{_SPELLED}){{0,3}}|(?:{_NUMBER}(?:ms|[smhd]))+\b)",
+    re.IGNORECASE,
+)
 DIMENSIONS = ("requests", "tokens")
 
 
@@ -64,12 +73,14 @@ def refused_dimension(message: str) -> str | None:
 
 def stated_wait(headers: Mapping[str, str], message: str = "") -> float | None:
     """Return the seconds that a refusal asks to wait: its headers, else its message; None: neither says."""
-    # The API's wording is "Please try again in 6m0s", Azure's "Please retry after 6 seconds".
+    # The API's wording is "Please try again in 6m0s", Azure's "Please retry after 6 seconds", Google's
+    # "Please retry in 11.6s", others' "Try again in 1 minute" or "wait 1h 2m".
     seconds = retry_after(headers)
-    if seconds is not None:
+    match = _WAIT.search(message[:_LONGEST_MESSAGE]) if seconds is None else None
+    if match is None:
         return seconds
-    match = _WAIT.search(message)
-    return None if match is None else duration(match[1]) or _number(match[2])
+    parts = [(float(number), unit.lower()) for number, unit in _PIECE.findall(match[1])]
+    return min(sum(number * _UNITS["ms" if unit == "mil" else unit] for number, unit in parts), _LONGEST)
 
 
 def read_stated_limit(headers: Mapping[str, str], dimension: str) -> StatedLimit | None:
@@ -106,9 +117,16 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     seconds = _number(text)
     if seconds is not None or not text:
         return seconds
+    until, now = _date(text), _date(headers.get("date"))  # the server's own clock, which may be off
+    return None if until is None else max(0.0, until - (time.time() if now is None else now))
+
+
+def _date(text: str | None) -> float | None:
+    """Return an HTTP date in seconds since 1970: one that names no zone, as of asctime, is in UTC."""
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
+        date = parsedate_to_datetime(text or "")
+        return date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp()
+    except (ValueError, TypeError, OverflowError, IndexError):
         return None
 
 

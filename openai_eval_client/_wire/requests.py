@@ -17,6 +17,7 @@ from openai_eval_client._validation import (
     check_json,
     check_mapping,
     check_number,
+    check_switch,
     check_text,
     reject_input,
 )
@@ -102,10 +103,11 @@ def max_output(body: Mapping[str, Any], path: str = "") -> int | None:
 # --- a body from a prompt and its parameters ---------------------------------------------------------------
 
 _KEYWORDS = {  # of our own methods
-    "api", "max_concurrent", "max_cost", "max_tokens", "model", "progress", "progress_callback",
-    "return_exceptions", "stop_event", "system", "temperature", "timeout", "use_batch_api",
+    "api", "max_concurrent", "max_cost", "max_failures", "max_tokens", "model", "progress",
+    "progress_callback", "return_exceptions", "stop_event", "system", "temperature", "timeout",
+    "use_batch_api",
 }  # fmt: skip
-_OURS = {"self", "messages", "input", "model", "stream_options", "timeout", "background"}
+_OURS = {"self", "messages", "input", "model", "stream_options", "timeout"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,8 @@ def check_parameters(
     check_text(body["model"], "model")
     if body.get("temperature") is not None:
         check_number(body["temperature"], "temperature", least=0)
+    if "background" in body:
+        check_switch(body["background"], "background")
     check_json(body)
     headers, query = extra["headers"], extra["query"]
     return Parameters(api, body["model"], float(timeout), body, system, schema, headers, query)

@@ -32,6 +32,7 @@ def main(
     if options.pop("child"):
         return _serve_parent()
     options["faults"] = dict(options["faults"])
+    options["script"] = [*options.get("script", ()), *options.pop("when")]
     try:
         _serve(options)
     except (ValueError, OSError) as error:
@@ -75,6 +76,13 @@ def _fault(text: str) -> tuple[str, float]:
         return name, float(probability)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PROBABILITY, such as 500=0.1") from None
+
+
+def _rule(text: str) -> tuple[str, Any]:
+    pattern, arrow, given = text.partition("=>")
+    if not arrow:
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=>OUTCOME, such as 'capital=>Paris'")
+    return pattern, json.loads(given) if given.startswith(("[", "{")) else given
 
 
 def _names(text: str) -> list[str]:
@@ -138,11 +146,25 @@ def _add_answers(group: argparse._ArgumentGroup) -> None:
     add("--fault", dest="faults", type=_fault, action="append", default=[], metavar="NAME=P", help=faults)
     script = "faults, or ok, of the first generations in order (default: none)"
     add("--script", type=_names, metavar="A,B", help=script)
+    when = (
+        "what a prompt gets in which a pattern is found, repeatable; OUTCOME is a fault, ok, a text, or "
+        "in JSON a body, or a list of these for one attempt after the other (default: none)"
+    )
+    add("--when", type=_rule, action="append", default=[], metavar="REGEX=>OUTCOME", help=when)
+    lenient = "take parameters and values that OpenAI refuses (default: refuse them)"
+    add("--lenient", action="store_true", help=lenient)
+    add("--fault-wait", type=float, metavar="S", help="seconds that faults ask to wait which name a wait")
     wait = "seconds in the retry-after header of fault 503 (default: no header)"
     add("--unavailable-retry-after", type=float, metavar="S", help=wait)
     output = "completion tokens to report (default: the words of the answer)"
     add("--output-tokens", type=int, metavar="N", help=output)
     add("--cached-tokens", type=int, metavar="N", help="prompt tokens to report as cached")
+    polls = "polls that find a background response still under way"
+    add("--background-polls", type=int, metavar="N", help=polls)
+    seconds = "seconds that a background response takes (default: its latency)"
+    add("--background-seconds", type=float, metavar="S", help=seconds)
+    after = "seconds in the openai-poll-after-ms header of a background response (default: no header)"
+    add("--background-poll-after", type=float, metavar="S", help=after)
     add("--batch-seconds", type=float, metavar="S", help="seconds from a batch's creation to its end")
     add("--seed", type=int, metavar="N", help="seed of latencies and faults")
     add("--record", type=int, metavar="N", help="how many of the newest calls are kept")

@@ -18,9 +18,13 @@ from ._faults import MALFORMED_HEADERS, ApiError, fault_error
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ._background import Background
+
+OK = 200
 JSON_TYPE = "application/json"
 SSE_TYPE = "text/event-stream; charset=utf-8"
 HTML = b"<html><head><title>502 Bad Gateway</title></head><body><h1>Bad Gateway</h1></body></html>"
+DONE = b"\n\ndata: [DONE]\n\n"
 DRIP_SECONDS = 1.0  # how much longer than its latency a slow drip takes
 
 
@@ -41,6 +45,8 @@ class Call:
         charged_tokens: Tokens taken from the model's tokens-per-minute budget.
         body: The JSON request; None if there was none.
         headers: Request headers in lower case, without authorization.
+        served: Whether an answer was produced, and is billed, even if it did not arrive whole. One made in
+            the background counts, with its `completion_tokens`, once it has come to its end.
     """
 
     index: int
@@ -55,11 +61,7 @@ class Call:
     charged_tokens: int
     body: dict[str, Any] | None
     headers: dict[str, str]
-
-    @property
-    def served(self) -> bool:
-        """Whether an answer was produced, and would be billed, even if it did not arrive whole."""
-        return self.status == 200  # noqa: PLR2004
+    served: bool
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields by name, not copied."""
@@ -72,7 +74,7 @@ class Recorder:
     def __init__(self, keep: int) -> None:
         self._lock = threading.Lock()
         # bodies stay unparsed until they are read: kept objects slow the garbage collector
-        self._calls: deque[tuple[Call, bytes | None]] = deque(maxlen=keep)
+        self._calls: deque[tuple[Call, bytes | None, Background | None]] = deque(maxlen=keep)
         self._counts: Counter[str] = Counter()
         self._arrived = 0
         self.generations = 0
@@ -85,11 +87,11 @@ class Recorder:
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         return index
 
-    def note(self, call: Call, raw: bytes | None) -> None:
-        """Keep a call and its JSON body, and count its status and fault."""
+    def note(self, call: Call, raw: bytes | None, background: Background | None) -> None:
+        """Keep a call, its JSON body and what it started, and count its status and fault."""
         keys = {str(call.status) if call.status else call.fault or "disconnect", call.fault}
         with self._lock:
-            self._calls.append((call, raw))
+            self._calls.append((call, raw, background))
             self._counts.update(key for key in keys if key)
 
     def reset(self) -> None:
@@ -103,13 +105,20 @@ class Recorder:
     def calls(self) -> list[Call]:
         with self._lock:
             kept = list(self._calls)
-        kept.sort(key=lambda pair: pair[0].index)
-        return [call if raw is None else replace(call, body=json.loads(raw)) for call, raw in kept]
+        kept.sort(key=lambda one: one[0].index)
+        return [_as_of_now(*one) for one in kept]
 
     def state(self) -> dict[str, Any]:
         with self._lock:
             counts = dict(self._counts)
         return {"counts": counts, "in_flight": self.in_flight, "max_in_flight": self.max_in_flight}
+
+
+def _as_of_now(call: Call, raw: bytes | None, background: Background | None) -> Call:
+    changed: dict[str, Any] = {} if raw is None else {"body": json.loads(raw)}
+    if background and not background.billed:
+        changed.update(served=False, completion_tokens=0)
+    return replace(call, **changed) if changed else call
 
 
 class Exchange:
@@ -121,7 +130,10 @@ class Exchange:
         self.model: str | None = None
         self.fault: str | None = None
         self.limit_headers: Callable[[], dict[str, str]] = dict  # makes the x-ratelimit-* headers
+        self.extra: dict[str, str] = {}  # more headers of the answer
+        self.background: Background | None = None  # what it started
         self.prompt_tokens = self.completion_tokens = self.charged_tokens = 0
+        self.served = False
         self._recorder, self._started = recorder, started
         self._arrived = time.monotonic()
         self._index = recorder.arrive()
@@ -144,7 +156,7 @@ class Exchange:
         """Return the headers that every answer carries, and those of the rate limits."""
         elapsed = time.monotonic() - self._arrived
         head = {"x-request-id": f"req_{self.ident}", "openai-processing-ms": str(int(elapsed * 1000))}
-        return {**head, **self.limit_headers()}
+        return {**head, **self.limit_headers(), **self.extra}
 
     def record(self, status: int) -> None:
         """Record the outcome, unless one is recorded already."""
@@ -166,8 +178,9 @@ class Exchange:
             charged_tokens=self.charged_tokens,
             body=None,
             headers=headers,
+            served=self.served and status == OK,
         )
-        self._recorder.note(call, self._raw)
+        self._recorder.note(call, self._raw, self.background)
 
     def leave(self) -> None:
         """Count the request out, once: before the last byte, so that its client then sees it gone."""
@@ -213,6 +226,8 @@ class Delivery:
                 return self._whole(HTML, "text/html; charset=utf-8")
             case "truncate":
                 await self._truncate()
+            case "json_done":
+                return self._whole(self.frames[0] + DONE, JSON_TYPE)
             case "slow_drip":
                 drops = [bytes((byte,)) for byte in b"".join(self.frames)]
                 return await self._paced(drops, self.latency + DRIP_SECONDS)

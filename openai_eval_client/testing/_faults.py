@@ -6,26 +6,24 @@ The error bodies are those of https://platform.openai.com/docs/guides/error-code
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from itertools import accumulate
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from ._catalog import REFUSALS, SPOILERS, outcome_of
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping, Sequence
+
+    from ._catalog import Refusal
 
 SHOWN_HEAD, SHOWN_TAIL = 8, 4  # characters of a masked key
-STATUS_FAULTS = {  # faults that are an error of the API: its message and type
-    "500": ("The server had an error while processing your request. Sorry about that!", "server_error"),
-    "503": ("The engine is currently overloaded, please try again later.", "server_error"),
-    "408": ("Request timed out.", "server_error"),
-    "409": ("The resource was updated by another request.", "invalid_request_error"),
-    "429": ("Rate limit reached for requests. Please try again later.", "requests"),
-}
-FAULTS = (
-    *STATUS_FAULTS, "drop", "hang", "truncate", "garbage", "cut_json", "slow_drip", "malformed_headers",
-    "null_usage", "no_usage",
+DELIVERIES = (  # faults of how an answer is sent
+    "drop", "hang", "truncate", "garbage", "cut_json", "slow_drip", "malformed_headers", "json_done", "sse",
 )  # fmt: skip
+FAULTS = (*DELIVERIES, *SPOILERS, *REFUSALS)
 MALFORMED_HEADERS = {
     "x-ratelimit-limit-requests": "many",
     "x-ratelimit-limit-tokens": "",
@@ -69,6 +67,7 @@ def missing_key() -> ApiError:
 
 
 def wrong_key(key: str) -> ApiError:
+    """Return the 401 for a key that is not the server's; it shows the key masked."""
     where = "You can find your API key at https://platform.openai.com/account/api-keys."
     return ApiError(401, f"Incorrect API key provided: {masked(key)}. {where}", code="invalid_api_key")
 
@@ -82,50 +81,62 @@ def masked(key: str) -> str:
 
 
 def missing_parameter(name: str) -> ApiError:
+    """Return the 400 for a parameter that must be there."""
     message = f"Missing required parameter: '{name}'."
     return ApiError(400, message, param=name, code="missing_required_parameter")
 
 
-def wrong_type(name: str, expected: str) -> ApiError:
-    return ApiError(400, f"Invalid type for '{name}': expected {expected}.", param=name, code="invalid_type")
+def wrong_type(name: str, expected: str, *got: Any) -> ApiError:
+    """Return the 400 for a value of another type, which the message names if it is given."""
+    but = f", but got {_json_type(got[0])} instead" if got else ""
+    message = f"Invalid type for '{name}': expected {expected}{but}."
+    return ApiError(400, message, param=name, code="invalid_type")
 
 
-def wrong_value(name: str, value: str, allowed: Collection[str]) -> ApiError:
-    known = ", ".join(f"'{one}'" for one in allowed)
+def _json_type(value: Any) -> str:
+    names = {bool: "a boolean", int: "an integer", float: "a decimal", str: "a string", list: "an array"}
+    return "null" if value is None else names.get(type(value), "an object")
+
+
+def wrong_value(name: str, value: Any, allowed: Collection[str]) -> ApiError:
+    """Return the 400 for a value that is not one of those allowed."""
+    *others, last = (f"'{one}'" for one in allowed)
+    comma = "," if len(others) > 1 else ""
+    known = f"{', '.join(others)}{comma} and {last}" if others else last
     message = f"Invalid value: '{value}'. Supported values are: {known}."
     return ApiError(400, message, param=name, code="invalid_value")
 
 
-def quota_exhausted() -> ApiError:
-    """Return the 429 for an account that has run out of money; waiting does not help."""
+def out_of_bounds(
+    name: str, value: float, least: float | None, most: float | None, kind: str = "integer"
+) -> ApiError | None:
+    """Return the 400 for a number below or above its bounds; None if it is within them."""
+    if least is not None and value < least:
+        side, sign, bound = "below_min", ">=", least
+    elif most is not None and value > most:
+        side, sign, bound = "above_max", "<=", most
+    else:
+        return None
     message = (
-        "You exceeded your current quota, please check your plan and billing details. For more information "
-        "on this error, read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors."
+        f"Invalid '{name}': {kind} {side.replace('_', ' ')}imum value. "
+        f"Expected a value {sign} {bound}, but got {value} instead."
     )
-    return ApiError(429, message, kind="insufficient_quota", code="insufficient_quota")
+    return ApiError(400, message, param=name, code=f"{kind}_{side}_value")
 
 
 def server_error(message: str) -> ApiError:
+    """Return a 500 with this message."""
     return ApiError(500, message, kind="server_error")
 
 
 def fault_error(fault: str, unavailable_retry_after: float | None = None) -> ApiError:
-    """Return the API's own error for a fault named after a status."""
-    message, kind = STATUS_FAULTS[fault]
-    code = "rate_limit_exceeded" if fault == "429" else None
+    """Return the error for a refusal that is in the API's words."""
+    words = REFUSALS[fault].body["error"]
     headers = {}
     if fault == "503" and unavailable_retry_after is not None:
         headers = {"retry-after": f"{unavailable_retry_after:g}"}
-    return ApiError(int(fault), message, kind=kind, code=code, headers=headers)
-
-
-def spoil_usage(body: dict[str, Any], fault: str | None) -> dict[str, Any]:
-    """Return the body, its usage null or missing if the fault says so."""
-    if fault == "null_usage":
-        return {**body, "usage": None}
-    if fault == "no_usage":
-        return {name: value for name, value in body.items() if name != "usage"}
-    return body
+    kind, code = words["type"], words["code"]
+    return ApiError(REFUSALS[fault].status, words["message"], kind=kind, code=code, headers=headers)
 
 
 class Faults:
@@ -147,6 +158,27 @@ class Faults:
         return next((name for bound, name in self._bounds if point < bound), None)
 
 
+class Script:
+    """What prompts get that match a pattern: of several outcomes one after the other, the last for ever."""
+
+    def __init__(self, rules: Iterable[Sequence[Any]]) -> None:
+        self._rules = [(re.compile(pattern), deque(_outcomes(given))) for pattern, given in rules]
+
+    def find(self, prompt: str) -> str | Refusal | None:
+        """Return what the first pattern gives that is found in the prompt; None if there is none."""
+        for pattern, left in self._rules:
+            if pattern.search(prompt):
+                return left.popleft() if len(left) > 1 else left[0]
+        return None
+
+
+def _outcomes(given: Any) -> list[str | Refusal]:
+    several = given if isinstance(given, list | tuple) else [given]
+    if not several:
+        raise ValueError("there is no outcome")
+    return [outcome_of(one) for one in several]
+
+
 class Latency:
     """Draws lognormal latencies with a given mean: mu is ln(mean) - sigma^2/2."""
 
@@ -155,6 +187,7 @@ class Latency:
         self._random = Random(f"latency {seed}")
 
     def draw(self) -> float:
+        """Return the next latency, in seconds."""
         if not (self._mean and self._sigma):
             return self._mean
         return self._random.lognormvariate(math.log(self._mean) - self._sigma**2 / 2, self._sigma)

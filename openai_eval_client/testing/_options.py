@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import math
 import re
+from base64 import b64encode
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from ._faults import FAULTS
+from ._catalog import SPOILERS
+from ._faults import FAULTS, Script
 
 FUNCTIONS = ("answer", "count_tokens")
 POSITIVE = ("rpm", "tpm", "window")
 NOT_NEGATIVE = (
     "port", "default_output", "quota_exhausted_after", "latency", "latency_sigma", "unavailable_retry_after",
     "output_tokens", "cached_tokens", "record", "batch_seconds", "enqueued_tokens", "file_lag",
+    "fault_wait", "background_polls", "background_seconds", "background_poll_after",
 )  # fmt: skip
 CHOICES = {
     "charge": ("upfront", "actual"),
@@ -27,7 +30,8 @@ LAST_PORT = 65_535
 
 OUTCOMES = (  # of a line of a batch
     "ok", "400", "429", "500", "expired", "cancelled", "missing", "duplicate", "duplicate_error",
-    "unknown_id", "timeout", "status_0", "truncated", "null_body", "no_usage", "garbage",
+    "unknown_id", "timeout", "status_0", "truncated", "null_body", "garbage", "status_text", "body_text",
+    *SPOILERS,
 )  # fmt: skip
 TERMINAL = ("completed", "failed", "expired", "cancelled")
 STATUSES = ("validating", "in_progress", "finalizing", "cancelling", *TERMINAL)
@@ -35,6 +39,7 @@ COUNTS = ("total", "completed", "failed")
 
 ENDPOINTS = (
     "upload", "list_files", "retrieve_file", "delete", "content", "create", "list", "retrieve", "cancel",
+    "retrieve_response", "cancel_response", "delete_response",
 )  # fmt: skip
 BEFORE = ("500", "503", "429", "drop", "hang")  # faults without the effect of the call
 AFTER = ("500_after", "drop_after", "hang_after")  # faults with its effect, but without its answer
@@ -60,7 +65,9 @@ class Options:
     latency: float = 0.0
     latency_sigma: float = 0.25
     faults: Mapping[str, float] = field(default_factory=dict)
-    script: Sequence[str] | None = None
+    script: Sequence[str | tuple[str, Any]] | None = None
+    fault_wait: float = 1.0
+    lenient: bool = False
     unavailable_retry_after: float | None = None
     seed: int = 0
     answer: Callable[[dict[str, Any]], str] | None = None
@@ -68,6 +75,9 @@ class Options:
     cached_tokens: int = 0
     count_tokens: Callable[[str], int] | None = None
     record: int = 100_000
+    background_polls: int = 1
+    background_seconds: float | None = None
+    background_poll_after: float | None = None
     batch_seconds: float = 0.2
     batch_plans: Sequence[Mapping[str, Any]] = ()
     batch_faults: Mapping[str, float] = field(default_factory=dict)
@@ -83,7 +93,7 @@ class Options:
     def __post_init__(self) -> None:
         self._check_values()
         _check_probabilities("faults", self.faults, FAULTS)
-        _check_script("script", self.script or (), FAULTS)
+        _check_rules(self.script or ())
         _check_plans(self.batch_plans)
         _check_probabilities("batch_faults", self.batch_faults, OUTCOMES[1:])
         _check_endpoints("endpoint_script", self.endpoint_script, _check_script)
@@ -214,6 +224,23 @@ def _check_script(option: str, script: Sequence[str], known: Sequence[str]) -> N
         raise ValueError(f"{option}: {names}; give a list of any of ok, {', '.join(known)}")
 
 
+def _check_rules(script: Sequence[Any]) -> None:
+    """Raise ValueError for a name that is no fault, and for what is neither that nor a pattern's outcome."""
+    names, rules = script_parts(script)
+    _check_script("script", script if isinstance(script, str) else names, FAULTS)
+    try:
+        Script(rules)
+    except (TypeError, ValueError, re.error) as problem:
+        needs = "pairs: a regular expression, and a fault, a text, bytes, a mapping, or a list of these"
+        raise ValueError(f"script: {problem}; give names of faults, or {needs}") from None
+
+
+def script_parts(script: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """Return the names in a script, for the first generations in order, and its pairs, for patterns."""
+    names = [entry for entry in script if isinstance(entry, str)]
+    return names, [entry for entry in script if not isinstance(entry, str)]
+
+
 def _check_endpoints(option: str, given: Mapping[str, Any], check: Callable[[str, Any, Any], None]) -> None:
     """Raise ValueError for an unknown endpoint, or for a wrong script or probability of a known one."""
     if wrong := [repr(name) for name in given if name not in ENDPOINTS]:
@@ -243,4 +270,6 @@ def as_json(options: Options) -> dict[str, Any]:
 
 
 def _plain(value: Collection[Any]) -> Any:
+    if isinstance(value, bytes):
+        return {"base64": b64encode(value).decode()}
     return dict(value) if isinstance(value, Mapping) else list(value)

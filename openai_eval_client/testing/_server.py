@@ -22,9 +22,10 @@ class SimulatedServer(Options):
     """An OpenAI API on a real loopback socket: limits, latency and failures as set, made-up answers.
 
     Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/embeddings, /v1/models, /v1/files and
-    /v1/batches. A batch spends a tenth of `batch_seconds` validating, eight tenths in progress and a tenth
-    finalizing; more if its lines cannot be answered as fast. Its lines are answered like requests online,
-    but charged to no limit, and written in another order than they came.
+    /v1/batches. It keeps the responses that are made in the background. A batch spends a tenth of
+    `batch_seconds` validating, eight tenths in progress and a tenth finalizing; more if its lines cannot be
+    answered as fast. Its lines are answered like requests online, but charged to no limit, and written in
+    another order than they came.
     Start it with `with`, `async with` or `start()`. Once stopped, `calls` and the counters stay readable.
 
     ```python
@@ -48,12 +49,34 @@ class SimulatedServer(Options):
         quota_exhausted_after: Answer insufficient_quota after that many generations were served; None never.
         latency: Mean seconds from admission to the end of the answer, lognormal; 0 answers at once.
         latency_sigma: Sigma of the lognormal's logarithm; 0 makes every latency the mean.
-        faults: Probability of each fault, drawn once per admitted generation. Names: "500", "503", "429"
-            (not charged, without headers), "408", "409", "drop" (closed unanswered), "hang" (never answered),
-            "truncate" (closed mid-body), "garbage" (a 200 of HTML), "cut_json" (a 200 of half the JSON),
-            "slow_drip" (byte by byte, over one second more than the latency), "malformed_headers"
-            (nonsense in x-ratelimit-* and retry-after), "null_usage" (usage is null), "no_usage" (no usage).
-        script: Faults, or "ok", of the first admitted generations in order, before the random ones.
+        faults: Probability of each fault, drawn once per admitted generation. Errors that are charged: "500",
+            "503", "408", "409". Errors that are not, and come without headers of the limits: "429", "401",
+            "402", "403", "404", "502" (HTML), "529"; no money left: "insufficient_quota",
+            "billing_not_active", "billing_hard_limit_reached", "credit_balance_exhausted",
+            "organization_spend_limit_exceeded", "project_spend_limit_exceeded",
+            "organization_usage_limit_exceeded", and of other servers "suspended", "insufficient_balance",
+            "exceeded_quota", "daily_allowance"; this prompt is refused: "guidelines" (403), "moderation"
+            (403), "image_input" (404), "invalid_prompt", "content_policy", "content_filter",
+            "context_length" (400); waits: "date_behind" and "date_ahead" (by a wrong clock), "date_asctime",
+            "date_zone" (-0000), "retry_in", "retry_delay"; "slow_down" (503); 429: "overloaded",
+            "concurrency", "resource_unavailable" (for service_tier flex alone); bodies of other shapes:
+            "error_text", "detail", "message", "plain_text", and "login_page" (HTML with status 200).
+            Of sending: "drop" (closed unanswered), "hang" (never answered), "truncate" (closed mid-body),
+            "garbage" (a 200 of HTML), "cut_json" (half the JSON), "json_done" (JSON, then data: [DONE]),
+            "sse" (events unasked), "slow_drip" (byte by byte, over one second more than the latency),
+            "malformed_headers" (nonsense in x-ratelimit-* and retry-after).
+            A 200 that is no answer: "failed", "failed_rate_limit", "failed_half", "finish_error",
+            "cancelled", "in_progress" (the last two for responses alone), "error_beside", "empty" (no
+            choices), "wrong_types"; "filtered" ends one by a content filter. Usage: "null_usage",
+            "no_usage", "reasoning_outside" (of the completion), "float_usage", "negative_usage",
+            "huge_usage", "text_usage", "null_counts", "cached_hits", "cached_beside" (other servers'
+            names). A service_tier that was not asked for: "priority", "fast".
+        script: Faults, or "ok", of the first admitted generations in order, before the random ones. Or pairs:
+            a regular expression that is searched in the prompt, and what the prompt gets: a fault, "ok", the
+            text of an answer, a mapping or bytes as body, a mapping of "status", "headers" and "body", or a
+            list of these, one attempt after the other, the last for ever. The first pair that fits holds.
+        fault_wait: Seconds to wait in faults that state a wait.
+        lenient: Answer what OpenAI refuses: unknown parameters, values of wrong types or out of bounds.
         unavailable_retry_after: Seconds in the retry-after header of the fault "503"; None sends none.
         seed: Seeds latencies and faults, each with its own generator.
         answer: Called with the request body, returns the answer's text; runs in the server's event loop.
@@ -64,6 +87,11 @@ class SimulatedServer(Options):
         count_tokens: Called with a text of the prompt, returns its tokens; default a quarter of its UTF-8
             bytes, at least 1. A chat request counts 3 more for each message and 3 for the reply.
         record: How many of the newest calls are kept.
+        background_polls: How many polls find a response still under way that was created with
+            `background`: queued at its creation, then in_progress.
+        background_seconds: Seconds for which it is under way, however often it is polled; None draws
+            `latency`. Then it is what it would have been at once, with its usage.
+        background_poll_after: Seconds in the header openai-poll-after-ms meanwhile; None sends none.
         batch_seconds: Seconds from a batch's creation to its end.
         batch_plans: What happens to the first batches, in the order of their creation; all others complete.
             A plan may have:
@@ -93,9 +121,10 @@ class SimulatedServer(Options):
             validating ("later"), as it does at OpenAI.
         file_lag: Seconds for which a file just uploaded cannot be found.
         endpoint_script: What happens to the first calls of an endpoint, by its name: "upload", "list_files",
-            "retrieve_file", "delete", "content"; and of batches "create", "list", "retrieve", "cancel". "ok";
-            without effect "500", "503", "429", "drop", "hang"; with the effect, but without its answer
-            "500_after", "drop_after", "hang_after"; for "content" also "truncate" (closed mid-body).
+            "retrieve_file", "delete", "content"; of batches "create", "list", "retrieve", "cancel"; of stored
+            responses "retrieve_response", "cancel_response", "delete_response". "ok"; without effect "500",
+            "503", "429", "drop", "hang"; with the effect, but without its answer "500_after", "drop_after",
+            "hang_after"; for "content" also "truncate" (closed mid-body).
         endpoint_faults: Probabilities of the same, by endpoint, after the script.
         ranges: Whether a download honors "range: bytes=N-".
         process: Run in a process of its own instead of a thread of this one; `answer` and `count_tokens`

@@ -5,34 +5,29 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from ._batches import Storage, read_form
-from ._endpoints import Ask, Generation, dumps, quarter_bytes
-from ._exchange import JSON_TYPE, Delivery, Exchange, Recorder
-from ._faults import (
-    STATUS_FAULTS,
-    ApiError,
-    Faults,
-    Latency,
-    fault_error,
-    missing_key,
-    quota_exhausted,
-    spoil_usage,
-    wrong_key,
-)
+from ._catalog import REFUSALS, Refusal, spoil
+from ._endpoints import RESPONSES, Ask, Generation, dumps, quarter_bytes
+from ._exchange import JSON_TYPE, OK, Delivery, Exchange, Recorder
+from ._faults import FAULTS, ApiError, Faults, Latency, Script, fault_error, missing_key, wrong_key
 from ._limits import Limits
+from ._options import script_parts
 from ._routes import UPLOAD, find
 
 if TYPE_CHECKING:
     from ._options import Options
 
 CONTROL = "/_sim/"
-UNANSWERED = (*STATUS_FAULTS, "drop")
-WHOLE = (*UNANSWERED, "garbage")  # in one piece even if a stream was asked for
+SCRIPTED = "scripted"  # the name of an answer that a script gives in full
+UNANSWERED = ("500", "503", "408", "409", "drop")  # charged all the same
+WHOLE = (*UNANSWERED, "garbage", "json_done", "wrong_types")  # in one piece even if a stream was asked for
 
 
 class Simulation:
@@ -41,7 +36,9 @@ class Simulation:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._count = options.count_tokens or quarter_bytes
-        self._faults = Faults(options.faults, options.script or (), options.seed)
+        names, rules = script_parts(options.script or ())
+        self._script = Script(rules)
+        self._faults = Faults(options.faults, names, options.seed)
         self._latency = Latency(options.latency, options.latency_sigma, options.seed)
         self._models = set(options.models or ())
         self._started = time.monotonic()
@@ -105,21 +102,32 @@ class Simulation:
             raise ApiError(404, message, code="model_not_found")
 
     async def _generate(self, exchange: Exchange, endpoint: Generation, raw: bytes) -> web.StreamResponse:
-        ask = endpoint.read(exchange.parse(raw), self._count)
+        ask = endpoint.understand(exchange.parse(raw), self._count, lenient=self._options.lenient)
         self._admit(exchange, ask)
-        exchange.fault = self._faults.draw()
+        ask, refusal = self._outcome(exchange, ask)
         latency = self._latency.draw()
-        if exchange.fault == "429":
-            raise self._unfounded(exchange)
+        if refusal and refusal.status != OK and exchange.fault not in UNANSWERED:
+            return self._refuse(exchange, refusal)
         if exchange.fault == "hang":
             await exchange.hang()
-        stream = endpoint.stream if ask.body.get("stream") and exchange.fault not in WHOLE else None
-        if not stream:
+        wanted = ask.body.get("stream") or exchange.fault == "sse"
+        stream = endpoint.stream if wanted and not refusal and exchange.fault not in WHOLE else None
+        background = bool(ask.body.get("background")) and endpoint is RESPONSES
+        if not (stream or background):
             await asyncio.sleep(latency)
         if exchange.fault in UNANSWERED:
             self._settle(exchange, 0)
             await exchange.fail(str(exchange.fault), self._options.unavailable_retry_after)
-        answer = spoil_usage(self._write(exchange, endpoint, ask), exchange.fault)
+        if refusal:
+            self._bill_given(exchange, refusal.body)
+            return _reply(exchange, *refusal.rendered(self._options.fault_wait))
+        answer = self._write(exchange, endpoint, ask)
+        if background:
+            exchange.background = self.storage.responses.keep(answer, latency, streamed=bool(stream))
+            answer = answer if stream else exchange.background.start()
+            exchange.extra = self.storage.responses.headers(answer)
+        if exchange.fault == "sse":  # whoever did not ask for events needs their usage
+            ask = replace(ask, body={**ask.body, "stream_options": {"include_usage": True}})
         frames = stream(ask, answer) if stream else [dumps(answer)]
         return await Delivery(exchange, frames, bool(stream), latency if stream else 0.0).send()
 
@@ -130,7 +138,7 @@ class Simulation:
         exchange.limit_headers = partial(self.limits.headers, ask.model)
         allowed = self._options.quota_exhausted_after
         if allowed is not None and self.recorder.generations >= allowed:
-            raise quota_exhausted()
+            raise fault_error("insufficient_quota")
         tokens = ask.reserved(self._options.default_output)
         self.limits.admit(ask.model, tokens)
         exchange.charged_tokens = tokens
@@ -138,21 +146,48 @@ class Simulation:
             stamped = self.limits.headers(ask.model)
             exchange.limit_headers = lambda: stamped
 
-    def _unfounded(self, exchange: Exchange) -> ApiError:
-        """Return a 429 although there was room: charged nothing, and without headers."""
+    def _outcome(self, exchange: Exchange, ask: Ask) -> tuple[Ask, Refusal | None]:
+        """Note the fault that comes next; return the request, and what is sent in place of an answer."""
+        scripted = self._script.find("\n".join(ask.prompts))
+        if isinstance(scripted, Refusal):
+            exchange.fault = SCRIPTED
+            return ask, scripted
+        exchange.fault = self._faults.draw() if scripted is None else scripted
+        if exchange.fault not in (None, *FAULTS):
+            exchange.fault, text = None, exchange.fault
+            return (ask if text == "ok" else replace(ask, text=text)), None
+        refusal = REFUSALS.get(exchange.fault or "")
+        if refusal and refusal.tier not in (None, ask.body.get("service_tier")):
+            exchange.fault = refusal = None
+        return ask, refusal
+
+    def _refuse(self, exchange: Exchange, refusal: Refusal) -> web.Response:
+        """Refuse although there was room: charge nothing, and send no headers of the limits."""
         self.limits.give_back(str(exchange.model), requests=1, tokens=exchange.charged_tokens)
         exchange.charged_tokens = 0
         exchange.limit_headers = dict
-        return fault_error("429")
+        return _reply(exchange, *refusal.rendered(self._options.fault_wait))
+
+    def _bill_given(self, exchange: Exchange, body: Any) -> None:
+        """Bill an answer that a script gives by the usage that it states."""
+        usage = body.get("usage") if isinstance(body, Mapping) else None
+        total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
+        exchange.served = isinstance(total, int)
+        if usage and isinstance(total, int):
+            exchange.prompt_tokens = usage.get("prompt_tokens", usage.get("input_tokens", 0))
+            exchange.completion_tokens = total - exchange.prompt_tokens
+        self._settle(exchange, total if isinstance(total, int) else 0)
 
     def _write(self, exchange: Exchange, endpoint: Generation, ask: Ask) -> dict[str, Any]:
-        """Return the answer, counted and charged."""
+        """Return the answer as its fault leaves it, counted, charged and, unless it failed, billed."""
         body = endpoint.write(ask, self._options, exchange.ident)
-        total = body["usage"]["total_tokens"]
-        exchange.completion_tokens = total - ask.prompt_tokens
+        spoiled = spoil(body, exchange.fault)
+        total = (spoiled if exchange.fault == "reasoning_outside" else body)["usage"]["total_tokens"]
+        exchange.served = exchange.fault in ("null_usage", "no_usage") or spoiled["usage"] is not None
+        exchange.completion_tokens = total - ask.prompt_tokens if exchange.served else 0
         self._settle(exchange, total)
         self.recorder.generations += 1
-        return body
+        return spoiled
 
     def _settle(self, exchange: Exchange, used: int) -> None:
         if self._options.charge == "actual":
@@ -184,7 +219,8 @@ def _reply(
 ) -> web.Response:
     headers = {"content-type": JSON_TYPE, **exchange.headers(), **(extra or {})}
     exchange.record(status)
-    return web.Response(status=status, body=dumps(body), headers=headers)
+    raw = body if isinstance(body, bytes) else dumps(body)
+    return web.Response(status=status, body=raw, headers=headers)
 
 
 def _model_object(name: str) -> dict[str, Any]:

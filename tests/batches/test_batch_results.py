@@ -77,6 +77,16 @@ def test_an_answer_is_read() -> None:
     assert (results.lines, len(results.responses), +results.oddities) == (1, 1, {})
 
 
+def test_usage_that_cannot_be_read_is_priced_once_it_is_estimated() -> None:
+    """Not before: it would be in the ledger twice."""
+    body = {**body_of("hi"), "usage": {"prompt_tokens": 3, "completion_tokens": None}}
+    reader = LineReader("chat", None, HalfADollar())
+    results = reader.read([[refusal("request-0", 200, body)]], RequestIndex(range(1), temperature=None))
+    (response,) = results.responses.values()
+    assert (response.usage.prompt_tokens, response.usage.estimated) == (3, True)
+    assert (response.usage.estimated_cost, reader.prices) == (None, [])
+
+
 def test_half_an_emoji_in_an_answer_is_replaced() -> None:
     """A cut text is still an answer, and paid for."""
     (response,) = read([answer("request-0", "hi \ud83d")]).outcomes.values()

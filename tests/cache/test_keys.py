@@ -23,9 +23,9 @@ def parameters(api: str = "chat", **given):
     return check_parameters(**named, api=api, params=given)
 
 
-def digest(prompt="hello", url: str = URL, **given):
+def digest(prompt="hello", url: str = URL, version: int = 2, **given):
     asked = parameters(**given)
-    return request_digest(normalised(url), asked, asked.with_prompt(prompt))
+    return request_digest(normalised(url), asked, asked.with_prompt(prompt), version)
 
 
 class Label(BaseModel):
@@ -52,15 +52,17 @@ DIFFERENT = [
     {"n": 2},
     {"stop": ["x"]},
     {"logprobs": True},
-    {"service_tier": "flex"},
     {"reasoning_effort": "low"},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 1}}}]},
     {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"a": 2}}}]},
     {"response_format": Label},
     {"response_format": Score},
     {"extra_body": {"top_k": 5}},
+    {"extra_body": {"top_k": 5, "tags": {"metadata": "x"}}},
+    {"extra_body": {"cache_salt": "x"}},
     {"extra_query": {"api-version": "1"}},
     {"extra_headers": {"openai-beta": "x"}},
+    {"extra_headers": {"x-api-key-of": "x"}},
     {"url": "https://api.openai.com/v2"},
     {"url": "http://api.openai.com/v1"},
     {"url": "https://api.openai.com:8443/v1"},
@@ -83,12 +85,57 @@ def test_everything_that_can_change_the_answer_makes_another_request() -> None:
         {"url": "https://api.openai.com/v1/"},
         {"url": "HTTPS://API.OpenAI.com:443/v1"},
         {"extra_headers": {"Authorization": "Bearer x", "X-Request-ID": "7", "traceparent": "00-1"}},
+        {"extra_headers": {"X-Api-Key": "x", "HTTP-Referer": "x", "X-Title": "x", "User-Agent": "x"}},
+        {"extra_headers": {"X-Stainless-Retry-Count": "1", "X-B3-TraceId": "x", "baggage": "x=y"}},
+        {"extra_query": {"api-key": "x"}},
+        {"metadata": {"run": "2026-10-01"}},
+        {"user": "someone"},
+        {"safety_identifier": "someone"},
+        {"prompt_cache_key": "x"},
+        {"extra_body": {"prompt_cache_retention": "24h"}},
+        {"extra_body": {"prompt_cache_options": {"ttl": "1h"}}},
+        {"store": True},
+        {"service_tier": "flex"},
+        {"extra_body": {"stream_options": {"include_usage": True}}},
+        {"extra_body": {"background": True}},
     ],
     ids=str,
 )
 def test_what_cannot_change_the_answer_does_not(options) -> None:
-    """Other ways to write it, the timeout, the account, and the name of the request."""
+    """Other ways to write it, the timeout, account and name of the request, how it is billed and kept."""
     assert digest(**options) == digest()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "e4a9ba76bcddfba48d2d652cd8f56d9ae495c8c7b0352d2e8912cf7aa1986867"),
+        (
+            {
+                "metadata": {"run": "1"},
+                "extra_headers": {"X-A": "b", "User-Agent": "x"},
+                "extra_query": {"api-key": "k"},
+                "temperature": 1,
+                "service_tier": "flex",
+            },
+            "9f4122d769d7932f34dee0fb10144560e328877a4c20b63c80568da226ba7bbf",
+        ),
+        (
+            {"prompt": "é", "api": "responses", "max_tokens": 5, "extra_body": {"a": {1: 2, "b": 1.0}}},
+            "2e2e8050692855f2cf7fd99ff8b8d854879e84da6193f9ba02c26f4e1b4bed50",
+        ),
+    ],
+)
+def test_version_1_of_the_key_stays_as_it_was(options, expected) -> None:
+    """Files that hold such keys are still read."""
+    assert digest(version=1, **options).hex() == expected
+    assert digest(**options).hex() != expected
+
+
+def test_the_key_of_a_sample_stays_as_it_was() -> None:
+    """Of both versions."""
+    key = Occurrence(digest(version=1), 3, sampled=True).key
+    assert key.hex() == "fc02f19209385e5d001365ec40e8a1ae07c6cc1e2cd77108bbaa09476ef80329"
 
 
 @pytest.mark.parametrize(

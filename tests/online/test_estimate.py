@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from virtual import VirtualServer, rehearse
 
 from openai_eval_client import CostEstimate, OpenAIClient, OpenAIConfig, RateLimitConfig, ValidationError
-from openai_eval_client._online.prompts import _CHUNK, minutes
+from openai_eval_client._online.estimate import _CHUNK, minutes
 from openai_eval_client._tokens.counter import TokenCounter
 from openai_eval_client.testing import SimulatedServer
 

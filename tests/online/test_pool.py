@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from virtual import VirtualLoop
 
 from openai_eval_client._online.prompts import WorkerPool
+from openai_eval_client._online.stopping import StopRule
 
 
 class ItemError(Exception):
@@ -74,8 +75,18 @@ class Seen:
         self.furthest = max(self.furthest, self.taken - self.consumed)
 
 
-def never(_error: Exception, _answered: bool) -> bool:
-    return False
+class Rule(StopRule):
+    """Ends the run by one class of errors alone."""
+
+    def __init__(self, seen=None) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def failed(self, error, item):  # noqa: ARG002  # one class of errors decides
+        fatal = isinstance(error, FatalError)
+        if self.seen is not None:
+            self.seen.met_fatal = self.seen.met_fatal or fatal
+        return error if fatal else None
 
 
 def from_list(story: Story, seen: Seen):
@@ -144,15 +155,11 @@ async def request(index: int, item: Item, raises: type[Exception] | None, sendin
 
 
 async def consume(story: Story, seen: Seen) -> None:
-    def is_fatal(error: Exception, _: bool) -> bool:
-        seen.met_fatal = seen.met_fatal or isinstance(error, FatalError)
-        return isinstance(error, FatalError)
-
     pool = seen.pool = WorkerPool(
         lambda *args, **options: work(*args, **options, seen=seen),
         slots=story.slots,
         width=story.width,
-        is_fatal=is_fatal,
+        rule=Rule(seen),
     )
     async with contextlib.AsyncExitStack() as stack:
         streams = [pool.run(SOURCES[story.source](story, seen))]
@@ -280,7 +287,7 @@ def test_work_begins_before_the_next_item_is_taken() -> None:
             yield n
 
     async def main() -> int:
-        return len([pair async for pair in WorkerPool(begin, slots=99, width=99, is_fatal=never).run(slow())])
+        return len([pair async for pair in WorkerPool(begin, slots=99, width=99, rule=Rule()).run(slow())])
 
     assert asyncio.run(main()) == 9
 
@@ -298,7 +305,7 @@ def test_a_worker_that_is_done_goes_on_with_the_next_item(fails: bool) -> None:
                 raise ItemError
 
     async def main() -> int:
-        pool = WorkerPool(one, slots=3, width=9, is_fatal=never)
+        pool = WorkerPool(one, slots=3, width=9, rule=Rule())
         return len([pair async for pair in pool.run([None] * 50)])
 
     loop = VirtualLoop()
@@ -339,7 +346,7 @@ def test_a_source_that_is_slow_lets_the_others_go_in_between(seconds: float) -> 
             loop.jump.slept += seconds
 
     async def main() -> None:
-        pool = WorkerPool(functools.partial(work, seen=Seen()), slots=1, width=99, is_fatal=never)
+        pool = WorkerPool(functools.partial(work, seen=Seen()), slots=1, width=99, rule=Rule())
         async with contextlib.aclosing(pool.run(source())) as stream:
             await anext(stream)
 
@@ -375,7 +382,7 @@ def test_clearing_the_frames_of_an_error_does_not_touch_the_work_on_others() -> 
 
     async def main() -> list[object]:
         outcomes = []
-        pool = WorkerPool(one, slots=1, width=2, is_fatal=never)
+        pool = WorkerPool(one, slots=1, width=2, rule=Rule())
         async for _, outcome in pool.run([None] * 5):
             if isinstance(outcome, ItemError):
                 traceback.clear_frames(outcome.__traceback__)
@@ -399,7 +406,7 @@ def test_nothing_is_sent_in_the_place_of_what_is_cancelled() -> None:
             await asyncio.sleep(1.0)
 
     async def main() -> None:
-        async for _ in WorkerPool(one, slots=3, width=6, is_fatal=never).run([None] * 9):
+        async for _ in WorkerPool(one, slots=3, width=6, rule=Rule()).run([None] * 9):
             pass
 
     loop = VirtualLoop()
@@ -466,9 +473,7 @@ def test_what_swallows_its_cancellation_still_sends_no_more(met_fatal: bool) -> 
             sent.append(index)
 
     async def main() -> None:
-        stream = WorkerPool(
-            stubborn, slots=2, width=2, is_fatal=lambda error, _: isinstance(error, FatalError)
-        ).run([None] * 9)
+        stream = WorkerPool(stubborn, slots=2, width=2, rule=Rule()).run([None] * 9)
         await anext(stream)
         await stream.aclose()
 
@@ -482,7 +487,7 @@ async def test_an_async_generator_is_closed_by_the_time_the_stream_is() -> None:
     """Also where there is another reference to it."""
     seen = Seen()
     source = from_async(Story([Item()] * 9), seen)
-    stream = WorkerPool(functools.partial(work, seen=seen), slots=2, width=2, is_fatal=never).run(source)
+    stream = WorkerPool(functools.partial(work, seen=seen), slots=2, width=2, rule=Rule()).run(source)
     await anext(stream)
     await stream.aclose()
     assert seen.source_ended
@@ -500,7 +505,7 @@ def test_a_task_cancelled_from_outside_is_not_lost_in_silence() -> None:
         return index
 
     async def all_of_them() -> None:
-        pool = WorkerPool(one, slots=3, width=3, is_fatal=never)
+        pool = WorkerPool(one, slots=3, width=3, rule=Rule())
         async for _, outcome in pool.run([None] * 9):
             outcomes.append(outcome)
 
@@ -516,6 +521,6 @@ def test_a_source_that_is_never_read_from_is_not_touched() -> None:
     """Nothing starts before the first outcome is asked for, and nothing is left when none is."""
     seen = Seen()
     story = Story([Item()])
-    stream = WorkerPool(work, slots=1, width=1, is_fatal=never).run(from_list(story, seen))
+    stream = WorkerPool(work, slots=1, width=1, rule=Rule()).run(from_list(story, seen))
     del stream
     assert seen.taken == 0

@@ -1,5 +1,6 @@
 """Retries: which error is worth another attempt, how long to wait first, and what the log says of it."""
 
+import contextlib
 import logging
 
 import openai
@@ -85,9 +86,9 @@ def test_every_other_status_is_decided_by_its_class(status):
     assert read_failure(error_of(status)).retry is (status >= 500 or status in {408, 409, 429})
 
 
-@given(st.integers(400, 599), st.booleans())
+@given(st.integers(400, 599).filter(lambda status: status != 402), st.booleans())
 def test_the_servers_own_word_is_taken(status, wish):
-    """`x-should-retry` overrides the status, as in the SDK."""
+    """`x-should-retry` overrides the status, as in the SDK, unless the credit is used up."""
     assert read_failure(error_of(status, x_should_retry=str(wish).lower())).retry is wish
 
 
@@ -128,27 +129,29 @@ def test_a_request_that_is_too_large_is_not_sent_again():
 
 
 @pytest.mark.parametrize(
-    ("error", "doomed"),
+    ("error", "ends", "shared"),
     [
-        (from_the_sdk(401), True),
-        (from_the_sdk(403), True),
-        (from_the_sdk(404), True),
-        (quota_error(), True),
-        (rate_limited("too long", 601), True),
-        (from_the_sdk(429, retry_after="601"), True),
-        (from_the_sdk(429, retry_after="600"), False),
-        (from_the_sdk(429), False),
-        (from_the_sdk(400), False),
-        (from_the_sdk(500), False),
-        (connection_error(), False),
-        (timeout_error(), False),
-        (ValueError("other"), False),
+        (from_the_sdk(401), False, True),
+        (from_the_sdk(403), False, True),
+        (from_the_sdk(404), False, True),
+        (quota_error(), True, True),
+        (rate_limited("too long", 601), True, False),
+        (from_the_sdk(429, retry_after="601"), True, False),
+        (from_the_sdk(429, retry_after="600"), False, False),
+        (from_the_sdk(529, retry_after="601"), True, False),
+        (from_the_sdk(429), False, False),
+        (from_the_sdk(400), False, False),
+        (from_the_sdk(500), False, False),
+        (connection_error(), False, False),
+        (timeout_error(), False, False),
+        (ValueError("other"), False, False),
     ],
     ids=lambda item: f"{type(item).__name__}{getattr(item, 'status_code', '')}",
 )
-def test_what_dooms_a_whole_run(error, doomed):
-    """Key, permission, model, credit and a pause beyond max_wait meet every prompt alike."""
-    assert read_failure(error).ends_run(600, answered=True) is doomed
+def test_what_meets_every_prompt(error, ends, shared):
+    """Credit and a pause beyond max_wait for certain; key, permission and model perhaps."""
+    assert read_failure(error).ends_run(600) is ends
+    assert read_failure(error).is_shared is shared
 
 
 def test_the_wait_is_read_from_the_errors_headers():
@@ -183,12 +186,13 @@ def errors(draw):
 @given(st.lists(errors(), max_size=40))
 def test_a_delay_is_the_servers_or_within_the_cap(sequence):
     """Whatever errors come in whatever order: the server's word exactly, else between 0 and the ceiling."""
-    waits = delays()
+    waits = delays(max_retries=99)
     next(waits)
     for attempt, error in enumerate(sequence):
         delay, asked = waits.send(error), read_failure(error).wait
         if not asked:  # none, or one of nought, which is no advice
-            assert 0 <= delay <= min(CAP, 0.5 * 2**attempt)
+            cap = 30 if read_failure(error).is_patient else CAP
+            assert 0 <= delay <= min(cap, 0.5 * 2**attempt)
         else:
             assert delay == (0 if isinstance(error, openai.RateLimitError) else asked)
 
@@ -197,7 +201,7 @@ def test_delays_without_a_word_grow_and_vary():
     """Full jitter: the mean doubles up to the cap, and no two clients wait alike."""
     rounds = []
     for _ in range(400):
-        waits = delays()
+        waits = delays(max_retries=99)
         next(waits)
         rounds.append([waits.send(connection_error()) for _ in range(7)])
     means = [sum(column) / len(rounds) for column in zip(*rounds, strict=True)]
@@ -208,10 +212,39 @@ def test_delays_without_a_word_grow_and_vary():
 
 def test_after_a_rate_limit_the_pause_is_not_waited_here():
     """The request waits in the model's queue, which pauses once for all."""
-    waits = delays()
+    waits = delays(max_retries=99)
     next(waits)
     assert waits.send(error_of(429, retry_after="30")) == 0.0
     assert waits.send(error_of(503, retry_after="30")) == 30.0
+
+
+def wait_all(errors_, **limits):
+    """The delays after these errors, up to where it is not worth another attempt."""
+    waits = delays(**limits)
+    next(waits)
+    found: list[float] = []
+    with contextlib.suppress(StopIteration):
+        for error in errors_:
+            found += [waits.send(error)]
+    return found
+
+
+def test_a_refusal_that_says_nothing_against_the_request_counts_against_max_wait():
+    """A rate limit with a stated wait, overload, no capacity, too many in flight."""
+    limited = error_of(429, retry_after="10")
+    assert len(wait_all([limited] * 99, max_retries=3, max_wait=60.0)) == 6
+    assert len(wait_all([limited] * 99, max_retries=3, max_wait=5.0)) == 3  # never fewer than other failures
+    assert len(wait_all([limited] * 99, max_retries=0, max_wait=60.0)) == 0
+    soon_again = error_of(429, retry_after="0.02")
+    assert len(wait_all([soon_again] * 999, max_retries=3, max_wait=60.0)) == 60
+    for busy in (error_of(529), from_the_sdk(429, "too many concurrent requests")):
+        assert 20 <= len(wait_all([busy] * 999, max_retries=3, max_wait=600.0)) <= 30
+
+
+def test_patience_is_apart_from_the_attempts():
+    """Other failures in between still count against max_retries."""
+    story = [error_of(429, retry_after="1"), error_of(500)] * 4
+    assert len(wait_all(story, max_retries=3, max_wait=600.0)) == 7
 
 
 # --- retrying ---------------------------------------------------------------------------------------------

@@ -88,6 +88,15 @@ def test_the_command_serves_until_told_to_end(end):
         "drop=0.1",
         "--script",
         "ok,500",
+        "--when",
+        'pot=>["ok", {"status": 418}]',
+        "--when",
+        "capital=>Paris",
+        "--lenient",
+        "--fault-wait",
+        "2.5",
+        "--background-polls",
+        "0",
         "--models",
         "m,x",
         "--batch-seconds",
@@ -99,12 +108,18 @@ def test_the_command_serves_until_told_to_end(end):
         server = SimpleNamespace(base_url=process.stdout.readline().strip())
         status, headers, _ = send(server)
         assert (status, headers["x-ratelimit-limit-requests"]) == (200, "5")
+        wanted = {**CHAT, "messages": [{"role": "user", "content": "capital"}], "top_k": 5}
+        assert b'"Paris"' in send(server, wanted)[2]
+        wanted["messages"] = [{"role": "user", "content": "pot"}]
+        assert [send(server, wanted)[0] for _ in range(2)] == [200, 418]
         process.send_signal(end)
         assert process.wait(30) == 0
 
 
-@pytest.mark.parametrize("fault", ["529=1", "500", "500=often"])
-def test_the_command_refuses_nonsense(fault):
-    """A fault that is unknown or has no probability ends the command with code 2."""
-    with run_python("-m", testing_package.__name__, "--fault", fault) as process:
+@pytest.mark.parametrize(
+    "wrong", ["--fault=599=1", "--fault=500", "--fault=500=often", "--when=a", "--when=(=>a"]
+)
+def test_the_command_refuses_nonsense(wrong):
+    """A fault or a pattern that makes no sense ends the command with code 2."""
+    with run_python("-m", testing_package.__name__, wrong) as process:
         assert process.wait(60) == 2

@@ -26,6 +26,7 @@ from simulated_batches import (
 from simulated_calls import client
 
 from openai_eval_client.testing import SimulatedServer
+from openai_eval_client.testing._catalog import SPOILERS
 from openai_eval_client.testing._options import OUTCOMES, STATUSES, TERMINAL, Options
 
 
@@ -185,8 +186,8 @@ WRITTEN = {  # outcome: lines in the output file, in the error file, completed, 
     "status_0": (0, 1, 0, 1),
     "truncated": (1, 0, 1, 0),
     "null_body": (1, 0, 1, 0),
-    "no_usage": (1, 0, 1, 0),
     "garbage": (1, 0, 1, 0),
+    **dict.fromkeys(("status_text", "body_text", *SPOILERS), (1, 0, 1, 0)),
 }
 
 

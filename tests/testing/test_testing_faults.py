@@ -188,7 +188,7 @@ def test_no_fault_leaves_anything_behind(fault):
     with SimulatedServer(script=[fault, fault]) as server:
         for stream in (False, True):
             with suppress(OSError, HTTPException):
-                send(server, {**CHAT, "stream": stream}, timeout=0.4)
+                send(server, {**CHAT, "stream": stream, "service_tier": "flex"}, timeout=0.4)
         assert send(server)[0] == 200
         assert server.counts[fault] == 2
 

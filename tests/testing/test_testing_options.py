@@ -11,11 +11,19 @@ from openai_eval_client.testing._options import Options, as_json
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"faults": {"529": 0.1}}, "529"),
+        ({"faults": {"599": 0.1}}, "599"),
         ({"faults": {"500": 1.5}}, "500=1.5"),
         ({"faults": {"500": float("nan")}}, "500=nan"),
         ({"faults": {"500": 0.6, "drop": 0.6}}, "500, drop sum to more than 1"),
         ({"script": ["ok", "oops"]}, "'oops'"),
+        ({"script": [("(", "500")]}, "script: missing \\)"),
+        ({"script": [("a", [])]}, "script: there is no outcome"),
+        ({"script": [("a", 5)]}, "script: 5 is neither"),
+        ({"script": [("a", ["500", None])]}, "script: None is neither"),
+        ({"script": [("a",)]}, "script: not enough values"),
+        ({"script": "500"}, "script: '500'"),
+        ({"fault_wait": -1}, "fault_wait must not be negative"),
+        ({"background_polls": -1}, "background_polls must not be negative"),
         ({"rpm": 0}, "rpm must be positive"),
         ({"window": -1}, "window must be positive"),
         ({"latency": -1}, "latency must not be negative"),
@@ -87,7 +95,7 @@ def test_options_pass_through_json():
     """Options arrive in another process as they were."""
     options = Options(
         models={"m"},
-        script=("ok", "500"),
+        script=("ok", "500", ("a", ("429", b"\xff", {"status": 418}))),
         batch_plans=({"lines": ("ok", "400"), "counts": {"total": 3}}, {"errors": ({"code": "c"},)}),
         batch_faults={"400": 0.5},
         completion_windows={"7d"},

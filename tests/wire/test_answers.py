@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from openai_eval_client import ModelResponse, OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client._cost.ledger import Pricer
-from openai_eval_client._wire.answers import is_answer, read_answer
+from openai_eval_client._wire.answers import read_answer
 from openai_eval_client._wire.requests import check_parameters
 from openai_eval_client._wire.usage import Usage, usage_of
 from openai_eval_client.testing import SimulatedServer
@@ -248,7 +248,7 @@ def test_the_finish_reasons_of_a_response(fields, reason):
 
 @pytest.mark.parametrize(
     "usage",
-    [None, {}, [], "many", 7, {"prompt_tokens": None}, {"prompt_tokens": "11"}, {"total_tokens": 33}],
+    [None, {}, [], "many", 7, {"prompt_tokens": None}, {"prompt_tokens": "eleven"}, {"total_tokens": -1}],
 )
 def test_missing_usage_is_marked(usage):
     """The caller then puts an estimate in its place."""
@@ -263,7 +263,7 @@ def test_missing_usage_is_marked(usage):
         ({"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}, (11, 22, 33, 0, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 22}, (11, 22, 33, 0, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": None}, (11, 22, 33, 0, 0)),
-        ({"prompt_tokens": 11, "completion_tokens": None}, (11, 0, 11, 0, 0)),
+        ({"prompt_tokens": "11", "completion_tokens": 22.0, "total_tokens": 40}, (11, 29, 40, 0, 0)),
         (
             {
                 "prompt_tokens": 11,
@@ -511,20 +511,3 @@ def test_anything_in_place_of_anything_is_read(api, data):
     body = with_odd(FULL[api], path, data.draw(JSON))
     answer = read(body, api)
     assert ModelResponse.model_validate_json(answer.model_dump_json()) == answer
-
-
-@pytest.mark.parametrize("api", PATHS)
-@given(body=JSON)
-def test_only_an_object_with_the_apis_list_is_an_answer(api, body):
-    """The list is `choices` or `output`."""
-    expected = isinstance(body, dict) and isinstance(body.get(ENTRY[api]), list)
-    assert is_answer(body, api) is expected
-    assert is_answer(FULL[api], api)
-
-
-@pytest.mark.parametrize(
-    "body", [None, [], "text", 5, {}, {"choices": None}, {"choices": {}}, {"output": []}]
-)
-def test_what_is_no_chat_answer(body):
-    """Other JSON, an error object or the other API's answer is none."""
-    assert not is_answer(body, "chat")

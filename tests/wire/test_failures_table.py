@@ -12,6 +12,7 @@ from openai_eval_client import (
     TimeoutError,
     ValidationError,
 )
+from openai_eval_client._wire.bodies import status_error
 from openai_eval_client._wire.failures import (
     FAILURES,
     Kind,
@@ -21,8 +22,9 @@ from openai_eval_client._wire.failures import (
     outcome_of,
     read_failure,
     refused,
-    status_error,
+    row_of,
 )
+from openai_eval_client._wire.refusals import words_of
 from openai_eval_client.errors import rate_limited, sdk_httpx
 
 REQUEST, MODEL, ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
@@ -30,12 +32,51 @@ REQUEST, MODEL, ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
 TABLE = [
     (429, "insufficient_quota", "You exceeded your current quota", Kind.OUT_OF_QUOTA, False, ACCOUNT),
     (429, None, "insufficient_quota: check your plan", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, "billing_not_active", "Your account is not active", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, "credit_balance_exhausted", "Add credits", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, "organization_spend_limit_exceeded", "m", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, "project_spend_limit_exceeded", "m", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, "organization_usage_limit_exceeded", "m", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (400, "billing_hard_limit_reached", "Billing hard limit reached", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (402, None, "Insufficient Balance", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (402, None, "m", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (400, None, "Your credit balance is too low to use the API", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (403, "insufficient_user_quota", "quota left: $0.00", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (
+        429,
+        "exceeded_current_quota_error",
+        "Your account org-1 is suspended",
+        Kind.OUT_OF_QUOTA,
+        False,
+        ACCOUNT,
+    ),
+    (429, None, "your account is suspended, please recharge", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, None, "You exceeded your current quota, check billing", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (429, None, "You exceeded your current quota. Please retry in 11.6s.", Kind.RATE_LIMITED, True, MODEL),
     (429, "rate_limit_exceeded", "Request too large for gpt-4o on TPM", Kind.TOO_LARGE, False, REQUEST),
     (429, "rate_limit_exceeded", "Rate limit reached on tokens per min", Kind.RATE_LIMITED, True, MODEL),
+    (429, None, "too many concurrent requests", Kind.CONCURRENCY, True, MODEL),
+    (429, None, "Max parallel request limit reached", Kind.CONCURRENCY, True, MODEL),
+    (429, "resource_unavailable", "m", Kind.CAPACITY, True, MODEL),
+    (429, None, "Resource Unavailable", Kind.CAPACITY, True, MODEL),
+    (429, "engine_overloaded_error", "m", Kind.OVERLOADED, True, MODEL),
+    (503, "slow_down", "m", Kind.OVERLOADED, True, MODEL),
+    (503, None, "Slow down: reduce your request rate", Kind.OVERLOADED, True, MODEL),
+    (503, None, "The model is overloaded", Kind.OVERLOADED, True, MODEL),
+    (529, None, "m", Kind.OVERLOADED, True, MODEL),
     (401, "invalid_api_key", "Incorrect API key provided", Kind.REFUSED_KEY, False, ACCOUNT),
+    (401, None, "m", Kind.REFUSED_KEY, False, ACCOUNT),
     (403, "invalid_api_key", "Incorrect API key provided", Kind.REFUSED_KEY, False, ACCOUNT),
     (403, "unsupported_country", "Country not supported", Kind.REFUSED_KEY, False, ACCOUNT),
+    (403, None, "Content violates usage guidelines", Kind.CONTENT_REFUSED, False, REQUEST),
+    (403, None, "Your input was flagged for violence", Kind.CONTENT_REFUSED, False, REQUEST),
+    (400, "invalid_prompt", "m", Kind.CONTENT_REFUSED, False, REQUEST),
+    (400, "content_filter", "m", Kind.CONTENT_REFUSED, False, REQUEST),
+    (400, None, "triggering Azure OpenAI's content management policy", Kind.CONTENT_REFUSED, False, REQUEST),
     (404, "model_not_found", "The model `gpt-9` does not exist", Kind.REFUSED_MODEL, False, MODEL),
+    (400, None, "Model Not Exist", Kind.REFUSED_MODEL, False, MODEL),
+    (404, None, "No endpoints found that support image input", Kind.REFUSED_INPUT, False, REQUEST),
+    (404, None, "No endpoints found for a/b.", Kind.REFUSED_MODEL, False, MODEL),
     (404, None, "Not Found", Kind.NOT_FOUND, False, ACCOUNT),
     (408, None, "Request timeout", Kind.SERVER_ERROR, True, REQUEST),
     (409, None, "Conflict", Kind.SERVER_ERROR, True, REQUEST),
@@ -69,16 +110,9 @@ def test_an_error_and_the_bytes_it_is_made_of_mean_the_same(row):
 
 
 def test_every_row_is_met():
-    """Each row with a status is the first that fits some line above."""
-    met = set()
-    for status, code, message, *_ in TABLE:
-        met.add(meaning_of("", status, code or ""))
-        met.add(next(row.meaning for row in FAILURES if _fits(row, status, code, message)))
-    assert {row.meaning for row in FAILURES if isinstance(row.of, int)} <= met
-
-
-def _fits(row, status, code, message):
-    return row.of in {status, status // 100} and (row.word is None or row.word == code or row.word in message)
+    """Each row with a status decides some line above."""
+    met = {row_of(status, words_of({"code": code, "message": text})) for status, code, text, *_ in TABLE}
+    assert {row for row in FAILURES if not isinstance(row.of, type)} == met
 
 
 @pytest.mark.parametrize("wish", [True, False])
@@ -150,9 +184,9 @@ def test_a_circle_of_causes_is_followed_once():
 @pytest.mark.parametrize(
     ("name", "meaning"),
     [
-        ("TimeoutError", "no answer within timeout; sent again"),
-        ("APIConnectionError", "the connection failed, or the answer was cut short; sent again"),
-        ("APIResponseValidationError", "what came was no answer; sent again"),
+        ("TimeoutError", "no answer within timeout"),
+        ("APIConnectionError", "the connection failed, or the answer was cut short"),
+        ("APIResponseValidationError", "what came was no answer"),
         ("BudgetExceededError", "max_cost left too little; not sent"),
         ("RequestTooLargeError", "more tokens than the limit can ever admit; not sent"),
         ("ValidationError", "the input is wrong; not sent"),
@@ -165,34 +199,77 @@ def test_an_error_without_a_status_has_a_meaning(name, meaning):
 
 
 @pytest.mark.parametrize(
-    ("error", "ends"),
+    ("error", "ends", "shared"),
     [
-        (error_of(401, None, "m"), True),
-        (error_of(403, None, "m"), True),
-        (error_of(404, None, "m"), True),
-        (QuotaError("m", response=error_of(429, None, "m").response, body=None), True),
-        (BudgetExceededError("m"), True),
-        (ValidationError("m", field="max_cost"), True),
-        (RuntimeError("this client was closed"), True),
-        (rate_limited("m", 601.0), True),
-        (rate_limited("m", 599.0), False),
-        (error_of(400, None, "m"), False),
-        (error_of(500, None, "m"), False),
-        (ValidationError("m", field="prompt"), False),
-        (connection_error(), False),
-        (caused_by(connection_error(), "ConnectError"), False),
+        (error_of(401, None, "m"), False, True),
+        (error_of(403, None, "m"), False, True),
+        (error_of(404, None, "m"), False, True),
+        (QuotaError("m", response=error_of(429, None, "m").response, body=None), True, True),
+        (BudgetExceededError("m"), True, True),
+        (ValidationError("m", field="max_cost"), True, True),
+        (RuntimeError("this client was closed"), True, True),
+        (rate_limited("m", 601.0), True, False),
+        (rate_limited("m", 599.0), False, False),
+        (error_of(429, None, "a free allowance of 50 per day"), None, False),
+        (error_of(403, None, "Content violates usage guidelines"), False, False),
+        (error_of(400, None, "m"), False, False),
+        (error_of(500, None, "m"), False, False),
+        (ValidationError("m", field="prompt"), False, False),
+        (connection_error(), False, False),
+        (caused_by(connection_error(), "ConnectError"), False, True),
     ],
 )
-def test_what_every_other_prompt_would_meet_ends_a_run(error, ends):
-    """Key, model, credit, a budget, a closed client, a wait beyond max_wait."""
-    assert read_failure(error).ends_run(600, answered=True) is ends
+def test_what_every_other_prompt_would_meet(error, ends, shared):
+    """For certain: credit, a budget, a closed client, a long wait. Perhaps: key, model, address."""
+    failure = read_failure(error)
+    assert failure.is_shared is shared
+    assert ends is None or failure.ends_run(600) is ends
 
 
-def test_no_connection_ends_a_run_in_which_nothing_was_answered():
-    """After an answer it is a passing fault."""
-    failure = read_failure(caused_by(connection_error(), "ConnectError"))
-    assert failure.ends_run(600, answered=False)
-    assert not failure.ends_run(600, answered=True)
+def test_an_allowance_for_a_day_comes_back_at_midnight(monkeypatch):
+    """In UTC, where the server names no other time."""
+    monkeypatch.setattr("time.time", lambda: 10 * 86_400.0 + 3_600)
+    for text in (
+        "Rate limit exceeded: free-models-per-day",
+        "GenerateRequestsPerDayPerProject",
+        "daily limit",
+    ):
+        assert read_failure(error_of(429, None, text)).wait == 23 * 3_600
+    assert (
+        read_failure(error_of(429, None, "10 requests per day (RPD). Please try again in 7m12s")).wait == 432
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message", "wait"),
+    [
+        ({"error": {"message": "m"}}, "m", None),
+        ({"error": "text"}, "text", None),
+        ({"detail": "text"}, "text", None),
+        ({"detail": [{"loc": ["body"], "msg": "field required"}]}, "field required", None),
+        ({"detail": {"error": {"message": "deep"}}}, "deep", None),
+        ({"message": "m", "code": 7}, "m", None),
+        ([{"error": {"message": "m", "code": 429}}], "m", None),
+        ("<html><body>Bad <b>gateway</b></body></html>", "Bad  gateway", None),
+        ({"error": {"message": "m", "details": [{"retryDelay": "11s"}]}}, "m", 11.0),
+        ({"error": {"message": "m", "metadata": {"headers": {"Retry-After": "9"}}}}, "m", 9.0),
+        ({"error": {"message": "m", "metadata": {"retry_after_seconds": 3}}}, "m", 3.0),
+        ({"error": {"message": ["m"], "metadata": 5, "details": 5}}, "m", None),
+        (None, "", None),
+        (5, "", None),
+        ([], "", None),
+    ],
+)
+def test_the_words_of_a_refusal_are_read_from_any_shape(body, message, wait):
+    """OpenAI's, FastAPI's, Google's, OpenRouter's, a gateway's."""
+    words = words_of(body)
+    assert (words.message, words.wait) == (message, wait)
+
+
+def test_reasons_of_a_moderation_are_enough():
+    """A 403 that names reasons refuses the content, whatever its message is."""
+    body = {"error": {"message": "m", "code": 403, "metadata": {"reasons": ["violence"]}}}
+    assert row_of(403, words_of(body)).kind is Kind.CONTENT_REFUSED
 
 
 def test_an_error_that_forgets_the_key_still_says_how_long_to_wait():
@@ -201,4 +278,4 @@ def test_an_error_that_forgets_the_key_still_says_how_long_to_wait():
     forget_key(error, "sk-0123456789")
     assert "sk-0123456789" not in f"{error}{error.body}{error.response.headers}"
     assert read_failure(error).wait == 601
-    assert read_failure(error).ends_run(600, answered=True)
+    assert read_failure(error).ends_run(600)

@@ -285,7 +285,7 @@ class Batches:
         if file is None:
             message = f"Cannot find file, or organization {ORGANIZATION} does not have access to it."
             return BatchInput(errors=[batch_error("invalid_request", message, "file_id")])
-        return await Reader(url, self._count, self._check_model).all(file.content)
+        return await Reader(url, self._count, self._check_model, self._options.lenient).all(file.content)
 
     def _refusal(self, read: BatchInput) -> Json | None:
         """Return the error for more enqueued tokens than the limit, if this input would exceed it."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import BodyPartReader, MultipartReader
 
-from .._faults import ApiError, missing_parameter, wrong_type, wrong_value
+from .._faults import ApiError, missing_parameter, out_of_bounds, wrong_type, wrong_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,14 +180,9 @@ def _limit(text: str | None, default: int, most: int) -> int:
         limit = int(text)
     except ValueError:
         raise wrong_type("limit", "an integer") from None
-    if 1 <= limit <= most:
-        return limit
-    side, word, bound = ("below_min", ">=", 1) if limit < 1 else ("above_max", "<=", most)
-    message = (
-        f"Invalid 'limit': integer {side.replace('_', ' ')}imum value. "
-        f"Expected a value {word} {bound}, but got {limit} instead."
-    )
-    raise ApiError(400, message, param="limit", code=f"integer_{side}_value")
+    if refusal := out_of_bounds("limit", limit, 1, most):
+        raise refusal
+    return limit
 
 
 def _start(items: list[Json], after: str | None) -> int:

@@ -63,6 +63,7 @@ class Reader:
     url: str
     count: Count
     check_model: Callable[[str], None]  # raises ApiError for a model that does not exist
+    lenient: bool = False
     read: BatchInput = field(default_factory=BatchInput)
     seen: set[str] = field(default_factory=set)
 
@@ -98,7 +99,7 @@ class Reader:
     def _keep(self, request: Json) -> None:
         ask: Ask | ApiError
         try:
-            ask = URLS[self.url][0].read(request["body"], self.count)
+            ask = URLS[self.url][0].understand(request["body"], self.count, lenient=self.lenient)
             self.read.tokens += ask.prompt_tokens
         except ApiError as refusal:
             ask = refusal

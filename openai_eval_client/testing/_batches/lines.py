@@ -6,9 +6,10 @@ import io
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from .._catalog import spoil
 from .._endpoints import dumps
 from .._exchange import HTML
-from .._faults import ApiError, fault_error, server_error, spoil_usage
+from .._faults import ApiError, fault_error, server_error
 
 if TYPE_CHECKING:
     from .._endpoints import Ask, Generation
@@ -84,7 +85,8 @@ class Lines:
         self._write(task, body, outcome)
 
     def _write(self, task: Task, body: Json, outcome: str) -> None:
-        line = _line(task.custom_id, _response(200, _spoiled(body, outcome)))
+        status = "200" if outcome == "status_text" else 200
+        line = _line(task.custom_id, _response(status, _spoiled(body, outcome)))
         if outcome == "truncated":
             line = line[: len(line) // 2] + b"\n"
         if outcome != "missing":
@@ -106,10 +108,12 @@ def _error(outcome: str) -> ApiError:
 def _spoiled(body: Json, outcome: str) -> Any:
     if outcome == "null_body":
         return None
-    return HTML.decode() if outcome == "garbage" else spoil_usage(body, outcome)
+    if outcome == "body_text":
+        return dumps(body).decode()
+    return HTML.decode() if outcome == "garbage" else spoil(body, outcome)
 
 
-def _response(status: int, body: Any) -> Json:
+def _response(status: int | str, body: Any) -> Json:
     return {"status_code": status, "request_id": uuid.uuid4().hex, "body": body}
 
 

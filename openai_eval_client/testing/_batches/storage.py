@@ -1,4 +1,4 @@
-"""The endpoints of files and batches, and the faults of calls to them."""
+"""The endpoints of files, batches and stored responses, and the faults of calls to them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from .._background import StoredResponses
 from .._faults import ApiError, Faults
 from .._options import AFTER, BEFORE, ENDPOINTS
 from .batches import Batches
@@ -26,12 +27,13 @@ UNSAFE = re.compile(r"[^\w.-]", re.ASCII)
 
 
 class Storage:
-    """The files and batches of a server, as its clients reach them."""
+    """The files, batches and stored responses of a server, as its clients reach them."""
 
     def __init__(self, options: Options, count: Count, check_model: Callable[[str], None]) -> None:
         self._options = options
         self._files = Files(options.file_lag)
         self._batches = Batches(options, self._files, count, check_model)
+        self.responses = StoredResponses(options)
         self._faults = {
             name: Faults(
                 options.endpoint_faults.get(name, {}),
@@ -42,6 +44,7 @@ class Storage:
         }
 
     def batches(self) -> list[Json]:
+        """Return the Batch objects as of now."""
         return self._batches.as_json()
 
     async def answer(
@@ -56,9 +59,10 @@ class Storage:
         done = await self._act(name, ident, given, exchange.request.query)
         if fault in AFTER:
             await exchange.fail(str(fault).removesuffix("_after"), wait)
+        exchange.extra = self.responses.headers(done)
         return await self._download(exchange, done) if isinstance(done, StoredFile) else done
 
-    async def _act(  # noqa: PLR0911 - one for each endpoint
+    async def _act(  # noqa: C901, PLR0911 - one for each endpoint
         self, name: str, ident: str, given: Form | Json | bytes, query: Query
     ) -> Json | StoredFile:
         match name, given:
@@ -80,7 +84,13 @@ class Storage:
                 return self._batches.get(ident).as_json()
             case "cancel", _:
                 return self._batches.get(ident).cancel()
-        raise AssertionError(f"{name} is not an endpoint of files or batches")
+            case "retrieve_response", _:
+                return self.responses.get(ident).poll()
+            case "cancel_response", _:
+                return self.responses.get(ident).cancel()
+            case "delete_response", _:
+                return self.responses.delete(ident)
+        raise AssertionError(f"{name} is not an endpoint of what is stored")
 
     async def _download(self, exchange: Exchange, file: StoredFile) -> web.StreamResponse:
         """Send a file, or a range of it; the fault "truncate" sends half of that and closes."""

@@ -9,14 +9,6 @@ from .embeddings import EMBEDDINGS
 from .responses import RESPONSES
 
 __all__ = [
-    "CHAT",
-    "COMPLETIONS",
-    "EMBEDDINGS",
-    "RESPONSES",
-    "Ask",
-    "Count",
-    "Generation",
-    "dumps",
-    "quarter_bytes",
+    "CHAT", "COMPLETIONS", "EMBEDDINGS", "RESPONSES", "Ask", "Count", "Generation", "dumps", "quarter_bytes",
     "required",
-]
+]  # fmt: skip

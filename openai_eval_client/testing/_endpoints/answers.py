@@ -38,17 +38,21 @@ class Ask:
     prompts: list[str]  # each is answered; several only for completions and embeddings
     prompt_tokens: int  # of everything sent
     cap: int | None  # most output tokens of one answer; None: the request sets no maximum
+    text: str | None = None  # scripted: what is answered
     n: int = 1  # answers to each prompt
     schema: Json | None = None  # JSON schema the answer must follow
     tool: Tool | None = None  # function the answer must call
 
     def reserved(self, default_output: int) -> int:
+        """Return the tokens to charge at admission: those of the prompt, and all that may be generated."""
         cap = default_output if self.cap is None else self.cap
         return self.prompt_tokens + cap * self.n * len(self.prompts)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
+    """One answer to one prompt."""
+
     text: str  # or the arguments of the function called
     tokens: int
     cut: bool  # whether it ends early, at the request's maximum
@@ -58,9 +62,16 @@ class Answer:
 class Generation:
     """An endpoint that is limited, delayed and subject to faults."""
 
+    check: Callable[[Json], None]  # refuses what the API refuses
     read: Callable[[Json, Count], Ask]  # understands a request body
     write: Callable[[Ask, Options, str], Json]  # makes the whole answer, under an id
     stream: Callable[[Ask, Json], list[bytes]] | None = None  # cuts it into events, where it can be streamed
+
+    def understand(self, body: Json, count: Count, *, lenient: bool) -> Ask:
+        """Return the request of a body; raise a 400 for one that the API refuses."""
+        if not lenient:
+            self.check(body)
+        return self.read(body, count)
 
 
 def words(text: str) -> list[str]:
@@ -84,6 +95,8 @@ def compose(ask: Ask, prompt: str, options: Options) -> Answer:
 
 
 def _text(ask: Ask, prompt: str, options: Options) -> str:
+    if ask.text is not None:
+        return ask.text
     if ask.tool:
         return json.dumps(minimal(ask.tool.parameters))
     if options.answer:
@@ -97,12 +110,14 @@ def _text(ask: Ask, prompt: str, options: Options) -> str:
 
 
 def required(body: Json, name: str) -> Any:
+    """Return a parameter; raise a 400 if it is missing or null."""
     if body.get(name) is None:
         raise missing_parameter(name)
     return body[name]
 
 
 def model_of(body: Json) -> str:
+    """Return the name of the model; raise a 400 if there is none."""
     model = required(body, "model")
     if not isinstance(model, str):
         raise wrong_type("model", "a string")

@@ -7,6 +7,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from . import checks
 from .answers import (
     Answer,
     Ask,
@@ -22,12 +23,14 @@ from .answers import (
     texts_read,
     words,
 )
+from .checks import check, check_chat
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from .._options import Options
 
+DETAILS = ("reasoning_tokens", "audio_tokens", "accepted_prediction_tokens", "rejected_prediction_tokens")
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
@@ -101,19 +104,14 @@ def _usage(ask: Ask, completion: int, options: Options) -> Json:
         "completion_tokens": completion,
         "total_tokens": ask.prompt_tokens + completion,
         "prompt_tokens_details": {"cached_tokens": cached, "audio_tokens": 0},
-        "completion_tokens_details": {
-            "reasoning_tokens": 0,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
+        "completion_tokens_details": dict.fromkeys(DETAILS, 0),
     }
 
 
 def service_tier(body: Json) -> str:
     """Return the tier in which the request is answered."""
     asked = body.get("service_tier")
-    return asked if asked in ("flex", "priority", "scale") else "default"
+    return asked if asked in ("flex", "priority", "scale", "fast") else "default"
 
 
 def _chat_choice(ask: Ask, answer: Answer, index: int, ident: str) -> Json:
@@ -174,7 +172,9 @@ def _deltas(choice: Json) -> Iterator[tuple[Json, Json | None]]:
         yield {"content": piece}, logprobs and {"content": [logprobs[place]], "refusal": None}
 
 
-CHAT = Generation(read=_read_chat, write=_write_chat, stream=partial(_stream, cut=_chat_chunks))
+CHAT = Generation(
+    check=check_chat, read=_read_chat, write=_write_chat, stream=partial(_stream, cut=_chat_chunks)
+)
 
 
 def _read_completion(body: Json, count: Count) -> Ask:
@@ -209,5 +209,8 @@ def _completion_chunks(choice: Json) -> Iterator[Json]:
 
 
 COMPLETIONS = Generation(
-    read=_read_completion, write=_write_completion, stream=partial(_stream, cut=_completion_chunks)
+    check=partial(check, known=checks.COMPLETIONS),
+    read=_read_completion,
+    write=_write_completion,
+    stream=partial(_stream, cut=_completion_chunks),
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import math
 import struct
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING
 
+from . import checks
 from .answers import Ask, Count, Generation, Json, model_of, number, required, texts_read
 
 if TYPE_CHECKING:
@@ -46,4 +48,4 @@ def _packed(values: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
-EMBEDDINGS = Generation(read=_read, write=_write)
+EMBEDDINGS = Generation(check=partial(checks.check, known=checks.EMBEDDINGS), read=_read, write=_write)

@@ -21,6 +21,7 @@ from .answers import (
     words,
 )
 from .chat import event, forced, schema_of, service_tier
+from .checks import check_response
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +77,7 @@ def _write(ask: Ask, options: Options, ident: str) -> Json:
         "object": "response",
         "created_at": int(time.time()),
         "status": status,
-        "background": False,
+        "background": bool(ask.body.get("background")),
         "error": None,
         "incomplete_details": {"reason": "max_output_tokens"} if answer.cut else None,
         "model": ask.model,
@@ -118,15 +119,15 @@ def _stream(_ask: Ask, body: Json) -> list[bytes]:
 
 
 def _events(body: Json) -> Iterator[Json]:
-    item = body["output"][0]
     begun = {**body, "status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
     yield {"type": "response.created", "response": begun}
     yield {"type": "response.in_progress", "response": begun}
-    empty: Json = {"content": []} if item["type"] == "message" else {"arguments": ""}
-    started = {**item, "status": "in_progress", **empty}
-    yield {"type": "response.output_item.added", "output_index": 0, "item": started}
-    yield from _text_events(item) if item["type"] == "message" else _call_events(item)
-    yield {"type": "response.output_item.done", "output_index": 0, "item": item}
+    for item in body["output"]:  # one, or none if it failed
+        empty: Json = {"content": []} if item["type"] == "message" else {"arguments": ""}
+        started = {**item, "status": "in_progress", **empty}
+        yield {"type": "response.output_item.added", "output_index": 0, "item": started}
+        yield from _text_events(item) if item["type"] == "message" else _call_events(item)
+        yield {"type": "response.output_item.done", "output_index": 0, "item": item}
     yield {"type": f"response.{body['status']}", "response": body}
 
 
@@ -148,4 +149,4 @@ def _call_events(item: Json) -> Iterator[Json]:
     yield {"type": f"{kind}.done", **where, "name": item["name"], "arguments": item["arguments"]}
 
 
-RESPONSES = Generation(read=_read, write=_write, stream=_stream)
+RESPONSES = Generation(check=check_response, read=_read, write=_write, stream=_stream)

@@ -13,17 +13,10 @@ from .._faults import ApiError
 Schema = dict[str, Any]
 DEEPEST = 60
 FORMATS = {
-    "date-time": "2000-01-01T00:00:00Z",
-    "date": "2000-01-01",
-    "time": "00:00:00Z",
-    "duration": "PT0S",
-    "email": "a@example.com",
-    "hostname": "example.com",
-    "ipv4": "127.0.0.1",
-    "ipv6": "::1",
-    "uri": "https://example.com",
-    "uuid": "00000000-0000-4000-8000-000000000000",
-}
+    "date-time": "2000-01-01T00:00:00Z", "date": "2000-01-01", "time": "00:00:00Z", "duration": "PT0S",
+    "email": "a@example.com", "hostname": "example.com", "ipv4": "127.0.0.1", "ipv6": "::1",
+    "uri": "https://example.com", "uuid": "00000000-0000-4000-8000-000000000000",
+}  # fmt: skip
 
 
 def minimal(schema: Any) -> Any:

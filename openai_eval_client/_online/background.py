@@ -1,0 +1,127 @@
+"""Responses made in the background: asked for until they are done, cancelled when the caller is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+import openai
+
+from openai_eval_client._log import inform
+from openai_eval_client._sdk import call_sdk
+from openai_eval_client._wire import PATHS, of_error, read_failure, read_object
+from openai_eval_client.errors import TimeoutError, sdk_httpx
+
+if TYPE_CHECKING:
+    from openai_eval_client._cache import Keeper
+    from openai_eval_client._wire import Parameters
+
+_PENDING = frozenset({"queued", "in_progress"})
+_ID = re.compile(r"[\w.-]{1,200}")
+_POLL_AFTER = "openai-poll-after-ms"  # a header of the server's answers
+_FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0  # seconds between two looks, where the server names none
+_GROWTH = 1.5
+_LONGEST_STATED = 60.0  # seconds
+_CANCELLING = 5.0  # seconds for the request that cancels
+
+
+class BackgroundResponses:
+    """Waits for the responses of one client that are made in the background."""
+
+    # https://platform.openai.com/docs/guides/background
+    def __init__(self, sdk: openai.AsyncOpenAI, longest: float) -> None:
+        self._sdk = sdk
+        self._longest = longest  # seconds from when it was submitted
+        self._url = str(sdk.base_url).rstrip("/") + PATHS["responses"]
+        self._reply_class = sdk_httpx().Response
+
+    async def noted(self, keep: Keeper, parameters: Parameters) -> Any:
+        """Return the reply about the response that an earlier run submitted; None where there is none."""
+        name = await keep.noted()
+        if name is None or not _ID.fullmatch(name):
+            return None
+        try:
+            reply = await self._ask("GET", name, parameters)
+        except openai.NotFoundError:
+            await keep.forget()
+            return None
+        inform("response %s was submitted before: waiting for it", name, event="background_resumed")
+        return reply
+
+    async def finished(self, reply: Any, parameters: Parameters, keep: Keeper | None) -> Any:
+        """Return the reply with the response as it is in the end.
+
+        Raises:
+            TimeoutError: It took too long, and was cancelled.
+            openai.APIError: It cannot be asked for any more.
+        """
+        name = pending(reply)
+        if name is None:
+            return reply
+        if keep is not None:
+            await keep.note(name)
+        try:
+            return await self._wait(name, reply, parameters)
+        except (asyncio.CancelledError, TimeoutError):
+            with contextlib.suppress(Exception):  # the caller's end comes first
+                await asyncio.wait_for(self._ask("POST", f"{name}/cancel", parameters), _CANCELLING)
+                if keep is not None:
+                    await keep.forget()
+            raise
+
+    async def _wait(self, name: str, reply: Any, parameters: Parameters) -> Any:
+        """Look at a response until it is done."""
+        loop = asyncio.get_running_loop()
+        until, delay = loop.time() + self._longest, _FIRST_DELAY
+        while pending(reply) is not None:
+            await asyncio.sleep(min(_stated_delay(reply) or delay, max(until - loop.time(), 0.0)))
+            if loop.time() >= until:
+                message = f"response {name} was not done within {self._longest:g} s"
+                raise TimeoutError(message, request=reply.request)
+            delay = min(delay * _GROWTH, _LONGEST_DELAY)
+            reply = await self._look(name, parameters) or reply
+        return reply
+
+    async def _look(self, name: str, parameters: Parameters) -> Any:
+        """Return the reply about a response; None where another look may tell more."""
+        try:
+            return await self._ask("GET", name, parameters)
+        except openai.NotFoundError as error:
+            message = f"response {name} is gone: {error.message}"
+            raise openai.APIError(message, error.request, body=error.body) from None
+        except openai.APIError as error:
+            failure = read_failure(error)
+            if not failure.retry:
+                raise
+            text, about = "response %s could not be looked at (%s): later again", of_error(error)
+            inform(text, name, about["error_type"], event="background_not_read", **about)
+            await asyncio.sleep(min(failure.wait or 0.0, _LONGEST_STATED))
+            return None
+
+    async def _ask(self, method: str, path: str, parameters: Parameters) -> Any:
+        url = f"{self._url}/{path}"
+        options: Any = {"headers": parameters.headers, "params": parameters.query}
+        options |= {"timeout": None, "max_retries": 0}
+        send = self._sdk.get if method == "GET" else self._sdk.post
+        call: Any = send(url, cast_to=self._reply_class, options=options)
+        return await call_sdk(call, seconds=parameters.timeout, url=url)
+
+
+def pending(reply: Any) -> str | None:
+    """Return the id of a response that is still to be made; None for any other reply."""
+    content: bytes = reply.content
+    if b'"queued"' not in content and b'"in_progress"' not in content:
+        return None
+    body = read_object(content)
+    name, status = body.get("id"), body.get("status")
+    if not isinstance(name, str) or not _ID.fullmatch(name):
+        return None
+    return name if isinstance(status, str) and status in _PENDING else None
+
+
+def _stated_delay(reply: Any) -> float | None:
+    """Return the seconds after which the server wants to be asked again; None where it does not say."""
+    text = reply.headers.get(_POLL_AFTER, "")
+    return min(int(text) / 1000, _LONGEST_STATED) if text.isdecimal() and len(text) < 9 else None  # noqa: PLR2004
