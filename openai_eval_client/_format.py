@@ -1,12 +1,16 @@
-"""Numbers, money and times as text, and text that is valid Unicode: one function for each meaning."""
+"""Numbers, money and times as text, data as JSON, text as valid Unicode: one function for each meaning."""
 
 from __future__ import annotations
 
 import functools
 import html
 import itertools
+import json
 import math
 import time
+from collections.abc import Mapping
+from datetime import date
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,6 +93,35 @@ def valid_text(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def plain(value: Any) -> Any:
+    """Return data as JSON has it: money as a float, a time in ISO 8601, no number that is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Decimal):
+        value = float(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value.isoformat() if isinstance(value, date) else value
+
+
+_ENCODERS = {
+    ascii_: json.JSONEncoder(ensure_ascii=ascii_, allow_nan=False, separators=(",", ":"))
+    for ascii_ in (False, True)
+}
+
+
+def to_json(value: Any, *, only_ascii: bool = False) -> bytes:
+    """Return JSON that every parser takes (RFC 8259): a number that is not finite is null."""
+    try:
+        return _ENCODERS[only_ascii].encode(value).encode()
+    except UnicodeEncodeError:  # half a surrogate pair: escaped, it can be written
+        return to_json(value, only_ascii=True)
+    except ValueError:  # Infinity or NaN
+        return to_json(plain(value), only_ascii=only_ascii)
 
 
 @functools.singledispatch

@@ -230,7 +230,6 @@ class ReportData:
     history: History
     latency: dict[int, int]  # how many successful attempts took how long, by class of a `Histogram`
     failures: list[Failure]
-    finish_reasons: dict[str, int]  # how many answers ended for each reason
 
 
 class Recorder:
@@ -244,6 +243,7 @@ class Recorder:
         self._timeline = Timeline()
         self._failures = Failures()
         self._finish_reasons: Counter[str] = Counter()
+        self._unsent: Counter[str] = Counter()  # parameters that were asked for and not sent
 
     def admitted(self, model: str | None, tokens: float, asked_at: float, now: float) -> None:
         """Count an admission, with the tokens reserved for it."""
@@ -293,12 +293,15 @@ class Recorder:
             self._totals["retry_seconds"] += wait
             self._failures.raised(model, error, for_good=False)
 
-    def answered(self, finish_reason: str = "", *, cached: bool = False) -> None:
-        """Count one prompt that was answered, by the server or from the cache."""
+    def answered(self, answer: ModelResponse | str = "", *, cached: bool = False) -> None:
+        """Count one prompt that was answered, by the server or from the cache; a text is a finish reason."""
         with self._lock:
             self._totals["requests"] += 1
             self._totals["cache_hits"] += cached
-            self._count_reason(finish_reason)
+            if isinstance(answer, str):
+                self._count_reason(answer)
+            else:
+                self._count_answer(answer)
 
     def stored(self) -> None:
         """Count one answer stored in the cache."""
@@ -321,7 +324,12 @@ class Recorder:
             for answer in answers:
                 totals["prompt_tokens"] += answer.usage.prompt_tokens
                 totals["completion_tokens"] += answer.usage.completion_tokens
-                self._count_reason(answer.finish_reason)
+                self._count_answer(answer)
+
+    def _count_answer(self, answer: ModelResponse) -> None:
+        self._count_reason(answer.finish_reason)
+        self._totals["schema_misses"] += answer.fits_schema is False
+        self._unsent.update(answer.unsent_parameters)
 
     def _count_reason(self, reason: str) -> None:
         known = self._finish_reasons
@@ -338,10 +346,11 @@ class Recorder:
         """Return the totals as they stand, with details that are kept elsewhere."""
         with self._lock:
             percentiles = {f"latency_p{n}": self._latency.percentile(n / 100) for n in (50, 95, 99)}
-            return ClientStats(**{**self._totals, **percentiles, **details})
+            counted = {"finish_reasons": self._finish_reasons, "unsent_parameters": self._unsent}
+            return ClientStats(**{**self._totals, **percentiles, **counted, **details})
 
     def report_data(self) -> ReportData:
         """Return what a report shows besides the totals."""
         with self._lock:
             history, failures = self._timeline.history(), [replace(row) for row in self._failures.rows()]
-            return ReportData(history, dict(self._latency), failures, dict(self._finish_reasons))
+            return ReportData(history, dict(self._latency), failures)

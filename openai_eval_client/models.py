@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import operator
-from collections.abc import Mapping
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +13,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from openai_eval_client._format import as_html, bounds_text, count, duration, usd
+from openai_eval_client._format import as_html, bounds_text, count, duration, plain, usd
 from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
@@ -35,9 +33,9 @@ __all__ = [
 
 
 class Record(BaseModel):
-    """A model that programs pass on; its JSON reads back as it was, infinite log probabilities included."""
+    """A model that programs pass on; its JSON reads back as it was, but for infinite numbers: null there."""
 
-    model_config = ConfigDict(ser_json_inf_nan="constants", protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data that every JSON parser, data frame and database takes.
@@ -46,7 +44,7 @@ class Record(BaseModel):
         money is a float in USD, a time is an ISO 8601 string, and a number that JSON does not have (infinite
         or not a number) is None.
         """
-        return {name: _plain(value) for name, value in self.model_dump().items()}
+        return {name: plain(value) for name, value in self.model_dump().items()}
 
     @classmethod
     def _of(cls, values: dict[str, Any], private: dict[str, Any] | None = None) -> Any:
@@ -67,19 +65,6 @@ class _Shown(Record):
 @functools.cache
 def _field_names(cls: type[Record]) -> set[str]:
     return set(cls.model_fields)  # one set for all instances
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON has it."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, Decimal):
-        value = float(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value.isoformat() if isinstance(value, date) else value
 
 
 _NOTHING = Decimal(0)
@@ -289,9 +274,15 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
         finish_reason: "stop", "length", "tool_calls", "content_filter", or what the server says.
         cached: True where it came from the local cache.
         choices: All texts, for n > 1.
-        tool_calls: The calls the model asks for, as the API sends them.
+        tool_calls: The calls the model asks for, as the API sends them; an old `function_call` too.
         refusal: The text with which the model refused; None where it did not.
         logprobs: Log probabilities of the first choice, where the request asked for them.
+        reasoning: The model's reasoning, or the summary of it, where the server shows it.
+        audio: The spoken answer as the API sends it, with its `transcript`; None where there is none.
+        annotations: What the text refers to, such as the pages that a search found.
+        fits_schema: Whether it fits the class given as `response_format`; False also where a JSON schema was
+            given, which is not checked, and the text is no JSON. None where nothing can be said.
+        unsent_parameters: What was asked for and not sent, because the model refuses it: "temperature".
     """
 
     content: str
@@ -306,6 +297,11 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
     tool_calls: list[dict[str, Any]] = Field(default_factory=list)
     refusal: str | None = None
     logprobs: dict[str, Any] | None = None
+    reasoning: str | None = None
+    audio: dict[str, Any] | None = None
+    annotations: list[dict[str, Any]] = Field(default_factory=list)
+    fits_schema: bool | None = None
+    unsent_parameters: list[str] = Field(default_factory=list)
 
     _parsed: Any = PrivateAttr(default=None)
     _body: Any = PrivateAttr(default=None)
@@ -318,7 +314,7 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
 
     @property
     def raw(self) -> Any:
-        """The SDK's own object (ChatCompletion or Response); None after a JSON round trip."""
+        """All that the server sent, as the SDK's own object (ChatCompletion or Response); None after JSON."""
         body = self._decoded()
         if body is None:
             return None
@@ -334,10 +330,10 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as `Record.to_dict` does, and `parsed` where there is one."""
-        plain = super().to_dict()
+        data = super().to_dict()
         if isinstance(self._parsed, BaseModel):
-            plain["parsed"] = self._parsed.model_dump(mode="json")
-        return plain
+            data["parsed"] = plain(self._parsed.model_dump(mode="json"))
+        return data
 
     def _decoded(self) -> Any:
         """Return the body of the answer: as it came, or from a line of a batch or of the cache."""
@@ -407,11 +403,11 @@ class BatchRequest(Record):
 
 
 class BatchJob(Record):
-    """A submitted Batch job; `job_id` alone finds it again."""
+    """A submitted Batch job; `job_id` alone finds it again. Some servers do not say when it was created."""
 
     job_id: str
     status: str
-    created_at: datetime
+    created_at: datetime | None
     request_count: int
 
 
@@ -422,7 +418,7 @@ class BatchJobStatus(_Shown):
     status: Literal[
         "validating", "in_progress", "finalizing", "completed", "failed", "expired", "cancelling", "cancelled"
     ]
-    created_at: datetime
+    created_at: datetime | None  # None where the server does not say
     completed_at: datetime | None = None
     request_count: int
     completed_count: int = 0
@@ -461,6 +457,10 @@ class ClientStats(_Shown):
         completion_tokens: Output tokens as the server counted them.
         cost: USD of all priced answers, and its parts; usable as a number.
         unpriced: Answers whose model has no known price, not in `cost`.
+        finish_reasons: How many answers ended for each reason, those from the cache included.
+        schema_misses: Answers of which `ModelResponse.fits_schema` is False.
+        unsent_parameters: By parameter, the answers to requests that went without it, because the model
+            refuses it.
         budget: For `OpenAIConfig.max_cost`, in USD: the "limit", what is "spent" of it, and what is
             "reserved" for requests in flight; empty without one.
         cache_hits: Prompts answered from the cache; besides this, only `requests` and `cost` include them.
@@ -487,6 +487,9 @@ class ClientStats(_Shown):
     completion_tokens: int = 0
     cost: CostLedger = Field(default_factory=CostLedger)
     unpriced: int = 0
+    finish_reasons: dict[str, int] = Field(default_factory=dict)
+    schema_misses: int = 0
+    unsent_parameters: dict[str, int] = Field(default_factory=dict)
     budget: dict[str, Decimal] = Field(default_factory=dict)
     cache_hits: int = 0
     cache_writes: int = 0

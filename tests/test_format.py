@@ -1,4 +1,9 @@
-"""Numbers, money and times as text."""
+"""Numbers, money and times as text; data as JSON."""
+
+import json
+import math
+from datetime import datetime, timezone
+from decimal import Decimal
 
 import pytest
 
@@ -8,8 +13,10 @@ from openai_eval_client._format import (
     dollars,
     duration,
     percent,
+    plain,
     short,
     timer,
+    to_json,
     usd,
     valid_text,
 )
@@ -94,3 +101,37 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character():
     assert valid_text("caf\u00e9 \U0001f600") == "caf\u00e9 \U0001f600"
     assert valid_text("cut \ud83d off") == "cut \ufffd off"
     assert valid_text("\ud83d\ude00") == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ({"a": [1.5, "é", None]}, '{"a":[1.5,"é",null]}'),
+        ([math.inf, -math.inf, {"b": (math.nan, 1)}], '[null,null,{"b":[null,1]}]'),
+        ({math.inf: 1}, '{"inf":1}'),
+        (["é", "\ud83d"], '["\\u00e9","\\ud83d"]'),
+        (["é", "\ud83d", math.nan], '["\\u00e9","\\ud83d",null]'),
+    ],
+)
+def test_json_is_what_every_parser_takes(value, written):
+    """A number that JSON does not have is null, half a surrogate pair escaped; all else is as it is."""
+    assert to_json(value).decode() == written
+    json.loads(written, parse_constant=pytest.fail)
+    assert to_json(value, only_ascii=True).isascii()
+
+
+def test_json_of_a_circle_or_of_an_object_is_an_error():
+    """As of the standard library, though a circle is found in another way."""
+    circle: list = []
+    circle.append(circle)
+    with pytest.raises((ValueError, RecursionError)):
+        to_json(circle)
+    with pytest.raises(TypeError):
+        to_json([object()])
+
+
+def test_plain_data_is_what_json_has():
+    """Money is a float, a time is ISO 8601, and sets are lists."""
+    moment = datetime(2026, 1, 2, tzinfo=timezone.utc)
+    found = plain({"a": Decimal("1.5"), "b": (moment, math.inf), 3: {4}})
+    assert found == {"a": 1.5, "b": ["2026-01-02T00:00:00+00:00", None], "3": [4]}

@@ -18,7 +18,8 @@ from datetime import datetime, timezone
 from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
 
 import openai
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import ValidationError as PydanticError
 
 from openai_eval_client._batches.files import Temperature, temporary_file
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
@@ -90,7 +91,7 @@ class BatchApi:
                 timeout=None,
             )
             try:
-                return await _checked(call)
+                return read_batch(await _checked(call))
             except openai.APIStatusError as error:
                 is_bad = isinstance(error, openai.BadRequestError)
                 refuses_window = error.param == _WINDOW or (is_bad and _WINDOW in error.message)
@@ -121,7 +122,8 @@ class BatchApi:
         while True:
             page = await self._repeat(functools.partial(self._page, after), self._timeout)
             for batch in page.data:
-                if batch.created_at < since - _CLOCKS_APART:
+                read_batch(batch)
+                if batch.created_at is not None and batch.created_at < since - _CLOCKS_APART:
                     return
                 yield batch
             if not page.data or not page.has_next_page():
@@ -131,14 +133,14 @@ class BatchApi:
     async def get(self, batch_id: str) -> Batch:
         """Look a batch up."""
         look = self._sdk.batches.retrieve
-        return await self._repeat(lambda: _checked(look(batch_id, timeout=None)), self._timeout)
+        return read_batch(await self._repeat(lambda: _checked(look(batch_id, timeout=None)), self._timeout))
 
     async def cancel(self, batch_id: str) -> Batch:
         """Ask for a batch to be cancelled; one that has ended stays as it is."""
 
         async def attempt() -> Batch | None:
             try:
-                return await _checked(self._sdk.batches.cancel(batch_id, timeout=None))
+                return read_batch(await _checked(self._sdk.batches.cancel(batch_id, timeout=None)))
             except (openai.BadRequestError, openai.ConflictError):  # it has ended
                 return None
 
@@ -146,6 +148,9 @@ class BatchApi:
 
     async def download(self, file_id: str, *, made_at: float = 0.0) -> IO[bytes]:
         """Download a file to disk; where the connection drops, go on from there, else from the start."""
+        if not file_id:  # the server does not name it
+            nothing = sdk_httpx().Response(_NOT_FOUND, request=sdk_httpx().Request("GET", _URL))
+            raise openai.NotFoundError("no file is named", response=nothing, body=None)
         file = temporary_file()
         patience = max(0.0, _FILE_LAG - abs(time.time() - made_at))
         fetch = functools.partial(self._repeat, lambda: self._fetch(file_id, file), None)
@@ -187,6 +192,7 @@ class BatchApi:
             raise _garbled(error) from error
         if not isinstance(page.data, list):
             raise _garbled(page.data)
+        page.data = [each for each in page.data if isinstance(getattr(each, "id", None), str)]
         return page
 
     async def _fetch(self, file_id: str, file: IO[bytes]) -> None:
@@ -382,6 +388,43 @@ _NO_REASON = "no reason given"
 _UNEXPLAINED = BatchError(_NO_REASON, code="batch_failed")
 _LIMIT = re.compile(r"limit:\s*([\d,]+)", re.IGNORECASE)
 _ENDS = ("completed_at", "failed_at", "expired_at", "cancelled_at")
+_TEXTS = ("status", "endpoint", "input_file_id", "output_file_id", "error_file_id", "model")
+_COUNTS = ("total", "completed", "failed")
+_MOST_REQUESTS = 10**7  # of a batch; a larger count is none
+_TIME = TypeAdapter(datetime)
+
+
+def read_batch(batch: Any) -> Batch:
+    """Return a batch of any server: what is used of it has its type, or is None."""
+    for name in ("created_at", *_ENDS):
+        setattr(batch, name, _seconds_in(getattr(batch, name, None)))
+    for name in _TEXTS:
+        value = getattr(batch, name, None)
+        setattr(batch, name, value if isinstance(value, str) else None)
+    counts = getattr(batch, "request_counts", None)
+    batch.request_counts = counts if isinstance(counts, BaseModel) else None
+    for name in _COUNTS if batch.request_counts else ():
+        setattr(counts, name, _count_in(getattr(counts, name, None)))
+    return batch  # type: ignore[no-any-return]
+
+
+def _seconds_in(value: object) -> float | None:
+    """Return a time in seconds since the epoch: from seconds, milliseconds or ISO 8601; None for none."""
+    try:
+        moment = _TIME.validate_python(value)
+    except PydanticError:
+        return None
+    moment = moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)
+    return moment.timestamp() or None  # some send 0 for a time that is still to come
+
+
+def _count_in(value: object) -> int | None:
+    """Return a number of requests: from a float or a text too; None for none."""
+    try:
+        number = float(value) if isinstance(value, int | float | str) else -1.0
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if 0 <= number <= _MOST_REQUESTS else None
 
 
 def job_status(batches: Sequence[Batch], errors: Sequence[BatchError] = ()) -> BatchJobStatus:
@@ -391,12 +434,13 @@ def job_status(batches: Sequence[Batch], errors: Sequence[BatchError] = ()) -> B
     states = [state_of(batch) for batch in batches]
     counts = [request_counts(batch) for batch in batches]
     total, completed, failed = (sum(column) for column in zip(*counts, strict=True))
+    begins = [batch.created_at for batch in batches if batch.created_at is not None]
     ends = [end for batch in batches if (end := ended_at(batch)) is not None]
     status: Any = next(state for state in (*_RUNNING, *_ENDED) if state in states)
     return BatchJobStatus(
         job_id=SEPARATOR.join(batch.id for batch in batches),
         status=status,
-        created_at=_as_time(min(batch.created_at for batch in batches)),
+        created_at=_as_time(min(begins)) if begins else None,
         completed_at=_as_time(max(ends)) if ends and all(map(has_ended, batches)) else None,
         request_count=total,
         completed_count=completed,
@@ -455,7 +499,7 @@ def request_counts(batch: Batch) -> tuple[int, int, int]:
     return total, completed, total - completed if has_ended(batch) else min(failed, total - completed)
 
 
-def ended_at(batch: Batch) -> int | None:
+def ended_at(batch: Batch) -> float | None:
     """Return when a batch ended, in seconds since the epoch."""
     return max(filter(None, (getattr(batch, name, None) for name in _ENDS)), default=None)
 
@@ -466,11 +510,19 @@ def _as_time(seconds: float) -> datetime:
 
 def stated_errors(batch: Batch) -> list[BatchError]:
     """Return why a batch failed, by the lines of its own file."""
-    stated = batch.errors.data if batch.errors else None
-    return [
-        BatchError(each.message or each.code or _NO_REASON, code=each.code, line=each.line, param=each.param)
-        for each in stated or []
-    ]
+    stated: Any = getattr(batch.errors, "data", batch.errors)  # some servers send the list itself, or a text
+    listed = stated if isinstance(stated, list) else [stated] if stated else []
+    return [_stated_error(each) for each in listed]
+
+
+def _stated_error(error: object) -> BatchError:
+    fields = dict(error) if isinstance(error, dict | BaseModel) else {"message": error}
+    message, code, param = (
+        str(value) if (value := fields.get(name)) else None for name in ("message", "code", "param")
+    )
+    return BatchError(
+        message or code or _NO_REASON, code=code, line=_count_in(fields.get("line")), param=param
+    )
 
 
 def failure_of(batches: Sequence[Batch]) -> BatchError:

@@ -260,7 +260,8 @@ def list_jobs(
             rows = []
             for job in jobs:
                 counts = map(count, (job.request_count, job.completed_count, job.failed_count))
-                rows.append((f"{job.created_at:%Y-%m-%d %H:%M}", job.status, *counts, job.job_id))
+                created = f"{job.created_at:%Y-%m-%d %H:%M}" if job.created_at else ""
+                rows.append((created, job.status, *counts, job.job_id))
             common.print_table(("created (UTC)", "status", *counted, "job"), rows, right=counted)
 
 
@@ -281,7 +282,7 @@ def _show_job(job: BatchJobStatus, *, as_json: bool) -> None:
         {
             "job": job.job_id,
             "status": job.status,
-            "created": f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC",
+            "created": f"{job.created_at:%Y-%m-%d %H:%M:%S} UTC" if job.created_at else "",
             "ended": f"{job.completed_at:%Y-%m-%d %H:%M:%S} UTC" if job.completed_at else "",
             "requests": count(job.request_count),
             "answered": count(job.completed_count),

@@ -27,7 +27,7 @@ from openai_eval_client._report import bar_is_open, write_above
 from openai_eval_client._wire import Kind, code_of, meaning_of, read_failure, status_of
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
-from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError
+from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError, sdk_httpx
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping
@@ -278,8 +278,7 @@ def message_of(error: openai.OpenAIError) -> str:
 def explain(error: Exception) -> str:
     """Return the kind of an error and what it means; unlike the error's message, this quotes no prompt."""
     kind = type(error).__name__, status_of(error), code_of(error)
-    means = meaning_of(*kind).partition("; sent again")[0].replace("the exception", "its row")
-    return f"{' '.join(str(part) for part in kind if part)}: {means}"
+    return f"{' '.join(str(part) for part in kind if part)}: {meaning_of(*kind)}"
 
 
 def what_to_check(error: Exception | None, *, answered: bool) -> str:
@@ -366,13 +365,23 @@ def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[as
                 raise
 
 
+def open_client(config: OpenAIConfig, **options: Any) -> OpenAIClient:
+    """Return a client; what the environment makes impossible is bad input."""
+    try:
+        return OpenAIClient(config, **options)
+    except (openai.OpenAIError, pydantic.ValidationError):
+        raise
+    except (ImportError, ValueError, sdk_httpx().InvalidURL) as error:
+        raise ValidationError(str(error)) from None
+
+
 def with_client(config: OpenAIConfig, work: Callable[[OpenAIClient], Awaitable[T]], **options: Any) -> T:
     """Do work with a client, which is closed afterwards; a signal cancels it at once, whatever task runs."""
     # Before Python 3.11, `asyncio.run` leaves it to chance which task gets the `KeyboardInterrupt`.
 
     async def working() -> T:
         with interruptible(at_once=True):
-            async with OpenAIClient(config, **options) as client:
+            async with open_client(config, **options) as client:
                 return await work(client)
         raise KeyboardInterrupt  # a signal has cancelled it
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from openai_eval_client._format import plain, to_json
 from openai_eval_client._report import row_of
 from openai_eval_client._runtime import replacing
 from openai_eval_client._validation import shown
@@ -186,7 +187,8 @@ def carried(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def fingerprint(row: Mapping[str, Any]) -> bytes:
     """Return a hash of a row's input, as it stands in the output."""
-    text = json.dumps({key: value for key, value in row.items() if key not in _OURS}, sort_keys=True)
+    given = {key: plain(value) for key, value in row.items() if key not in _OURS}
+    text = json.dumps(given, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=8).digest()
 
 
@@ -194,19 +196,12 @@ def line_of(
     head: Mapping[str, Any], outcome: ModelResponse | Exception | None, *, only_ascii: bool = False
 ) -> bytes:
     """Return a row as a line of JSON: what it begins with, and then the outcome."""
-    line = _to_json(head, only_ascii=only_ascii)[:-1]
+    line = to_json(head, only_ascii=only_ascii)[:-1]
     for name, value in row_of(outcome).items():
         is_response = isinstance(value, ModelResponse)
-        text = value.model_dump_json().encode() if is_response else _to_json(value, only_ascii=only_ascii)
+        text = value.model_dump_json().encode() if is_response else to_json(value, only_ascii=only_ascii)
         line += b',"' + name.encode() + b'":' + text
     return line + b"}\n"
-
-
-def _to_json(value: object, *, only_ascii: bool) -> bytes:
-    try:
-        return json.dumps(value, ensure_ascii=only_ascii, separators=(",", ":")).encode()
-    except UnicodeEncodeError:  # half a surrogate pair: escaped, it can be written
-        return json.dumps(value, separators=(",", ":")).encode()
 
 
 class Output:

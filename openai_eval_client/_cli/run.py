@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import errno
 import functools
-import json
 import os
 import re
 import shlex
@@ -25,9 +24,9 @@ from typer import Option
 from openai_eval_client._cli import common
 from openai_eval_client._cli.common import cost_text, exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Output, Source, carried, fingerprint, line_of, read_in_thread
-from openai_eval_client._format import count, duration
+from openai_eval_client._format import count, duration, to_json
+from openai_eval_client._report import remarks
 from openai_eval_client._wire import read_failure
-from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig
 from openai_eval_client.errors import ValidationError
 from openai_eval_client.models import ClientStats
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterable, Iterable, Iterator
 
     from openai_eval_client._cli.rows import Row
+    from openai_eval_client.client import OpenAIClient
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ModelResponse
 
@@ -323,7 +323,8 @@ def _show_estimate(run: FileRun) -> int:
 def _carry_out(run: FileRun) -> int:
     """Answer the rows that are not done, and return the exit code."""
     # Made first: where the cache or a limit is refused, the output stays as it is.
-    client = OpenAIClient(run.config, rate_limit=run.limits, batch=run.batch, cache=run.cache)
+    options: Any = {"rate_limit": run.limits, "batch": run.batch, "cache": run.cache}
+    client = common.open_client(run.config, **options)
     with contextlib.closing(Output(run.output)) as file:
         _look_at_output(run, file)
         _look_at_input(run)
@@ -470,11 +471,13 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
     quiet = run.quiet or reader_left or (code == common.BAD_INPUT and not result.answered + result.failed)
     if run.as_json:
         print_to = sys.stderr if run.output == "-" else sys.stdout
-        typer.echo(json.dumps(_summary(run, result, code)), file=print_to)
+        typer.echo(to_json(_summary(run, result, code), only_ascii=True), file=print_to)
     elif not quiet:
         say(_counts(run, result))
         for kind, times in result.kinds.most_common(3):
             say(f"  {count(times)} x {kind}")
+        for remark in remarks(result.stats):
+            say(f"  {remark}")
     if result.report_error is not None:
         say(f"no report: {run.report}: {result.report_error.strerror}", style="red")
     elif run.report is not None and not quiet:
@@ -489,7 +492,10 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
 
 
 def _summary(run: FileRun, result: Result, code: int) -> dict[str, Any]:
-    stats = ("unpriced", "prompt_tokens", "completion_tokens", "rate_limited", "retries")
+    stats = (
+        *("unpriced", "prompt_tokens", "completion_tokens", "rate_limited", "retries"),
+        *("finish_reasons", "schema_misses", "unsent_parameters"),
+    )
     return {
         "exit_code": code,
         "input": run.source.name,

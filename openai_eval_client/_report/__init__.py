@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from openai_eval_client._report.drawing import remarks
 from openai_eval_client._report.page import write_report  # its imports register what a notebook shows
 from openai_eval_client._report.progress import (
     NO_LIMITS,
@@ -20,6 +21,7 @@ __all__ = [
     "ProgressSnapshot",
     "bar_is_open",
     "outcomes_of",
+    "remarks",
     "row_of",
     "to_pandas",
     "write_above",

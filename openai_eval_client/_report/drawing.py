@@ -80,6 +80,25 @@ def cost_text(cost: CostLedger) -> str:
     return dollars(cost.total) + (f" and {count(cost.unpriced)} unpriced" if cost.unpriced else "")
 
 
+_WHOLE = {"stop", "tool_calls", "function_call"}  # reasons for which whole answers end
+_CUT_OFF = {
+    "length": "cut off: longer than max_tokens or the model allows",
+    "content_filter": "cut off by a content filter",
+}
+
+
+def remarks(stats: ClientStats) -> list[str]:
+    """Say what is odd about the answers: cut off, no fit, to less than was asked for, without a price."""
+    ends = sorted(stats.finish_reasons.items(), key=lambda pair: -pair[1])
+    found = [(n, _CUT_OFF.get(why, f"ended with {why!r}")) for why, n in ends if why not in _WHOLE]
+    found.append((stats.schema_misses, "without what the schema asks for"))
+    for parameter, n in stats.unsent_parameters.items():
+        found.append((n, f"to requests without {parameter}, which the model refuses"))
+    models = ", ".join(dict.fromkeys(repr(row.model) for row in stats.cost.rows if row.unpriced))
+    found.append((stats.unpriced, f"unpriced: no price is known of {models or 'their models'}"))
+    return [f"{count(n)} answer{'' if n == 1 else 's'} {what}" for n, what in found if n]
+
+
 @as_html.register(ClientStats)
 def _stats_table(stats: ClientStats) -> Markup:
     waits = sorted(stats.wait_seconds_by.items(), key=lambda pair: -pair[1])
@@ -96,6 +115,7 @@ def _stats_table(stats: ClientStats) -> Markup:
     ]
     for model, shares in stats.utilisation.items():
         rows += [(Markup(f"{name(model)}: of its {each} limit"), percent(shares[each])) for each in shares]
+    rows += [("note", remark) for remark in remarks(stats)]
     return table((), rows)
 
 
@@ -129,7 +149,7 @@ def _job_table(job: BatchJobStatus) -> Markup:
         ("job", name(job.job_id)),
         ("status", job.status),
         ("completed / failed / all", _counts(job.completed_count, job.failed_count, job.request_count)),
-        ("created", clock(job.created_at.timestamp())),
+        ("created", _known(job.created_at, lambda at: clock(at.timestamp()))),
         ("completed", _known(job.completed_at, lambda at: clock(at.timestamp()))),
     ]
     rows += [(f"error {error.code or ''}", error.message) for error in job.errors[:_ERRORS]]

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from openai_eval_client._format import clock, count, dollars, duration, percent
-from openai_eval_client._report.drawing import Markup, chart_sections, cost_text, escape, name, section, table
+from openai_eval_client._report.drawing import (
+    Markup,
+    chart_sections,
+    cost_text,
+    escape,
+    name,
+    remarks,
+    section,
+    table,
+)
 from openai_eval_client._runtime import replacing
 from openai_eval_client._wire import meaning_of
 
@@ -218,10 +227,11 @@ def _sections(
     headline = escape(f"{bound.headline[:1].upper()}{bound.headline[1:]}.")
     yield f'<div class="card bottleneck"><b>{headline}</b>{f"<ul>{advice}</ul>" if advice else ""}</div>'
     yield _tiles(stats, data.history)
+    yield _remarks(stats)
     yield from chart_sections(stats, data, limits)
     yield _costs(stats)
     yield _models(data.history, limits)
-    yield _finish_reasons(stats, data.finish_reasons)
+    yield _finish_reasons(stats)
     yield _failures(stats, data.failures)
 
 
@@ -247,6 +257,15 @@ def _tiles(stats: ClientStats, history: History) -> str:
     }
     tiles = (f"<div><dt>{label}</dt><dd>{figure}</dd></div>" for label, figure in figures.items())
     return f'<dl class="tiles">{"".join(tiles)}</dl>\n'
+
+
+def _remarks(stats: ClientStats) -> str:
+    found = "".join(f"<li>{escape(remark)}</li>" for remark in remarks(stats))
+    return (
+        section("What to know about the answers", f'<div class="card"><ul>{found}</ul></div>')
+        if found
+        else ""
+    )
 
 
 def _costs(stats: ClientStats) -> str:
@@ -292,9 +311,9 @@ def _models(history: History, limits: Sequence[ModelLimits]) -> str:
     return _table_section("Models", head, rows)
 
 
-def _finish_reasons(stats: ClientStats, reasons: dict[str, int]) -> str:
-    counted = sum(reasons.values())
-    ordered = sorted(reasons.items(), key=lambda pair: -pair[1])
+def _finish_reasons(stats: ClientStats) -> str:
+    counted = sum(stats.finish_reasons.values())
+    ordered = sorted(stats.finish_reasons.items(), key=lambda pair: -pair[1])
     rows = [(name(reason), count(times), percent(times / counted)) for reason, times in ordered]
     others = stats.requests - stats.failures - counted
     note = f"Not counted: {count(others)} answers without a finish reason, or to calls on client.openai."

@@ -23,7 +23,10 @@ _COLUMNS = {  # in their order, with types that allow for rows without a value
     **dict.fromkeys(("cached_tokens", "reasoning_tokens"), "Int64"),
     **dict.fromkeys(("cost", "latency_ms", "temperature"), "Float64"),
     "cached": "boolean",
-    **dict.fromkeys(("request_id", "refusal", "error", "error_type"), "object"),
+    **dict.fromkeys(("request_id", "refusal", "reasoning", "tool_calls", "annotations"), "object"),
+    "fits_schema": "boolean",
+    "unsent_parameters": "object",
+    **dict.fromkeys(("error", "error_type"), "object"),
 }
 
 
@@ -58,7 +61,8 @@ def to_pandas(
     Returns:
         The columns index, content, finish_reason, model, prompt_tokens, completion_tokens, total_tokens,
         cached_tokens, reasoning_tokens, cost (USD), latency_ms, temperature, cached, request_id, refusal,
-        error (its message) and error_type (its class). What is not known is missing (`pandas.NA`, None).
+        reasoning, tool_calls, annotations, fits_schema, unsent_parameters, error (its message) and
+        error_type (its class). What is not known is missing (`pandas.NA`, None).
 
     Raises:
         ModuleNotFoundError: There is no pandas; the message says what to install.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import time
 import weakref
 from datetime import timedelta
@@ -14,6 +15,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import openai
 
+from openai_eval_client._log import warn
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
@@ -33,10 +35,9 @@ _LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bou
 class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either httpx
     """The connections of one event loop, as many as are in flight; made on the loop that uses them."""
 
-    def __init__(self, *, secure: bool) -> None:
+    def __init__(self, tls: Any) -> None:
         import aiohttp
 
-        tls = _httpx.create_ssl_context() if secure else True
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE, ssl=tls),
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -136,6 +137,9 @@ class _StreamedBody(_httpx.AsyncByteStream):  # type: ignore[misc]  # of either 
         self._answer.release()
 
 
+_WAY_OUT = "the SDK's own transport reads the next ones; http_client= takes another"
+
+
 async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
     """Await a call of aiohttp's, whose errors become httpx's: those the SDK knows."""
     try:
@@ -143,18 +147,25 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
     except Exception as error:
         import aiohttp
 
-        kinds = (
-            (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
-            (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
-            (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
-            (aiohttp.ClientConnectorError, _httpx.ConnectError),
-            ((aiohttp.ClientError, OSError), _httpx.ReadError),
+        text, kinds = (
+            str(error) or type(error).__name__,
+            (
+                (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
+                (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
+                (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
+                (aiohttp.ClientConnectorError, _httpx.ConnectError),
+                (aiohttp.ClientResponseError, _httpx.RemoteProtocolError),
+                ((aiohttp.ClientError, OSError), _httpx.ReadError),
+            ),
         )
         kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), None)
         if kind is None:
             raise
-        failure: Exception = kind(str(error) or type(error).__name__, request=request)
         shows_key = isinstance(error, aiohttp.ClientResponseError)  # it holds the request's headers
+        if shows_key:
+            why = " ".join(getattr(error, "message", "").split())
+            text = f"the server's answer is not valid HTTP{f' ({why})' if why else ''}: {_WAY_OUT}"
+        failure: Exception = kind(text, request=request)
         failure.__cause__ = None if shows_key else error
     raise failure  # here aiohttp's error is no longer handled, and so is not its context
 
@@ -189,9 +200,10 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     # Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
     # shuts down, when this one is closed, or when it is garbage collected.
 
-    def __init__(self, factory: Callable[[], Any]) -> None:
+    def __init__(self, factory: Callable[[], Any], *made: Any) -> None:
         super().__init__(transport=_httpx.AsyncBaseTransport())  # it sends nothing itself
         self._factory = factory
+        self._made = list(made)  # clients for the first loops
         self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
         self._shut = False
         weakref.finalize(self, _close_later, self._real).atexit = False
@@ -220,7 +232,10 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
         if loop not in self._real:
             for closed in [known for known in list(self._real) if known.is_closed()]:
                 self._real.pop(closed, None)
-            client = self._factory()
+            try:
+                client = self._made.pop()
+            except IndexError:
+                client = self._factory()
             guard = _closing(client, functools.partial(self._real.pop, loop, None))
             self._real[loop] = client, guard
             await guard.__anext__()
@@ -267,7 +282,9 @@ class FastClient(LoopLocalClient):
     # redirects go through httpx, with its authentication, cookies and hooks, on the same connections.
 
     def __init__(self, *, secure: bool) -> None:
-        super().__init__(lambda: _Direct(Transport(secure=secure)))
+        tls = _from_environment(_httpx.create_ssl_context) if secure else True
+        super().__init__(lambda: _Direct(Transport(tls)))
+        self._instead: LoopLocalClient | None = None  # what sends once aiohttp cannot read the answers
         self._decoded = (_DECODED, self.headers[_DECODED])
 
     def build_request(self, method: str, url: Any, *, headers: Any = None, **options: Any) -> Any:
@@ -294,19 +311,58 @@ class FastClient(LoopLocalClient):
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Send through the running loop's connections."""
+        if self._instead is not None:
+            return await self._instead.send(request, stream=stream, **options)
         real = await self._of_this_loop()
-        if stream or options:
-            return await real.send(request, stream=stream, **options)
-        response = await real.fetch(request)
-        return await real.send(request) if response.has_redirect_location else response
+        try:
+            if stream or options:
+                return await real.send(request, stream=stream, **options)
+            response = await real.fetch(request)
+            return await real.send(request) if response.has_redirect_location else response
+        except (
+            _httpx.RemoteProtocolError
+        ):  # it was answered, and may be billed: only the next attempt differs
+            if self._instead is None:
+                self._instead = LoopLocalClient(openai.DefaultAsyncHttpxClient)
+                text = (
+                    "answers are not valid HTTP for aiohttp: the SDK's own transport reads them from now on"
+                )
+                warn(text, event="transport_changed")
+            raise
+
+    async def aclose(self) -> None:
+        """Close both transports."""
+        if self._instead is not None:
+            await self._instead.aclose()
+        await super().aclose()
 
 
 _url = functools.lru_cache(maxsize=_URLS)(_httpx.URL)
 
 
+def _from_environment(make: Callable[[], T]) -> T:
+    """Make what depends on the environment, as the SDK does; an error names the variables, no password."""
+    try:
+        return make()
+    except OSError as error:  # of certificates, where the file is not named
+        path = os.environ.get("SSL_CERT_FILE")
+        if error.filename is None and path:
+            error.filename = f"SSL_CERT_FILE={path}"
+        raise
+    except (ImportError, ValueError, _httpx.InvalidURL) as error:
+        kinds = (ImportError, _httpx.InvalidURL, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        # what follows the colon may be a part of a password
+        why = str(error).partition(":")[0] if kind is _httpx.InvalidURL else error
+        names = ", ".join(sorted(name for name in os.environ if name.lower().endswith("_proxy")))
+        failure = kind(f"the proxy that {names} names cannot be used: {why}")
+    raise failure
+
+
 def default_client() -> LoopLocalClient:
     """Return what the SDK uses by default."""
-    return LoopLocalClient(openai.DefaultAsyncHttpxClient)
+    make = openai.DefaultAsyncHttpxClient
+    return LoopLocalClient(make, _from_environment(make))
 
 
 def fast_client(base_url: str) -> LoopLocalClient:

@@ -15,11 +15,13 @@ from batches import (
     KEY,
     Spoiling,
     asked,
+    by_hand,
     connect,
     creations,
     cut_json,
     ended,
     html,
+    line,
     places,
     refusal,
 )
@@ -64,6 +66,40 @@ async def test_an_unclear_creation_makes_one_batch(case: str) -> None:
         assert [batch["id"] for batch in server.batches] == [job.job_id]
         lost = sum(fault.endswith("_after") for fault in UNCLEAR[case])
         assert len(creations(server)) == len(UNCLEAR[case]) + (not lost)
+
+
+def other_server(response: Any) -> Any:
+    """Spoil an answer: times and counts as other servers write them, and no name of the input file."""
+    try:
+        body = response.json()
+    except ValueError:  # a file
+        return response
+    if body.get("object") not in {"batch", "list"}:
+        return response
+    for each in body.get("data", [body]):
+        each["created_at"], each["completed_at"], each["input_file_id"] = None, "2026-01-02T03:04:05Z", None
+        each["request_counts"] = {name: float(n) for name, n in (each["request_counts"] or {}).items()}
+    if "data" in body:
+        body["data"] = [None, *body["data"], "x"]
+    return sdk_httpx().Response(200, json=body)
+
+
+async def test_a_job_on_another_server() -> None:
+    """Its times may be null or texts, its counts floats: it runs, is listed, and its results are there."""
+    with SimulatedServer(batch_seconds=0.01) as server:
+        spoiling = Spoiling("GET", "", [other_server] * 1000)
+        async with connect(server, http_client=spoiling.client) as client:
+            job = await client.submit_batch_job(asked(2))
+            assert await answers(client, job.job_id) == ["echo: p0", "echo: p1"]
+            status = await client.get_batch_status(job.job_id)
+            assert (status.created_at, str(status.completed_at)) == (None, "2026-01-02 03:04:05+00:00")
+            assert (status.request_count, status.completed_count) == (2, 2)
+            assert [each.job_id async for each in client.list_batch_jobs()] == [job.job_id]
+            assert "created" in status._repr_html_()
+            ran = await client.batch_generate(["a", "b"], use_batch_api=True)
+            assert [answer.content for answer in ran] == ["echo: a", "echo: b"]
+            theirs = await by_hand(client, [line("one", "c")])
+            assert await answers(client, theirs) == ["echo: c"]
 
 
 GARBLED = {"html": [html], "cut json": [cut_json], "both": [cut_json, html]}

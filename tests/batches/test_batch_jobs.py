@@ -536,6 +536,6 @@ async def test_how_answers_by_batch_ended_is_counted_once() -> None:
             await ended(client, job.job_id)
             responses = await client.retrieve_batch_results(job.job_id)
             await client.retrieve_batch_results(job.job_id)
-            reasons = client._account.recorder.report_data().finish_reasons
+            reasons = client._account.recorder.snapshot().finish_reasons
     assert [response.finish_reason for response in responses] == ["stop", "stop", "length"]
     assert reasons == {"stop": 2, "length": 1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from datetime import datetime, timezone
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from openai_eval_client._batches.api import (
     LINES_KEY,
     JobMetadata,
     JobRecord,
+    are_of_use,
     enqueued_limit,
     enqueued_refusal,
     failure_of,
@@ -28,6 +30,7 @@ from openai_eval_client._batches.api import (
     is_enqueued_limit,
     job_status,
     missing_error,
+    read_batch,
     read_job_metadata,
     request_counts,
     stated_errors,
@@ -123,6 +126,85 @@ def test_what_an_ended_batch_did_not_complete_has_failed() -> None:
 def test_an_unknown_state_has_not_ended() -> None:
     assert not has_ended(batch("paused"))
     assert all(has_ended(batch(state)) for state in ENDED)
+
+
+# --- batch objects of other servers -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stated", "seconds"),
+    [
+        (AT, AT),
+        (AT + 0.5, AT + 0.5),
+        (AT * 1000, AT),
+        (str(AT), AT),
+        ("2023-11-14T22:13:20Z", AT),
+        ("2023-11-14T23:13:20+01:00", AT),
+        ("2023-11-14T22:13:20", AT),
+        *((nothing, None) for nothing in (None, 0, "", "soon", [], {}, math.nan, math.inf, 10**400, -1e300)),
+    ],
+)
+def test_a_time_in_any_form(stated: Any, seconds: float | None) -> None:
+    """In seconds, milliseconds or ISO 8601; one that cannot be read is none."""
+    found = job_status([read_batch(batch(created_at=stated, completed_at=stated))])
+    moment = None if seconds is None else datetime.fromtimestamp(seconds, tz=timezone.utc)
+    assert (found.created_at, found.completed_at) == (moment, moment)
+    assert BatchJobStatus.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize(
+    ("stated", "counts"),
+    [
+        ({"total": 7.0, "completed": "3", "failed": None}, (7, 3, 0)),
+        ({"total": 7}, (7, 0, 0)),
+        ({"total": "7", "completed": "many", "failed": -1}, (7, 0, 0)),
+        ({"total": 10**400, "completed": math.inf, "failed": [1]}, (0, 0, 0)),
+        *((nothing, (0, 0, 0)) for nothing in (None, "7", [7, 3, 0], 7)),
+    ],
+)
+def test_counts_in_any_form(stated: Any, counts: tuple[int, int, int]) -> None:
+    """As floats, as texts, or not at all."""
+    assert request_counts(read_batch(batch("in_progress", request_counts=stated))) == counts
+
+
+@pytest.mark.parametrize(
+    ("errors", "found"),
+    [
+        ([{"code": "c", "message": "m"}], [BatchError("m", code="c")]),
+        ("broken", [BatchError("broken")]),
+        ({"data": ["broken", None, {"code": 5, "line": "3"}]}, [
+            BatchError("broken"), BatchError("no reason given"), BatchError("5", code="5", line=3)]),
+        ({"data": {"message": "m"}}, [BatchError("m")]),
+        (5, [BatchError("5")]),
+    ],
+)  # fmt: skip
+def test_errors_in_any_form(errors: Any, found: list[BatchError]) -> None:
+    """A list, a text, or a list of texts."""
+    assert stated_errors(read_batch(batch("failed", errors=errors))) == found
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+FIELDS = (
+    *("status", "endpoint", "created_at", "completed_at", "expired_at", "request_counts", "errors"),
+    *("metadata", "input_file_id", "output_file_id", "model"),
+)
+
+
+@patient
+@given(st.dictionaries(st.sampled_from(FIELDS), ODD), st.sampled_from(ENDED + RUNNING))
+def test_anything_in_a_batch_is_read(fields: dict[str, Any], status: str) -> None:
+    """With any JSON in place of any field, or without it, no question to a batch raises."""
+    each = read_batch(Batch.construct(**{"id": "batch_1", "status": status, **fields}))
+    found = job_status([each], stated_errors(each))
+    assert BatchJobStatus.model_validate_json(found.model_dump_json()) == found
+    assert isinstance(are_of_use([each]), bool)
+    assert isinstance(failure_of([each]), BatchError)
+    assert isinstance(missing_error(each), BatchError)
+    assert enqueued_refusal(each) is None or status == "failed" or fields.get("status") == "failed"
 
 
 # --- errors ----------------------------------------------------------------------------------------------

@@ -147,6 +147,18 @@ def test_a_row_of_each_kind():
     assert json.loads(line_of({"index": 0}, ValueError("v"))) == {"index": 0, "error": expected}
 
 
+def test_a_row_is_json_for_every_parser(tmp_path):
+    """Numbers too large for a float, and those that JSON does not have, are null; the row is found again."""
+    (row,) = source(tmp_path / "in.jsonl", b'{"prompt": "a", "n": [1e999, 1], "m": {"x": -1e999}}').rows()
+    odd = RESPONSE.model_copy(update={"logprobs": {"content": [{"logprob": float("-inf")}]}})
+    line = line_of({**carried(row.data), "index": 0}, odd)
+    written = json.loads(line, parse_constant=pytest.fail)
+    assert (written["n"], written["m"]) == ([None, 1], {"x": None})
+    assert written["response"]["logprobs"] == {"content": [{"logprob": None}]}
+    assert fingerprint(written) == fingerprint(carried(row.data))
+    assert [again.prompt for again in source(tmp_path / "again.jsonl", line).rows()] == ["a"]
+
+
 def test_the_bytes_of_a_row():
     """`run` writes other scripts as they are, but for half a surrogate pair; `batch results` escapes them."""
     error = b'"error":{"type":"ValueError","message":"%s","code":null}}\n'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -97,6 +98,21 @@ def test_the_summary_for_machines(cli, prompts, tmp_path):
     assert (summary["answered"], summary["failed"], summary["exit_code"]) == (5, 0, 0)
     assert json.loads(cli.err)["answered"] == 5
     assert len(rows_of(cli.out)) == 5
+
+
+def test_what_is_odd_about_the_answers_is_said_in_the_end(cli, prompts, tmp_path):
+    """Those that were cut off and those without a price; in the summary for machines too."""
+    options = ["--model", "made-up", "--max-tokens", "1", "--no-progress", "-o", tmp_path / "out"]
+    with SimulatedServer(api_key=KEY) as server:
+        assert cli("run", prompts, *options, server=server) == 0
+        said = cli.err
+        assert cli("run", prompts, *options, "--overwrite", "--json", server=server) == 0
+    assert "  5 answers cut off: longer than max_tokens or the model allows\n" in said
+    assert "  5 answers unpriced: no price is known of 'made-up'\n" in said
+    summary = json.loads(cli.out)
+    assert (summary["finish_reasons"], summary["unpriced"]) == ({"length": 5}, 5)
+    assert (summary["schema_misses"], summary["unsent_parameters"]) == (0, {})
+    assert {row["response"]["finish_reason"] for row in written(tmp_path / "out").values()} == {"length"}
 
 
 def test_progress_is_shown(cli, prompts, tmp_path):
@@ -409,6 +425,34 @@ def test_bad_input_and_usage(cli, tmp_path, options, lines, message):
         assert server.calls == []
     assert message in cli.err
     assert cli.out == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"HTTPS_PROXY": "http://127.0.0.1:80a"},
+            "the proxy that HTTPS_PROXY names cannot be used: Invalid port",
+        ),
+        ({"SSL_CERT_FILE": "/nowhere/all.pem"}, "SSL_CERT_FILE=/nowhere/all.pem: No such file or directory"),
+    ],
+)
+def test_a_broken_environment(cli, prompts, tmp_path, monkeypatch, *, variables, message):
+    """2, said once, whatever the command; a run that has not begun leaves no file."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    url = ["--base-url", "https://127.0.0.1:9/v1"]
+    commands = [
+        ("run", prompts, "-o", tmp_path / "out", "--model", "gpt-4o-mini"),
+        ("run", prompts, "-o", tmp_path / "out", "--model", "gpt-4o-mini", "--batch"),
+        ("limits",),
+    ]
+    for command in commands:
+        assert cli(*command, *url) == 2
+        assert cli.err == f"{message}\n"
+        assert not (tmp_path / "out").exists()
 
 
 def test_what_is_missing(cli, tmp_path):

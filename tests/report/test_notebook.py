@@ -45,6 +45,9 @@ STATS = ClientStats(
     wait_seconds_by={"tokens": 8.0, "requests": 1.0},
     latency_p50=0.25,
     budget={"limit": Decimal(5)},
+    finish_reasons={"stop": 1200, "length": 30, SCRIPT: 1},
+    schema_misses=2,
+    unsent_parameters={"temperature": 1231},
 )
 ESTIMATE = CostEstimate(
     model=SCRIPT, requests=5000, prompt_tokens=69_000, cost_low=0.01, cost_high=0.16, minutes=9
@@ -63,13 +66,14 @@ JOB = BatchJobStatus(
     ("thing", "shown"),
     [
         (STATS, ["1,231 / 3", "$0.0012", "97%", "9 s (tokens 8 s, requests 1 s)", "250 ms / - / -"]),
+        (STATS, ["30 answers cut off: longer than max_tokens", "2 answers without what the schema asks for"]),
         (ESTIMATE, ["5,000 requests", "69,000 tokens in", "9 min", "$0.01", "$0.16"]),
         (JOB, ["failed", "4 / 0 / 10", "error invalid"]),
         (LEDGER, ["$0.0012", "1,200", "online", "saved by the cache: $0.50", "unaccounted: 1 attempts"]),
         (answer(), ["7 / 3", "$0.0020", "12 ms"]),
         (answer(content="", refusal=SCRIPT), ["refusal"]),
     ],
-    ids=["stats", "estimate", "job", "ledger", "answer", "refusal"],
+    ids=["stats", "what answers lack", "estimate", "job", "ledger", "answer", "refusal"],
 )
 def test_a_notebook_shows_a_small_table(thing, shown):
     """Numbers have units, and what comes from outside is text, not HTML."""

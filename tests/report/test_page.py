@@ -59,7 +59,7 @@ async def test_the_figures_on_the_page_are_those_of_the_statistics(tmp_path, no_
         ("InternalServerError", 500),
         ("RateLimitError", 429),
     }
-    assert "the server failed; sent again" in page.words
+    assert "the server failed" in page.words
 
 
 async def test_neither_prompt_nor_answer_nor_key_is_on_the_page(tmp_path, few_certificates):
@@ -160,6 +160,20 @@ async def test_finish_reasons_are_a_table(tmp_path, few_certificates):
     assert f"how answers ended answers share length 5 50% stop 3 30% {SCRIPT} 1 10%" in page.words
     assert "content_filter 1 10%" in page.words
     assert "Not counted: 1 answers without a finish reason, or to calls on client.openai." in page.words
+
+
+async def test_what_is_odd_about_the_answers_is_on_the_page(tmp_path):
+    """In words; a page about answers that are all whole has no such section."""
+    heading = "What to know about the answers"
+    async with OpenAIClient(OpenAIConfig(api_key=KEY)) as client:
+        client._account.recorder.answered(answer())
+        assert heading not in read(client.report(tmp_path / "run.html")).words
+        client._account.recorder.answered(
+            answer(finish_reason=SCRIPT, fits_schema=False, unsent_parameters=["temperature"])
+        )
+        words = read(client.report(tmp_path / "run.html")).words
+    assert f"{heading} 1 answer ended with '{SCRIPT}' 1 answer without what the schema asks for" in words
+    assert "1 answer to requests without temperature, which the model refuses" in words
 
 
 async def test_a_page_without_finish_reasons_has_no_table_of_them(tmp_path):

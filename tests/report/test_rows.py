@@ -58,6 +58,18 @@ def test_a_data_frame_has_a_type_for_each_column():
     assert frame["prompt_tokens"].isna().tolist() == [False, True, True, False]
     assert frame["cost"].mean() == pytest.approx(0.002)
     assert frame["parsed_city"].tolist()[3] == "Rome"
+    assert frame["fits_schema"].isna().all()
     for few in ([], [None], [ValueError()]):
         assert (to_pandas(few).dtypes == frame.dtypes[: len(to_pandas(few).columns)]).all()
     assert isinstance(frame["cached"].dtype, pandas.BooleanDtype)
+
+
+def test_a_row_says_what_the_model_thought_called_and_cited():
+    """Each is missing where there was none, or an empty list."""
+    calls, cited = [{"id": "call_1"}], [{"type": "url_citation"}]
+    odd = {"fits_schema": False, "unsent_parameters": ["temperature"]}
+    (row,) = rows([answer(reasoning="I think.", tool_calls=calls, annotations=cited, **odd)])
+    assert (row["reasoning"], row["tool_calls"], row["annotations"]) == ("I think.", calls, cited)
+    assert {name: row[name] for name in odd} == odd
+    (plain,) = rows([answer()])
+    assert (plain["reasoning"], plain["tool_calls"], plain["annotations"]) == (None, [], [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import os
 import pickle
 import ssl
 import sys
@@ -14,7 +15,7 @@ import openai
 import pytest
 from raw_server import ANSWER, listening, whole
 
-from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
+from openai_eval_client import AsyncOpenAI, OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import TimeoutError as OurTimeout
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
@@ -74,7 +75,7 @@ async def test_however_an_answer_is_packed_it_is_read(reply: bytes) -> None:
     [
         (b"", "ReadError"),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 500\r\n\r\n{", "ReadError"),
-        (b"SSH-2.0-OpenSSH\r\n\r\n", "ReadError"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "RemoteProtocolError"),
         (whole(b"no gzip", "content-encoding: gzip"), "DecodingError"),
     ],
     ids=["dropped", "cut short", "no HTTP", "no gzip"],
@@ -95,6 +96,64 @@ async def test_a_broken_answer_is_a_connection_error(reply: bytes, cause: str) -
                 error = error.__cause__
             assert cause in causes
         assert client.stats.attempts == 2
+
+
+def twice(*lines: str, body: bytes = ANSWER) -> bytes:
+    """An answer in which headers contradict or repeat each other."""
+    return "\r\n".join(["HTTP/1.1 200 OK", *lines, "", ""]).encode() + body
+
+
+LENGTH, IN_CHUNKS = f"content-length: {len(ANSWER)}", "transfer-encoding: chunked"
+CHUNKS = b"%x\r\n%s\r\n0\r\n\r\n" % (len(ANSWER), ANSWER)
+LOOSE = {
+    "the length twice": twice(LENGTH, LENGTH),
+    "the length twice in one": twice(f"{LENGTH}, {len(ANSWER)}"),
+    "length and chunks": twice(LENGTH, IN_CHUNKS, body=CHUNKS),
+    "chunks and length": twice(IN_CHUNKS, LENGTH, body=CHUNKS),
+    "two servers": twice(LENGTH, "server: one", "server: two"),
+    "two dates and types": twice(LENGTH, *["date: now", "content-type: text/plain", "etag: a"] * 2),
+    "many headers": twice(LENGTH, *(f"x-{number}: {number}" for number in range(300))),
+}
+
+
+@pytest.mark.usefixtures("no_pauses", "few_certificates")
+@pytest.mark.parametrize("caller", ["ours", "openai", "stream"])
+@pytest.mark.parametrize("reply", LOOSE.values(), ids=LOOSE)
+async def test_what_the_sdk_reads_is_read(reply: bytes, caller: str, caplog) -> None:
+    """Where aiohttp is stricter, one attempt fails, all later ones go through the SDK's own transport."""
+    async with listening(*[reply] * 4) as (url, seen):
+        async with openai.AsyncOpenAI(api_key=KEY, base_url=url, max_retries=0) as raw:
+            theirs = await raw.chat.completions.create(**CHAT)
+        config = OpenAIConfig(api_key=KEY, base_url=url, max_retries=1)
+        async with OpenAIClient(config) as client:
+            for _ in range(2):
+                if caller == "ours":
+                    text = (await client.generate_response("hi")).content
+                elif caller == "openai":
+                    text = (await client.openai.chat.completions.create(**CHAT)).choices[0].message.content
+                else:
+                    create = client.openai.chat.completions.with_streaming_response.create
+                    async with create(**CHAT) as answer:
+                        text = json.loads(await answer.read())["choices"][0]["message"]["content"]
+                assert text == theirs.choices[0].message.content == "yes"
+        attempts = client.stats.attempts
+    changes = [each for each in caplog.records if getattr(each, "event", "") == "transport_changed"]
+    assert len(seen) == attempts + 1 == len(changes) + 3
+    assert len(changes) <= 1
+
+
+@pytest.mark.usefixtures("few_certificates")
+async def test_an_answer_that_no_transport_reads_says_what_is_wrong() -> None:
+    """With lengths that differ; the way out is named, and the key is not."""
+    reply = twice(LENGTH, "content-length: 7")
+    async with listening(reply, reply) as (url, _), connect(url) as client:
+        with pytest.raises(openai.APIConnectionError, match=r"not valid HTTP.*http_client=") as caught:
+            await client.generate_response("hi")
+        assert KEY not in str(caught.value)
+        with pytest.raises(openai.APIConnectionError, match="conflicting Content-Length"):
+            await client.generate_response("hi")
+        assert not client._http.is_closed
+    assert client._http.is_closed
 
 
 async def test_silence_is_a_timeout() -> None:
@@ -221,6 +280,66 @@ async def test_certificates_are_checked(trusted: bool, monkeypatch, tmp_path) ->
         with pytest.raises(openai.APIConnectionError, match="certificate"):
             await client.batch_generate(["hi"] * 50)
         assert seen == []
+
+
+BROKEN = {
+    "a SOCKS proxy without its package": ({"HTTPS_PROXY": "socks5://me:qx:zj@127.0.0.1:1080"}, ImportError),
+    "a proxy for all": ({"ALL_PROXY": "socks5://me:qx:zj@127.0.0.1:1080"}, ImportError),
+    "a port that is no number": ({"https_proxy": "http://me:qx/zj@127.0.0.1:80a"}, sdk_httpx().InvalidURL),
+    "a scheme that no proxy has": ({"HTTPS_PROXY": "ftp://me:qx:zj@127.0.0.1:80"}, ValueError),
+    "no such file": ({"SSL_CERT_FILE": "/nowhere/certificates.pem"}, FileNotFoundError),
+    "a file without certificates": ({"SSL_CERT_FILE": __file__}, ssl.SSLError),
+}
+
+
+@pytest.fixture
+def no_proxy(monkeypatch):
+    """An environment without proxies."""
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize(("variables", "kind"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_environment_is_said_by_the_constructor(variables, kind, monkeypatch) -> None:
+    """The class is that of the SDK's own client; the variable is named, and no password."""
+    if kind is ImportError:
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind) as theirs:
+        openai.AsyncOpenAI(api_key=KEY)
+    for make in (lambda: AsyncOpenAI(api_key=KEY), lambda: OpenAIClient(OpenAIConfig(api_key=KEY))):
+        with pytest.raises(kind) as caught:
+            make()
+        assert type(caught.value) is type(theirs.value)
+        said = f"{caught.value} {getattr(caught.value, 'filename', '')}"
+        assert next(iter(variables)) in said
+        assert "qx" not in said
+        assert "zj" not in said
+
+
+@pytest.mark.usefixtures("no_proxy")
+async def test_what_is_not_used_may_be_broken(monkeypatch) -> None:
+    """Certificates at an address without TLS, and a proxy where there is none, are not looked at."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere/certificates.pem")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:80a")
+    async with listening(whole()) as (url, _), connect(url) as client:
+        assert (await client.generate_response("hi")).content == "yes"
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_the_sdks_own_client_serves_loop_after_loop(few_certificates) -> None:
+    """The one that was made first serves the first loop."""
+
+    async def once(client: AsyncOpenAI) -> str:
+        async with listening(whole()) as (url, _):
+            answer = await client.with_options(base_url=url).chat.completions.create(**CHAT)
+        return answer.choices[0].message.content
+
+    client = AsyncOpenAI(api_key=KEY)
+    assert [asyncio.run(once(client)) for _ in range(3)] == ["yes"] * 3
 
 
 def test_the_transport_speaks_the_sdks_httpx() -> None:

@@ -16,7 +16,7 @@ def test_finish_reasons_are_counted_for_prompts_and_batches():
     recorder.answered()
     recorder.settled([answer(finish_reason=reason) for reason in ("stop", "stop", "tool_calls")], 1)
     recorder.settled([answer(finish_reason="")], 0)
-    assert recorder.report_data().finish_reasons == {"stop": 4, "length": 1, "tool_calls": 1}
+    assert recorder.snapshot().finish_reasons == {"stop": 4, "length": 1, "tool_calls": 1}
     stats = recorder.snapshot()
     assert (stats.requests, stats.failures) == (10, 1)
     assert (stats.prompt_tokens, stats.completion_tokens) == (28, 12)
@@ -28,7 +28,7 @@ def test_there_are_no_more_finish_reasons_than_a_table_holds():
     for number in range(1000):
         recorder.answered(f"reason {number}")
     recorder.answered("reason 3")
-    reasons = recorder.report_data().finish_reasons
+    reasons = recorder.snapshot().finish_reasons
     assert len(reasons) == 21
     assert (reasons["reason 3"], reasons["other"]) == (2, 980)
     assert recorder.snapshot().requests == 1001
@@ -39,11 +39,11 @@ def test_report_data_stays_as_it_is():
     recorder = Recorder()
     recorder.admitted("m", 10, 0.0, 0.0)
     recorder.answered("stop")
-    data = recorder.report_data()
+    data, stats = recorder.report_data(), recorder.snapshot()
     recorder.admitted("m", 10, 0.1, 0.1)
     recorder.answered("stop")
     assert sum(data.history.models["m"].admitted) == 1
-    assert data.finish_reasons == {"stop": 1}
+    assert stats.finish_reasons == {"stop": 1}
 
 
 def test_429s_and_retries_are_known_at_any_time():
@@ -60,9 +60,22 @@ def test_an_answer_from_the_cache_counts_with_its_finish_reason():
     recorder = Recorder()
     recorder.answered("stop")
     recorder.answered("stop", cached=True)
-    assert recorder.report_data().finish_reasons == {"stop": 2}
+    assert recorder.snapshot().finish_reasons == {"stop": 2}
     stats = recorder.snapshot()
     assert (stats.requests, stats.cache_hits) == (2, 1)
+
+
+def test_what_answers_lack_is_counted():
+    """Online, from the cache and by batch: misses of the schema, and what requests went without."""
+    recorder = Recorder()
+    odd = answer(finish_reason="length", fits_schema=False, unsent_parameters=["temperature"])
+    recorder.answered(odd)
+    recorder.answered(odd, cached=True)
+    recorder.answered(answer(fits_schema=True))
+    recorder.settled([odd, answer()], 0)
+    stats = recorder.snapshot()
+    assert stats.finish_reasons == {"length": 3, "stop": 2}
+    assert (stats.schema_misses, stats.unsent_parameters) == (3, {"temperature": 3})
 
 
 def test_an_attempt_is_counted_with_its_tokens_and_seconds():

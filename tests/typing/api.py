@@ -211,7 +211,7 @@ def jobs(status: BatchJobStatus, job: BatchJob) -> None:
     """The Batch API's models."""
     assert_type(job.job_id, str)
     assert_type(job.status, str)
-    assert_type(job.created_at, datetime)
+    assert_type(job.created_at, datetime | None)
     assert_type(job.request_count, int)
     assert_type(
         status.status,

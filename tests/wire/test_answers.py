@@ -243,6 +243,87 @@ def test_the_finish_reasons_of_a_response(fields, reason):
     assert read(response(text("yes"), **fields), "responses").finish_reason == reason
 
 
+# --- what models say besides the text ---------------------------------------------------------------------
+
+THOUGHT = {
+    "reasoning_content": {"reasoning_content": "I think."},
+    "reasoning": {"reasoning": "I think.", "reasoning_details": [{"text": "other"}]},
+    "an empty name before": {"reasoning_content": "", "reasoning": "I think."},
+    "details": {"reasoning_details": [{"type": "reasoning.text", "text": "I think."}]},
+    "a summary, and what is encrypted": {
+        "reasoning": None,
+        "reasoning_details": [
+            {"type": "reasoning.summary", "summary": "I think."},
+            {"type": "reasoning.encrypted", "data": "gAAAA"},
+        ],
+    },
+    "a part of the content": {
+        "content": [{"type": "thinking", "thinking": "I think."}, {"type": "text", "text": "yes"}]
+    },
+    "a part of parts": {
+        "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "I think."}]},
+            {"type": "text", "text": "yes"},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("message", THOUGHT.values(), ids=THOUGHT)
+def test_the_reasoning_of_a_chat_answer(message):
+    """It is found under whatever name a server has for it, and is no part of the content."""
+    answer = read(chat({"role": "assistant", "content": "yes", **message}))
+    assert (answer.content, answer.reasoning) == ("yes", "I think.")
+
+
+@pytest.mark.parametrize(
+    ("item", "reasoning"),
+    [
+        ({"summary": [{"type": "summary_text", "text": "One."}, {"type": "summary_text", "text": "Two."}]},
+         "One.\n\nTwo."),
+        ({"summary": [], "content": [{"type": "reasoning_text", "text": "All of it."}]}, "All of it."),
+        ({"summary": [{"text": "Short."}], "content": [{"text": "All of it."}]}, "All of it."),
+        ({"summary": [], "encrypted_content": "gAAAA"}, None),
+    ],
+)  # fmt: skip
+def test_the_reasoning_of_a_response(item, reasoning):
+    """It is the whole text where there is one, else the summary."""
+    body = response(text("yes"))
+    body["output"] = [{"type": "reasoning", **item}, *body["output"]]
+    answer = read(body, "responses")
+    assert (answer.content, answer.reasoning) == ("yes", reasoning)
+
+
+def test_sound_and_references():
+    """A spoken answer has its transcript beside it, a searched one its sources; both can be written."""
+    audio = {"id": "audio_1", "data": "UklGRg==", "expires_at": 1_700_000_000, "transcript": "yes"}
+    cited = [{"type": "url_citation", "url_citation": {"url": "https://example.org", "title": "\ud83d"}}]
+    answer = read(chat({"content": None, "audio": audio, "annotations": cited}))
+    assert answer.audio == audio
+    assert answer.annotations[0]["url_citation"] == {"url": "https://example.org", "title": "\ufffd"}
+    assert ModelResponse.model_validate_json(answer.model_dump_json()) == answer
+    spoken = {"type": "output_audio", "data": "UklGRg==", "transcript": "yes"}
+    answer = read(response(text("yes", annotations=cited[:1]), spoken), "responses")
+    assert answer.audio == spoken
+    assert [each["type"] for each in answer.annotations] == ["url_citation"]
+
+
+def test_the_call_of_an_old_server():
+    """`function_call` reads like one of `tool_calls`, which counts where a server sends both."""
+    call = {"name": "find", "arguments": "{}"}
+    shaped = [{"id": "", "type": "function", "function": call}]
+    assert read(chat({"content": None, "function_call": call})).tool_calls == shaped
+    both = chat({"content": None, "function_call": call, "tool_calls": [{"id": "call_1", "function": call}]})
+    assert [each["id"] for each in read(both).tool_calls] == ["call_1"]
+    assert read(chat({"content": "yes", "function_call": None})).tool_calls == []
+
+
+def test_raw_has_what_no_field_has():
+    """Fields that the SDK does not know are attributes too."""
+    answer = read(chat({"content": "yes", "reasoning": "I think."}, provider="p"))
+    assert (answer.raw.provider, answer.raw.choices[0].message.reasoning) == ("p", "I think.")
+
+
 # --- usage ------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +450,77 @@ def test_without_a_class_nothing_is_parsed():
     assert read(body, response_format={"type": "json_object"}).parsed is None
 
 
+@pytest.mark.parametrize(
+    ("message", "fits"),
+    [
+        ({"content": '{"name": "Paris", "people": 2}'}, True),
+        ({"content": '{"name": "Paris"}'}, False),
+        ({"content": "Paris"}, False),
+        ({"content": ""}, False),
+        ({"content": None, "refusal": "No."}, False),
+        ({"content": None, "tool_calls": [CALL]}, None),
+    ],
+)
+def test_an_answer_says_whether_it_fits(message, fits):
+    """A refusal and an empty answer do not; of a call for a tool nothing can be said."""
+    assert read(chat(message), response_format=City).fits_schema is fits
+    assert read(chat(message)).fits_schema is None
+
+
+@pytest.mark.parametrize(
+    ("content", "fits"), [("[1]", None), ("{}", None), ("Paris", False), ("", False), ('{"a": "cut', False)]
+)
+def test_without_a_class_the_text_may_still_be_no_json(caplog, content, fits):
+    """Whether it fits a JSON schema is not checked, and what is no JSON is not logged."""
+    for wanted in ({"type": "json_object"}, {"type": "json_schema", "json_schema": {}}):
+        assert read(chat({"content": content}), response_format=wanted).fits_schema is fits
+        found = read(response(text(content)), "responses", text={"format": wanted})
+        assert (found.fits_schema, found.parsed) == (fits, None)
+    assert caplog.records == []
+    for unclear in ("json_object", {"type": []}, {"type": "text"}):
+        assert read(chat({"content": content}), extra_body={"response_format": unclear}).fits_schema is None
+
+
+@pytest.mark.parametrize(
+    ("asked_", "sent", "unsent"),
+    [
+        (0.2, None, ["temperature"]),
+        (0.2, 1.0, ["temperature"]),
+        (0.2, 0.2, []),
+        (0, 0.0, []),
+        (None, None, []),
+    ],
+)
+def test_a_temperature_that_was_not_sent_is_named(asked_, sent, unsent):
+    """A model may refuse it; the cache keeps the API's default then."""
+    body = {} if asked_ is None else {"extra_body": {"temperature": asked_}}
+    assert read(chat(), temperature=sent, **body).unsent_parameters == unsent
+
+
+PARIS = '{"name": "Paris", "people": 2}'
+
+
+@pytest.mark.parametrize(
+    ("texts", "fits"),
+    [
+        (["Let me see.", PARIS], True),
+        ([PARIS, "That was it."], True),
+        ([PARIS.replace("Paris", "Rome"), PARIS], True),
+        ([PARIS[:10], PARIS[10:]], True),
+        (["Let me see.", "Paris"], False),
+    ],
+)
+def test_of_several_messages_the_last_that_fits_is_parsed(caplog, texts, fits):
+    """A response may have comments before and after it, or be in pieces."""
+    body = response()
+    message = body["output"][0]
+    body["output"] = [{"type": "reasoning"}, *({**message, "content": [text(each)]} for each in texts)]
+    answer = read(body, "responses", response_format=City)
+    assert answer.parsed == (City(name="Paris", people=2) if fits else None)
+    assert answer.content == "".join(texts)
+    assert len(caplog.records) == (not fits)
+
+
 async def test_the_client_sends_the_schema_and_parses_the_answer():
     """This works with both APIs."""
     with SimulatedServer() as server:
@@ -427,6 +579,9 @@ def test_half_an_emoji_anywhere_can_be_written_as_json(api, body):
     assert ModelResponse.model_validate_json(answer.model_dump_json()) == answer
 
 
+DEEP: list = []
+for _ in range(500):
+    DEEP = [DEEP]
 ODD = {
     "message a text": ("chat", chat(choices=[{"message": "yes"}])),
     "message a list": ("chat", chat(choices=[{"message": ["yes"]}])),
@@ -446,6 +601,18 @@ ODD = {
     "logprobs of a response a number": ("responses", response(text("yes", logprobs=5))),
     "incomplete details a text": ("responses", response(status="incomplete", incomplete_details="cut")),
     "status a number": ("responses", response(status=5)),
+    "reasoning a number": (
+        "chat",
+        chat({"content": "yes", "reasoning": 5, "reasoning_details": [5, {"text": 5}]}),
+    ),
+    "a deep reasoning": ("chat", chat({"content": "yes", "reasoning": DEEP})),
+    "audio a text, annotations an object": ("chat", chat({"audio": "x", "annotations": {"a": 1}})),
+    "function call a text": ("chat", chat({"function_call": "find"})),
+    "a part of no type that can be": (
+        "chat",
+        chat({"content": [{"type": {}, "text": "a"}, {"type": "thinking"}]}),
+    ),
+    "reasoning of a response a text": ("responses", response(output=[{"type": "reasoning", "summary": "s"}])),
 }
 
 
@@ -487,7 +654,16 @@ def with_odd(body, path, odd):
 
 FULL = {
     "chat": chat(
-        {"role": "assistant", "content": "yes", "tool_calls": [CALL], "refusal": None},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "yes"}, {"type": "thinking", "thinking": [{"text": "t"}]}],
+            "tool_calls": [CALL],
+            "refusal": None,
+            "reasoning": "t",
+            "reasoning_details": [{"type": "reasoning.text", "text": "t"}],
+            "audio": {"transcript": "t"},
+            "annotations": [{"type": "url_citation"}],
+        },
         usage={
             "prompt_tokens": 1,
             "completion_tokens": 2,
@@ -497,7 +673,9 @@ FULL = {
         },
     ),
     "responses": response(
-        text("yes", logprobs=[{"token": "yes", "logprob": -0.1}]), incomplete_details={"reason": "x"}
+        text("yes", logprobs=[{"token": "yes", "logprob": -0.1}]),
+        {"type": "output_audio", "transcript": "yes"},
+        incomplete_details={"reason": "x"},
     ),
 }
 ENTRY = {"chat": "choices", "responses": "output"}
