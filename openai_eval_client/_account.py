@@ -174,8 +174,15 @@ class Attempt:
         account.ledger.keep_up()
         if not logger.isEnabledFor(logging.DEBUG):
             return
-        model, status, name = self.demand.model, outcome.status, request_id(outcome.headers)
-        waited, seconds = waiter.granted_at - waiter.asked_at, waiter.ended_at - waiter.granted_at
-        about = {"model": model, "status": status, "tokens": outcome.tokens, "request_id": name}
-        about |= {"wait_seconds": waited, "seconds": seconds}
-        debug("attempt for %s: %s after %.2f s", model, status or "no answer", seconds, event="attempt", **about)
+        model, status, seconds = self.demand.model, outcome.status, waiter.ended_at - waiter.granted_at
+        debug(
+            "attempt for %s: %s after %.2f s",
+            *(model, status or "no answer", seconds),
+            event="attempt",
+            model=model,
+            status=status,
+            wait_seconds=waiter.granted_at - waiter.asked_at,
+            seconds=seconds,
+            tokens=outcome.tokens,
+            request_id=request_id(outcome.headers),
+        )
