@@ -72,6 +72,7 @@ class Journal:
     def __init__(self, cache: Cache | None, name: str, *earlier: str) -> None:
         self._store = None if cache is None else cache.journal
         self._name = name
+        self.later: deque[dict[str, Any]] = deque()  # records of jobs that are still to be taken up
         self._names = (name, *earlier)  # the others are those under which earlier versions record the call
 
     @contextlib.asynccontextmanager
@@ -94,10 +95,10 @@ class Journal:
                 break
         return found["jobs"] if found else []
 
-    async def save(self, jobs: Iterable[JobRecord], later: Iterable[dict[str, Any]] = ()) -> None:
+    async def save(self, jobs: Iterable[JobRecord]) -> None:
         """Record the jobs, and those still to be taken up; they are on disk when the call returns."""
         if self._store is not None:
-            records = [*(job.to_dict() for job in jobs), *later]
+            records = [*(job.to_dict() for job in jobs), *self.later]
             await self._store.journal_put(self._name, {"jobs": records})
 
     async def forget(self) -> None:
@@ -160,7 +161,6 @@ class Submission:
     budget: BatchBudget
     journal: Journal
     jobs: list[JobRecord] = field(default_factory=list)  # as they are recorded; the last is worked on
-    later: deque[dict[str, Any]] = field(default_factory=deque)  # recorded jobs that are still to be taken up
     waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
     running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
     batches: list[Batch] = field(default_factory=list)  # as they were when they were made or found
@@ -234,7 +234,7 @@ class Submission:
         spans = dict(self.job.spans)
         spans.update((file.first, file.count) for file in [*self.waiting, *self.running.values()])
         self.job.spans = sorted(spans.items())
-        await self.journal.save(self.jobs, self.later)
+        await self.journal.save(self.jobs)
 
     async def _find(self, file: InputFile) -> Batch | None:
         """Return the batch that was made of a file before, with what it may cost reserved."""
@@ -351,10 +351,11 @@ class BatchRun(Submission):
 
     async def _run(self) -> None:
         """Run job after job, first those recorded, until every request has an outcome to be handed out."""
-        self.later.extend(await self.journal.load())
+        later = self.journal.later
+        later.extend(await self.journal.load())
         missing = [index for index in range(len(self.prompts)) if index not in self.outcomes]
         wanted = missing
-        while wanted or self.later:
+        while wanted or later:
             job = JobRecord(
                 endpoint=BATCH_PATHS[self.parameters.api],
                 window=self.config.completion_window,
@@ -362,13 +363,13 @@ class BatchRun(Submission):
                 most_lines=self.config.max_batch_size,
                 refused=self.unsupported.of(self.parameters.model),
             )
-            if self.later:
-                job = job.recover(self.later.popleft())
+            if later:
+                job = job.recover(later.popleft())
             await self._run_job(job)
             none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
             reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
-                await (self.journal.save((), self.later) if self.later else self.journal.forget())
+                await (self.journal.save(()) if later else self.journal.forget())
                 raise reason
             wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
 

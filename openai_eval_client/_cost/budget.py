@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from openai_eval_client._cost.ledger import EXACT
 from openai_eval_client._log import inform, warn
-from openai_eval_client._runtime import DeferringLock, call_on, resolve
+from openai_eval_client._runtime import DeferringLock, FairQueue, Queued
 from openai_eval_client._validation import check_cost
 from openai_eval_client._wire import endpoint_of, token_count
 from openai_eval_client.errors import BudgetExceededError, ValidationError
@@ -99,17 +99,17 @@ def _reject(why: str, *, field: str = "max_cost") -> NoReturn:
     raise ValidationError(f"max_cost: {why}", field=field)
 
 
-# "kept" is reserved too, but perhaps for good, so that nothing waits for it to be settled.
-_State: TypeAlias = Literal["waiting", "held", "kept", "done"]
+# "kept" is reserved too, but perhaps for good, so that nothing waits for it to be settled; "" is not.
+_State: TypeAlias = Literal["held", "kept", ""]
 
 
 @dataclass(slots=True, eq=False)
-class _Hold:
+class _Hold(Queued):
     """What one budget reserves, or has a request wait for."""
 
     budget: CostBudget
     amount: Decimal  # USD
-    state: _State = "waiting"
+    state: _State = ""
 
 
 class CostBudget:
@@ -125,7 +125,8 @@ class CostBudget:
         self._lock = lock or DeferringLock()
         self._spent = _NOTHING
         self._reserved: dict[_State, Decimal] = {"held": _NOTHING, "kept": _NOTHING}
-        self._queue: deque[tuple[_Hold, asyncio.Future[None]]] = deque()
+        self._queue: FairQueue[_Hold] = FairQueue()
+        self._turns = itertools.count()
 
     async def reserve(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD, once there is room for it."""
@@ -135,13 +136,11 @@ class CostBudget:
             hold, asked_at = self._ask(amount), time.monotonic()
             if hold.state == "held":
                 return hold
-            future = asyncio.get_running_loop().create_future()
-            self._queue.append((hold, future))
+            hold.future = asyncio.get_running_loop().create_future()
+            self._queue.add(next(self._turns), hold)
         try:
-            await future
+            await hold.future
         except BaseException:
-            if future.done() and not future.cancelled():
-                future.exception()  # retrieved, even where a cancellation came together with it
             self.settle(hold, _NOTHING)
             raise
         waited = time.monotonic() - asked_at
@@ -165,7 +164,7 @@ class CostBudget:
 
     def settle(self, hold: _Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
-        self._lock.when_free(lambda: self._end(hold, "done", actual))
+        self._lock.when_free(lambda: self._end(hold, "", actual))
 
     def keep_reserved(self, hold: _Hold) -> None:
         """Keep a reservation, but let nothing wait for its settling, which may never come."""
@@ -187,19 +186,14 @@ class CostBudget:
     def stats(self) -> dict[str, Decimal]:
         """The limit, what was spent of it and what is reserved, in USD."""
         with self._lock:
-            return self._amounts()
+            reserved = EXACT.add(*self._reserved.values())
+            return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
 
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
-        limit, spent, reserved, asked = (
-            f"{usd.normalize():f}" for usd in (*self._amounts().values(), amount)
-        )
+        limit, spent, reserved, asked = (f"{usd.normalize():f}" for usd in (*self.stats.values(), amount))
         held = f"{spent} spent, {reserved} reserved for what is in flight"
         return BudgetExceededError(f"max_cost={limit} USD: {held}, and the next request may cost {asked}")
-
-    def _amounts(self) -> dict[str, Decimal]:
-        reserved = EXACT.add(*self._reserved.values())
-        return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
 
     def _ask(self, amount: Decimal) -> _Hold:
         """Reserve an amount at once, or return it as still waiting."""
@@ -213,30 +207,24 @@ class CostBudget:
         for counted, change in ((hold.state, EXACT.subtract), (state, EXACT.add)):
             if counted in self._reserved:
                 self._reserved[counted] = change(self._reserved[counted], hold.amount)
-        hold.state = state
+        hold.state, hold.waits = state, False
 
     def _end(self, hold: _Hold, state: _State, actual: Decimal) -> None:
-        if hold.state in self._reserved:
+        if hold.state:
             self._spent = EXACT.add(self._spent, actual)
-        if state == "done" or hold.state == "held":
+        if not state or hold.state == "held":
             self._move(hold, state)
         self._serve_waiting()
 
     def _serve_waiting(self) -> None:
         """Grant what waits, first come, first served; fail that for which there cannot be room any more."""
-        while self._queue:
-            (hold, future), most = self._queue[0], self._most_room()
-            waits = hold.state == "waiting"  # else it was cancelled
-            if waits and self._room() < hold.amount <= most:
+        most = self._most_room() if self._queue else _NOTHING
+        while (hold := self._queue.first()) is not None:
+            if EXACT.subtract(most, self._reserved["held"]) < hold.amount <= most:
                 return
-            self._queue.popleft()
-            if waits and hold.amount > most:
-                self._move(hold, "done")
-                call_on(future.get_loop(), resolve, future, self.exceeded(hold.amount))
-            elif waits:
-                self._move(hold, "held")
-                if not call_on(future.get_loop(), resolve, future):
-                    self._move(hold, "done")  # its loop has closed
+            self._move(hold, "held" if hold.amount <= most else "")
+            if not hold.wake(None if hold.state else self.exceeded(hold.amount)):
+                self._move(hold, "")  # its loop has closed
 
     def _most_room(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""

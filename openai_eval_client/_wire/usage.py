@@ -271,7 +271,9 @@ def dicts_in(value: object) -> list[dict[str, Any]]:
 
 def text_in(value: object) -> str:
     """Return a value that should be a text, as valid Unicode; "" for anything else."""
-    return valid_text(value) if isinstance(value, str) else ""
+    if isinstance(value, str):
+        return value if value.isascii() else valid_text(value)
+    return ""
 
 
 def clean(value: Any) -> Any:

@@ -35,11 +35,6 @@ KEY = "sk-secret-1234567890"
 WIDE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "runs.sqlite"
-
-
 def connect(server: SimulatedServer, cache: object, rate_limit: RateLimitConfig = WIDE, **options: object):
     settings = {"api_key": KEY, "base_url": server.base_url, "default_model": "gpt-4o-mini", **options}
     return OpenAIClient(OpenAIConfig(**settings), rate_limit=rate_limit, cache=cache)

@@ -35,11 +35,6 @@ PROMPTS = ["a", "b", "a", "c", "a"]
 EIGHT = [f"p{n}" for n in range(8)]
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "runs.sqlite"
-
-
 @contextlib.contextmanager
 def version_1() -> Iterator[None]:
     """Have the package make files and keys as it did before; its key is held by a test of its own."""
