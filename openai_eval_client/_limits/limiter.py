@@ -175,21 +175,23 @@ class Limiter:
 
     def _learn(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
         """Take over what the server says of its limits; after a 429, pause as long as it says."""
-        failure = outcome.failure if outcome.is_rate_limit else None
-        if outcome.is_overload and outcome.failure is not None:
-            queue.pause(outcome.failure.wait or _OVERLOAD_PAUSE)
+        failure = outcome.failure if outcome.is_rate_limit or outcome.is_overload else None
         if outcome.headers is None or (failure is None and not queue.is_news(waiter)):
             return
         stated = read_stated_limits(outcome.headers)
         queue.update_from_headers(waiter, stated)
-        if failure is not None:
-            wait = failure.wait or 0.0
-            self._refused[failure.dimension or "unknown"] += 1
-            queue.refused(waiter, failure.dimension, wait, stated)
-            if wait:
-                queue.pause(wait)
-            if wait > self.config.max_wait:
-                self._fail_all(queue)
+        if failure is None:
+            return
+        wait, dimension = failure.wait or 0.0, failure.dimension
+        if outcome.is_overload:  # fewer requests help, however many tokens they have
+            wait, dimension = failure.wait or _OVERLOAD_PAUSE, "requests"
+        else:
+            self._refused[dimension or "unknown"] += 1
+        queue.refused(waiter, dimension, wait, stated)
+        if wait:
+            queue.pause(wait)
+        if wait > self.config.max_wait:
+            self._fail_all(queue)
 
     def _queue_of(self, model: str | None) -> ModelQueue:
         queue = self._queues.get(model)

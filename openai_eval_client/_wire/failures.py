@@ -100,14 +100,15 @@ FAILURES = (
         code=r"insufficient_(?:user_)?(?:quota|balance|funds|credits?)|(?:exceeded_current|user)_quota.*"
         r"|billing_(?:not_active|hard_limit_reached)|(?:credit_)?balance_(?:exhausted|too_low|insufficient)"
         r"|(?:organization|project|account|user|team)_(?:spend|spending|usage|budget)_limit_(?:exceeded|reached)"
-        r"|account_(?:suspended|deactivated|overdue|blocked)|budget_exceeded|payment_required|arrearage"),
+        r"|account_(?:suspended|deactivated|overdue|blocked)|budget_exceeded|payment_required|arrearage"
+        r"|allocationquota\..*"),
     Row(402, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT),
     Row(_4XX, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT,
         text=r"insufficient[ _](?:\w+ )?(?:balance|funds|credits?|quota)|(?:more|out of|no) credits\b"
         r"|(?:balance|credits?|funds)\b.{0,40}\b(?:too low|insufficient|not enough|exhausted|depleted)"
         r"|(?:exceeded|exhausted) (?:your |the )?(?:current |monthly )?(?:free )?(?:quota|allowance|spend)"
         r"|account (?:\S+ )?(?:is |was |has been )?(?:suspended|deactivated|in arrears|overdue)"
-        r"|spend(?:ing)? limit"
+        r"|spend(?:ing)? limit|free (?:tier|quota)\b.{0,40}\b(?:exhausted|used up)|欠费|余额不足"
         r"|billing\b.{0,40}\b(?:not active|hard limit)|budget has been exceeded|\brecharge\b|top up your"),
     Row(429, Kind.TOO_LARGE, _NEVER, _REQUEST, "more tokens than the limit can ever admit",
         text="request too large"),

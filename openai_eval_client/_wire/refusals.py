@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LONGEST = 4096  # characters of a text that are looked at
-_DEPTH = 4  # of nesting that is looked at
+_DEPTH = 6  # of nesting that is looked at
 _DAY = 86_400.0  # seconds
 _MILLISECONDS = 1e11  # from here on a date since 1970 is in milliseconds, not seconds
 _MESSAGES = ("message", "msg", "error", "detail", "error_description", "title", "reason")
