@@ -76,9 +76,9 @@ class Row:
         return [self.replies[min(number, len(self.replies) - 1)] for number in range(calls)]
 
 
-def over(rows: Iterable[Row], road: str) -> Any:
-    """Return the decorator that runs a test for all rows that go a road."""
-    chosen = [row for row in rows if road in row.roads.split()]
+def over(rows: Iterable[Row], road: str, *, first: int = 0, every: int = 1) -> Any:
+    """Return the decorator that runs a test for all rows that go a road, or for every second, third, ..."""
+    chosen = [row for row in rows if road in row.roads.split()][first::every]
     return pytest.mark.parametrize("row", chosen, ids=[row.name for row in chosen])
 
 

@@ -200,7 +200,7 @@ async def test_one_prompt(row, tmp_path):
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over(ROWS, "run")
+@over(ROWS, "run", every=2)
 async def test_a_run_goes_on_or_ends(row):
     """Beside prompts that are answered."""
     await check_run(row)
@@ -212,7 +212,7 @@ async def test_the_same_in_a_batch(row):
     await check_batch(row)
 
 
-@over(ROWS, "drop-in")
+@over(ROWS, "drop-in", first=1, every=2)
 async def test_the_drop_in_client_bills_the_same(row):
     """What the SDK makes of it is the SDK's."""
     await check_drop_in(row)

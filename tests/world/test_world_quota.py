@@ -170,31 +170,31 @@ async def test_one_prompt(row, tmp_path):
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over(ROWS, "run")
+@over(ROWS, "run", every=2)
 async def test_a_run_ends_in_its_middle(row):
     """Nothing more is sent, and what was answered is handed out."""
     await check_run(row)
 
 
-@over(ROWS, "run")
+@over(ROWS, "run", first=1, every=4)
 async def test_a_run_of_nothing_else(row):
     """It ends at the first prompt."""
     await check_alone(row)
 
 
-@over(ROWS, "batch")
+@over(ROWS, "batch", first=1, every=2)
 async def test_the_same_in_a_batch(row):
     """The line fails with the same words."""
     await check_batch(row)
 
 
-@over(ROWS, "limiter")
+@over(ROWS, "limiter", every=2)
 async def test_the_rate_is_not_cut(row):
     """Credit is no rate; a daily allowance pauses the model."""
     await check_limiter(row)
 
 
-@over(ROWS, "drop-in")
+@over(ROWS, "drop-in", first=1, every=2)
 async def test_the_drop_in_client(row):
     """Likewise for the SDK's own calls."""
     await check_drop_in(row)

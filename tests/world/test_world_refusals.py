@@ -160,7 +160,7 @@ async def test_one_prompt(row, tmp_path):
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over(ROWS, "run")
+@over(ROWS, "run", every=2)
 async def test_a_run_goes_on(row):
     """Beside prompts that are answered, each of them fails its own prompt alone."""
     await check_run(row)
@@ -172,19 +172,19 @@ async def test_a_run_of_nothing_else(row):
     await check_alone(row)
 
 
-@over(ROWS, "batch")
+@over(ROWS, "batch", first=1, every=2)
 async def test_the_same_in_a_batch(row):
     """The line fails with the same words."""
     await check_batch(row)
 
 
-@over(ROWS, "limiter")
+@over(ROWS, "limiter", every=3)
 async def test_the_rate_is_not_cut(row):
     """A refusal says nothing of the rate."""
     await check_limiter(row)
 
 
-@over(ROWS, "drop-in")
+@over(ROWS, "drop-in", first=1, every=2)
 async def test_the_drop_in_client(row):
     """Likewise for the SDK's own calls."""
     await check_drop_in(row)

@@ -229,31 +229,31 @@ async def test_how_long_the_model_is_paused(row):
     await check_limiter(row)
 
 
-@over(ROWS, "drop-in")
+@over(ROWS, "drop-in", first=1, every=2)
 async def test_the_drop_in_client_pauses_as_long(row):
     """The same limits hold for the SDK's own calls."""
     await check_drop_in(row)
 
 
-@over(ROWS, "one")
+@over([*HEADERS[::5], *MESSAGES[::5], *GOOGLE, *PATIENT, *OTHERS], "one")
 async def test_one_prompt(row, tmp_path):
     """The calls, the error or the answer, the bill, and whether a second client finds it in the cache."""
     await check_one(row, tmp_path / "cache.sqlite")
 
 
-@over([*HEADERS[:3], *MESSAGES[:2], *GOOGLE, *PATIENT, *OTHERS], "run")
+@over([*HEADERS[:3], *GOOGLE, *PATIENT, *OTHERS], "run", every=2)
 async def test_a_run_goes_on_or_ends(row):
     """A wait beyond max_wait ends it, in its middle too; no shorter one costs a row."""
     await check_run(row)
 
 
-@over([*HEADERS[:3], *MESSAGES[:2], *GOOGLE[:-2]], "run")
+@over([*HEADERS[:2], *GOOGLE[:-2]], "run", every=2)
 async def test_a_run_of_nothing_else(row):
     """It ends at the first prompt."""
     await check_alone(row)
 
 
-@over([*HEADERS[:2], *MESSAGES[:2], *GOOGLE, *PATIENT, *OTHERS], "batch")
+@over([*HEADERS[:2], *MESSAGES[:2], *GOOGLE, *PATIENT, *OTHERS], "batch", every=3)
 async def test_the_same_in_a_batch(row):
     """A line that fails so fails for this time, in the server's words."""
     await check_batch(row)
