@@ -118,7 +118,7 @@ def test_the_batch_benchmark_in_short() -> None:
 
 
 async def test_the_table_of_the_world_beside_the_raw_sdk() -> None:
-    """Rows that need no wait come out as the table has them; the raw SDK hands out some that are no answers."""
+    """Rows that need no wait come out as the table has them; the raw SDK hands out what is no answer."""
     world = load("world")
     chosen = [row for row in world.rows() if "answers: choice" in row.name and row.calls == 1]
     chosen += [row for row in world.rows() if "answers: error: " in row.name or "moderation" in row.name]

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     Outcome = ModelResponse | Exception
 
 _OK, _BAD_REQUEST = 200, 400
+_SHOWN = 500  # characters of why a line holds no answer
 _STATUS = re.compile(r"[1-5][0-9][0-9](?:\.0)?")
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _NOT_OURS = JobMetadata(
@@ -171,7 +172,8 @@ class LineReader:
             return error
         if line.get("error"):
             return _line_error(line["error"], index)
-        return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
+        why = f"status {response.get('status_code')!r} and no answer" if error is None else error.message
+        return BatchError(why[:_SHOWN], code=NO_ANSWER, line=index + 1)
 
 
 def _status_in(response: Mapping[str, Any]) -> int | None:

@@ -39,7 +39,7 @@ from openai_eval_client._batches.files import (
 )
 from openai_eval_client._batches.results import is_curable
 from openai_eval_client._log import inform, warn
-from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
+from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of, too_many_failures
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
 from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_json
@@ -323,6 +323,7 @@ class BatchRun(Submission):
     parameters: Parameters
     cached: CachedAnswers
     progress: Progress
+    max_failures: float | None = None
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
     never_ran: int = 0  # requests whose batch was not created, or failed
     failed: Exception | None = None  # the first reason for that
@@ -542,6 +543,22 @@ class BatchRun(Submission):
             self.failed = self.failed or failure_of([batch])
             self.never_ran += file.count
         self.outcomes.update(results.outcomes)
+        self._check_failures()
+
+    def _check_failures(self) -> None:
+        """End the run where more requests failed for good than the caller allows."""
+        failed = [error for n, error in self.outcomes.items() if self._is_lost(n, error)]
+        if failed and isinstance(failed[-1], Exception):
+            counts = len(failed), len(self.outcomes), len(self.prompts)
+            ended = too_many_failures(self.max_failures, *counts, failed[-1])
+            if ended is not None:
+                raise ended
+
+    def _is_lost(self, index: int, outcome: Outcome) -> bool:
+        """Return whether a request failed for good: it is not submitted again."""
+        if isinstance(outcome, openai.BadRequestError):
+            return not self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
+        return isinstance(outcome, Exception) and (index in self._repeated or not is_curable(outcome))
 
     def _is_worth(self, index: int, outcome: Outcome | None) -> bool:
         """Return whether a request is to be submitted again: what failed by chance, once."""

@@ -87,7 +87,7 @@ class _PacedClient:
             api = endpoint_of(request.url.path, request.method).api
             outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content, api)
             attempt.ended(outcome)
-        used, demand = outcome.usage, attempt.demand
+        used, demand = outcome.counted, attempt.demand
         if used is not None and demand.model is not None:
             self.counter.observe(demand.model, demand.input_tokens, used.prompt_tokens)
         return response

@@ -343,14 +343,6 @@ def row_of(status: int, words: Words) -> Row:
     return next((row for row in rows if not row.code and not row.text), _UNKNOWN)
 
 
-def meaning_of(name: str, status: int | None, code: str) -> str:
-    """Return what an error means, for a reader, from the name of its class, its status and its code."""
-    if status is not None:
-        return row_of(status, Words(code)).meaning
-    named = (row for row in FAILURES if getattr(row.of, "__name__", None) == name and not row.text)
-    return next((row.meaning for row in named), _SEE)
-
-
 _NO_CONNECTION = frozenset(
     {"ConnectError", "ClientConnectorError", "ClientConnectorDNSError", "ClientConnectorCertificateError"}
 )

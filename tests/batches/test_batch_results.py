@@ -102,7 +102,7 @@ REFUSED = {
     "a list": ([1], "status {}", None),
     "not a number": ({"error": {"message": "no", "code": "c", "param": float("nan")}}, "no", "c"),
     "half an emoji": ({"error": {"message": "no \ud83d", "code": "c"}}, None, "c"),
-    "an error that is a text": ({"error": "no"}, "status {}", None),
+    "an error that is a text": ({"error": "no"}, "no", None),
     "a message that is none": ({"error": {"message": {"a": 1}, "code": ["c"]}}, None, None),
 }
 KINDS = {
@@ -197,10 +197,12 @@ def test_a_200_that_holds_an_error_is_that_error(case: str) -> None:
     assert is_curable(error) == (kind is not openai.BadRequestError)
 
 
-def test_an_answer_with_an_error_beside_it_is_an_answer() -> None:
-    """As online, as long as there is a choice."""
-    (response,) = read([refusal("request-0", 200, {**body_of("hi"), "error": "odd"})]).outcomes.values()
-    assert response.content == "hi"
+def test_an_answer_with_an_error_beside_it_is_an_error() -> None:
+    """As online, with the server's words."""
+    (error,) = read([refusal("request-0", 200, {**body_of("hi"), "error": "odd"})]).outcomes.values()
+    assert isinstance(error, BatchError)
+    assert (error.code, error.line) == ("no_answer", 1)
+    assert "odd" in str(error)
 
 
 def test_a_line_cut_anywhere_loses_no_other_result() -> None:

@@ -64,7 +64,7 @@ class Verdict(BaseModel):
 CALLS = [
     {},
     {"temperature": 0.7, "max_tokens": 20, "system": "Be brief.", "n": 2},
-    {"temperature": 0, "stop": ["x"], "extra_body": {"top_k": 1}, "extra_headers": {"x-a": "b"}},
+    {"temperature": 0, "stop": ["x"], "extra_body": {"top_p": 1}, "extra_headers": {"x-a": "b"}},
     {"api": "responses", "max_tokens": 30},
     {"response_format": Verdict},
     {"api": "responses", "response_format": Verdict},
