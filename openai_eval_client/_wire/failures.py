@@ -262,7 +262,7 @@ NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
 def read_failure(error: BaseException) -> Failure:
     """Return what an exception means."""
     if isinstance(error, openai.APIStatusError):
-        words = words_of(error.body)
+        words = words_in(error)
         if not words.message:
             words = words._replace(message=error.message)
         if isinstance(error, QuotaError):
@@ -281,6 +281,22 @@ def read_failure(error: BaseException) -> Failure:
 def _is_row_of(row: Row, error: BaseException) -> bool:
     is_class = isinstance(row.of, type) and isinstance(error, row.of)
     return is_class and (not row.text or re.search(row.text, str(error)) is not None)
+
+
+def words_in(error: openai.APIStatusError) -> Words:
+    """Return what the server says: the SDK's `body` leaves out what stands beside a field named error."""
+    try:
+        content = error.response.content
+    except sdk_httpx().StreamError:  # it was not read
+        content = b""
+    return _words(content) if content else words_of(error.body)
+
+
+def _words(content: bytes) -> Words:
+    try:
+        return words_of(read_json(content))
+    except (ValueError, RecursionError):
+        return words_of(content[:_LONGEST_BODY].decode(errors="replace"))
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -305,11 +321,7 @@ def _billed(error: openai.APIStatusError | openai.APIResponseValidationError) ->
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    try:
-        words = words_of(read_json(body))
-    except (ValueError, RecursionError):
-        words = words_of(body[:_LONGEST_BODY].decode(errors="replace"))
-    return Outcome(status, headers, failure=read_refusal(status, headers, words))
+    return Outcome(status, headers, failure=read_refusal(status, headers, _words(body)))
 
 
 def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failure:

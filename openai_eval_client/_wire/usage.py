@@ -52,6 +52,7 @@ _COUNTS: dict[str, Any] = {
         for name in _OUTPUTS
     },
 }
+_AS_TEXT = "text"  # stands among the kinds for a count that is one
 _BESIDE = frozenset({"cache_read_input_tokens", "cache_creation_input_tokens"})  # Anthropic's
 
 
@@ -136,6 +137,8 @@ def _collect(
         if count is not None:
             if count > counts.get(kind, -1):
                 counts[kind] = count
+            if isinstance(value, str):  # read, but no count as a server makes it
+                unread.add(_AS_TEXT)
         elif value is not None or kind in {"prompt", "completion"}:  # null stands for no such part
             unread.add(kind)
 
