@@ -72,7 +72,7 @@ async def test_pages_after_an_answer_end_a_run_later():
     """Twenty prompts in a row, each of which may be tried again: a proxy's notice passes."""
     ended, sent = await run("gg" + "p" * 60)
     assert isinstance(ended, openai.APIResponseValidationError), repr(ended)
-    assert 22 <= sent <= 70
+    assert 22 <= sent <= 66  # or a few more that were on their way
 
 
 @pytest.mark.parametrize(
