@@ -134,7 +134,7 @@ def in_all(used):
         ({"prompt_tokens": 3, "completion_tokens": 4, "input_tokens": None}, (3, 4, False)),
         ({"prompt_tokens": 0, "completion_tokens": 0, "input_tokens": 3, "output_tokens": 4}, (3, 4, False)),
         ({"prompt_tokens": 1200.0, "completion_tokens": 22.5}, (1200, 23, False)),
-        ({"prompt_tokens": "3", "completion_tokens": " 4.0 ", "total_tokens": "9"}, (3, 6, True)),  # said to be texts
+        ({"prompt_tokens": "3", "completion_tokens": " 4.0 ", "total_tokens": "9"}, (3, 6, True)),
         # Counts that cannot be read: what can be counts at least.
         ({"prompt_tokens": 3}, (3, 0, True)),
         ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, True)),
