@@ -175,7 +175,14 @@ class Attempt:
         if not logger.isEnabledFor(logging.DEBUG):
             return
         model, status, seconds = self.demand.model, outcome.status, waiter.ended_at - waiter.granted_at
-        waited, name = waiter.granted_at - waiter.asked_at, request_id(outcome.headers)
-        about = {"model": model, "status": status, "wait_seconds": waited, "seconds": seconds}
-        text, used = "attempt for %s: %s after %.2f s", {"tokens": outcome.tokens, "request_id": name}
-        debug(text, model, status or "no answer", seconds, event="attempt", **about, **used)
+        debug(
+            "attempt for %s: %s after %.2f s",
+            *(model, status or "no answer", seconds),
+            event="attempt",
+            model=model,
+            status=status,
+            wait_seconds=waiter.granted_at - waiter.asked_at,
+            seconds=seconds,
+            tokens=outcome.tokens,
+            request_id=request_id(outcome.headers),
+        )

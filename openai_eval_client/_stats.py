@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._runtime import DeferringLock
-from openai_eval_client._wire import class_of, code_of, status_of
+from openai_eval_client._wire import class_of, code_of, read_failure, status_of
 from openai_eval_client.models import ClientStats
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _MODELS = 24  # that have a timeline of their own; the others share one
 _OTHERS, _UNMETERED = "other models", "files and batches"
 _FAILURES, _REASONS = 60, 20  # kinds of failures, and finish reasons, that are told apart
 _OTHER = "other"
-_TOO_MANY_REQUESTS = 429
 _RETRIED_BY_SDK = frozenset({408, 409, 429})  # of the 4xx
 
 
@@ -91,7 +90,7 @@ class Timeline:
         timeline.reserved[index] += tokens
 
     def ended(
-        self, model: str | None, now: float, seconds: float, status: int | None, used: int | None
+        self, model: str | None, now: float, seconds: float, used: int | None, *, rate_limited: bool = False
     ) -> None:
         """Record the end of an attempt."""
         index = self._interval_at(now)
@@ -100,7 +99,7 @@ class Timeline:
         timeline.seconds += seconds
         if used is not None:
             timeline.used[index] += used
-        elif status == _TOO_MANY_REQUESTS:
+        elif rate_limited:
             timeline.rate_limited[index] += 1
         else:
             timeline.failed[index] += 1
@@ -161,6 +160,7 @@ class Failure:
     kind: str  # the class of the error
     status: int | None  # the HTTP status; None where no answer came, or nothing was sent
     code: str  # the API's code; "" where it gives none
+    meaning: str  # for a reader
     attempts: int = 0  # that ended so
     prompts: int = 0  # that failed for good with it
     first: float = 0.0  # when it was first seen, in seconds since 1970
@@ -171,27 +171,29 @@ class Failures:
     """Counts failures by kind, in bounded memory; the caller holds a lock."""
 
     def __init__(self) -> None:
-        self._rows: dict[tuple[str, str, int | None, str], Failure] = {}
+        self._rows: dict[tuple[str, str, int | None, str, str], Failure] = {}
 
     def raised(self, model: str, error: Exception, *, for_good: bool) -> None:
         """Count the error of an attempt, or of a prompt that failed for good."""
         is_sent = isinstance(error, openai.APIError)  # for any other error, nothing was
-        key = model, type(error).__name__, status_of(error), code_of(error)
+        key = model, type(error).__name__, status_of(error), code_of(error), read_failure(error).meaning
         self._count(key, attempts=is_sent, prompts=for_good)
 
-    def refused(self, model: str, status: int | None, code: str, *, for_good: bool) -> None:
+    def refused(self, model: str, outcome: Outcome, *, for_good: bool) -> None:
         """Count an attempt of the SDK, which makes its own error; without a status nothing came back."""
+        status, failure = outcome.status, outcome.failure
         kind = "APIConnectionError" if status is None else class_of(status).__name__
-        self._count((model, kind, status, code), attempts=1, prompts=for_good)
+        words = ("", "") if failure is None else (failure.code, failure.meaning)
+        self._count((model, kind, status, *words), attempts=1, prompts=for_good)
 
     def rows(self) -> list[Failure]:
         """Return the kinds there were, the most frequent first."""
         return sorted(self._rows.values(), key=lambda row: (-row.prompts, -row.attempts, row.model))
 
-    def _count(self, key: tuple[str, str, int | None, str], *, attempts: int, prompts: int) -> None:
+    def _count(self, key: tuple[str, str, int | None, str, str], *, attempts: int, prompts: int) -> None:
         now = time.time()
         if key not in self._rows and len(self._rows) >= _FAILURES:
-            key = _OTHER, _OTHER, None, ""
+            key = _OTHER, _OTHER, None, "", ""
         row = self._rows.get(key) or self._rows.setdefault(key, Failure(*key, first=now))
         row.last = now
         row.attempts += attempts
@@ -261,14 +263,15 @@ class Recorder:
         used = None
         if outcome.ok or not outcome.sent:
             used = 0 if usage is None else usage.prompt_tokens + usage.completion_tokens
-        self._timeline.ended(demand.model, ended, seconds, outcome.status, used)
+        limited = outcome.is_rate_limit
+        self._timeline.ended(demand.model, ended, seconds, used, rate_limited=limited)
         if demand.retry is not None:
             self._count_sdk_call(demand, outcome)
         if not outcome.sent:
             return
         totals["attempts"] += 1
         totals["server_seconds"] += seconds
-        totals["rate_limited"] += outcome.status == _TOO_MANY_REQUESTS
+        totals["rate_limited"] += limited
         if outcome.ok:
             self._latency.add(seconds)
         if counted is not None:
@@ -283,8 +286,7 @@ class Recorder:
             is_repeated = may_repeat or outcome.status in _RETRIED_BY_SDK
             for_good = outcome.is_refusal and not is_repeated  # of other failures only the SDK knows
             self._totals["failures"] += for_good
-            code = "" if outcome.failure is None else outcome.failure.code
-            self._failures.refused(str(demand.model), outcome.status, code, for_good=for_good)
+            self._failures.refused(str(demand.model), outcome, for_good=for_good)
 
     def retry(self, model: str, error: Exception, wait: float) -> None:
         """Count one more attempt for the same prompt, after an error and a wait in seconds."""

@@ -14,7 +14,7 @@ from openai_eval_client._online import Caller, collect, estimate, pool_for
 from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSnapshot, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
-from openai_eval_client._validation import check_callback, check_event, check_switch, config_of, reject_input
+from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
 from openai_eval_client._wire import PATHS, check_iterable, check_parameters, check_prompt, list_prompts
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
@@ -210,8 +210,6 @@ class OpenAIClient:
         check_switch(progress, "progress")
         listed = list_prompts(prompts)
         by_batch = use_batch_api and self._are_enough(listed)
-        if by_batch and parameters.body.get("background"):
-            reject_input("background", True, "not by the Batch API, which is in the background itself")
         display = None
         if progress:
             display = self._display(parameters.model, len(listed), None if by_batch else pool)
@@ -222,7 +220,12 @@ class OpenAIClient:
         with display or contextlib.nullcontext():
             shown = Progress(None if display is None else display.reach, callback)
             return await self._jobs.collect(
-                listed, parameters, budget=budget, progress=shown, return_exceptions=return_exceptions
+                listed,
+                parameters,
+                budget=budget,
+                progress=shown,
+                max_failures=max_failures,
+                return_exceptions=return_exceptions,
             )
 
     def as_completed(

@@ -249,7 +249,7 @@ class TokenUsage(Record):
         estimated_cost: USD by the published price list; None where the model's price is not known.
         cached_tokens: The part of the input that the provider had cached and bills lower.
         reasoning_tokens: The part of the output spent on reasoning.
-        estimated: True where the server sent no usage and the counts are ours.
+        estimated: True where the server sent no usage, or counts that cannot be read: the rest is ours.
     """
 
     prompt_tokens: int

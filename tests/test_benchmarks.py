@@ -115,3 +115,14 @@ def test_the_batch_benchmark_in_short() -> None:
     figures = load("batch").measure(600, 250)
     assert figures["in order"]
     assert (figures["answered"], figures["one file"]) == (600, 250)
+
+
+async def test_the_table_of_the_world_beside_the_raw_sdk() -> None:
+    """Rows that need no wait come out as the table has them; the raw SDK hands out what is no answer."""
+    world = load("world")
+    chosen = [row for row in world.rows() if "answers: choice" in row.name and row.calls == 1]
+    chosen += [row for row in world.rows() if "answers: error: " in row.name or "moderation" in row.name]
+    compared = await world.compare(chosen)
+    assert all(ours.right for _, _, ours in compared)
+    assert any(raw.false_answer for _, raw, _ in compared)
+    assert not any(ours.false_answer for _, _, ours in compared)

@@ -54,7 +54,7 @@ class BatchApi:
 
     def __init__(self, sdk: openai.AsyncOpenAI, config: OpenAIConfig, max_wait: float) -> None:
         self._sdk = sdk
-        self._key = config.api_key
+        self.key = config.api_key
         self._timeout = config.timeout
         self._retries = config.max_retries
         self._max_wait = max_wait
@@ -176,7 +176,7 @@ class BatchApi:
             try:
                 return await call_sdk(attempt(), seconds=seconds, url=_URL)
             except openai.APIError as error:
-                forget_key(error, self._key)
+                forget_key(error, self.key)
                 if isinstance(error, openai.APIStatusError) and is_enqueued_limit(error):
                     raise QuotaError(error.message, response=error.response, body=error.body) from None
                 raise

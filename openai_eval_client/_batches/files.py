@@ -313,7 +313,7 @@ def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, 
 
 # --- requests checked -------------------------------------------------------------------------------------
 
-_ONLINE_ONLY = ("extra_headers", "extra_query", "timeout")
+_ONLINE_ONLY = ("extra_headers", "extra_query", "timeout", "background")
 _TIERS = frozenset({None, "auto", "default"})
 
 

@@ -87,6 +87,7 @@ class Batches:
         *,
         budget: CostBudget | None,
         progress: Progress,
+        max_failures: float | None,
         return_exceptions: bool,
     ) -> list[Any]:
         """Answer prompts by batches, with the contract of `batch_generate`."""
@@ -107,6 +108,7 @@ class Batches:
             parameters=parameters,
             cached=cached,
             progress=progress,
+            max_failures=max_failures,
         )
         return await run.collect(return_exceptions=return_exceptions)
 

@@ -42,14 +42,17 @@ from openai_eval_client._wire import (
     BATCH_PATHS,
     Parameters,
     Usage,
+    decoded,
     fault_in,
+    forget_key,
     read_answer,
     read_body,
     read_failure,
     read_json,
-    read_object,
+    read_usage,
     status_error,
     usage_of,
+    words_of,
 )
 from openai_eval_client.errors import BatchError, ValidationError, sdk_httpx
 from openai_eval_client.models import ModelResponse
@@ -69,6 +72,7 @@ if TYPE_CHECKING:
     Outcome = ModelResponse | Exception
 
 _OK, _BAD_REQUEST = 200, 400
+_SHOWN = 500  # characters of why a line holds no answer
 _STATUS = re.compile(r"[1-5][0-9][0-9](?:\.0)?")
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
 _NOT_OURS = JobMetadata(
@@ -97,11 +101,14 @@ class BatchResults:
 class LineReader:
     """Reads the result lines of one batch into responses and errors, and prices the responses."""
 
-    def __init__(self, api: str, pricer: Pricer, *, model: str = "", asked: Parameters | None = None) -> None:
+    def __init__(
+        self, api: str, pricer: Pricer, *, model: str = "", asked: Parameters | None = None, key: str = ""
+    ) -> None:
         self.prices: list[tuple[str, Usage, Decimal | None]] = []  # of each answer, in USD
         nothing = Parameters(api=api, model=model, timeout=0.0, body={})
         self._parameters = nothing if asked is None else dataclasses.replace(asked, model=model)
         self._pricer = pricer
+        self._key = key  # of the API, which a server may echo
 
     def read(self, files: Iterable[Iterable[bytes]], index: RequestIndex) -> BatchResults:
         """Read the lines of a batch's output and error files."""
@@ -152,16 +159,23 @@ class LineReader:
         if not isinstance(response, dict):
             return _line_error(line.get("error"), index)
         status, request_id = _status_in(response), response.get("request_id")
-        body = _body_in(response)
+        body = _body_in(response, self._parameters.api)
         request_id = request_id if isinstance(request_id, str) else None
         error = None if status is None else _failure(status, body, request_id, self._parameters.api)
+        if error is not None:
+            forget_key(error, self._key)
+            used = _usage_in(body) if status == _OK else None
+            if used is not None:  # an error that was billed
+                self.price(used.model or self._parameters.model, used)
         if status is not None and error is None:
             usage = usage_of(body)
             return read_answer(
                 body,
                 self._parameters,
                 usage=usage,
-                cost=None if usage is None else self.price(usage.model or self._parameters.model, usage),
+                cost=None  # what is missing is estimated first
+                if usage is None or usage.estimated
+                else self.price(usage.model or self._parameters.model, usage),
                 kept=raw if body is response.get("body") else None,  # a tenth of the parsed body's memory
                 temperature=temperature,
                 request_id=request_id,
@@ -171,21 +185,30 @@ class LineReader:
             return error
         if line.get("error"):
             return _line_error(line["error"], index)
-        return BatchError(f"status {status} and no answer", code=NO_ANSWER, line=index + 1)
+        why = f"status {response.get('status_code')!r} and no answer" if error is None else error.message
+        return BatchError(why[:_SHOWN], code=NO_ANSWER, line=index + 1)
 
 
 def _status_in(response: Mapping[str, Any]) -> int | None:
     """Return the HTTP status of a result, which some servers send as a text; None where it is none."""
-    status = response.get("status_code", _OK)
+    status = response.get("status_code")
+    if status is None:
+        return _OK
     text = str(status) if isinstance(status, str | int | float) else ""
     number = int(float(text)) if _STATUS.fullmatch(text) else 0
     return number if number == _OK or number >= _BAD_REQUEST else None
 
 
-def _body_in(response: Mapping[str, Any]) -> Any:
+def _body_in(response: Mapping[str, Any], api: str) -> Any:
     """Return the body of a result, which some servers send as JSON in a text."""
     body = response.get("body")
-    return read_object(body.encode(errors="replace")) if isinstance(body, str) and body[:1] == "{" else body
+    return decoded(body.encode(errors="replace"), api)[0] or body if isinstance(body, str) else body
+
+
+def _usage_in(body: object) -> Usage | None:
+    if isinstance(body, str):
+        return read_usage(body.encode(errors="replace"))
+    return usage_of(body) if isinstance(body, dict) else None
 
 
 def is_curable(error: Exception) -> bool:
@@ -195,11 +218,11 @@ def is_curable(error: Exception) -> bool:
 
 def _line_error(error: object, index: int) -> BatchError:
     """Return the error of a request that the API never ran."""
-    given = error if isinstance(error, dict) else {}
-    code, message, param = given.get("code"), given.get("message"), given.get("param")
+    words, given = words_of({"error": error}), error if isinstance(error, dict) else {}
+    param = given.get("param")
     return BatchError(
-        str(message) if message else "no response and no error",
-        code=str(code) if code else NO_ANSWER,
+        words.message or "no response and no error",
+        code=words.code or NO_ANSWER,
         line=index + 1,
         param=param if isinstance(param, str) else None,
     )
@@ -247,7 +270,7 @@ class BatchSettler:
         await pricer.ready()
         source = file or read_job_metadata(batch.metadata)
         model = (source and source.model) or getattr(batch, "model", None) or ""
-        reader = LineReader(api, pricer, model=model, asked=asked)
+        reader = LineReader(api, pricer, model=model, asked=asked, key=self._api.key)
         async with contextlib.AsyncExitStack() as stack:
             files = [
                 stack.enter_context(found)

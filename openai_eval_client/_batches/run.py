@@ -39,7 +39,7 @@ from openai_eval_client._batches.files import (
 )
 from openai_eval_client._batches.results import is_curable
 from openai_eval_client._log import inform, warn
-from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of
+from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of, too_many_failures
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
 from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_json
@@ -72,6 +72,7 @@ class Journal:
     def __init__(self, cache: Cache | None, name: str, *earlier: str) -> None:
         self._store = None if cache is None else cache.journal
         self._name = name
+        self.later: deque[dict[str, Any]] = deque()  # records of jobs that are still to be taken up
         self._names = (name, *earlier)  # the others are those under which earlier versions record the call
 
     @contextlib.asynccontextmanager
@@ -94,10 +95,10 @@ class Journal:
                 break
         return found["jobs"] if found else []
 
-    async def save(self, jobs: Iterable[JobRecord], later: Iterable[dict[str, Any]] = ()) -> None:
+    async def save(self, jobs: Iterable[JobRecord]) -> None:
         """Record the jobs, and those still to be taken up; they are on disk when the call returns."""
         if self._store is not None:
-            records = [*(job.to_dict() for job in jobs), *later]
+            records = [*(job.to_dict() for job in jobs), *self.later]
             await self._store.journal_put(self._name, {"jobs": records})
 
     async def forget(self) -> None:
@@ -160,7 +161,6 @@ class Submission:
     budget: BatchBudget
     journal: Journal
     jobs: list[JobRecord] = field(default_factory=list)  # as they are recorded; the last is worked on
-    later: deque[dict[str, Any]] = field(default_factory=deque)  # recorded jobs that are still to be taken up
     waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
     running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
     batches: list[Batch] = field(default_factory=list)  # as they were when they were made or found
@@ -234,7 +234,7 @@ class Submission:
         spans = dict(self.job.spans)
         spans.update((file.first, file.count) for file in [*self.waiting, *self.running.values()])
         self.job.spans = sorted(spans.items())
-        await self.journal.save(self.jobs, self.later)
+        await self.journal.save(self.jobs)
 
     async def _find(self, file: InputFile) -> Batch | None:
         """Return the batch that was made of a file before, with what it may cost reserved."""
@@ -323,6 +323,7 @@ class BatchRun(Submission):
     parameters: Parameters
     cached: CachedAnswers
     progress: Progress
+    max_failures: float | None = None
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by the index of the prompt
     never_ran: int = 0  # requests whose batch was not created, or failed
     failed: Exception | None = None  # the first reason for that
@@ -350,10 +351,11 @@ class BatchRun(Submission):
 
     async def _run(self) -> None:
         """Run job after job, first those recorded, until every request has an outcome to be handed out."""
-        self.later.extend(await self.journal.load())
+        later = self.journal.later
+        later.extend(await self.journal.load())
         missing = [index for index in range(len(self.prompts)) if index not in self.outcomes]
         wanted = missing
-        while wanted or self.later:
+        while wanted or later:
             job = JobRecord(
                 endpoint=BATCH_PATHS[self.parameters.api],
                 window=self.config.completion_window,
@@ -361,13 +363,13 @@ class BatchRun(Submission):
                 most_lines=self.config.max_batch_size,
                 refused=self.unsupported.of(self.parameters.model),
             )
-            if self.later:
-                job = job.recover(self.later.popleft())
+            if later:
+                job = job.recover(later.popleft())
             await self._run_job(job)
             none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
             reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
-                await (self.journal.save((), self.later) if self.later else self.journal.forget())
+                await (self.journal.save(()) if later else self.journal.forget())
                 raise reason
             wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
 
@@ -541,6 +543,22 @@ class BatchRun(Submission):
             self.failed = self.failed or failure_of([batch])
             self.never_ran += file.count
         self.outcomes.update(results.outcomes)
+        self._check_failures()
+
+    def _check_failures(self) -> None:
+        """End the run where more requests failed for good than the caller allows."""
+        failed = [error for n, error in self.outcomes.items() if self._is_lost(n, error)]
+        if failed and isinstance(failed[-1], Exception):
+            counts = len(failed), len(self.outcomes), len(self.prompts)
+            ended = too_many_failures(self.max_failures, *counts, failed[-1])
+            if ended is not None:
+                raise ended
+
+    def _is_lost(self, index: int, outcome: Outcome) -> bool:
+        """Return whether a request failed for good: it is not submitted again."""
+        if isinstance(outcome, openai.BadRequestError):
+            return not self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
+        return isinstance(outcome, Exception) and (index in self._repeated or not is_curable(outcome))
 
     def _is_worth(self, index: int, outcome: Outcome | None) -> bool:
         """Return whether a request is to be submitted again: what failed by chance, once."""

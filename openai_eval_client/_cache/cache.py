@@ -357,7 +357,7 @@ def _packed(response: ModelResponse) -> bytes | None:
         "cost": response.usage.estimated_cost,
     }
     if response.usage.estimated:
-        kept["usage"] = response.usage.model_dump()  # the body has none
+        kept["usage"] = response.usage.model_dump()  # the body has none, or not all of it
     try:
         value = to_json(kept, only_ascii=True)
     except RecursionError:  # nested as deep as could just be read
@@ -376,13 +376,15 @@ def _unpacked(kept: dict[str, Any], parameters: Parameters) -> tuple[ModelRespon
     usage = usage_of(body)
     same = {name: kept[name] for name in ("temperature", "request_id")}
     response = read_answer(body, parameters, usage=usage, latency=latency / 1000, **same)
-    if response.usage.estimated:
+    if response.usage.estimated and "usage" in kept:
         response.usage = TokenUsage(**kept["usage"])
     response.usage.estimated_cost = kept["cost"]
     response.latency_ms = latency
     response.cached = True
     tokens = response.usage
-    return response, usage or Usage(tokens.prompt_tokens, tokens.completion_tokens, estimated=True)
+    if usage is None or usage.estimated:
+        usage = Usage(tokens.prompt_tokens, tokens.completion_tokens, tokens.cached_tokens, estimated=True)
+    return response, usage
 
 
 def _is_incomplete(response: ModelResponse) -> bool:

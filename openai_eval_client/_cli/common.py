@@ -24,7 +24,7 @@ from typer import Argument, Option
 
 from openai_eval_client._format import count, usd
 from openai_eval_client._report import bar_is_open, write_above
-from openai_eval_client._wire import Kind, code_of, meaning_of, read_failure, status_of
+from openai_eval_client._wire import Kind, code_of, read_failure, status_of
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError, sdk_httpx
@@ -146,6 +146,17 @@ def request_params(pairs: Iterable[str], schema: Path | None, api: Api, **named:
     return {**params, **{name: value for name, value in named.items() if value is not None}}
 
 
+def number_of(name: str, text: str | None) -> float | None:
+    """Return a whole number as int, any other as float."""
+    if text is None:
+        return None
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        option = name.replace("_", "-")
+        raise ValidationError(f"--{option} {text!r}: must be a number", field=name) from None
+
+
 def _value(key: str, text: str) -> Any:
     """Return the JSON value, or the text itself if it does not look like JSON."""
     try:
@@ -236,7 +247,7 @@ def show_log(*, verbose: bool = False) -> None:
 
 SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
 
-_REFUSALS = {Kind.REFUSED_KEY, Kind.REFUSED_MODEL, Kind.NOT_FOUND, Kind.OUT_OF_QUOTA}
+_REFUSALS = {Kind.REFUSED_KEY, Kind.REFUSED_MODEL, Kind.NOT_FOUND, Kind.NOT_AN_API, Kind.OUT_OF_QUOTA}
 _BY_JOB_CODE = {  # of a BatchError about a whole job; any other code: none of its requests was run
     **dict.fromkeys(("validating", "in_progress", "finalizing", "cancelling"), SOME_FAILED),
     "unsupported_endpoint": BAD_INPUT,
@@ -247,6 +258,7 @@ _TO_CHECK = {
     Kind.REFUSED_KEY: "check OPENAI_API_KEY or --api-key-file, and whether that key may use --model",
     Kind.REFUSED_MODEL: "check --model",
     Kind.NOT_FOUND: _CHECK_URL,
+    Kind.NOT_AN_API: _CHECK_URL,
     Kind.UNREACHABLE: f"{_CHECK_URL}, and whether its server runs",
 }
 
@@ -278,7 +290,7 @@ def message_of(error: openai.OpenAIError) -> str:
 def explain(error: Exception) -> str:
     """Return the kind of an error and what it means; unlike the error's message, this quotes no prompt."""
     kind = type(error).__name__, status_of(error), code_of(error)
-    return f"{' '.join(str(part) for part in kind if part)}: {meaning_of(*kind)}"
+    return f"{' '.join(str(part) for part in kind if part)}: {read_failure(error).meaning}"
 
 
 def what_to_check(error: Exception | None, *, answered: bool) -> str:

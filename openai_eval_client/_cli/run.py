@@ -70,6 +70,14 @@ def run(  # one name for each option
         float | None,
         Option(min=0, metavar="USD", help="The most it may cost; needs --max-tokens. (default: any amount)"),
     ] = None,
+    max_failures: Annotated[
+        str | None,
+        Option(
+            metavar="N|SHARE",
+            help="End the run when more rows failed: a number, or a share below 1.0 of those done. "
+            "(default: any number)",
+        ),
+    ] = None,
     cache: common.Cache = None,
     report: Annotated[
         Path | None,
@@ -114,6 +122,7 @@ def run(  # one name for each option
     settings: Any = {"default_model": model, "timeout": timeout, "max_retries": max_retries}
     named = {"temperature": temperature, "max_tokens": max_tokens, "system": system, "max_cost": max_cost}
     with exit_codes():
+        named["max_failures"] = common.number_of("max_failures", max_failures)
         work = FileRun(
             Source(source, column=prompt_column, form=form, limit=limit),
             common.api_config(base_url=base_url, key_file=key_file, needs_key=not dry_run, **settings),
@@ -313,7 +322,7 @@ def _show_estimate(run: FileRun) -> int:
         run.note("the cache is not looked at: answers that it has are estimated as well, but cost nothing")
     _look_at_input(run)
     prompts = run.feed(row.prompt for row in run.rows())
-    params = {name: value for name, value in run.params.items() if name != "max_cost"}
+    params = {name: value for name, value in run.params.items() if name not in {"max_cost", "max_failures"}}
     limits = run.limits
     estimated = with_client(run.config, lambda client: client.estimate(prompts, **params), rate_limit=limits)
     typer.echo(estimated.model_dump_json() if run.as_json else str(estimated))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import math
 import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from openai_eval_client._cost.ledger import EXACT
 from openai_eval_client._log import inform, warn
-from openai_eval_client._runtime import DeferringLock, call_on, resolve
+from openai_eval_client._runtime import DeferringLock, FairQueue, Queued
 from openai_eval_client._validation import check_cost
 from openai_eval_client._wire import endpoint_of, token_count
 from openai_eval_client.errors import BudgetExceededError, ValidationError
@@ -20,9 +23,11 @@ from openai_eval_client.errors import BudgetExceededError, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from typing_extensions import Self
+
     from openai_eval_client._cost.ledger import Ledger
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client._wire import Demand, Outcome
+    from openai_eval_client._wire import Demand, Outcome, Usage
 
 _NOTHING = Decimal(0)
 _LONG_WAIT = 1.0  # seconds from which a wait is logged
@@ -94,17 +99,17 @@ def _reject(why: str, *, field: str = "max_cost") -> NoReturn:
     raise ValidationError(f"max_cost: {why}", field=field)
 
 
-# "kept" is reserved too, but perhaps for good, so that nothing waits for it to be settled.
-_State: TypeAlias = Literal["waiting", "held", "kept", "done"]
+# "kept" is reserved too, but perhaps for good, so that nothing waits for it to be settled; "" is not.
+_State: TypeAlias = Literal["held", "kept", ""]
 
 
 @dataclass(slots=True, eq=False)
-class _Hold:
+class _Hold(Queued):
     """What one budget reserves, or has a request wait for."""
 
     budget: CostBudget
     amount: Decimal  # USD
-    state: _State = "waiting"
+    state: _State = ""
 
 
 class CostBudget:
@@ -120,7 +125,8 @@ class CostBudget:
         self._lock = lock or DeferringLock()
         self._spent = _NOTHING
         self._reserved: dict[_State, Decimal] = {"held": _NOTHING, "kept": _NOTHING}
-        self._queue: deque[tuple[_Hold, asyncio.Future[None]]] = deque()
+        self._queue: FairQueue[_Hold] = FairQueue()
+        self._turns = itertools.count()
 
     async def reserve(self, amount: Decimal) -> _Hold:
         """Reserve an amount in USD, once there is room for it."""
@@ -130,13 +136,11 @@ class CostBudget:
             hold, asked_at = self._ask(amount), time.monotonic()
             if hold.state == "held":
                 return hold
-            future = asyncio.get_running_loop().create_future()
-            self._queue.append((hold, future))
+            hold.future = asyncio.get_running_loop().create_future()
+            self._queue.add(next(self._turns), hold)
         try:
-            await future
+            await hold.future
         except BaseException:
-            if future.done() and not future.cancelled():
-                future.exception()  # retrieved, even where a cancellation came together with it
             self.settle(hold, _NOTHING)
             raise
         waited = time.monotonic() - asked_at
@@ -160,7 +164,7 @@ class CostBudget:
 
     def settle(self, hold: _Hold, actual: Decimal) -> None:
         """Replace a reservation by what was spent, in USD; a second call does nothing."""
-        self._lock.when_free(lambda: self._end(hold, "done", actual))
+        self._lock.when_free(lambda: self._end(hold, "", actual))
 
     def keep_reserved(self, hold: _Hold) -> None:
         """Keep a reservation, but let nothing wait for its settling, which may never come."""
@@ -182,19 +186,14 @@ class CostBudget:
     def stats(self) -> dict[str, Decimal]:
         """The limit, what was spent of it and what is reserved, in USD."""
         with self._lock:
-            return self._amounts()
+            reserved = EXACT.add(*self._reserved.values())
+            return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
 
     def exceeded(self, amount: Decimal) -> BudgetExceededError:
         """Return the error of a request for so many USD."""
-        limit, spent, reserved, asked = (
-            f"{usd.normalize():f}" for usd in (*self._amounts().values(), amount)
-        )
+        limit, spent, reserved, asked = (f"{usd.normalize():f}" for usd in (*self.stats.values(), amount))
         held = f"{spent} spent, {reserved} reserved for what is in flight"
         return BudgetExceededError(f"max_cost={limit} USD: {held}, and the next request may cost {asked}")
-
-    def _amounts(self) -> dict[str, Decimal]:
-        reserved = EXACT.add(*self._reserved.values())
-        return {"limit": self._limit, "spent": self._spent, "reserved": reserved}
 
     def _ask(self, amount: Decimal) -> _Hold:
         """Reserve an amount at once, or return it as still waiting."""
@@ -208,30 +207,24 @@ class CostBudget:
         for counted, change in ((hold.state, EXACT.subtract), (state, EXACT.add)):
             if counted in self._reserved:
                 self._reserved[counted] = change(self._reserved[counted], hold.amount)
-        hold.state = state
+        hold.state, hold.waits = state, False
 
     def _end(self, hold: _Hold, state: _State, actual: Decimal) -> None:
-        if hold.state in self._reserved:
+        if hold.state:
             self._spent = EXACT.add(self._spent, actual)
-        if state == "done" or hold.state == "held":
+        if not state or hold.state == "held":
             self._move(hold, state)
         self._serve_waiting()
 
     def _serve_waiting(self) -> None:
         """Grant what waits, first come, first served; fail that for which there cannot be room any more."""
-        while self._queue:
-            (hold, future), most = self._queue[0], self._most_room()
-            waits = hold.state == "waiting"  # else it was cancelled
-            if waits and self._room() < hold.amount <= most:
+        most = self._most_room() if self._queue else _NOTHING
+        while (hold := self._queue.first()) is not None:
+            if EXACT.subtract(most, self._reserved["held"]) < hold.amount <= most:
                 return
-            self._queue.popleft()
-            if waits and hold.amount > most:
-                self._move(hold, "done")
-                call_on(future.get_loop(), resolve, future, self.exceeded(hold.amount))
-            elif waits:
-                self._move(hold, "held")
-                if not call_on(future.get_loop(), resolve, future):
-                    self._move(hold, "done")  # its loop has closed
+            self._move(hold, "held" if hold.amount <= most else "")
+            if not hold.wake(None if hold.state else self.exceeded(hold.amount)):
+                self._move(hold, "")  # its loop has closed
 
     def _most_room(self) -> Decimal:
         """Return what there would be room for if all in flight turned out to cost nothing."""
@@ -299,6 +292,44 @@ def commit(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
     return Reservation([budget.commit(amount) for budget in budgets])
 
 
+class _Request(NamedTuple):
+    """What the most that a request can cost depends on."""
+
+    model: str
+    input: int  # tokens at most
+    output: int  # tokens at most, as far as the model keeps to it
+    audio: dict[str, bool]  # whether it may have "audio_input", "audio_output"
+    batch: bool
+    tier: str | None  # the service tier asked for; None: none, so that the project's default serves
+
+
+def _request(body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> _Request:
+    """Return what the most that a request can cost depends on."""
+    model, asked = body.get("model"), body.get("service_tier")
+    if not isinstance(model, str):
+        _reject(f"what model={model!r} costs is not known")
+    parts = list(_parts((body.get("messages"), body.get("input"))))
+    hidden = (part.get("encrypted_content") for part in parts)
+    tokens += sum(len(content) for content in hidden if isinstance(content, str))
+    audio = {
+        "audio_input": any(part.get("type") == "input_audio" for part in parts),
+        "audio_output": "audio" in (body.get("modalities") or ()),
+    }
+    tier = asked if isinstance(asked, str) and asked != "auto" and not batch else None
+    return _Request(model, tokens, output, audio, batch, tier)
+
+
+class _MostCost(Decimal):
+    """The most that a request can cost in USD, as far as was known when it was made."""
+
+    def __new__(cls, amount: Decimal, request: _Request) -> Self:
+        made = super().__new__(cls, amount)
+        made.request = request
+        return made
+
+    request: _Request
+
+
 class Budgets:
     """The budgets of one client: what its requests can cost, and what they did cost."""
 
@@ -307,6 +338,9 @@ class Budgets:
         self._lock = lock
         self._budget = self._new(max_cost)
         self._overspent: set[str] = set()  # models of which it was logged
+        # What answers showed, by the model asked:
+        self._served: dict[str, set[str | None]] = {}  # tiers that served where none was asked for
+        self._excess: dict[str, Fraction] = {}  # the longest output, in shares of what was allowed
 
     def budget_for(
         self, max_cost: float | Decimal | None, body: Mapping[str, Any], path: str
@@ -331,7 +365,8 @@ class Budgets:
             return _NOTHING
         output = most_output(body, path)
         await self.ready()
-        return self._most(body, await counter.most_input(body), output, batch=False)
+        request = _request(body, await counter.most_input(body), output, batch=False)
+        return _MostCost(self._price(request), request)
 
     async def ready(self) -> None:
         """Load the price list, for `most_by_batch`."""
@@ -340,15 +375,22 @@ class Budgets:
     def most_by_batch(self, body: Mapping[str, Any], path: str, counter: TokenCounter) -> Decimal:
         """Return the most that one line of a batch can cost; as long as counting takes: for a thread."""
         output = most_output(body, path)
-        return self._most(body, counter.most_input_now(body), output, batch=True)
+        return self._price(_request(body, counter.most_input_now(body), output, batch=True))
 
     def actual(self, demand: Demand, outcome: Outcome, cost: Decimal | None) -> Decimal:
         """Return what an attempt cost in USD: its price, where that is known; else the most it can."""
-        most, usage = demand.most_cost or _NOTHING, outcome.counted
+        usage = outcome.usage
+        if usage is not None and isinstance(demand.most_cost, _MostCost):
+            self._learn(demand.most_cost.request, usage)
+        most = min(demand.most_cost or _NOTHING, self._amount(demand))
         if usage is None:  # an error status costs nothing, nor does what was never sent
             return most if outcome.may_be_billed else _NOTHING
-        if cost is None:
-            return most
+        if cost is None:  # of a model or tier without a price: at least what it would cost ordinarily
+            pricer, now = self._ledger.pricer_for(None), time.time()
+            cost = pricer.price(str(demand.model), usage, batch=False, service_tier=None, at=now)
+            return max(cost or _NOTHING, most)
+        if usage.estimated:  # it used that much at least
+            return max(cost, most)
         model = usage.model or str(demand.model)
         if cost > most and model not in self._overspent:
             self._overspent.add(model)
@@ -358,7 +400,18 @@ class Budgets:
 
     async def reserve(self, demand: Demand, own: CostBudget | None) -> Reservation:
         """Reserve the most that an attempt can cost, once there is room for it."""
-        return await reserve(self.budgets(own), demand.most_cost or _NOTHING)
+        # While it waits, answers may show that this is more or less than was known.
+        while True:
+            amount = self._amount(demand)
+            try:
+                reservation = await reserve(self.budgets(own), amount)
+            except BudgetExceededError:
+                if self._amount(demand) < amount:
+                    continue
+                raise
+            if self._amount(demand) <= amount:
+                return reservation
+            reservation.refund()
 
     def shared(self, ledger: Ledger) -> Budgets:
         """Return the same budget for another account, whose prices may be others."""
@@ -377,24 +430,40 @@ class Budgets:
         check_cost(max_cost, "max_cost")
         return CostBudget(Decimal(str(max_cost)), lock=self._lock)
 
-    def _most(self, body: Mapping[str, Any], tokens: int, output: int, *, batch: bool) -> Decimal:
+    def _learn(self, request: _Request, usage: Usage) -> None:
+        """Note in which tier an answer was served, and whether its output exceeded what was allowed."""
+        model, pricer = request.model, self._ledger.pricer_for(None)
+        if request.tier is None and pricer.loaded:
+            is_known = usage.service_tier in pricer.tiers(model, at=time.time())
+            self._served.setdefault(model, set()).add(usage.service_tier if is_known else None)
+        if usage.completion_tokens > request.output > 0 and not usage.estimated:
+            excess = Fraction(usage.completion_tokens, request.output)
+            self._excess[model] = max(excess, self._excess.get(model, excess))
+
+    def _amount(self, demand: Demand) -> Decimal:
+        """Return the most that an attempt can cost by what answers have shown since that was asked."""
+        most = demand.most_cost or _NOTHING
+        if isinstance(most, _MostCost):
+            with contextlib.suppress(Exception):  # the price list has changed; an answer may wait for this
+                return self._price(most.request)
+        return most
+
+    def _price(self, request: _Request) -> Decimal:
         """Price all input and all output at the highest price that either can have."""
-        model, asked = body.get("model"), body.get("service_tier")
-        if not isinstance(model, str):
-            _reject(f"what model={model!r} costs is not known")
-        parts = list(_parts((body.get("messages"), body.get("input"))))
-        hidden = (part.get("encrypted_content") for part in parts)
-        tokens += sum(len(content) for content in hidden if isinstance(content, str))
-        audio = {
-            "audio_input": any(part.get("type") == "input_audio" for part in parts),
-            "audio_output": "audio" in (body.get("modalities") or ()),
-        }
-        pricer, costs = self._ledger.pricer_for(None), []
-        for tier in {None, asked if isinstance(asked, str) and not batch else None}:
+        # Where a tier was asked for, the ordinary one may serve instead. Where none was, the project's own
+        # does, which may be the dearest until an answer tells. Some models reason beyond their max_tokens.
+        pricer, (model, tokens, output, audio, batch, asked) = self._ledger.pricer_for(None), request
+        tiers: set[str | None] = {None, asked}
+        if asked is None and not batch:
+            tiers |= self._served.get(model) or pricer.tiers(model, at=time.time())
+        output, costs = math.ceil(output * self._excess.get(model, 1)), []
+        for tier in tiers:
             rates = pricer.rates(model, batch=batch, service_tier=tier, at=time.time())
             cost = None if rates is None else rates.most(tokens, output, **audio)
-            if cost is None:
-                kind = "batch price" if batch else f"price in service tier {tier!r}" if tier else "price"
+            if cost is not None:
+                costs.append(cost)
+            elif tier in {None, asked}:
+                named = "price" if tier is None else f"price in service tier {tier!r}"
+                kind = "batch price" if batch else named
                 _reject(f"the {kind} of model={model!r} is not known, so the cost cannot be limited")
-            costs.append(cost)
-        return max(costs)  # a tier that was asked for may not be the one that serves
+        return max(costs)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from decimal import Context, Decimal, localcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from openai_eval_client._format import valid_text
 from openai_eval_client._log import inform, warn
@@ -21,7 +21,7 @@ from openai_eval_client.models import CostLedger, ModelCost
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from genai_prices.types import ModelPrice, TieredPrices
+    from genai_prices.types import ModelPrice, PriceCalculation, TieredPrices
 
     from openai_eval_client._wire import Demand, Outcome
 
@@ -39,6 +39,8 @@ _NOTHING = Decimal(0)
 _Steps: TypeAlias = tuple[tuple[int, Decimal], ...]
 _Case: TypeAlias = tuple[str, bool, str | None]  # model, whether by batch, service tier
 
+_T = TypeVar("_T")
+
 _OPENAI = "openai"
 _ORDINARY_TIERS = frozenset({None, "auto", "default", "standard", "on_demand"})
 _BATCH_DISCOUNT = Decimal("0.5")  # https://platform.openai.com/docs/guides/batch: half of the ordinary price
@@ -50,6 +52,26 @@ _UNCOUNTED = frozenset(  # prices of kinds of tokens that Usage cannot tell apar
 )
 _VALID_SECONDS = 900  # prices start on given days, or change at full quarters of an hour
 _MODELS = 1024
+
+
+class _Notices(Generic[_T]):
+    """What is still to be logged, each thing once; added without a lock, by any thread or signal handler."""
+
+    def __init__(self) -> None:
+        self._known: dict[_T, object] = {}
+        self._queue: deque[_T] = deque()
+
+    def add(self, thing: _T) -> None:
+        """Have it logged, unless it was or there were too many."""
+        mine = object()
+        if len(self._known) < _MODELS and self._known.setdefault(thing, mine) is mine:
+            self._queue.append(thing)
+
+    def take(self) -> Iterator[_T]:
+        """Yield what is to be logged."""
+        while self._queue:
+            with contextlib.suppress(IndexError):  # another thread logs too
+                yield self._queue.popleft()
 
 
 class Pricer:
@@ -64,9 +86,9 @@ class Pricer:
         self._base_url = base_url
         self._provider: str | None = None
         self._is_missing = False
-        self._unpriced: dict[_Case, object] = {}
-        self._to_log: deque[_Case] = deque()
+        self._unpriced: _Notices[_Case] = _Notices()
         self._rates = lru_cache(maxsize=_MODELS)(self._look_up)
+        self._tiers = lru_cache(maxsize=_MODELS)(self._look_up_tiers)
 
     @property
     def loaded(self) -> bool:
@@ -89,59 +111,90 @@ class Pricer:
             warn(text, type(error).__name__, event="no_price_list", error_type=type(error).__name__)
 
     async def ready(self) -> None:
-        """Load the price list in a thread."""
+        """Load the price list in a thread; it never fails, because an answer may wait for its price."""
         if not self.loaded:
-            await asyncio.to_thread(self.load)
+            try:
+                await asyncio.to_thread(self.load)
+            except RuntimeError:  # there is no thread left
+                self.load()
 
     def cost(
         self, model: str, usage: Usage, *, batch: bool = False, service_tier: str | None = None
     ) -> Decimal | None:
         """Return what one answer costs in USD, None where its price is not known, which is logged."""
+        cost = self.price(model, usage, batch=batch, service_tier=service_tier, at=time.time())
+        self.log_unpriced()
+        return cost
+
+    def price(
+        self, model: str, usage: Usage, *, batch: bool, service_tier: str | None, at: float
+    ) -> Decimal | None:
+        """Return what one answer costs in USD; None, not logged yet, where it is not known. Never raises."""
         # All tokens have the price of the tier that the input falls in, as with OpenAI's long prompts. In a
         # batch the service tier plays no part; an OpenAI model without a batch price of its own has OpenAI's
-        # flat discount of 50% (https://platform.openai.com/docs/guides/batch). Cached input without a price
-        # of its own is ordinary input.
-        rates = self.rates(model, batch=batch, service_tier=service_tier, at=time.time())
-        self.log_unpriced()
-        return None if rates is None else rates.price(usage)
+        # flat discount of 50% (https://platform.openai.com/docs/guides/batch). Input read from the cache or
+        # written to it, where that has no price of its own, is ordinary input.
+        rates = self.rates(model, batch=batch, service_tier=service_tier, at=at)
+        try:
+            return None if rates is None else rates.price(usage)
+        except Exception:  # noqa: BLE001  # prices that are no numbers
+            self._unpriced.add((model, batch, service_tier))
+            return None
 
     def rates(self, model: str, *, batch: bool, service_tier: str | None, at: float) -> Rates | None:
         """Return what the tokens of a model cost; None, not logged yet, where that is not known."""
         tier = None if batch or service_tier in _ORDINARY_TIERS else service_tier
         return self._rates(model, batch, tier, int(at) // _VALID_SECONDS)
 
+    def tiers(self, model: str, *, at: float) -> frozenset[str]:
+        """Return the service tiers in which a model has a price of its own, ordinary ones left out."""
+        return self._tiers(model, int(at) // _VALID_SECONDS)
+
     def log_unpriced(self) -> None:
         """Log, once each, what was found to have no price."""
-        while self._to_log:
-            with contextlib.suppress(IndexError):  # another thread logs too
-                model, batch, tier = self._to_log.popleft()
-                kind = "batch " if batch else f"{tier} " if tier else ""
-                text = "genai-prices has no %sprice for %r: its cost is unknown"
-                inform(text, kind, model, event="unpriced", model=model, service_tier=tier)
+        for model, batch, tier in self._unpriced.take():
+            kind = "batch " if batch else f"{tier} " if tier else ""
+            text = "genai-prices has no %sprice for %r: its cost is unknown"
+            inform(text, kind, model, event="unpriced", model=model, service_tier=tier)
 
     def _look_up(self, model: str, batch: bool, tier: str | None, quarter: int) -> Rates | None:
         if not self.loaded:
             self.load()
         case = model, batch, tier
-        rates = None if self._is_missing else self._find_rates(*case, quarter * _VALID_SECONDS)
-        if rates is None and len(self._unpriced) < _MODELS:
-            mine = object()
-            if self._unpriced.setdefault(case, mine) is mine:  # no other thread was first
-                self._to_log.append(case)
+        try:
+            rates = None if self._is_missing else self._find_rates(*case, quarter * _VALID_SECONDS)
+        except Exception:  # noqa: BLE001  # an unknown model, or data that is broken: an answer waits for it
+            rates = None
+        if rates is None:
+            self._unpriced.add(case)
         return rates
 
-    def _find_rates(self, model: str, batch: bool, tier: str | None, at: float) -> Rates | None:
+    def _look_up_tiers(self, model: str, quarter: int) -> frozenset[str]:
+        if not self.loaded:
+            self.load()
+        try:
+            found, own = self._find(
+                model, datetime.fromtimestamp(quarter * _VALID_SECONDS, tz=timezone.utc), {}
+            )
+            variants = found.model.price_variants or () if own else ()
+            tiers = {str(v.when["service_tier"]) for v in variants if v.when.keys() == {"service_tier"}}
+        except Exception:  # noqa: BLE001  # as for a price
+            return frozenset()
+        return frozenset(tiers) - _ORDINARY_TIERS
+
+    def _find(self, model: str, moment: datetime, context: dict[str, str]) -> tuple[PriceCalculation, bool]:
+        """Return a model's prices, and whether they are its provider's own, not those of another one."""
         import genai_prices
 
+        name = model.removeprefix("openai/") if self._provider == _OPENAI else model  # as proxies write it
+        when: dict[str, Any] = {"genai_request_timestamp": moment, "price_context": context}
+        found = genai_prices.calc_price(genai_prices.Usage(), name, provider_id=self._provider, **when)
+        return found, any(found.model is known for known in found.provider.models)
+
+    def _find_rates(self, model: str, batch: bool, tier: str | None, at: float) -> Rates | None:
         context = {"processing": "batch"} if batch else {"service_tier": tier} if tier else {}
         moment = datetime.fromtimestamp(at, tz=timezone.utc)
-        name = model.removeprefix("openai/") if self._provider == _OPENAI else model  # as proxies write it
-        try:
-            when: dict[str, Any] = {"genai_request_timestamp": moment, "price_context": context}
-            found = genai_prices.calc_price(genai_prices.Usage(), name, provider_id=self._provider, **when)
-        except LookupError:
-            return None
-        own = any(found.model is known for known in found.provider.models)  # else another provider's price
+        found, own = self._find(model, moment, context)
         has_variant = own and any(  # has a price for this context, not only the ordinary one
             variant.when == context and (variant.constraint is None or variant.constraint.active(moment))
             for variant in found.model.price_variants or ()
@@ -165,8 +218,12 @@ class Rates:
         known: dict[str, Any] = {key: price for key, price in vars(prices).items() if price is not None}
         if known.keys() & _UNCOUNTED or "input_mtok" not in known:
             return None
-        for kind in ("cache_read_mtok", "cache_write_mtok"):
-            known.setdefault(kind, known["input_mtok"])
+        for kind, otherwise in (
+            ("cache_read_mtok", "input_mtok"),
+            ("cache_write_mtok", "input_mtok"),
+            ("cache_write_1h_mtok", "cache_write_mtok"),
+        ):
+            known.setdefault(kind, known[otherwise])
         with exact():
             request = known.get("requests_kcount", _NOTHING) * factor / 1000
             steps = {key: _steps_of(price, factor) for key, price in known.items() if key.endswith("_mtok")}
@@ -177,13 +234,15 @@ class Rates:
         prompt = usage.prompt_tokens
         cached = min(usage.cached_tokens, prompt)
         written = min(usage.cache_write_tokens, prompt - cached)
+        long = min(usage.long_write_tokens, written)
         audio_input = min(usage.audio_input_tokens, prompt - cached - written)
         audio_output = min(usage.audio_output_tokens, usage.completion_tokens)
         total = self.request
         for tokens, kind in (
             (prompt - cached - written - audio_input, "input_mtok"),
             (cached, "cache_read_mtok"),
-            (written, "cache_write_mtok"),
+            (written - long, "cache_write_mtok"),
+            (long, "cache_write_1h_mtok"),
             (audio_input, "input_audio_mtok"),
             (usage.completion_tokens - audio_output, "output_mtok"),
             (audio_output, "output_audio_mtok"),
@@ -197,7 +256,7 @@ class Rates:
 
     def most(self, prompt: int, completion: int, *, audio_input: bool, audio_output: bool) -> Decimal | None:
         """Return what so many tokens can cost at most in USD, of whatever kind they turn out to be."""
-        inputs = {"input_mtok", "cache_read_mtok", "cache_write_mtok"}
+        inputs = {"input_mtok", "cache_read_mtok", "cache_write_mtok", "cache_write_1h_mtok"}
         inputs |= {"input_audio_mtok"} if audio_input else set()
         outputs = {"output_mtok", "output_audio_mtok"} if audio_output else {"output_mtok"}
         outputs = outputs if completion else set()
@@ -279,6 +338,7 @@ class Ledger:
         self._rows: dict[tuple[str, bool, str], _Row] = {}
         self._retried = self._unaccounted = 0
         self._unaccounted_cost = self._saved = _NOTHING
+        self._unreadable: _Notices[str] = _Notices()  # models whose usage could not be read in full
 
     def pricer_for(self, base_url: str | None) -> Pricer:
         """Return what prices the entries; the address given first decides whose prices they are."""
@@ -288,15 +348,22 @@ class Ledger:
 
     def settled(self, demand: Demand, outcome: Outcome, reserved: float) -> Decimal | None:
         """Enter what came of an attempt; return what its answer costs in USD, None where not known yet."""
-        if demand.model is None:
+        model, usage = demand.model, outcome.usage
+        if model is None:
             return None
-        if outcome.usage is not None:
-            kind = "answered" if outcome.ok else "retried"
-            return self._enter(kind, demand.model, outcome.usage)
-        if outcome.may_be_billed and not demand.free:
-            output = max(0, round(reserved) - demand.input_tokens)
-            self._enter("unaccounted", demand.model, Usage(demand.input_tokens, output))
-        return None
+        output = max(0, round(reserved) - demand.input_tokens)
+        if usage is None:
+            if outcome.may_be_billed and not demand.free:
+                self._enter("unaccounted", model, Usage(demand.input_tokens, output))
+            return None
+        if usage.partial:  # the rest may have been billed as well
+            self._unreadable.add(usage.model or model)
+            prompt = 0 if usage.prompt_tokens else demand.input_tokens
+            rest = max(0, output - usage.completion_tokens)
+            tier = usage.service_tier
+            self._enter("unaccounted", usage.model or model, Usage(prompt, rest, service_tier=tier))
+        answered = outcome.ok and outcome.failure is None
+        return self._enter("answered" if answered else "retried", model, usage)
 
     def saved(self, model: str, usage: Usage, *, batch: bool = False) -> None:
         """Enter an answer that the local cache gave, and that would have used this much."""
@@ -310,6 +377,9 @@ class Ledger:
 
     def keep_up(self) -> None:
         """Sum and log what has piled up, without waiting for anything; no lock may be held."""
+        for model in self._unreadable.take():
+            text = "%r was answered with usage that cannot be read in full: its cost is an estimate"
+            warn(text, model, event="usage_unreadable", model=model)
         pricer = self.pricer_for(None)
         if pricer.loaded:
             if len(self._queue) >= _GROUP:
@@ -337,8 +407,8 @@ class Ledger:
             )
 
     def _price(self, model: str, usage: Usage, *, batch: bool, at: float) -> Decimal | None:
-        rates = self.pricer_for(None).rates(model, batch=batch, service_tier=usage.service_tier, at=at)
-        return None if rates is None else rates.price(usage)
+        pricer = self.pricer_for(None)
+        return pricer.price(model, usage, batch=batch, service_tier=usage.service_tier, at=at)
 
     def _enter(self, kind: str, model: str, usage: Usage, *, batch: bool = False) -> Decimal | None:
         model, at, cost = usage.model or model, time.time(), None

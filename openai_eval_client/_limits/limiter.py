@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import functools
 import itertools
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openai_eval_client._limits.buckets import Clock
-from openai_eval_client._limits.queue import ModelQueue, State, Waiter
+from openai_eval_client._limits.queue import ModelQueue, Waiter
 from openai_eval_client._log import inform, request_id
-from openai_eval_client._runtime import DeferringLock, StartThrottle, call_on, resolve, running_loop
-from openai_eval_client._wire import read_stated_limits
+from openai_eval_client._runtime import DeferringLock, StartThrottle, call_on, running_loop
+from openai_eval_client._wire import NOT_SENT, read_stated_limits
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
 
@@ -138,13 +137,13 @@ class Limiter:
             try:
                 await future
             except BaseException:
-                self._lock.when_free(functools.partial(self._cancel, queue, waiter))
+                self._lock.when_free(lambda: self._release(queue, waiter, NOT_SENT))
                 raise
             waiter.granted_at = self._clock.time()  # it begins now: what was before is waiting
             waited = waiter.granted_at - waiter.asked_at
             if waited >= _WORTH_LOGGING:
-                about = {"model": queue.model, "wait_seconds": waited}
-                inform("waited %.2f s for the rate limit of %s", waited, queue.model, event="waited", **about)
+                text, model = "waited %.2f s for the rate limit of %s", queue.model
+                inform(text, waited, model, event="waited", model=model, wait_seconds=waited)
         return Permit(queue, waiter)
 
     def release(self, permit: Permit, outcome: Outcome) -> None:
@@ -153,11 +152,10 @@ class Limiter:
         self._lock.when_free(lambda: self._release(*permit, outcome))
         failure = outcome.failure if outcome.is_rate_limit else None
         if failure is not None and failure.wait:
-            model, wait = permit.queue.model, failure.wait
+            model, wait, name = permit.queue.model, failure.wait, request_id(outcome.headers)
+            about = {"model": model, "limit": failure.dimension, "status": failure.status, "request_id": name}
             text = "%s rate limited by the server: pausing %.2f s"
-            about = {"limit": failure.dimension, "status": failure.status, "wait_seconds": wait}
-            about |= {"model": model, "request_id": request_id(outcome.headers)}
-            inform(text, model, wait, event="rate_limited", **about)
+            inform(text, model, wait, event="rate_limited", wait_seconds=wait, **about)
 
     def update_from_headers(self, permit: Permit, headers: Mapping[str, str]) -> None:
         """Learn from the headers of an answer whose body is still to come."""
@@ -166,10 +164,8 @@ class Limiter:
             self._pump(permit.queue)
 
     def _release(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
-        if waiter.state is not State.GRANTED:
-            return
         try:
-            if outcome.sent:
+            if waiter.granted and outcome.sent:
                 queue.settle(waiter, outcome)
                 self._learn(queue, waiter, outcome)
             else:
@@ -179,21 +175,23 @@ class Limiter:
 
     def _learn(self, queue: ModelQueue, waiter: Waiter, outcome: Outcome) -> None:
         """Take over what the server says of its limits; after a 429, pause as long as it says."""
-        failure = outcome.failure if outcome.is_rate_limit else None
-        if outcome.is_overload and outcome.failure is not None:
-            queue.pause(outcome.failure.wait or _OVERLOAD_PAUSE)
+        failure = outcome.failure if outcome.is_rate_limit or outcome.is_overload else None
         if outcome.headers is None or (failure is None and not queue.is_news(waiter)):
             return
         stated = read_stated_limits(outcome.headers)
         queue.update_from_headers(waiter, stated)
-        if failure is not None:
-            wait = failure.wait or 0.0
-            self._refused[failure.dimension or "unknown"] += 1
-            queue.refused(waiter, failure.dimension, wait, stated)
-            if wait:
-                queue.pause(wait)
-            if wait > self.config.max_wait:
-                self._fail_all(queue)
+        if failure is None:
+            return
+        wait, dimension = failure.wait or 0.0, failure.dimension
+        if outcome.is_overload:  # fewer requests help, however many tokens they have
+            wait, dimension = failure.wait or _OVERLOAD_PAUSE, "requests"
+        else:
+            self._refused[dimension or "unknown"] += 1
+        queue.refused(waiter, dimension, wait, stated)
+        if wait:
+            queue.pause(wait)
+        if wait > self.config.max_wait:
+            self._fail_all(queue)
 
     def _queue_of(self, model: str | None) -> ModelQueue:
         queue = self._queues.get(model)
@@ -227,10 +225,6 @@ class Limiter:
         limit = queue.tokens.too_small_for(tokens, max_wait)
         if limit is not None:
             raise RequestTooLargeError(str(queue.model), tokens=tokens, limit=limit)
-
-    def _cancel(self, queue: ModelQueue, waiter: Waiter) -> None:
-        queue.cancel(waiter)
-        self._pump(queue)
 
     def _pump(self, queue: ModelQueue) -> None:
         """Grant all that can go; where only time can help the next, set the timers."""
@@ -267,8 +261,7 @@ class Limiter:
     def _fail_all(self, queue: ModelQueue, reason: Exception | None = None) -> None:
         for waiter in queue.waiters():
             queue.cancel(waiter)
-            error = _too_long(queue, self.config.max_wait) if reason is None else copy.copy(reason)
-            call_on(waiter.owner, resolve, waiter.future, error)
+            waiter.wake(_too_long(queue, self.config.max_wait) if reason is None else copy.copy(reason))
 
 
 def _too_long(queue: ModelQueue, max_wait: float) -> RateLimitError:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import enum
-import heapq
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openai_eval_client._limits.buckets import Quota
+from openai_eval_client._runtime import FairQueue, Queued
 from openai_eval_client._wire import DIMENSIONS
 
 if TYPE_CHECKING:
@@ -17,15 +16,6 @@ if TYPE_CHECKING:
     from openai_eval_client._limits.buckets import Clock, Limit, Sent
     from openai_eval_client._wire import Outcome, StatedLimit
     from openai_eval_client.config import RateLimitConfig
-
-
-class State(enum.Enum):
-    """Where a waiter is."""
-
-    WAITING = enum.auto()
-    GRANTED = enum.auto()
-    DONE = enum.auto()
-
 
 Position = tuple[float, float]  # what had been reserved in each dimension before a waiter
 
@@ -36,17 +26,15 @@ class ConcurrencyLimit:
 
     limit: float
     in_flight: int = 0
-    queue: list[Waiter] = field(default_factory=list)  # a heap; what waits no more stays until it is first
+    queue: FairQueue[Waiter] = field(default_factory=FairQueue)
 
     def first(self) -> Waiter | None:
         """Return the waiter whose turn is next, if there is room for it."""
-        while self.queue and self.queue[0].state is not State.WAITING:
-            heapq.heappop(self.queue)
-        return self.queue[0] if self.queue and self.in_flight < self.limit else None
+        return self.queue.first() if self.in_flight < self.limit else None
 
 
 @dataclass(slots=True, eq=False)
-class Waiter:
+class Waiter(Queued):
     """One HTTP attempt in the queue, and what is reserved for it."""
 
     turn: int  # a retry comes back with the turn of the first attempt
@@ -54,15 +42,11 @@ class Waiter:
     concurrency: ConcurrencyLimit
     asked_at: float  # clock time at which it was queued
     owner: Any = None  # the event loop that waits for it; None where it was granted at once
-    future: Any = None
-    state: State = State.WAITING
+    granted: bool = False  # and neither cancelled nor settled since
     granted_at: float = 0.0  # clock time at which it was granted, later at which it began
     ended_at: float = 0.0  # clock time at which it was settled
     sent: tuple[Sent, ...] = ()  # for each dimension, once it is granted
     position: Position | None = None  # in the shared state; None where that does not count it
-
-    def __lt__(self, other: Waiter) -> bool:
-        return self.turn < other.turn
 
 
 FIRST_OUTPUT_GUESS = 256.0  # tokens reserved for the output until a first answer of this model is known
@@ -119,7 +103,7 @@ class ModelQueue:
         self._count_waiting()
         if not waiter.concurrency.queue and waiter.concurrency not in self._concurrency_limits:
             self._concurrency_limits.append(waiter.concurrency)
-        heapq.heappush(waiter.concurrency.queue, waiter)
+        waiter.concurrency.queue.add(waiter.turn, waiter)
         self.waiting[waiter.owner] += 1
 
     def grant_next(self) -> Waiter | None:
@@ -146,18 +130,18 @@ class ModelQueue:
         return delay
 
     def cancel(self, waiter: Waiter) -> None:
-        """Take back a waiter that was not sent: out of the queue, or its reservation and slot."""
-        if waiter.state is State.WAITING:
+        """Take back a waiter that was not sent: out of the queue, or its reservation and slot; once."""
+        if waiter.waits:
             self._stop_waiting(waiter)
-        elif waiter.state is State.GRANTED:
+        elif waiter.granted:
             self.requests.charge(-1)
             self.tokens.charge(-waiter.tokens)
             waiter.concurrency.in_flight -= 1
-        waiter.state = State.DONE
+            waiter.granted = False
 
     def settle(self, waiter: Waiter, outcome: Outcome) -> None:
         """Free the waiter's slot, replace its estimate by what it took, and learn from that."""
-        waiter.state = State.DONE
+        waiter.granted = False
         waiter.concurrency.in_flight -= 1
         tokens = outcome.tokens
         if tokens is not None:
@@ -227,15 +211,15 @@ class ModelQueue:
 
     def waiters(self, owner: Any = None) -> list[Waiter]:
         """Return all that wait, or those of one owner."""
-        queued = (waiter for limit in self._concurrency_limits for waiter in sorted(limit.queue))
-        return [w for w in queued if w.state is State.WAITING and owner in (None, w.owner)]
+        queued = (waiter for limit in self._concurrency_limits for waiter in limit.queue.waiting())
+        return [waiter for waiter in queued if owner in (None, waiter.owner)]
 
     def _next(self) -> Waiter | None:
         """Return the waiter whose turn is next, among those with room in their concurrency limit."""
         if len(self._concurrency_limits) == 1:
             return self.concurrency.first()
         firsts = [first for limit in self._limits_in_use() if (first := limit.first()) is not None]
-        return min(firsts, default=None)
+        return min(firsts, key=lambda waiter: waiter.turn, default=None)
 
     def _limits_in_use(self) -> list[ConcurrencyLimit]:
         limits = [each for each in self._concurrency_limits if each.queue or each is self.concurrency]
@@ -258,6 +242,7 @@ class ModelQueue:
 
     def _stop_waiting(self, waiter: Waiter) -> None:
         self._count_waiting()
+        waiter.waits = False
         self.waiting[waiter.owner] -= 1
         if not self.waiting[waiter.owner]:
             del self.waiting[waiter.owner]
@@ -265,5 +250,5 @@ class ModelQueue:
     def _grant(self, waiter: Waiter) -> None:
         waiter.sent = self.requests.charge(1), self.tokens.charge(waiter.tokens)
         waiter.concurrency.in_flight += 1
-        waiter.state = State.GRANTED
+        waiter.granted = True
         waiter.granted_at = self._clock.time()

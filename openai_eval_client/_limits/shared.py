@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import heapq
 import json
 import random
 import threading
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from openai_eval_client._limits import buckets
-from openai_eval_client._limits.queue import ModelQueue, State, Waiter
+from openai_eval_client._limits.queue import ModelQueue, Waiter
 from openai_eval_client._log import warn
 from openai_eval_client._runtime import mind_forks
 from openai_eval_client._wire import DIMENSIONS
@@ -293,11 +292,10 @@ class SharedModelQueue(ModelQueue):
 
     def cancel(self, waiter: Waiter) -> None:
         """Take back a waiter that was not sent, and what is reserved for it."""
-        granted = waiter.state is State.GRANTED
-        position = waiter.position if granted else self._positions.pop(waiter, None)
+        position = waiter.position if waiter.granted else self._positions.pop(waiter, None)
         if position is not None:
             self._pending.cancelled.append((*position, waiter.tokens))
-        elif granted:
+        elif waiter.granted:
             self._pending.add("spent", -1, -waiter.tokens)
         super().cancel(waiter)
 
@@ -371,7 +369,7 @@ class SharedModelQueue(ModelQueue):
             requests, tokens = position = self._next_position
             self._next_position = requests + 1, tokens + waiter.tokens
             self._largest = max(self._largest, waiter.tokens)
-            if waiter.state is State.WAITING:
+            if waiter.waits:
                 self._positions[waiter] = position
             else:  # it was cancelled meanwhile, and gives the position back
                 self._pending.cancelled.append((*position, waiter.tokens))
@@ -428,8 +426,8 @@ class SharedModelQueue(ModelQueue):
         for limit in self._limits_in_use():
             if limit.first() is not None:
                 room = int(min(limit.limit - limit.in_flight, _MAX_WANTED))
-                able += heapq.nsmallest(room, (w for w in limit.queue if w.state is State.WAITING))
-        return sorted(able)[:_MAX_WANTED]
+                able += limit.queue.waiting()[:room]
+        return sorted(able, key=lambda waiter: waiter.turn)[:_MAX_WANTED]
 
     def _message(self, wanted: Sequence[Waiter]) -> dict[str, Any]:
         now = self._clock.time()

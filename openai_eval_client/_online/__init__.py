@@ -10,6 +10,7 @@ from openai_eval_client._online.prompts import (
     pool_for,
     responses_of,
 )
+from openai_eval_client._online.stopping import too_many_failures
 
 __all__ = [
     "Caller",
@@ -20,4 +21,5 @@ __all__ = [
     "outcomes_or_raise",
     "pool_for",
     "responses_of",
+    "too_many_failures",
 ]

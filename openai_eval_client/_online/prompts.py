@@ -202,7 +202,9 @@ class Caller:
                 latency=latency,
             )
             tier = answer.get("service_tier")
-            usage = counted or await self._counter.estimate_usage(response, job.input_tokens, tier)
+            usage = counted
+            if usage is None or usage.estimated:
+                usage = await self._counter.estimate_usage(response, job.input_tokens, tier)
             attempt.ended(Outcome(reply.status_code, reply.headers, usage))
             if not self._pricer.loaded:  # as it is but for the first time
                 await self._pricer.ready()

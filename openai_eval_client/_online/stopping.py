@@ -23,6 +23,20 @@ def check_max_failures(value: object) -> None:
     reject_input("max_failures", value, "must be a whole number of prompts, or a share of them below 1.0")
 
 
+def too_many_failures(
+    most: float | None, failed: int, done: int, total: int | None, error: Exception
+) -> TooManyFailuresError | None:
+    """Return the error for more failures than `most` allows, caused by the latest; None for fewer."""
+    if most is None:
+        return None
+    sample = _SAMPLE if total is None else min(_SAMPLE, total)
+    if failed <= (most * max(done, sample) if isinstance(most, float) else most):
+        return None
+    ended = TooManyFailuresError(failed, done, most)
+    ended.__cause__ = error
+    return ended
+
+
 class StopRule:
     """Decides whether a failure ends the run, from what became of the prompts before it.
 
@@ -35,7 +49,7 @@ class StopRule:
     ) -> None:
         self._max_wait = max_wait
         self._max_failures = max_failures
-        self._sample = _SAMPLE if total is None else min(_SAMPLE, total)
+        self._total = total
         self._answered = False  # by the server, not from the cache
         self._done = self._failed = 0
         self._alike: list[Any] = []  # the different prompts that failed so, in a row
@@ -66,7 +80,7 @@ class StopRule:
                 self._alike.append(item)
         else:
             self._others += 1
-        return self._too_many(error)
+        return too_many_failures(self._max_failures, self._failed, self._done, self._total, error)
 
     @property
     def suspect(self) -> Exception | None:
@@ -84,15 +98,3 @@ class StopRule:
     def _is_suspect(self, failure: Failure) -> bool:
         """Return whether every other prompt may meet it; no connection after an answer is a passing fault."""
         return failure.is_shared and not (failure.kind is Kind.UNREACHABLE and self._answered)
-
-    def _too_many(self, error: Exception) -> Exception | None:
-        """Return the error for more failures than the user allows."""
-        most = self._max_failures
-        if most is None:
-            return None
-        allowed = most * max(self._done, self._sample) if isinstance(most, float) else most
-        if self._failed <= allowed:
-            return None
-        ended = TooManyFailuresError(self._failed, self._done, most)
-        ended.__cause__ = error
-        return ended

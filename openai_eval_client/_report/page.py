@@ -23,7 +23,6 @@ from openai_eval_client._report.drawing import (
     table,
 )
 from openai_eval_client._runtime import replacing
-from openai_eval_client._wire import meaning_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -325,7 +324,7 @@ def _failures(stats: ClientStats, failures: Sequence[Failure]) -> str:
     rows = []
     for failure in failures:
         error = name(" ".join(str(part) for part in (failure.kind, failure.status, failure.code) if part))
-        texts = error, meaning_of(failure.kind, failure.status, failure.code)
+        texts = error, failure.meaning
         wide = (Markup(f'<span class="wide">{escape(text)}</span>') for text in texts)
         times = (Markup(clock(at).replace(" ", "<br>")) for at in (failure.first, failure.last))
         rows.append((name(failure.model), *wide, count(failure.attempts), count(failure.prompts), *times))

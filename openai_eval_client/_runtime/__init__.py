@@ -3,23 +3,25 @@
 from openai_eval_client._runtime.loops import (
     Background,
     DeferringLock,
+    FairQueue,
     FileLock,
+    Queued,
     StartThrottle,
     call_on,
     mind_forks,
     replacing,
-    resolve,
     running_loop,
 )
 
 __all__ = [
     "Background",
     "DeferringLock",
+    "FairQueue",
     "FileLock",
+    "Queued",
     "StartThrottle",
     "call_on",
     "mind_forks",
     "replacing",
-    "resolve",
     "running_loop",
 ]

@@ -6,14 +6,16 @@ import asyncio
 import concurrent.futures.thread  # its fork hook has to be older than ours: a fork takes its lock last
 import contextlib
 import functools
+import heapq
 import os
 import sys
 import threading
 import uuid
 import weakref
 from collections import defaultdict, deque
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -47,9 +49,44 @@ def resolve(waiter: asyncio.Future[Any], outcome: object = None) -> bool:
         return False
     if isinstance(outcome, Exception):
         waiter.set_exception(outcome)
+        waiter.exception()  # retrieved: what waits may be cancelled in the same turn
     else:
         waiter.set_result(outcome)
     return True
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Queued:
+    """What may have to wait in a `FairQueue`."""
+
+    future: Any = None  # of the event loop that it waits on
+    waits: bool = False  # set to False, it is passed over
+
+    def wake(self, outcome: object = None) -> bool:
+        """Resolve its future, on its own loop; False where that was closed."""
+        return call_on(self.future.get_loop(), resolve, self.future, outcome)
+
+
+Q = TypeVar("Q", bound=Queued)
+
+
+class FairQueue(list[tuple[int, int, Q]]):
+    """A heap of what waits, on any event loop; what waits no more stays until it is first."""
+
+    def add(self, turn: int, waiter: Q) -> None:
+        """Put it at its place: the lowest turn goes first."""
+        waiter.waits = True
+        heapq.heappush(self, (turn, id(waiter), waiter))  # turns may be equal
+
+    def first(self) -> Q | None:
+        """Return what goes next; None where nothing waits."""
+        while self and not self[0][-1].waits:
+            heapq.heappop(self)
+        return self[0][-1] if self else None
+
+    def waiting(self) -> list[Q]:
+        """Return all that wait, in order."""
+        return [waiter for *_, waiter in sorted(self) if waiter.waits]
 
 
 _WAVE = 32  # requests that start in one turn of an event loop, as long as none has to wait for the next

@@ -29,7 +29,7 @@ from openai_eval_client._wire import (
     read_object,
     read_outcome,
     refused,
-    words_of,
+    words_in,
 )
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
@@ -87,7 +87,7 @@ class _PacedClient:
             api = endpoint_of(request.url.path, request.method).api
             outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content, api)
             attempt.ended(outcome)
-        used, demand = outcome.usage, attempt.demand
+        used, demand = outcome.counted, attempt.demand
         if used is not None and demand.model is not None:
             self.counter.observe(demand.model, demand.input_tokens, used.prompt_tokens)
         return response
@@ -326,7 +326,7 @@ async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> 
         message = f"answer cut short: {error}"
         raise openai.APIConnectionError(message=message, request=_httpx.Request("POST", url)) from error
     except openai.APIStatusError as error:
-        words = words_of(error.body).message
+        words = words_in(error).message
         if words and words not in error.message:  # the SDK quotes one shape of body alone
             error.message = f"{error.message} - {words}"
             error.args = (error.message,)

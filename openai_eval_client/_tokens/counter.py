@@ -359,18 +359,28 @@ class TokenCounter:
 
     async def estimate_usage(self, response: ModelResponse, input_tokens: int, tier: object = None) -> Usage:
         """Fill in the usage that the server left out, and return it."""
+        # What could be read of it, and is in the response already, counts at least: the input in place of
+        # ours, the output where it is more than the text comes to, which holds no reasoning.
         usage, texts = response.usage, "\n".join(response.choices)
-        usage.prompt_tokens = input_tokens
-        usage.completion_tokens = await self.count_text(texts, response.model) if texts else 0
+        counted = await self.count_text(texts, response.model) if texts else 0
+        usage.prompt_tokens = usage.prompt_tokens or input_tokens
+        usage.completion_tokens = max(usage.completion_tokens, counted)
         usage.total_tokens = usage.prompt_tokens + usage.completion_tokens
-        counts, tier = (usage.prompt_tokens, usage.completion_tokens), tier if isinstance(tier, str) else None
-        return Usage(*counts, model=response.model, service_tier=tier, estimated=True)
+        return Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+            cached_tokens=usage.cached_tokens,
+            reasoning_tokens=usage.reasoning_tokens,
+            model=response.model,
+            service_tier=tier if isinstance(tier, str) else None,
+            estimated=True,
+        )
 
     def observe(self, model: str, counted: int, actual: int) -> None:
         """Learn from what a server reported, for models without a vocabulary of their own."""
         with self._lock:
             key, fixed, tokens = self._counts.get((model, counted), (None, 0, 0))
-            if key is None or not tokens:
+            if key is None or not tokens or actual <= 0:
                 return
             observed = min(_HIGHEST, max(_LOWEST, (actual - fixed) / tokens))
             ratio = self._ratios.get(key, 1.0)

@@ -1,7 +1,7 @@
 """Requests and answers as they stand on the wire, and what an answer means."""
 
 from openai_eval_client._wire.answers import read_answer
-from openai_eval_client._wire.bodies import fault_in, read_body, read_outcome, status_error
+from openai_eval_client._wire.bodies import decoded, fault_in, read_body, read_outcome, status_error
 from openai_eval_client._wire.failures import (
     NOT_SENT,
     Failure,
@@ -10,12 +10,12 @@ from openai_eval_client._wire.failures import (
     class_of,
     code_of,
     forget_key,
-    meaning_of,
     of_error,
     outcome_of,
     read_failure,
     refused,
     status_of,
+    words_in,
 )
 from openai_eval_client._wire.headers import DIMENSIONS, StatedLimit, read_stated_limits
 from openai_eval_client._wire.refusals import words_of
@@ -61,12 +61,12 @@ __all__ = [
     "check_prompt",
     "class_of",
     "code_of",
+    "decoded",
     "endpoint_of",
     "fault_in",
     "forget_key",
     "list_prompts",
     "max_output",
-    "meaning_of",
     "of_error",
     "outcome_of",
     "read_answer",
@@ -82,5 +82,6 @@ __all__ = [
     "status_of",
     "token_count",
     "usage_of",
+    "words_in",
     "words_of",
 ]

@@ -12,7 +12,6 @@ from openai_eval_client._wire.usage import (
     dicts_in,
     read_json,
     text_in,
-    token_count,
 )
 from openai_eval_client.models import ModelResponse, TokenUsage
 
@@ -47,7 +46,7 @@ def read_answer(
     values = _chat_fields(body) if parameters.api == "chat" else _responses_fields(body)
     asked = parameters.body.get("temperature")
     values |= {
-        "usage": _token_usage(body, usage, cost),
+        "usage": _token_usage(usage, cost),
         "model": text_in(body.get("model")) or parameters.model,
         "request_id": request_id or text_in(body.get("id")),
         "latency_ms": latency * 1000,
@@ -163,13 +162,12 @@ def _finish_reason(body: Mapping[str, Any], *, calls: bool) -> str:
     return "tool_calls" if calls else "stop"
 
 
-def _token_usage(body: Mapping[str, Any], usage: Usage | None, cost: float | None) -> TokenUsage:
+def _token_usage(usage: Usage | None, cost: float | None) -> TokenUsage:
     counts = usage or Usage(0, 0, estimated=True)
-    total = None if usage is None else token_count(body["usage"].get("total_tokens"))
     fields = {
         "prompt_tokens": counts.prompt_tokens,
         "completion_tokens": counts.completion_tokens,
-        "total_tokens": total or counts.prompt_tokens + counts.completion_tokens,
+        "total_tokens": counts.prompt_tokens + counts.completion_tokens,
         "estimated_cost": cost,
         "cached_tokens": counts.cached_tokens,
         "reasoning_tokens": counts.reasoning_tokens,

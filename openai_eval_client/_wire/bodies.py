@@ -27,6 +27,7 @@ _STATUS_OF = {  # the API's codes and types, in bodies that name no number
 _ABOUT_INPUT = re.compile("(?:invalid|image|unsupported|empty|content|failed_to_download)_.*")
 _CUT_OFF = frozenset({"length", "content_filter"})  # reasons why an answer may have no text
 _DONE = b"data: [DONE]"
+_COMMENTS = re.compile(rb"^(?:\s*:[^\n]*\n)+")  # lines of a stream by which some servers keep it open
 _SHOWN = 300  # characters of an error that names no status
 
 
@@ -119,16 +120,22 @@ def read_body(reply: Any, api: str) -> tuple[dict[str, Any], bytes]:
         openai.APIStatusError: It is an error that names a status.
     """
     content: bytes = reply.content
-    try:
-        body = read_json(content)
-    except (ValueError, RecursionError):
-        body = _unwrapped(content, api)
+    body, is_plain = decoded(content, api)
+    if not is_plain:
         content = b"" if body is None else json.dumps(body).encode()
     fault = fault_in(body, api)
     if fault is not None:
         raise _error_of(fault, body, reply)
     answer: dict[str, Any] = body
     return answer, content
+
+
+def decoded(content: bytes, api: str) -> tuple[Any, bool]:
+    """Return the body of an answer, None where it cannot be read, and whether it is plain JSON."""
+    try:
+        return read_json(content), True
+    except (ValueError, RecursionError):
+        return _unwrapped(content, api), False
 
 
 def _error_of(fault: Fault, body: object, reply: Any) -> openai.APIError:
@@ -143,7 +150,7 @@ def _error_of(fault: Fault, body: object, reply: Any) -> openai.APIError:
     shown = repr(content[:80])
     if _is_html(reply):
         message = f"an HTML page came in place of an answer: this is no API; check base_url: {shown}"
-    elif body is None and content.lstrip()[:6] in {b"data: ", b"event:"}:
+    elif body is None and _COMMENTS.sub(b"", content).lstrip()[:5] in {b"data:", b"event"}:
         message = f"a stream of events came, and no answer can be read from it: {shown}"
     else:
         message = f"the answer is {fault.what}" + (f": {shown}" if fault.body is None else "")
@@ -187,9 +194,9 @@ _NO_REQUEST = sdk_httpx().Request("POST", "https://client.invalid/")
 
 def _unwrapped(content: bytes, api: str) -> Any:
     """Return the one answer that a stream of events holds, or that one follows; None where there is none."""
-    text = content.strip()
-    if text.startswith(b"{") and text.endswith(_DONE):
-        return read_object(text.removesuffix(_DONE)) or None
+    text = _COMMENTS.sub(b"", content).strip()
+    if text.startswith(b"{"):
+        return _leading_object(text)
     if not text.startswith((b"data:", b"event:")):
         return None
     events = list(_events(text))
@@ -200,6 +207,15 @@ def _unwrapped(content: bytes, api: str) -> Any:
     if len(whole) == 1:
         return whole[0]
     return _assembled(events) if api == "chat" and text.endswith(_DONE) and not whole else None
+
+
+def _leading_object(text: bytes) -> Any:
+    """Return the object that a text begins with; None where another may follow, or it is cut short."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return None
+    return value if b"{" not in text[len(text.decode(errors="replace")[:end].encode()) :] else None
 
 
 def _events(text: bytes) -> Iterator[dict[str, Any]]:

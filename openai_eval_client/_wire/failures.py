@@ -100,14 +100,15 @@ FAILURES = (
         code=r"insufficient_(?:user_)?(?:quota|balance|funds|credits?)|(?:exceeded_current|user)_quota.*"
         r"|billing_(?:not_active|hard_limit_reached)|(?:credit_)?balance_(?:exhausted|too_low|insufficient)"
         r"|(?:organization|project|account|user|team)_(?:spend|spending|usage|budget)_limit_(?:exceeded|reached)"
-        r"|account_(?:suspended|deactivated|overdue|blocked)|budget_exceeded|payment_required|arrearage"),
+        r"|account_(?:suspended|deactivated|overdue|blocked)|budget_exceeded|payment_required|arrearage"
+        r"|allocationquota\..*"),
     Row(402, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT),
     Row(_4XX, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT,
         text=r"insufficient[ _](?:\w+ )?(?:balance|funds|credits?|quota)|(?:more|out of|no) credits\b"
         r"|(?:balance|credits?|funds)\b.{0,40}\b(?:too low|insufficient|not enough|exhausted|depleted)"
         r"|(?:exceeded|exhausted) (?:your |the )?(?:current |monthly )?(?:free )?(?:quota|allowance|spend)"
         r"|account (?:\S+ )?(?:is |was |has been )?(?:suspended|deactivated|in arrears|overdue)"
-        r"|spend(?:ing)? limit"
+        r"|spend(?:ing)? limit|free (?:tier|quota)\b.{0,40}\b(?:exhausted|used up)|欠费|余额不足"
         r"|billing\b.{0,40}\b(?:not active|hard limit)|budget has been exceeded|\brecharge\b|top up your"),
     Row(429, Kind.TOO_LARGE, _NEVER, _REQUEST, "more tokens than the limit can ever admit",
         text="request too large"),
@@ -261,7 +262,7 @@ NOT_SENT = Outcome(failure=Failure(Kind.LOCAL))
 def read_failure(error: BaseException) -> Failure:
     """Return what an exception means."""
     if isinstance(error, openai.APIStatusError):
-        words = words_of(error.body)
+        words = words_in(error)
         if not words.message:
             words = words._replace(message=error.message)
         if isinstance(error, QuotaError):
@@ -280,6 +281,22 @@ def read_failure(error: BaseException) -> Failure:
 def _is_row_of(row: Row, error: BaseException) -> bool:
     is_class = isinstance(row.of, type) and isinstance(error, row.of)
     return is_class and (not row.text or re.search(row.text, str(error)) is not None)
+
+
+def words_in(error: openai.APIStatusError) -> Words:
+    """Return what the server says: the SDK's `body` leaves out what stands beside a field named error."""
+    try:
+        content = error.response.content
+    except sdk_httpx().StreamError:  # it was not read
+        content = b""
+    return _words(content) if content else words_of(error.body)
+
+
+def _words(content: bytes) -> Words:
+    try:
+        return words_of(read_json(content))
+    except (ValueError, RecursionError):
+        return words_of(content[:_LONGEST_BODY].decode(errors="replace"))
 
 
 def outcome_of(error: BaseException) -> Outcome:
@@ -304,11 +321,7 @@ def _billed(error: openai.APIStatusError | openai.APIResponseValidationError) ->
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    try:
-        words = words_of(read_json(body))
-    except (ValueError, RecursionError):
-        words = words_of(body[:_LONGEST_BODY].decode(errors="replace"))
-    return Outcome(status, headers, failure=read_refusal(status, headers, words))
+    return Outcome(status, headers, failure=read_refusal(status, headers, _words(body)))
 
 
 def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failure:
@@ -341,14 +354,6 @@ def row_of(status: int, words: Words) -> Row:
         if row.text and re.search(row.text, words.text, re.IGNORECASE):
             return row
     return next((row for row in rows if not row.code and not row.text), _UNKNOWN)
-
-
-def meaning_of(name: str, status: int | None, code: str) -> str:
-    """Return what an error means, for a reader, from the name of its class, its status and its code."""
-    if status is not None:
-        return row_of(status, Words(code)).meaning
-    named = (row for row in FAILURES if getattr(row.of, "__name__", None) == name and not row.text)
-    return next((row.meaning for row in named), _SEE)
 
 
 _NO_CONNECTION = frozenset(

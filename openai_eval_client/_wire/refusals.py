@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LONGEST = 4096  # characters of a text that are looked at
-_DEPTH = 4  # of nesting that is looked at
+_DEPTH = 6  # of nesting that is looked at
 _DAY = 86_400.0  # seconds
 _MILLISECONDS = 1e11  # from here on a date since 1970 is in milliseconds, not seconds
-_MESSAGES = ("message", "msg", "error", "detail", "error_description", "title", "reason")
+_MESSAGES = ("message", "msg", "error", "errors", "detail", "error_description", "title", "reason")
 _CODES = ("code", "status_code")
 _TYPES = ("type", "status")
 _TAG = re.compile(r"<[^<>]*>|\s+")
@@ -46,7 +46,7 @@ class Words(NamedTuple):
 def words_of(body: object) -> Words:
     """Return what the body of a refusal says: decoded JSON of any shape, or a text."""
     if isinstance(body, list):  # as Google sends it
-        body = next(iter(dicts_in(body)), {})
+        body = next(iter(dicts_in(body)), {"message": body})
     if not isinstance(body, dict):
         return Words(message=_plain(body))
     fields = body["error"] if isinstance(body.get("error"), dict) else body

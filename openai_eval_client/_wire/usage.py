@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,15 +15,45 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_TOKENS = 10**12  # more than any limit; larger numbers would not fit a float
+_MOST_COUNTED = 10**9  # of one answer; a larger number is no count
 _TAIL = 32_768  # bytes; usage stands at the end of an answer, before at most 16 KB of metadata
 _USAGE = re.compile(rb'(?<!\\)"usage"\s*:\s*(?=\{)')
 _MODEL_BEFORE = re.compile(rb'(?<!\\)"model"\s*:\s*"([^"\\]*)"\s*,\s*$')
 _TIER = re.compile(rb'(?<!\\)"service_tier"\s*:\s*"(\w+)"')
 _LONGEST_NAME = 500  # bytes
-# Transcriptions say it in the singular.
+_LARGEST_USAGE = 16_384  # bytes
+_TRIES = 100  # `usage` objects that are looked at, from the last one on
+_LONGEST_COUNT = 30  # characters of a number sent as text
+_LONGEST_INT = 4000  # digits; Python refuses those above 4,300
+
+# What servers call their counts, and what each is: OpenAI's two APIs, Anthropic, DeepSeek, Moonshot, Mistral,
+# OpenRouter, LiteLLM, DashScope. Transcriptions have their details in the singular.
+_CACHE = {
+    **dict.fromkeys(("cached_tokens", "prompt_cache_hit_tokens", "cache_read_input_tokens"), "cached"),
+    **dict.fromkeys(("cache_read_tokens", "cached_input_tokens", "num_cached_tokens"), "cached"),
+    **dict.fromkeys(("cache_write_tokens", "cache_creation_input_tokens"), "written"),
+    **dict.fromkeys(("cache_creation_tokens", "cache_write_input_tokens"), "written"),
+    "cache_creation": {
+        "ephemeral_5m_input_tokens": "written for 5 minutes",
+        "ephemeral_1h_input_tokens": "written for an hour",
+    },
+}
 _INPUTS = ("prompt_tokens", "prompt_token", "input_tokens", "input_token")
-_INPUT_DETAILS = [f"{name}_details" for name in _INPUTS]
-_OUTPUT_DETAILS = [name.replace("prompt", "completion").replace("input", "output") for name in _INPUT_DETAILS]
+_OUTPUTS = ("completion_tokens", "completion_token", "output_tokens", "output_token")
+_COUNTS: dict[str, Any] = {
+    **dict.fromkeys(("prompt_tokens", "input_tokens"), "prompt"),
+    **dict.fromkeys(("completion_tokens", "output_tokens"), "completion"),
+    "total_tokens": "total",
+    "reasoning_tokens": "reasoning",
+    **_CACHE,
+    **{f"{name}_details": {**_CACHE, "audio_tokens": "audio input"} for name in _INPUTS},
+    **{
+        f"{name}_details": {"reasoning_tokens": "reasoning", "audio_tokens": "audio output"}
+        for name in _OUTPUTS
+    },
+}
+_AS_TEXT = "text"  # stands among the kinds for a count that is one
+_BESIDE = frozenset({"cache_read_input_tokens", "cache_creation_input_tokens"})  # Anthropic's
 
 
 class Usage(NamedTuple):
@@ -37,7 +68,9 @@ class Usage(NamedTuple):
     reasoning_tokens: int = 0  # output spent on reasoning
     model: str | None = None  # the model that answered, as the server names it; None where it does not say
     service_tier: str | None = None  # the tier that served, likewise
-    estimated: bool = False  # true where the server sent no usage and the counts are ours
+    estimated: bool = False  # true where the server did not count all of it, or its counts cannot be read
+    partial: bool = False  # true where nothing stands for what cannot be read: it used at least this much
+    long_write_tokens: int = 0  # the part of `cache_write_tokens` that is kept for an hour, not for minutes
 
 
 def usage_of(body: Mapping[str, Any]) -> Usage | None:
@@ -45,35 +78,93 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None
-    prompt_tokens = token_count(usage.get("prompt_tokens", usage.get("input_tokens")))
-    if prompt_tokens is None:
+    counts: dict[str, int] = {}
+    unread: set[str] = set()
+    _collect(usage, _COUNTS, counts, unread)
+    prompt, completion, total = counts.get("prompt"), counts.get("completion"), counts.get("total")
+    if prompt is None and completion is None and total is None:
         return None
-    inputs, outputs = _details(usage, _INPUT_DETAILS), _details(usage, _OUTPUT_DETAILS)
+    partial = bool(unread and unread - counts.keys() - {"total"})
+    # Where one of the two is missing, the total tells; where both are, all of it counts as input.
+    if completion is None:
+        partial |= prompt is None or (
+            (total or 0) < prompt and "data" not in body
+        )  # embeddings have no output
+        completion = 0 if prompt is None else max(0, (total or 0) - prompt)
+    if prompt is None:
+        partial, prompt = True, max(0, (total or 0) - completion)
+    cached, reasoning = counts.get("cached", 0), counts.get("reasoning", 0)
+    long = counts.get("written for an hour", 0)
+    written = max(counts.get("written", 0), counts.get("written for 5 minutes", 0) + long)
+    # What a total has beyond input and output is output: most of all, reasoning that is not counted in it.
+    # But where the cache is counted beside the input, it is that.
+    rest = None if total is None else total - prompt - completion
+    if _is_beside(usage, cached + written, prompt, rest, reasoning):
+        prompt += cached + written
+        rest = None if rest is None else rest - cached - written
+    output = completion + max(0, rest or 0)
+    if reasoning > output:  # so it is not in the total either
+        output = completion + reasoning
     return Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=token_count(usage.get("completion_tokens", usage.get("output_tokens"))) or 0,
-        cached_tokens=_part(inputs, "cached_tokens"),
-        cache_write_tokens=_part(inputs, "cache_write_tokens"),
-        audio_input_tokens=_part(inputs, "audio_tokens"),
-        audio_output_tokens=_part(outputs, "audio_tokens"),
-        reasoning_tokens=_part(outputs, "reasoning_tokens"),
+        prompt_tokens=prompt,
+        completion_tokens=output,
+        cached_tokens=cached,
+        cache_write_tokens=written,
+        audio_input_tokens=min(counts.get("audio input", 0), prompt),
+        audio_output_tokens=min(counts.get("audio output", 0), output),
+        reasoning_tokens=reasoning,
         model=text_in(body.get("model")) or None,
         service_tier=text_in(body.get("service_tier")) or None,
+        estimated=partial,
+        partial=partial,
+        long_write_tokens=long,
     )
 
 
-def _details(usage: Mapping[str, Any], names: list[str]) -> Mapping[str, Any]:
-    """Return the parts that a count is made of."""
-    for name in names:
-        details = usage.get(name)
-        if details and isinstance(details, dict):
-            return details
-    return {}
+def _collect(
+    values: Mapping[str, Any], names: dict[str, Any], counts: dict[str, int], unread: set[str]
+) -> None:
+    """Add the counts that have one of these names, the largest of each kind, and the kinds not readable."""
+    for name, value in values.items():
+        kind = names.get(name)
+        if kind is None:
+            continue
+        if isinstance(kind, dict):
+            if isinstance(value, dict):
+                _collect(value, kind, counts, unread)
+            continue
+        count = value if type(value) is int and 0 <= value <= _MOST_COUNTED else _count(value)
+        if count is not None:
+            if count > counts.get(kind, -1):
+                counts[kind] = count
+            if isinstance(value, str):  # read, but no count as a server makes it
+                unread.add(_AS_TEXT)
+        elif value is not None or kind in {"prompt", "completion"}:  # null stands for no such part
+            unread.add(kind)
 
 
-def _part(details: Mapping[str, Any], name: str) -> int:
-    value = details.get(name)
-    return (token_count(value) or 0) if value else 0
+def _count(value: object) -> int | None:
+    """Return a number of tokens, rounded up, sent as a float or a text perhaps; None for anything else."""
+    if isinstance(value, str) and len(value) <= _LONGEST_COUNT:
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_COUNTED:
+        return None
+    return math.ceil(value)
+
+
+def _is_beside(usage: Mapping[str, Any], cache: int, prompt: int, rest: int | None, reasoning: int) -> bool:
+    """Return whether the tokens of the cache are counted beside the input, not in it."""
+    if not cache:
+        return False
+    if cache > prompt:
+        return True
+    if rest is not None and rest < cache:
+        return False
+    is_anthropic = _BESIDE & usage.keys() and not {"prompt_tokens", "input_tokens_details"} & usage.keys()
+    return bool(is_anthropic) or (rest in {cache, cache + reasoning} and rest != reasoning)
 
 
 def token_count(value: object) -> int | None:
@@ -89,18 +180,23 @@ def read_usage(tail: bytes) -> Usage | None:
     # is known only if it stands right before, as with embeddings.
     whole = read_object(tail) if len(tail) <= _TAIL and tail.lstrip().startswith(b"{") else {}
     usage = usage_of(whole)
-    if usage is not None:
-        return usage
-    for match in reversed(list(_USAGE.finditer(tail))):
-        usage = _read_event(tail, match.start()) or _read_cut(tail, match)
-        if usage is not None:
-            return usage
-    return None
+    line = position = len(tail)  # where the line begins that was read last; where to search before
+    tries = 0
+    while usage is None and tries < _TRIES and (position := tail.rfind(b'"usage"', 0, position)) >= 0:
+        match = _USAGE.match(tail, position)
+        if match is None:
+            continue
+        tries += 1
+        if position < line:
+            line = tail.rfind(b"\n", 0, position) + 1
+            usage = _read_event(tail, line)
+        usage = usage or _read_cut(tail, match)
+    return usage
 
 
-def _read_event(tail: bytes, position: int) -> Usage | None:
-    """Return what the event of a stream at a position says, where it is whole."""
-    start, end = tail.rfind(b"\n", 0, position) + 1, tail.find(b"\n", position)
+def _read_event(tail: bytes, start: int) -> Usage | None:
+    """Return what the event of a stream on the line from here says, where it is whole."""
+    end = tail.find(b"\n", start)
     field, _, data = tail[start : end if end >= 0 else len(tail)].partition(b":")
     event = read_object(data) if field == b"data" else {}
     within = event.get("response")
@@ -109,15 +205,20 @@ def _read_event(tail: bytes, position: int) -> Usage | None:
 
 def _read_cut(tail: bytes, match: re.Match[bytes]) -> Usage | None:
     """Return what a `usage` object says whose surroundings are cut or unknown."""
+    text = tail[match.end() : match.end() + _LARGEST_USAGE].decode(errors="replace")
     try:
-        usage, _ = json.JSONDecoder().raw_decode(tail[match.end() :].decode(errors="replace"))
+        counts, _ = _DECODER.raw_decode(text)
     except (ValueError, RecursionError):
+        return None
+    usage = usage_of({"usage": counts})
+    if usage is None:
         return None
     named = _MODEL_BEFORE.search(tail, max(0, match.start() - _LONGEST_NAME), match.start())
     tiers = list(_TIER.finditer(tail, 0, match.start())) or list(_TIER.finditer(tail, match.end()))
-    matches = {"model": named, "service_tier": tiers[-1] if tiers else None}
-    names = {key: match and match[1].decode(errors="replace") for key, match in matches.items()}
-    return usage_of({"usage": usage, **names})
+    model, tier = (
+        found and found[1].decode(errors="replace") for found in (named, tiers[-1] if tiers else None)
+    )
+    return usage._replace(model=text_in(model) or None, service_tier=text_in(tier) or None)
 
 
 def read_object(data: bytes) -> dict[str, Any]:
@@ -133,8 +234,15 @@ def read_json(data: bytes) -> Any:
     """Decode JSON in half the time of the standard library, which is asked where this fails."""
     try:
         return from_json(data, cache_strings="keys")
-    except ValueError:  # also for half a surrogate pair, which json takes
-        return json.loads(data)
+    except ValueError:  # also for half a surrogate pair and for endless numbers, which this takes
+        return json.loads(data, parse_int=_parse_int)
+
+
+def _parse_int(digits: str) -> float:
+    return int(digits) if len(digits) <= _LONGEST_INT else float(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_parse_int)
 
 
 class Tail:
@@ -166,7 +274,9 @@ def dicts_in(value: object) -> list[dict[str, Any]]:
 
 def text_in(value: object) -> str:
     """Return a value that should be a text, as valid Unicode; "" for anything else."""
-    return valid_text(value) if isinstance(value, str) else ""
+    if isinstance(value, str):
+        return value if value.isascii() else valid_text(value)
+    return ""
 
 
 def clean(value: Any) -> Any:

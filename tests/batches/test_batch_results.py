@@ -77,6 +77,16 @@ def test_an_answer_is_read() -> None:
     assert (results.lines, len(results.responses), +results.oddities) == (1, 1, {})
 
 
+def test_usage_that_cannot_be_read_is_priced_once_it_is_estimated() -> None:
+    """Not before: it would be in the ledger twice."""
+    body = {**body_of("hi"), "usage": {"prompt_tokens": 3, "completion_tokens": None}}
+    reader = LineReader("chat", HalfADollar())
+    results = reader.read([[refusal("request-0", 200, body)]], RequestIndex(range(1), temperature=None))
+    (response,) = results.responses.values()
+    assert (response.usage.prompt_tokens, response.usage.estimated) == (3, True)
+    assert (response.usage.estimated_cost, reader.prices) == (None, [])
+
+
 def test_half_an_emoji_in_an_answer_is_replaced() -> None:
     """A cut text is still an answer, and paid for."""
     (response,) = read([answer("request-0", "hi \ud83d")]).outcomes.values()
@@ -92,7 +102,7 @@ REFUSED = {
     "a list": ([1], "status {}", None),
     "not a number": ({"error": {"message": "no", "code": "c", "param": float("nan")}}, "no", "c"),
     "half an emoji": ({"error": {"message": "no \ud83d", "code": "c"}}, None, "c"),
-    "an error that is a text": ({"error": "no"}, "status {}", None),
+    "an error that is a text": ({"error": "no"}, "no", None),
     "a message that is none": ({"error": {"message": {"a": 1}, "code": ["c"]}}, None, None),
 }
 KINDS = {
@@ -187,10 +197,12 @@ def test_a_200_that_holds_an_error_is_that_error(case: str) -> None:
     assert is_curable(error) == (kind is not openai.BadRequestError)
 
 
-def test_an_answer_with_an_error_beside_it_is_an_answer() -> None:
-    """As online, as long as there is a choice."""
-    (response,) = read([refusal("request-0", 200, {**body_of("hi"), "error": "odd"})]).outcomes.values()
-    assert response.content == "hi"
+def test_an_answer_with_an_error_beside_it_is_an_error() -> None:
+    """As online, with the server's words."""
+    (error,) = read([refusal("request-0", 200, {**body_of("hi"), "error": "odd"})]).outcomes.values()
+    assert isinstance(error, BatchError)
+    assert (error.code, error.line) == ("no_answer", 1)
+    assert "odd" in str(error)
 
 
 def test_a_line_cut_anywhere_loses_no_other_result() -> None:

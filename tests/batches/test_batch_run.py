@@ -35,6 +35,7 @@ from openai_eval_client import (
     OpenAIClient,
     PartialFailureError,
     QuotaError,
+    TooManyFailuresError,
     ValidationError,
 )
 from openai_eval_client import _validation as _checks
@@ -623,3 +624,19 @@ def test_every_prompt_has_exactly_one_typed_outcome(
             assert isinstance(outcome, BatchError | openai.APIStatusError)
             assert fingerprint(outcome)
             assert getattr(outcome, "index", index) in {index, None} or len(set(map(id, outcomes))) == 1
+
+
+TOO_MANY = [(1, True), (2, False), (0.3, True), (0.9, False), (None, False)]
+
+
+@pytest.mark.parametrize(("allowed", "ended"), TOO_MANY)
+async def test_more_failures_than_allowed_end_a_run_by_batches(allowed, ended) -> None:
+    """With the answers so far."""
+    plan = {"lines": ["ok", "400", "ok", "400", "ok"]}
+    with SimulatedServer(batch_plans=[plan], batch_seconds=0.01) as server:
+        async with connect(server) as client:
+            call = client.batch_generate(EIGHT[:5], use_batch_api=True, max_failures=allowed)
+            with pytest.raises(TooManyFailuresError if ended else PartialFailureError) as raised:
+                await call
+    answers = [answer and answer.content for answer in raised.value.responses]
+    assert answers == ["echo: p0", None, "echo: p2", None, "echo: p4"]

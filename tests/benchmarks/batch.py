@@ -100,7 +100,7 @@ async def read_ratios(count: int) -> tuple[float, float, float]:
             await client.retrieve_batch_results(job.job_id)  # so that the prices are loaded
             api = client._jobs._api
             file: IO[bytes] = await api.download(str(batch.output_file_id))
-            reader = LineReader("chat", None, client._account.ledger.pricer_for(None))
+            reader = LineReader("chat", client._account.ledger.pricer_for(None))
     with file:
         ours, results = cpu(reader.read, [file], RequestIndex(range(count), temperature=0.5))
         if len(results.responses) != count:

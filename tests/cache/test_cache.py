@@ -26,18 +26,14 @@ from openai_eval_client import (
     RateLimitConfig,
     ValidationError,
 )
-from openai_eval_client._cache.cache import _packed
+from openai_eval_client._cache.cache import _packed, _unpacked
 from openai_eval_client._cache.store import Store
+from openai_eval_client._wire import Parameters, Usage
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
 KEY = "sk-secret-1234567890"
 WIDE = RateLimitConfig(requests_per_minute=None, tokens_per_minute=None, max_concurrent=50)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "runs.sqlite"
 
 
 def connect(server: SimulatedServer, cache: object, rate_limit: RateLimitConfig = WIDE, **options: object):
@@ -69,7 +65,7 @@ class Verdict(BaseModel):
 CALLS = [
     {},
     {"temperature": 0.7, "max_tokens": 20, "system": "Be brief.", "n": 2},
-    {"temperature": 0, "stop": ["x"], "extra_body": {"top_k": 1}, "extra_headers": {"x-a": "b"}},
+    {"temperature": 0, "stop": ["x"], "extra_body": {"top_p": 1}, "extra_headers": {"x-a": "b"}},
     {"api": "responses", "max_tokens": 30},
     {"response_format": Verdict},
     {"api": "responses", "response_format": Verdict},
@@ -108,6 +104,18 @@ async def test_an_estimated_usage_stays_one(path: Path, fault: str) -> None:
             second = await client.generate_response("hello there")
     assert second.usage.estimated
     assert second.usage == first.usage
+
+
+def test_usage_that_an_older_version_took_for_complete_is_read() -> None:
+    """It kept no estimate with it; the answer is paid for all the same."""
+    message = {"role": "assistant", "content": "hi"}
+    usage = {"prompt_tokens": 3, "completion_tokens": None}
+    body = {"model": "gpt-4o", "choices": [{"index": 0, "message": message}], "usage": usage}
+    kept = {"latency_ms": 5.0, "request_id": "r1", "temperature": 1.0, "cost": 0.25}
+    parameters = Parameters(api="chat", model="gpt-4o", timeout=1, body={})
+    response, used = _unpacked({"response": {"body": body}, **kept}, parameters)
+    assert (response.content, response.usage.estimated_cost, response.usage.estimated) == ("hi", 0.25, True)
+    assert used == Usage(3, 0, estimated=True)
 
 
 async def test_a_long_answer_is_kept_whole(path: Path) -> None:

@@ -30,11 +30,6 @@ PAGE = 4096
 PROMPTS = [f"prompt {n}" for n in range(60)]
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "runs.sqlite"
-
-
 @functools.cache
 def whole() -> bytes:
     """Return a cache with some answers, closed."""

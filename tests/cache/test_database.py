@@ -20,19 +20,6 @@ from stores import KEYS, POSIX, VALUES, fill, names, outcome, started
 from openai_eval_client import ValidationError
 from openai_eval_client._cache.store import Store
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "runs.sqlite"
-
-
-@pytest.fixture
-def store(path: Path):
-    opened = Store(path)
-    yield opened
-    opened.close()
-
-
 # --- the file ---------------------------------------------------------------------------------------------
 
 

@@ -18,19 +18,6 @@ from stores import KEYS, POSIX, QUIET, VALUES, fill, names, outcome, started
 from openai_eval_client import ValidationError
 from openai_eval_client._cache.store import Store
 
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "runs.sqlite"
-
-
-@pytest.fixture
-def store(path: Path):
-    opened = Store(path)
-    yield opened
-    opened.close()
-
-
 # --- kept and found ---------------------------------------------------------------------------------------
 
 

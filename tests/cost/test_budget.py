@@ -7,7 +7,7 @@ import gc
 import random
 import threading
 from dataclasses import dataclass
-from decimal import Decimal, localcontext
+from decimal import ROUND_DOWN, Decimal, localcontext
 
 import pytest
 from budgets import list_price
@@ -19,9 +19,10 @@ from openai_eval_client import BudgetExceededError
 from openai_eval_client._cost.budget import Budgets, CostBudget, commit, reserve, reserve_now
 from openai_eval_client._cost.ledger import Ledger
 from openai_eval_client._runtime.loops import DeferringLock
-from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._tokens import TokenCounter
+from openai_eval_client._wire.failures import NOT_SENT, Failure, Kind, Outcome, refused
 from openai_eval_client._wire.requests import Demand
-from openai_eval_client._wire.usage import Usage
+from openai_eval_client._wire.usage import Usage, usage_of
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds
@@ -357,6 +358,12 @@ def budgets(limit: float = 1) -> Budgets:
         (Outcome(usage=USED), list_price(MODEL, 1000, 10)),
         (Outcome(200, {}, USED._replace(model="unheard-of")), MOST),
         (Outcome(200, {}, USED._replace(estimated=True)), MOST),
+        (
+            Outcome(200, {}, USED._replace(estimated=True, completion_tokens=5000)),
+            list_price(MODEL, 1000, 5000),
+        ),
+        (Outcome(200, {}, USED, Failure(Kind.SERVER_ERROR)), list_price(MODEL, 1000, 10)),
+        (Outcome(500, {}, USED, Failure(Kind.SERVER_ERROR)), list_price(MODEL, 1000, 10)),
         (Outcome(200, {}), MOST),
         (Outcome(), MOST),
         (refused(500, {}), NOTHING),
@@ -394,6 +401,119 @@ async def test_an_overspent_budget_is_logged_once_for_each_model(caplog) -> None
         (await client.reserve(ATTEMPT, None)).settle(actual)
     assert [record.event for record in caplog.records] == ["overspent"]
     assert client.stats["spent"] == Decimal("0.04")
+
+
+# --- what an attempt can cost, by what answers show ---------------------------------------------------------
+
+CHAT = "/v1/chat/completions"
+COUNTER = TokenCounter()
+BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 1000}
+LEAST, PRIORITY = Decimal("0.01"), Decimal("0.017")  # USD for 1000 tokens of output
+
+
+async def demand_of(client: Budgets, **more: object) -> Demand:
+    body = {**BODY, **more}
+    return Demand(str(body["model"]), 9, 1000, most_cost=await client.most(body, CHAT, COUNTER))
+
+
+async def settle(client: Budgets, demand: Demand, completion: int = 10, tier: str | None = None) -> None:
+    outcome = Outcome(200, {}, Usage(9, completion, model="gpt-4o-2024-08-06", service_tier=tier))
+    reservation = await client.reserve(demand, None)
+    reservation.settle(client.actual(demand, outcome, client._ledger.settled(demand, outcome, 0)))
+
+
+async def output_price(client: Budgets, **more: object) -> Decimal:
+    """What 1000 tokens of output are reserved at, rounded: the input is next to nothing."""
+    return (await client.most({**BODY, **more}, CHAT, COUNTER)).quantize(Decimal("0.001"), ROUND_DOWN)
+
+
+async def test_the_dearest_tier_is_reserved_until_an_answer_tells_which_one_serves() -> None:
+    """The project's own where none is asked for; a dearer one later raises it again, for good."""
+    client = budgets()
+    assert await output_price(client) == await output_price(client, service_tier="auto") == PRIORITY
+    await settle(client, await demand_of(client), tier="default")
+    assert await output_price(client) == LEAST
+    assert await output_price(client, model="gpt-4o-mini") == Decimal("0.001")  # has shown nothing
+    await settle(client, await demand_of(client), tier="priority")
+    await settle(client, await demand_of(client), tier="default")
+    assert await output_price(client) == PRIORITY
+
+
+@pytest.mark.parametrize("tier", [None, "auto", "flex", "scale", "\ud83d"])
+async def test_an_answer_in_no_dearer_tier_ends_the_doubt(tier: str | None) -> None:
+    """Servers that name none bill the ordinary price, and a name without a price has no dearer one."""
+    client = budgets()
+    await settle(client, await demand_of(client), tier=tier)
+    assert await output_price(client) == LEAST
+
+
+async def test_a_tier_that_is_asked_for_is_the_dearest_that_serves() -> None:
+    """What serves then says nothing of the project's own."""
+    client = budgets()
+    for asked in ("default", "flex"):
+        model = "gpt-5" if asked == "flex" else MODEL
+        assert await output_price(client, service_tier=asked, model=model) == LEAST
+        await settle(client, await demand_of(client, service_tier=asked, model=model), tier=asked)
+    assert await output_price(client, service_tier="priority") == PRIORITY
+    assert await output_price(client) == PRIORITY
+    assert await output_price(client, model="gpt-5") == 2 * LEAST
+
+
+async def test_a_batch_has_one_price() -> None:
+    client = budgets()
+    await client.ready()
+    most = await asyncio.to_thread(client.most_by_batch, BODY, CHAT, COUNTER)
+    assert most.quantize(Decimal("0.001")) == LEAST / 2
+
+
+async def test_who_waits_reserves_by_what_is_known_when_served() -> None:
+    """Not by what was known on asking: it is not refused for a tier that does not serve."""
+    client = budgets(0.02)
+    first, second = [await demand_of(client) for _ in range(2)]
+    held = await client.reserve(first, None)
+    waiting = asyncio.ensure_future(client.reserve(second, None))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    outcome = Outcome(200, {}, Usage(9, 900, model=MODEL, service_tier="default"))
+    held.settle(client.actual(first, outcome, client._ledger.settled(first, outcome, 0)))
+    assert client.stats["spent"] < LEAST
+    assert (await waiting).holds[0].amount < Decimal("0.011") < second.most_cost
+    (await waiting).refund()
+    await settle(client, await demand_of(client), tier="priority")
+    assert Decimal("0.016") < client._amount(await demand_of(client))
+
+
+async def test_a_model_that_exceeds_its_bound_is_reserved_for_by_how_much(caplog) -> None:
+    """Some reason beyond max_tokens: from the first such answer on its share is reserved, and it is said."""
+    client = budgets()
+    for completion, share in ((900, 1), (2500, Decimal("2.5")), (1500, Decimal("2.5")), (4000, 4)):
+        await settle(client, await demand_of(client), completion, "default")
+        assert await output_price(client) == (LEAST * share).quantize(Decimal("0.001"))
+    assert [record.event for record in caplog.records] == ["overspent"]
+    assert await output_price(client, model="gpt-4o-mini") == Decimal("0.001")
+
+
+NUMBERS = st.none() | st.integers() | st.floats() | st.integers(0, 5000) | st.text(max_size=5)
+NAMES = ["prompt_tokens", "completion_tokens", "total_tokens", "input_tokens", "reasoning_tokens"]
+CACHE = ["cached_tokens", "cache_read_input_tokens", "cache_write_tokens"]
+ANY_USAGE = st.dictionaries(st.sampled_from(NAMES + CACHE), NUMBERS)
+CLIENT = budgets()
+CLIENT._ledger.pricer_for(None).load()
+
+
+@given(ANY_USAGE, st.sampled_from([None, "default", "priority", "unheard-of"]), st.booleans())
+def test_no_usage_releases_more_than_it_shows(usage: object, tier: str | None, failed: bool) -> None:
+    """Whatever a server sends: at least what its counts come to is spent, and never less than nothing."""
+    body = {"model": MODEL, "usage": usage, "service_tier": tier}
+    outcome = Outcome(200, {}, usage_of(body), Failure(Kind.SERVER_ERROR) if failed else None)
+    spent = CLIENT.actual(ATTEMPT, outcome, CLIENT._ledger.settled(ATTEMPT, outcome, 1000))
+    stated = {name: value for name, value in usage.items() if type(value) is int and 0 <= value <= 10**9}
+    output = stated.get("completion_tokens", 0)
+    prompt = max(stated.get("prompt_tokens", 0), stated.get("input_tokens", 0))
+    assert spent >= list_price(MODEL, prompt, output, prompt) >= 0
+    total = stated.get("total_tokens", 0)
+    if total > prompt + output and {"prompt_tokens", "completion_tokens"} <= stated.keys():
+        assert spent >= list_price(MODEL, total, 0, total)
 
 
 async def test_what_was_not_sent_is_given_back() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import openai
 import pytest
-from budgets import MOST, billed, questions, simulated
+from budgets import MOST, billed, list_price, questions, simulated
 from clients import WIDE, dead_address
 from pydantic import BaseModel
 
@@ -27,6 +27,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client._cost import CostBudget
+from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
     from openai_eval_client.testing import SimulatedServer
@@ -200,6 +201,52 @@ async def test_an_answer_without_usage_is_billed_at_the_most_it_can_cost() -> No
             response = await client.generate_response("hello", max_tokens=MOST)
             assert response.usage.estimated
             assert client.stats.budget["spent"] == await most(client, "hello")
+
+
+# --- a dear tier, output without a bound -------------------------------------------------------------------
+
+
+def serving(tier: str, output: int):
+    """A server that serves in a tier of its own choice and answers at this length: client, answers given."""
+    given, module = [], sdk_httpx()
+    message = {"role": "assistant", "content": "hi"}
+    choice = {"index": 0, "finish_reason": "stop", "message": message}
+
+    async def answer(_request: object) -> object:
+        await asyncio.sleep(0.01)
+        given.append(1)
+        usage = {"prompt_tokens": 50, "completion_tokens": MOST, "total_tokens": 50 + output}
+        body = {"model": "gpt-4o-mini", "service_tier": tier, "choices": [choice], "usage": usage}
+        return module.Response(200, json=body)
+
+    return module.AsyncClient(transport=module.MockTransport(answer)), given
+
+
+async def test_a_project_whose_own_tier_is_a_dear_one_keeps_the_cap() -> None:
+    """No request names it, and 64 are in flight before the first answer does."""
+    http, given = serving("priority", 400)
+    config = OpenAIConfig(api_key="k", default_model="gpt-4o-mini", max_cost=0.005)
+    async with OpenAIClient(config, rate_limit=WIDE, http_client=http) as client:
+        with pytest.raises(BudgetExceededError):
+            await client.batch_generate(["word " * 40] * 200, max_tokens=400, max_concurrent=64)
+        spent = client.stats.budget["spent"]
+    assert spent == len(given) * list_price("gpt-4o-mini", 50, 400, service_tier="priority")
+    assert Decimal("0.0045") < spent <= Decimal("0.005")
+
+
+async def test_reasoning_beyond_max_tokens_spends_no_more_than_the_cap(caplog) -> None:
+    """Thirty times what was allowed: once that was seen, it is what is reserved."""
+    http, given = serving("default", 30 * MOST)
+    config = OpenAIConfig(api_key="k", default_model="gpt-4o-mini", max_cost=0.01)
+    async with OpenAIClient(config, rate_limit=WIDE, http_client=http) as client:
+        first = await client.generate_response("word " * 40, max_tokens=MOST)
+        assert (first.usage.completion_tokens, first.usage.total_tokens) == (30 * MOST, 50 + 30 * MOST)
+        with pytest.raises(BudgetExceededError):
+            await client.batch_generate(["word " * 40] * 200, max_tokens=MOST, max_concurrent=64)
+        spent = client.stats.budget["spent"]
+    assert spent == len(given) * list_price("gpt-4o-mini", 50, 30 * MOST)
+    assert Decimal("0.009") < spent <= Decimal("0.01")
+    assert [record.event for record in caplog.records].count("overspent") == 1
 
 
 # --- cancelling -------------------------------------------------------------------------------------------

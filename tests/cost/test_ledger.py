@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 
 from openai_eval_client._cost import ledger as ledger_module
 from openai_eval_client._cost.ledger import EXACT, Ledger, Pricer
-from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
+from openai_eval_client._wire.failures import NOT_SENT, Failure, Kind, Outcome, refused
 from openai_eval_client._wire.requests import Demand, endpoint_of
-from openai_eval_client._wire.usage import Usage
+from openai_eval_client._wire.usage import Usage, usage_of
 
 PRICER = Pricer()
 INPUT = Usage(1000, 0)
@@ -242,6 +242,37 @@ def test_a_reading_that_interrupts_the_loading_shows_what_is_priced() -> None:
     answer(ledger)
     assert ledger.snapshot().total == THOUSAND
     assert seen == [0]
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        Outcome(200, {}, INPUT, Failure(Kind.SERVER_ERROR, retry=True)),
+        Outcome(500, {}, INPUT, Failure(Kind.SERVER_ERROR, retry=True, status=500)),
+        Outcome(usage=INPUT, failure=Failure(Kind.UNREADABLE, retry=True, billed=True)),
+    ],
+)
+def test_a_failed_attempt_that_states_its_usage_is_billed(outcome: Outcome) -> None:
+    """As retried, whatever its status: an error in the body of a 200 is none of the answers."""
+    ledger = Ledger()
+    ledger.pricer_for(None).load()
+    assert ledger.settled(Demand("gpt-4o"), outcome, 0) == THOUSAND
+    read = ledger.snapshot()
+    assert (read.total, read.retried, read.unaccounted, read.rows[0].calls) == (THOUSAND, 1, 0, 1)
+
+
+def test_what_can_be_read_of_usage_counts_and_the_rest_is_unaccounted_for(caplog) -> None:
+    """The total has what the server counted; what it may have billed besides is what was reserved."""
+    ledger = Ledger()
+    ledger.pricer_for(None).load()
+    for usage in ({"prompt_tokens": 1000, "completion_tokens": None}, {"completion_tokens": 10}):
+        partial = usage_of({"model": "gpt-4o", "usage": usage})
+        ledger.settled(Demand("gpt-4o", 900), Outcome(200, {}, partial), 900 + 50)
+        ledger.keep_up()
+    read = ledger.snapshot()
+    assert (read.total, read.unaccounted) == (THOUSAND + list_price("gpt-4o", 0, 10), 2)
+    assert read.unaccounted_cost == list_price("gpt-4o", 0, 50) + list_price("gpt-4o", 900, 40)
+    assert [record.event for record in caplog.records] == ["usage_unreadable"]
 
 
 def test_what_the_cache_saves_is_no_cost() -> None:

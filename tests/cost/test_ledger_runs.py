@@ -185,7 +185,7 @@ async def test_a_refusal_costs_nothing(fault: str) -> None:
     assert (cost.rows[0].calls, cost.retried, cost.unaccounted) == (1, 0, 0)
 
 
-@pytest.mark.parametrize("fault", ["drop", "truncate", "cut_json", "garbage"])
+@pytest.mark.parametrize("fault", ["drop", "truncate", "cut_json"])
 async def test_what_was_sent_and_not_answered_may_have_been_billed(fault: str) -> None:
     """It is counted apart, at all the tokens that were reserved for it."""
     with SimulatedServer(script=[fault]) as server:
@@ -272,6 +272,28 @@ async def test_an_attempt_that_was_billed_for_nothing_is_in_the_total() -> None:
         stats = client.stats
     assert (stats.requests, stats.retries, stats.cost.retried, stats.cost.rows[0].calls) == (1, 1, 1, 2)
     assert stats.cost.total == 2 * cost_of([response]) == 2 * list_price("gpt-4o", 1000, 100)
+
+
+@pytest.mark.parametrize("broken", ["genai_prices.data_snapshot.get_snapshot", "genai_prices.calc_price"])
+async def test_an_answer_is_worth_more_than_its_price(broken: str, tmp_path, monkeypatch) -> None:
+    """A price list that fails after the answer came: it is handed out and kept, unpriced."""
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(broken, fail)
+    config = OpenAIConfig(api_key="sk-test", default_model="gpt-4o")
+    answered = {"model": "gpt-4o", "choices": [CHOICE], "usage": BILLED}
+    http = answering(answered, answered)
+    async with OpenAIClient(
+        config, rate_limit=WIDE, http_client=http, cache=tmp_path / "answers.sqlite"
+    ) as client:
+        first, second = [await client.generate_response("hello", temperature=0) for _ in range(2)]
+        assert (first.content, first.usage.estimated_cost, second.cached) == ("hi", None, True)
+        sdk = await client.openai.chat.completions.create(model="gpt-4o", messages=HELLO)
+        assert sdk.usage.prompt_tokens == 1000
+        cost = client.stats.cost
+    assert (cost.total, cost.unpriced, cost.rows[0].input_tokens) == (0, 2, 2000)
 
 
 async def test_a_response_costs_what_the_ledger_says() -> None:

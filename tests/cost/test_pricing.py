@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 from datetime import datetime, timezone
 from decimal import Decimal
 
@@ -25,7 +26,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client._cost import ledger as _pricing
-from openai_eval_client._cost.ledger import Pricer
+from openai_eval_client._cost.ledger import Pricer, Rates
 from openai_eval_client._wire.usage import Usage
 
 PRICER = Pricer()
@@ -245,6 +246,22 @@ def test_a_fee_for_each_request_is_counted():
     assert pricer.cost("sonar-deep-research", usage) is None
 
 
+def test_cache_writes_have_their_own_price_by_how_long_they_are_kept(made_up):
+    """Where the list has none for an hour it is that for minutes, where it has none at all that of input."""
+    made_up(
+        model_info("both", cache_write_mtok=Decimal("2.5"), cache_write_1h_mtok=Decimal(4)),
+        model_info("one", cache_write_mtok=Decimal("2.5")),
+        model_info("none"),
+    )
+    usage = Usage(10**6, 0, cached_tokens=100_000, cache_write_tokens=600_000, long_write_tokens=200_000)
+    pricer = Pricer()
+    assert pricer.cost("both", usage) == Decimal("0.8") + Decimal("1.0") + Decimal("0.8")
+    assert pricer.cost("one", usage) == Decimal("0.8") + Decimal("1.5")
+    assert pricer.cost("none", usage) == 2
+    rates = pricer.rates("both", batch=False, service_tier=None, at=0)
+    assert rates.most(10**6, 0, audio_input=False, audio_output=False) == 4
+
+
 def test_parts_that_exceed_their_whole_are_cut_to_it():
     excessive = Usage(10, 5, cached_tokens=100, cache_write_tokens=100, audio_input_tokens=9)
     assert PRICER.cost("gpt-4o", excessive) == PRICER.cost("gpt-4o", Usage(10, 5, cached_tokens=10))
@@ -292,6 +309,59 @@ def test_what_has_no_price_is_logged_once(caplog):
         "genai-prices has no price for 'unheard-of': its cost is unknown",
         "genai-prices has no flex price for 'gpt-4o': its cost is unknown",
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "tiers"),
+    [
+        ("gpt-4o", {"priority", "fast"}),
+        ("gpt-5", {"flex", "priority", "fast"}),
+        ("gpt-4", set()),
+        ("unheard-of", set()),
+    ],
+)
+def test_the_tiers_that_have_a_price(model, tiers):
+    """Those of the ordinary price are no tiers, and another provider's prices have none."""
+    assert PRICER.tiers(model, at=time.time()) == tiers
+    assert Pricer("https://mine.openai.azure.com/openai").tiers(model, at=time.time()) == set()
+
+
+FAULTS = [OSError(24, "Too many open files"), SystemError(), RecursionError(), MemoryError(), ValueError()]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("broken", ["genai_prices.data_snapshot.get_snapshot", "genai_prices.calc_price"])
+def test_a_price_list_that_fails_costs_no_answer(broken, fault, monkeypatch, caplog):
+    """Neither data that cannot be loaded nor a name that breaks a matcher: the price is not known, once."""
+
+    def fail(*_args, **_options):
+        raise fault
+
+    monkeypatch.setattr(broken, fail)
+    pricer = Pricer()
+    for _ in range(3):
+        assert pricer.cost("gpt-4o", Usage(1000, 500)) is None
+        assert pricer.tiers("gpt-4o", at=time.time()) == set()
+    assert [record.event for record in caplog.records] == ["no_price_list"] * broken.endswith("snapshot")
+
+
+def test_prices_that_are_no_numbers_are_no_prices(monkeypatch):
+    """Their arithmetic fails, and the answer is not lost to it."""
+    wrong = Rates(Decimal(0), {"input_mtok": ((-1, Decimal("sNaN")),)})
+    monkeypatch.setattr(Pricer, "_find_rates", lambda *_: wrong)
+    assert Pricer().cost("gpt-4o", Usage(1000, 0)) is None
+
+
+async def test_ready_needs_no_thread(monkeypatch):
+    """Where none can be started, it loads the list itself: an answer may wait for it."""
+
+    async def fail(*_args):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(asyncio, "to_thread", fail)
+    pricer = Pricer()
+    await pricer.ready()
+    assert pricer.cost("gpt-4o", Usage(1000, 0)) == Decimal("0.0025")
 
 
 def test_threads_share_a_pricer():

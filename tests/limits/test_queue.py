@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openai_eval_client import RateLimitConfig
-from openai_eval_client._limits.queue import ConcurrencyLimit, ModelQueue, State, Waiter
+from openai_eval_client._limits.queue import ConcurrencyLimit, ModelQueue, Waiter
 from openai_eval_client._wire.failures import Outcome
 from openai_eval_client._wire.headers import StatedLimit
 from openai_eval_client._wire.usage import Usage
@@ -120,7 +120,7 @@ def test_waiters_go_in_the_order_in_which_they_came(sizes, data) -> None:
     for size in sizes:
         queue.ask(size)
     while len(queue.admitted) < len(sizes) or running:
-        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        running = [t for _, t in queue.admitted if t.granted]
         assert len(running) <= 3
         if running and (len(running) == 3 or data.draw(st.booleans())):
             queue.finish(data.draw(st.sampled_from(running)))
@@ -145,7 +145,7 @@ def test_a_cancelled_waiter_leaves_no_trace(arrivals) -> None:
     for queue in (with_them, without):
         while queue.wait():
             pass
-    kept = [(time, t.tokens) for time, t in with_them.admitted if t.state is State.GRANTED]
+    kept = [(time, t.tokens) for time, t in with_them.admitted if t.granted]
     assert [tokens for _, tokens in kept] == [t.tokens for _, t in without.admitted]
     assert [time for time, _ in kept] == pytest.approx([time for time, _ in without.admitted])
     assert with_them.queue.concurrency.in_flight == len(kept)
@@ -290,8 +290,8 @@ def test_nothing_is_lost_whatever_happens_in_between(events, rpm, tpm, adaptive)
         queue.finish(waiter, took)
 
     for kind, amount, pick, seconds in events:
-        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
-        waiting = [t for t in asked if t.state is State.WAITING]
+        running = [t for _, t in queue.admitted if t.granted]
+        waiting = [t for t in asked if t.waits]
         if kind == "ask":
             asked.append(queue.ask(amount))
         elif kind == "wait":
@@ -305,7 +305,7 @@ def test_nothing_is_lost_whatever_happens_in_between(events, rpm, tpm, adaptive)
         elif kind in {"finish", "refuse"} and running:
             end(running[pick % len(running)], kind, amount)
     for _ in range(10_000):
-        running = [t for _, t in queue.admitted if t.state is State.GRANTED]
+        running = [t for _, t in queue.admitted if t.granted]
         if running:
             end(running[0], "finish", running[0].tokens)
         elif not queue.wait():

@@ -18,7 +18,7 @@ def ran(count=600, *, seconds=60.0, latency=0.5, reserved=100, used=90):
     moments = sorted([(at, 0) for at in starts] + [(at + latency, 1) for at in starts])
     for at, is_end in moments:
         if is_end:
-            timeline.ended("m", at, latency, 200, used)
+            timeline.ended("m", at, latency, used)
         else:
             timeline.admitted("m", at, at, reserved)
     return timeline.history()

@@ -1,6 +1,7 @@
-"""A thread that does jobs in groups, a lock for collected objects, starting a few requests in a turn."""
+"""A thread that does jobs in groups, a lock for collected objects, a fair queue, a few starts in a turn."""
 
 import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import threading
 
 import pytest
 
-from openai_eval_client._runtime.loops import Background, DeferringLock, StartThrottle
+from openai_eval_client._runtime.loops import Background, DeferringLock, FairQueue, Queued, StartThrottle
 
 
 async def test_jobs_that_wait_are_done_together() -> None:
@@ -89,6 +90,53 @@ def test_an_action_that_fails_leaves_the_lock_free() -> None:
     thread.start()
     thread.join(10)
     assert done == ["behind it", "another thread"]
+
+
+# --- the fair queue -----------------------------------------------------------------------------------------
+
+
+def test_the_lowest_turn_goes_first() -> None:
+    """Whenever it came, and whatever else has the same; what waits no more is passed over."""
+    queue: FairQueue[Queued] = FairQueue()
+    waiters = [Queued() for _ in range(6)]
+    for turn, waiter in zip((4, 2, 2, 0, 3, 1), waiters, strict=True):
+        queue.add(turn, waiter)
+    waiters[3].waits = waiters[4].waits = False
+    assert queue.waiting()[0] is waiters[5]
+    assert set(queue.waiting()[1:3]) == {waiters[1], waiters[2]}
+    assert queue.waiting()[3:] == [waiters[0]]
+    order = []
+    while (first := queue.first()) is not None:
+        order.append(first)
+        first.waits = False
+    assert order == [waiters[5], *sorted(waiters[1:3], key=id), waiters[0]]
+    assert not queue
+
+
+async def test_a_waiter_is_woken_on_its_own_loop() -> None:
+    """From another thread; with a result or an error; not where its loop was closed or it waits no more."""
+    loop = asyncio.get_running_loop()
+    answered, failed, cancelled = [Queued(future=loop.create_future()) for _ in range(3)]
+    cancelled.future.cancel()
+    assert await asyncio.to_thread(answered.wake)
+    assert await asyncio.to_thread(failed.wake, KeyError("no"))
+    assert await asyncio.to_thread(cancelled.wake)
+    assert await answered.future is None
+    with pytest.raises(KeyError, match="no"):
+        await failed.future
+    closed = asyncio.new_event_loop()
+    left = Queued(future=closed.create_future())
+    closed.close()
+    assert not left.wake()
+
+
+async def test_an_error_for_a_waiter_that_is_gone_is_not_reported() -> None:
+    """What waited may be dropped in the same turn; asyncio would log that nothing retrieved it."""
+    reported = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+    assert Queued(future=asyncio.get_running_loop().create_future()).wake(KeyError("no"))
+    gc.collect()
+    assert reported == []
 
 
 # --- a few in a turn ----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from openai_eval_client._stats import Failures
-from openai_eval_client._wire.failures import code_of
+from openai_eval_client._wire.failures import Outcome, code_of
 from openai_eval_client._wire.failures import refused as refused_with
 from openai_eval_client.errors import BudgetExceededError, sdk_httpx
 
@@ -79,7 +79,7 @@ def test_a_code_that_is_not_one_of_the_api_is_left_out(code):
 def test_failures_of_the_sdk_are_named_by_status_and_code(status, body, kind, code):
     """Of calls on the drop-in client only status and body are seen."""
     failures = Failures()
-    code_said = "" if status is None else refused_with(status, {}, body.encode()).failure.code
-    failures.refused("m", status, code_said, for_good=False)
+    outcome = Outcome() if status is None else refused_with(status, {}, body.encode())
+    failures.refused("m", outcome, for_good=False)
     (row,) = failures.rows()
     assert (row.kind, row.code, row.attempts) == (kind, code, 1)

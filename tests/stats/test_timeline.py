@@ -20,7 +20,7 @@ def after(events, start=1000.0):
         moments += [(now, 0, tokens, seconds), (now + seconds, 1, tokens, seconds)]
     for at, is_end, tokens, seconds in sorted(moments):
         if is_end:
-            timeline.ended("m", at, seconds, 200, tokens)
+            timeline.ended("m", at, seconds, tokens)
         else:
             timeline.admitted("m", at, at, tokens)
     return timeline.history()
@@ -80,9 +80,9 @@ def test_idle_time_is_left_out_and_waiting_is_not():
     """A notebook that is left alone overnight does not squeeze the run into one column."""
     timeline = Timeline()
     timeline.admitted("m", 0.0, 0.0, 1)
-    timeline.ended("m", 2.0, 2.0, 200, 1)
+    timeline.ended("m", 2.0, 2.0, 1)
     timeline.admitted("m", 50_002.0, 50_002.0, 1)
-    timeline.ended("m", 50_003.0, 1.0, 200, 1)
+    timeline.ended("m", 50_003.0, 1.0, 1)
     timeline.admitted("m", 50_004.0, 50_304.0, 1)  # a pause of the server
     history = timeline.history()
     assert history.breaks == {1: 50_000.0}  # two seconds an interval by now
@@ -103,7 +103,7 @@ def test_breaks_are_joined_when_intervals_are():
     for _ in range(2000):
         timeline.admitted("m", now, now, 1)
         now += 5
-        timeline.ended("m", now, 5.0, 200, 1)
+        timeline.ended("m", now, 5.0, 1)
         now += 20
     history = timeline.history()
     assert len(history.breaks) <= BINS
@@ -127,7 +127,7 @@ def test_ends_are_told_apart():
     timeline = Timeline()
     for status, used in ((200, 7), (429, None), (500, None), (None, None), (None, 0)):
         timeline.admitted("m", 0.0, 0.0, 1)
-        timeline.ended("m", 0.1, 0.1, status, used)
+        timeline.ended("m", 0.1, 0.1, used, rate_limited=status == 429)
     recorded = timeline.history().models["m"]
     assert (sum(recorded.used), sum(recorded.rate_limited), sum(recorded.failed)) == (7, 1, 2)
     assert timeline._in_flight == 0
@@ -138,7 +138,7 @@ def test_events_out_of_order_are_taken_as_of_now():
     timeline = Timeline()
     timeline.admitted("m", 5.0, 5.0, 1)
     timeline.admitted("m", 4.0, 4.0, 1)
-    timeline.ended("m", 3.0, 1.0, 200, 1)
+    timeline.ended("m", 3.0, 1.0, 1)
     history = timeline.history()
     assert history.seconds == 0.0
     assert sum(history.models["m"].admitted) == 2

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openai_eval_client._tokens.counter import TokenCounter, image_tokens, put
+from openai_eval_client._wire import Parameters, Usage, read_answer, usage_of
 
 WEATHER = {
     "type": "function",
@@ -326,6 +327,39 @@ async def test_an_unknown_model_learns_from_its_answers(counter):
         counter.observe("learner", counted, 7 + 2 * direct(text))
     assert await counter.count_input(body) == pytest.approx(7 + 2 * direct(text), rel=0.01)
     assert await counter.count_input(chat(text, model="other")) == counted
+
+
+@pytest.mark.parametrize(
+    ("known", "counts"),
+    [
+        (None, (9, 2, 0)),
+        ({"prompt_tokens": 1200, "completion_tokens": None}, (1200, 2, 0)),
+        ({"prompt_tokens": None, "completion_tokens": 500, "reasoning_tokens": 480}, (9, 500, 480)),
+        ({"prompt_tokens": 100, "completion_tokens": "x", "total_tokens": 2150}, (100, 2050, 0)),
+    ],
+)
+async def test_what_a_server_did_count_is_in_the_estimate(counter, known, counts):
+    """Its input in place of ours, its output where that is more than the text comes to."""
+    message = {"role": "assistant", "content": "hello there"}
+    body = {"model": "gpt-4o", "choices": [{"index": 0, "message": message}], "usage": known}
+    parameters = Parameters(api="chat", model="gpt-4o", timeout=1, body={})
+    response = read_answer(
+        body, parameters, usage=usage_of(body), temperature=None, request_id=None, latency=0
+    )
+    estimate = await counter.estimate_usage(response, 9, "flex")
+    assert estimate == Usage(
+        *counts[:2], reasoning_tokens=counts[2], model="gpt-4o", service_tier="flex", estimated=True
+    )
+    assert response.usage.total_tokens == sum(counts[:2])
+    assert response.usage.estimated
+
+
+async def test_a_count_of_nothing_corrects_nothing(counter):
+    """No input has no tokens: it could not be read."""
+    body = {"model": "acme/unknown", "prompt": "a word " * 100}
+    counted = await counter.count_input(body)
+    counter.observe("acme/unknown", counted, 0)
+    assert await counter.count_input(body) == counted
 
 
 async def test_answers_that_come_late_do_not_correct_twice(counter):

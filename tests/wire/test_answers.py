@@ -329,7 +329,7 @@ def test_raw_has_what_no_field_has():
 
 @pytest.mark.parametrize(
     "usage",
-    [None, {}, [], "many", 7, {"prompt_tokens": None}, {"prompt_tokens": "11"}, {"total_tokens": 33}],
+    [None, {}, [], "many", 7, {"prompt_tokens": None}, {"prompt_tokens": "eleven"}, {"total_tokens": -1}],
 )
 def test_missing_usage_is_marked(usage):
     """The caller then puts an estimate in its place."""
@@ -344,7 +344,7 @@ def test_missing_usage_is_marked(usage):
         ({"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}, (11, 22, 33, 0, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 22}, (11, 22, 33, 0, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": None}, (11, 22, 33, 0, 0)),
-        ({"prompt_tokens": 11, "completion_tokens": None}, (11, 0, 11, 0, 0)),
+        ({"prompt_tokens": "11", "completion_tokens": 22.0, "total_tokens": 40}, (11, 29, 40, 0, 0)),
         (
             {
                 "prompt_tokens": 11,

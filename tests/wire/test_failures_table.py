@@ -18,7 +18,6 @@ from openai_eval_client._wire.failures import (
     Kind,
     Scope,
     forget_key,
-    meaning_of,
     outcome_of,
     read_failure,
     refused,
@@ -182,20 +181,23 @@ def test_a_circle_of_causes_is_followed_once():
 
 
 @pytest.mark.parametrize(
-    ("name", "meaning"),
+    ("error", "meaning"),
     [
-        ("TimeoutError", "no answer within timeout"),
-        ("APIConnectionError", "the connection failed, or the answer was cut short"),
-        ("APIResponseValidationError", "what came was no answer"),
-        ("BudgetExceededError", "max_cost left too little; not sent"),
-        ("RequestTooLargeError", "more tokens than the limit can ever admit; not sent"),
-        ("ValidationError", "the input is wrong; not sent"),
-        ("BatchError", "see the exception"),
+        (TimeoutError("no answer", request=None), "no answer within timeout"),
+        (connection_error(), "the connection failed, or the answer was cut short"),
+        (caused_by(connection_error(), "ConnectError"), "no connection to the server"),
+        (unreadable(), "what came was no answer"),
+        (BudgetExceededError("m"), "max_cost left too little; not sent"),
+        (RequestTooLargeError("m", tokens=9, limit=1), "more tokens than the limit can ever admit; not sent"),
+        (ValidationError("m", field="prompt"), "the input is wrong; not sent"),
+        (error_of(429, None, "too many concurrent requests"), "too many requests in flight"),
+        (error_of(403, None, "flagged"), "the provider refuses the content"),
+        (ValueError("m"), "see the exception"),
     ],
 )
-def test_an_error_without_a_status_has_a_meaning(name, meaning):
-    """By the name of its class."""
-    assert meaning_of(name, None, "") == meaning
+def test_an_error_has_a_meaning_for_a_reader(error, meaning):
+    """By the row of the table that it fits."""
+    assert read_failure(error).meaning == meaning
 
 
 @pytest.mark.parametrize(

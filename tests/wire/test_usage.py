@@ -8,8 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openai_eval_client import AsyncOpenAI
+from openai_eval_client._wire import usage as usage_module
 from openai_eval_client._wire.requests import endpoint_of, max_output
-from openai_eval_client._wire.usage import _TAIL, Tail, Usage, read_usage, usage_of
+from openai_eval_client._wire.usage import (
+    _COUNTS,
+    _LARGEST_USAGE,
+    _TAIL,
+    _TRIES,
+    Tail,
+    Usage,
+    read_json,
+    read_usage,
+    usage_of,
+)
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -105,19 +116,44 @@ def test_no_request_reserves_less_than_zero(limit, choices):
     assert (max_output({"max_tokens": limit, "n": choices}) or 0) >= 0
 
 
+def in_all(used):
+    """Return input, output, and whether the counts are not all the server's."""
+    return used and (used.prompt_tokens, used.completion_tokens, used.estimated)
+
+
 @pytest.mark.parametrize(
     ("usage", "counts"),
     [
-        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, (3, 4)),
-        ({"input_tokens": 3, "output_tokens": 4}, (3, 4)),
-        ({"prompt_tokens": 3, "total_tokens": 3}, (3, 0)),
-        ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0)),
-        ({"prompt_tokens": 0, "completion_tokens": 0}, (0, 0)),
-        ({"prompt_tokens": None, "completion_tokens": 4}, None),
-        ({"prompt_tokens": "3", "completion_tokens": "4"}, None),
-        ({"total_tokens": 7}, None),
-        ({"prompt_tokens": -3, "completion_tokens": 4}, None),
-        ({"prompt_tokens": 3, "completion_tokens": -4}, (3, 0)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}, (3, 4, False)),
+        ({"input_tokens": 3, "output_tokens": 4}, (3, 4, False)),
+        ({"prompt_tokens": 3, "total_tokens": 3}, (3, 0, False)),
+        ({"prompt_tokens": 3, "total_tokens": 7}, (3, 4, False)),
+        ({"prompt_tokens": 0, "completion_tokens": 0}, (0, 0, False)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": None}, (3, 4, False)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "prompt_tokens_details": None}, (3, 4, False)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "input_tokens": None}, (3, 4, False)),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "input_tokens": 3, "output_tokens": 4}, (3, 4, False)),
+        ({"prompt_tokens": 1200.0, "completion_tokens": 22.5}, (1200, 23, False)),
+        ({"prompt_tokens": "3", "completion_tokens": " 4.0 ", "total_tokens": "9"}, (3, 6, True)),
+        # Counts that cannot be read: what can be counts at least.
+        ({"prompt_tokens": 3}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": None}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": None, "total_tokens": 7}, (3, 4, True)),
+        ({"prompt_tokens": 3, "completion_tokens": "many"}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": -4}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": True}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": [4]}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": float("nan")}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": float("inf")}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": 10**15}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": 10**5000}, (3, 0, True)),
+        ({"prompt_tokens": 3, "completion_tokens": "9" * 5000}, (3, 0, True)),
+        ({"prompt_tokens": None, "completion_tokens": 4}, (0, 4, True)),
+        ({"prompt_tokens": -3, "completion_tokens": 4, "total_tokens": 7}, (3, 4, True)),
+        ({"prompt_tokens": 3, "completion_tokens": 4, "cached_tokens": "some"}, (3, 4, True)),
+        ({"total_tokens": 7}, (7, 0, True)),
+        ({"total_tokens": -7}, None),
+        ({"prompt_tokens": None, "completion_tokens": "many"}, None),
         ({}, None),
         (None, None),
         ("usage", None),
@@ -128,7 +164,140 @@ def test_no_request_reserves_less_than_zero(limit, choices):
 def test_usage_of_any_endpoint(usage, counts):
     """It is read of chat, completions, responses and embeddings; None if there are no counts."""
     used = usage_of({"usage": usage})
-    assert (used and (used.prompt_tokens, used.completion_tokens)) == counts
+    assert in_all(used) == counts
+    assert used is None or used.partial is used.estimated
+
+
+def test_embeddings_have_no_output():
+    """Nor a total always: nothing is missing."""
+    body = {"object": "list", "data": [], "usage": {"prompt_tokens": 3}}
+    assert usage_of(body) == Usage(3, 0)
+
+
+# What servers send, shortened, and what it is: https://docs.x.ai/docs/guides/reasoning,
+# https://ai.google.dev/gemini-api/docs/openai, https://docs.perplexity.ai, https://api-docs.deepseek.com,
+# https://platform.kimi.ai/docs/api/chat, https://openrouter.ai/docs/use-cases/usage-accounting,
+# https://docs.anthropic.com/en/docs/build-with-claude/prompt-caching, https://docs.litellm.ai
+SERVERS = {
+    "OpenAI: reasoning within the output": (
+        {"prompt_tokens": 75, "completion_tokens": 1186, "total_tokens": 1261,
+         "completion_tokens_details": {"reasoning_tokens": 1024, "accepted_prediction_tokens": 0}},
+        Usage(75, 1186, reasoning_tokens=1024),
+    ),
+    "xAI: reasoning beside the output": (
+        {"prompt_tokens": 10120, "completion_tokens": 1499, "total_tokens": 14428,
+         "completion_tokens_details": {"reasoning_tokens": 2809}},
+        Usage(10120, 4308, reasoning_tokens=2809),
+    ),
+    "xAI: nothing but reasoning": (
+        {"prompt_tokens": 21, "completion_tokens": 0, "total_tokens": 81,
+         "completion_tokens_details": {"reasoning_tokens": 60}},
+        Usage(21, 60, reasoning_tokens=60),
+    ),
+    "Gemini: thoughts in the total alone": (
+        {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 2150}, Usage(100, 2050)
+    ),
+    "a gateway whose total leaves the reasoning out": (
+        {"prompt_tokens": 32, "completion_tokens": 9, "total_tokens": 41,
+         "completion_tokens_details": {"reasoning_tokens": 94}},
+        Usage(32, 103, reasoning_tokens=94),
+    ),
+    "Perplexity: reasoning at the top": (
+        {"prompt_tokens": 33, "completion_tokens": 7163, "total_tokens": 7196, "citation_tokens": 20016,
+         "num_search_queries": 18, "reasoning_tokens": 73997, "cost": {"total_cost": 0.81}},
+        Usage(33, 81160, reasoning_tokens=73997),
+    ),
+    "DeepSeek": (
+        {"prompt_tokens": 100, "prompt_cache_hit_tokens": 80, "prompt_cache_miss_tokens": 20,
+         "completion_tokens": 50, "total_tokens": 150},
+        Usage(100, 50, 80),
+    ),
+    "Moonshot": (
+        {"prompt_tokens": 19, "completion_tokens": 13, "total_tokens": 32, "cached_tokens": 12},
+        Usage(19, 13, 12),
+    ),
+    "Mistral": (
+        {"prompt_tokens": 19, "completion_tokens": 13, "total_tokens": 32, "num_cached_tokens": 12},
+        Usage(19, 13, 12),
+    ),
+    "OpenRouter": (
+        {"prompt_tokens": 194, "completion_tokens": 2, "total_tokens": 196, "cost": 0.95,
+         "cost_details": {"upstream_inference_cost": 19},
+         "prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 100, "audio_tokens": 0}},
+        Usage(194, 2, 0, 100),
+    ),
+    "LiteLLM: twice the same": (
+        {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105, "cache_read_input_tokens": 60,
+         "cache_creation_input_tokens": 30,
+         "prompt_tokens_details": {"cached_tokens": 60, "cache_creation_tokens": 30, "text_tokens": None}},
+        Usage(100, 5, 60, 30),
+    ),
+    "DashScope": (
+        {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105,
+         "prompt_tokens_details": {"cached_tokens": 0, "cache_creation_input_tokens": 90,
+                                   "cache_creation": {"ephemeral_5m_input_tokens": 90}}},
+        Usage(100, 5, 0, 90),
+    ),
+    "Anthropic: the cache beside the input": (
+        {"input_tokens": 7, "output_tokens": 5, "cache_read_input_tokens": 2000,
+         "cache_creation_input_tokens": 300,
+         "cache_creation": {"ephemeral_5m_input_tokens": 100, "ephemeral_1h_input_tokens": 200}},
+        Usage(2307, 5, 2000, 300, long_write_tokens=200),
+    ),
+    "Anthropic: less cache than input": (
+        {"input_tokens": 70, "output_tokens": 5, "cache_read_input_tokens": 20}, Usage(90, 5, 20)
+    ),
+    "Anthropic's names, in a total that holds them": (
+        {"input_tokens": 70, "output_tokens": 5, "total_tokens": 75, "cache_read_input_tokens": 20},
+        Usage(70, 5, 20),
+    ),
+    "a total with the cache beside the input": (
+        {"input_tokens": 5233, "output_tokens": 2643, "total_tokens": 62660,
+         "input_tokens_details": {"cached_tokens": 54784}},
+        Usage(60017, 2643, 54784),
+    ),
+    "the same, with less cache than input": (
+        {"input_tokens": 5233, "output_tokens": 2643, "total_tokens": 11876,
+         "input_tokens_details": {"cached_tokens": 4000}},
+        Usage(9233, 2643, 4000),
+    ),
+    "more sound than there is": (
+        {"prompt_tokens": 10, "completion_tokens": 5, "prompt_tokens_details": {"audio_tokens": 12},
+         "completion_tokens_details": {"audio_tokens": 6}},
+        Usage(10, 5, audio_input_tokens=10, audio_output_tokens=5),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("usage", "used"), SERVERS.values(), ids=SERVERS)
+def test_totals_and_parts_of_many_servers(usage, used):
+    """What a total has beyond input and output is output; the cache has many names, in the input or not."""
+    assert usage_of({"usage": usage}) == used
+
+
+NUMBERS = st.integers() | st.floats() | st.integers(0, 5000).map(str) | st.integers(0, 5000)
+ANYTHING = st.none() | st.booleans() | NUMBERS | st.text(max_size=9)
+NAMES = st.sampled_from(
+    [*_COUNTS, "audio_tokens", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens", "cost"]
+)
+ANY_USAGE = st.dictionaries(NAMES, ANYTHING | st.dictionaries(NAMES, ANYTHING, max_size=5), max_size=9)
+
+
+@given(ANY_USAGE | st.recursive(ANYTHING, lambda inner: st.lists(inner) | st.dictionaries(NAMES, inner)))
+def test_any_usage_has_counts_that_fit_together(usage):
+    """None is negative, no part is larger than its whole, and nothing the server counted is left out."""
+    used = usage_of({"usage": usage, "model": "gpt-4o"})
+    if used is None:
+        return
+    cached, written = used.cached_tokens, used.cache_write_tokens
+    assert min(count for count in used if type(count) is int) >= 0
+    assert cached + written <= used.prompt_tokens >= used.audio_input_tokens
+    assert used.long_write_tokens <= written
+    assert max(used.audio_output_tokens, used.reasoning_tokens) <= used.completion_tokens
+    stated = {name: value for name, value in usage.items() if type(value) is int and 0 <= value <= 10**9}
+    assert used.prompt_tokens >= max(stated.get("prompt_tokens", 0), stated.get("input_tokens", 0))
+    assert used.completion_tokens >= max(stated.get("completion_tokens", 0), stated.get("output_tokens", 0))
+    assert used.prompt_tokens + used.completion_tokens >= stated.get("total_tokens", 0)
 
 
 def counts_in(tail):
@@ -301,7 +470,8 @@ def test_a_long_answer_names_no_model(size):
 
 def test_large_embeddings_name_their_model():
     """The name is right before the usage."""
-    body = {"data": ["x" * (2 * _TAIL)], "model": "text-embedding-3-small", "usage": {"prompt_tokens": 9}}
+    usage = {"prompt_tokens": 9, "total_tokens": 9}
+    body = {"data": ["x" * (2 * _TAIL)], "model": "text-embedding-3-small", "usage": usage}
     for indent in (None, 2):
         used = read_usage(json.dumps(body, indent=indent).encode())
         assert used == Usage(9, 0, model="text-embedding-3-small")
@@ -316,6 +486,36 @@ def test_the_details_of_transcriptions_are_read():
         "input_token_details": {"audio_tokens": 13},
     }
     assert usage_of({"text": "hello", "usage": usage}) == Usage(14, 45, audio_input_tokens=13)
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [b'"usage":{', b'"usage":{},', b'data: {"usage":{}}\n\n', b'"model":"x","usage":{"a":1},', b'"usage"  '],
+)
+@pytest.mark.parametrize("start", [b"", b"data: {"])
+def test_reading_takes_no_more_than_a_few_looks_at_any_body(repeated, start, monkeypatch):
+    """A megabyte of the word is as quick as a page of it: each line is decoded once, and few objects."""
+    looked = []
+
+    def counted(name, data_of):
+        read = getattr(usage_module, name)
+        monkeypatch.setattr(usage_module, name, lambda *a: looked.append(data_of(*a)) or read(*a))
+
+    counted("read_object", len)
+    counted("_read_cut", lambda *_: _LARGEST_USAGE)
+    tail = start + repeated * (1_000_000 // len(repeated))
+    assert read_usage(tail) is None
+    assert len(looked) <= 2 * _TRIES
+    assert sum(looked) <= 2 * len(tail) + _TRIES * _LARGEST_USAGE
+    assert counts_in(tail + b'\n{"x": 1, "usage": {"prompt_tokens": 1, "completion_tokens": 2}') == (1, 2)
+
+
+def test_a_number_of_any_length_is_no_count():
+    """It hides neither the answer nor the other counts: Python refuses to make an int of it."""
+    body = b'{"usage": {"prompt_tokens": 3, "completion_tokens": 1%s}, "choices": [1]}' % (b"0" * 20_000)
+    assert read_json(body)["choices"] == [1]
+    assert in_all(read_usage(body)) == (3, 0, True)
+    assert in_all(read_usage(b"data" + body)) is None
 
 
 def test_an_empty_stream_has_an_empty_tail():
