@@ -192,7 +192,7 @@ def test_a_circle_of_causes_is_followed_once():
         (ValidationError("m", field="prompt"), "the input is wrong; not sent"),
         (error_of(429, None, "too many concurrent requests"), "too many requests in flight"),
         (error_of(403, None, "flagged"), "the provider refuses the content"),
-        (ValueError("m"), "see the exception"),
+        (ValueError("m"), "see its message"),
     ],
 )
 def test_an_error_has_a_meaning_for_a_reader(error, meaning):
