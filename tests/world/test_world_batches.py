@@ -7,7 +7,7 @@ from decimal import Decimal
 
 import openai
 import pytest
-from wire_rows import connect
+from wire_rows import KEY, connect
 from wire_server import USD, chat, response, serving
 
 from openai_eval_client import BatchRequest
@@ -15,7 +15,8 @@ from openai_eval_client import BatchRequest
 pytestmark = pytest.mark.usefixtures("no_pauses", "few_certificates")
 BODY = chat()
 TEXT = json.dumps(BODY)
-REFUSED = {"error": {"message": "the tank is empty", "code": None, "type": "x", "param": None}}
+WORDS = "the tank is empty"
+REFUSED = {"error": {"message": WORDS, "code": None, "type": "x", "param": None}}
 HALF = str(Decimal(USD) / 2)
 
 
@@ -50,6 +51,7 @@ FAILURES = {
     "status_code as text, rate limited": (line(REFUSED, "429"), "the tank is empty", "0"),
     "body as a JSON text, refused": (line(json.dumps(REFUSED), 400), "the tank is empty", "0"),
     "body as plain text, refused": (line("the tank is empty", 500), "the tank is empty", "0"),
+    "body as half a JSON text, refused": (line('{"error": {"message": "the tank is empty"', 400), WORDS, "0"),
     "body as a list, refused": (line([REFUSED], 429), "the tank is empty", "0"),
     "body as a text, refused": (line({"error": "the tank is empty"}, 400), "the tank is empty", "0"),
     "refused in a 200": (line(REFUSED), "the tank is empty", "0"),
@@ -109,6 +111,13 @@ async def test_a_line_that_holds_none(raw, words, usd):
     assert isinstance(outcome, openai.OpenAIError), repr(outcome)
     assert words in str(outcome)
     assert usd is None or cost == Decimal(usd)
+
+
+async def test_a_key_in_a_line_stays_there():
+    """Servers echo what they refuse; the error does not."""
+    for body in ({"error": {"message": f"bad key {KEY}"}}, {"detail": f"no {KEY}"}, f"{KEY}?", [KEY]):
+        outcome, _ = await settled(line(body, 401))
+        assert KEY not in f"{outcome!r} {outcome} {getattr(outcome, 'body', None)}"
 
 
 async def test_a_response_that_failed():
