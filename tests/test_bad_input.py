@@ -254,7 +254,7 @@ ANSWERED = [
 
 @pytest.fixture(scope="module")
 def running():
-    with SimulatedServer() as server:
+    with SimulatedServer(lenient=True) as server:
         yield server
 
 

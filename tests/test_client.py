@@ -72,7 +72,7 @@ async def test_what_is_not_given_is_not_sent() -> None:
 
 async def test_other_parameters_go_to_the_api() -> None:
     """System prompt, chat parameters, extra_body and extra_headers arrive; n choices come back."""
-    with SimulatedServer() as server:
+    with SimulatedServer(lenient=True) as server:
         async with connect(server) as client:
             response = await client.generate_response(
                 "hello",

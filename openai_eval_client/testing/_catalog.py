@@ -81,20 +81,23 @@ def _limited(**headers: str) -> Refusal:
 
 
 HTML_TYPE = {"content-type": "text/html; charset=utf-8"}
+SORRY = "The server had an error while processing your request. Sorry about that!"
+DOCS = "read the docs: https://platform.openai.com/docs/guides/error-codes/api-errors."
 BILLING = "You exceeded your current quota, please check your plan and billing details."
+QUOTA = f"{BILLING} For more information on this error, {DOCS}"
 RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "{wait}s"}
 EXHAUSTED = {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": BILLING}
 RETRY_IN = {**EXHAUSTED, "message": f"{BILLING} Please retry in {{wait}}s."}
 FLAGGED = {"reasons": ["violence"], "flagged_input": "hello", "provider_name": "OpenAI"}
 REFUSALS: dict[str, Refusal] = {
     # the server's own trouble, and a rate
-    "500": _said(500, "The server had an error while processing your request.", None, "server_error"),
+    "500": _said(500, SORRY, None, "server_error"),
     "503": _said(503, "The engine is currently overloaded, please try again later.", None, "server_error"),
     "408": _said(408, "Request timed out.", None, "server_error"),
     "409": _said(409, "The resource was updated by another request."),
     "429": _limited(),
     # no money is left: the API's codes, whatever their type, and other servers' words
-    "insufficient_quota": _said(429, BILLING, "insufficient_quota", "insufficient_quota"),
+    "insufficient_quota": _said(429, QUOTA, "insufficient_quota", "insufficient_quota"),
     "billing_not_active": _said(429, BILLING, "billing_not_active", "billing_not_active"),
     "credit_balance_exhausted": _said(429, BILLING, "credit_balance_exhausted", "requests"),
     "organization_spend_limit_exceeded": _said(429, BILLING, "organization_spend_limit_exceeded", "tokens"),
@@ -208,8 +211,8 @@ SPOILERS: dict[str, Callable[[Json], Json]] = {
     "failed_rate_limit": partial(_failed, code="rate_limit_exceeded", status=429),
     "failed_half": partial(_failed, code="server_error", status=502, kept=0.5),
     "finish_error": partial(_failed, code=None, status=None),
-    "cancelled": partial(_ended, status="cancelled"),
-    "in_progress": partial(_ended, status="in_progress"),
+    "status_cancelled": partial(_ended, status="cancelled"),
+    "status_in_progress": partial(_ended, status="in_progress"),
     "filtered": _filtered,
     "error_beside": lambda body: {**body, "error": {"code": 502, "message": UPSTREAM}},
     "empty": partial(_answers, value=[]),

@@ -66,8 +66,8 @@ class SimulatedServer(Options):
             "sse" (events unasked), "slow_drip" (byte by byte, over one second more than the latency),
             "malformed_headers" (nonsense in x-ratelimit-* and retry-after).
             A 200 that is no answer: "failed", "failed_rate_limit", "failed_half", "finish_error",
-            "cancelled", "in_progress" (the last two for responses alone), "error_beside", "empty" (no
-            choices), "wrong_types"; "filtered" ends one by a content filter. Usage: "null_usage",
+            "status_cancelled", "status_in_progress" (of a response), "error_beside", "empty" (no choices),
+            "wrong_types"; "filtered" is ended by a content filter. Usage: "null_usage",
             "no_usage", "reasoning_outside" (of the completion), "float_usage", "negative_usage",
             "huge_usage", "text_usage", "null_counts", "cached_hits", "cached_beside" (other servers'
             names). A service_tier that was not asked for: "priority", "fast".
@@ -104,10 +104,11 @@ class SimulatedServer(Options):
             neither as completed nor as failed.
             "lines": outcomes of the first lines in input order; the others are "ok". In the output file:
             "ok", "duplicate" (twice), "unknown_id" (and one more, under an id never sent), "truncated" (its
-            first half), "null_body" (status 200, body null), "no_usage", "garbage" (the body is HTML). In
-            the error file: "400", "429", "500" (the API's errors), "expired", "cancelled", "timeout" (no
-            response but an error), "status_0" (status 0, body null). In both: "duplicate_error". In neither:
-            "missing".
+            first half), "null_body" (status 200, body null), "garbage" (the body is HTML), "status_text"
+            and "body_text" (a text in place of the number or object), and of the faults a 200 that is no
+            answer, usage and a tier. In the error file: "400", "429", "500" (the API's errors), "expired",
+            "cancelled", "timeout" (no response but an error), "status_0" (status 0, body null). In both:
+            "duplicate_error". In neither: "missing".
             "output_file", "error_file": False leaves the file out although there are lines for it, "" is
             shown as its id, "empty" is a file of no bytes, "gone" an id that leads nowhere.
             "counts", "errors": shown in place of the true request_counts and errors.data.

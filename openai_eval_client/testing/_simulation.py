@@ -152,10 +152,12 @@ class Simulation:
         if isinstance(scripted, Refusal):
             exchange.fault = SCRIPTED
             return ask, scripted
-        exchange.fault = self._faults.draw() if scripted is None else scripted
-        if exchange.fault not in (None, *FAULTS):
-            exchange.fault, text = None, exchange.fault
-            return (ask if text == "ok" else replace(ask, text=text)), None
+        if scripted is None:
+            exchange.fault = self._faults.draw()
+        elif scripted in FAULTS:
+            exchange.fault = scripted
+        elif scripted != "ok":
+            ask = replace(ask, text=scripted)
         refusal = REFUSALS.get(exchange.fault or "")
         if refusal and refusal.tier not in (None, ask.body.get("service_tier")):
             exchange.fault = refusal = None
@@ -171,11 +173,11 @@ class Simulation:
     def _bill_given(self, exchange: Exchange, body: Any) -> None:
         """Bill an answer that a script gives by the usage that it states."""
         usage = body.get("usage") if isinstance(body, Mapping) else None
-        total = usage.get("total_tokens") if isinstance(usage, Mapping) else None
-        exchange.served = isinstance(total, int)
-        if usage and isinstance(total, int):
-            exchange.prompt_tokens = usage.get("prompt_tokens", usage.get("input_tokens", 0))
-            exchange.completion_tokens = total - exchange.prompt_tokens
+        stated = usage if isinstance(usage, Mapping) else {}
+        prompt, total = stated.get("prompt_tokens", stated.get("input_tokens")), stated.get("total_tokens")
+        if isinstance(prompt, int) and isinstance(total, int):
+            exchange.served = True
+            exchange.prompt_tokens, exchange.completion_tokens = prompt, total - prompt
         self._settle(exchange, total if isinstance(total, int) else 0)
 
     def _write(self, exchange: Exchange, endpoint: Generation, ask: Ask) -> dict[str, Any]:

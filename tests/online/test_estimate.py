@@ -61,7 +61,7 @@ async def test_a_run_costs_what_the_bounds_say(options) -> None:
         def counts(text: str) -> int:
             return len(tiktoken.get_encoding("cl100k_base").encode_ordinary(text)) + 1
 
-    with SimulatedServer(count_tokens=counts) as server:
+    with SimulatedServer(count_tokens=counts, lenient=True) as server:
         async with connect(server) as client:
             estimate = await client.estimate(prompts, **options)
             assert server.calls == []

@@ -132,10 +132,10 @@ async def test_the_order_of_the_lines_is_the_seeds():
     assert orders[0] == orders[1] != orders[2]
 
 
-async def test_a_line_the_endpoint_refuses_fails_alone(server):
+async def test_a_line_the_endpoint_refuses_fails_alone():
     """Refusals are written with the API's error, and so is what trips the simulation itself."""
     content = jsonl(asking(0), asking(1, messages="hello"), asking(2, tools=[1]), asking(3, n="two"))
-    async with client(server) as sdk:
+    async with SimulatedServer(batch_seconds=0.02, lenient=True) as server, client(server) as sdk:
         batch = await finished(sdk, content)
         failed = {line["custom_id"]: line for line in await read_lines(sdk, batch.error_file_id)}
     assert batch.request_counts.model_dump() == {"total": 4, "completed": 1, "failed": 3}

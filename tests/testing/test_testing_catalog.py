@@ -14,6 +14,7 @@ from simulated_calls import CHAT, client, error_of, events_of, send
 from openai_eval_client.testing import SimulatedServer
 from openai_eval_client.testing._catalog import REASONING, REFUSALS, SPOILERS
 from openai_eval_client.testing._faults import FAULTS
+from openai_eval_client.testing._options import OUTCOMES
 
 ASKED = {"model": "m", "input": "hello there"}
 
@@ -31,6 +32,7 @@ def test_every_fault_is_documented():
     """The help names each fault once or more, and no name stands for two."""
     assert [fault for fault in FAULTS if f'"{fault}"' not in SimulatedServer.__doc__] == []
     assert len(set(FAULTS)) == len(FAULTS)
+    assert len(set(OUTCOMES)) == len(OUTCOMES)
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
@@ -96,8 +98,8 @@ def test_an_answer_can_fail_with_status_200(fault):
 def test_other_answers_that_are_none():
     """Statuses of a response, an error beside, no choices, choices of another type."""
     for status in ("cancelled", "in_progress"):
-        assert answered(status, ASKED, "/responses")[2]["status"] == status
-        assert answered(status)[2]["choices"]
+        assert answered(f"status_{status}", ASKED, "/responses")[2]["status"] == status
+        assert answered(f"status_{status}")[2]["choices"]
     assert answered("error_beside")[2].keys() >= {"choices", "error"}
     assert (answered("empty")[2]["choices"], answered("empty", ASKED, "/responses")[2]["output"]) == ([], [])
     assert answered("wrong_types")[2]["choices"] == "none"

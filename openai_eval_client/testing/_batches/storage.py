@@ -62,35 +62,26 @@ class Storage:
         exchange.extra = self.responses.headers(done)
         return await self._download(exchange, done) if isinstance(done, StoredFile) else done
 
-    async def _act(  # noqa: C901, PLR0911 - one for each endpoint
+    async def _act(
         self, name: str, ident: str, given: Form | Json | bytes, query: Query
     ) -> Json | StoredFile:
-        match name, given:
-            case "upload", Form() as form:
-                return self._files.upload(form).as_json()
-            case "list_files", _:
-                return self._files.list(query)
-            case "retrieve_file", _:
-                return self._files.get(ident).as_json()
-            case "content", _:
-                return self._files.get(ident)
-            case "delete", _:
-                return self._files.delete(ident)
-            case "create", dict() as body:
-                return await self._batches.create(body)
-            case "list", _:
-                return self._batches.list(query)
-            case "retrieve", _:
-                return self._batches.get(ident).as_json()
-            case "cancel", _:
-                return self._batches.get(ident).cancel()
-            case "retrieve_response", _:
-                return self.responses.get(ident).poll()
-            case "cancel_response", _:
-                return self.responses.get(ident).cancel()
-            case "delete_response", _:
-                return self.responses.delete(ident)
-        raise AssertionError(f"{name} is not an endpoint of what is stored")
+        if name == "upload" and isinstance(given, Form):
+            return self._files.upload(given).as_json()
+        if name == "create" and isinstance(given, dict):
+            return await self._batches.create(given)
+        acts: dict[str, Callable[[], Json | StoredFile]] = {
+            "list_files": lambda: self._files.list(query),
+            "retrieve_file": lambda: self._files.get(ident).as_json(),
+            "content": lambda: self._files.get(ident),
+            "delete": lambda: self._files.delete(ident),
+            "list": lambda: self._batches.list(query),
+            "retrieve": lambda: self._batches.get(ident).as_json(),
+            "cancel": lambda: self._batches.get(ident).cancel(),
+            "retrieve_response": lambda: self.responses.get(ident).poll(),
+            "cancel_response": lambda: self.responses.get(ident).cancel(),
+            "delete_response": lambda: self.responses.delete(ident),
+        }
+        return acts[name]()
 
     async def _download(self, exchange: Exchange, file: StoredFile) -> web.StreamResponse:
         """Send a file, or a range of it; the fault "truncate" sends half of that and closes."""

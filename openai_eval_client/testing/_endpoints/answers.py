@@ -70,6 +70,7 @@ class Generation:
     def understand(self, body: Json, count: Count, *, lenient: bool) -> Ask:
         """Return the request of a body; raise a 400 for one that the API refuses."""
         if not lenient:
+            model_of(body)
             self.check(body)
         return self.read(body, count)
 
