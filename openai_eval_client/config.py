@@ -34,7 +34,7 @@ _NOT_IN_HEADERS = "holds white space or characters that no HTTP header may carry
 
 Count = Annotated[int, Field(strict=True, gt=0)]
 Seconds = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-Dollars = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 
 
 class _Config(BaseModel):
@@ -115,9 +115,9 @@ class OpenAIConfig(_Config):
     default_model: Annotated[str, Field(pattern=r"\S")] = "gpt-3.5-turbo"
     timeout: Seconds = 30.0
     max_retries: Annotated[int, Field(strict=True, ge=0)] = 3
-    max_cost: Dollars | None = None
+    max_cost: NotNegative | None = None
     background_timeout: Seconds = 3600.0
-    flex_fallback: Annotated[float, Field(ge=0)] | None = None
+    flex_fallback: NotNegative | None = None
 
     @field_validator("api_key", mode="before")
     @classmethod

@@ -30,6 +30,8 @@ WRONG = {
         "timeout": NOT_SECONDS,
         "max_retries": (-1, True, "5", 1.5, NAN, INF, None),
         "max_cost": (-1, True, "5", NAN, INF),
+        "background_timeout": NOT_SECONDS,
+        "flex_fallback": (-1, True, "5", NAN, INF),
     },
     RateLimitConfig: {
         "requests_per_minute": NOT_COUNTS,
@@ -84,6 +86,8 @@ def test_the_defaults_are_the_specifications():
         "timeout": 30.0,
         "max_retries": 3,
         "max_cost": None,
+        "background_timeout": 3600.0,
+        "flex_fallback": None,
     }
     assert RateLimitConfig().model_dump() == {
         "requests_per_minute": 500,

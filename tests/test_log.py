@@ -132,13 +132,16 @@ async def test_a_server_that_echoes_the_key_does_not_bring_it_into_the_log(log, 
     assert [record for record in log.records if KEY in shown(record) or PROMPT in shown(record)] == []
 
 
+GOOD = {"choices": [{"message": {"content": "yes"}}]}
+
+
 async def test_a_pause_that_the_server_asks_for_is_logged(log):
     """With the limit that it names."""
     httpx, headers = sdk_httpx(), {"retry-after-ms": "20", "x-request-id": "req_7"}
     refusal = {
         "error": {"message": "Rate limit reached for gpt-4o-mini on requests per min (RPM)", "code": "c"}
     }
-    answers = [httpx.Response(429, headers=headers, json=refusal), httpx.Response(200, json={"choices": []})]
+    answers = [httpx.Response(429, headers=headers, json=refusal), httpx.Response(200, json=GOOD)]
     transport = httpx.MockTransport(lambda _: answers.pop(0))
     config = OpenAIConfig(api_key=KEY, base_url="http://127.0.0.1:9/v1", default_model="gpt-4o-mini")
     async with OpenAIClient(config, http_client=httpx.AsyncClient(transport=transport)) as client:

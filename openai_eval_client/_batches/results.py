@@ -40,13 +40,14 @@ from openai_eval_client._log import warn
 from openai_eval_client._validation import is_header_text
 from openai_eval_client._wire import (
     BATCH_PATHS,
+    Kind,
     Parameters,
     Usage,
     decoded,
+    error_of,
     fault_in,
     forget_key,
     read_answer,
-    read_body,
     read_failure,
     read_json,
     read_usage,
@@ -75,6 +76,7 @@ _OK, _BAD_REQUEST = 200, 400
 _SHOWN = 500  # characters of why a line holds no answer
 _STATUS = re.compile(r"[1-5][0-9][0-9](?:\.0)?")
 UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
+REFUSED_ANSWER = "unusable_answer"  # the same would come again
 _NOT_OURS = JobMetadata(
     job="", total=0, first=0, count=0, start=None, numbered=False, temperature=None, model=""
 )
@@ -108,6 +110,7 @@ class LineReader:
         nothing = Parameters(api=api, model=model, timeout=0.0, body={})
         self._parameters = nothing if asked is None else dataclasses.replace(asked, model=model)
         self._pricer = pricer
+        self.billed: dict[int, float | None] = {}  # USD of errors that were billed, by index of the request
         self._key = key  # of the API, which a server may echo
 
     def read(self, files: Iterable[Iterable[bytes]], index: RequestIndex) -> BatchResults:
@@ -165,8 +168,8 @@ class LineReader:
         if error is not None:
             forget_key(error, self._key)
             used = _usage_in(body) if status == _OK else None
-            if used is not None:  # an error that was billed
-                self.price(used.model or self._parameters.model, used)
+            if used is not None:
+                self.billed[index] = self.price(used.model or self._parameters.model, used)
         if status is not None and error is None:
             usage = usage_of(body)
             return read_answer(
@@ -186,7 +189,9 @@ class LineReader:
         if line.get("error"):
             return _line_error(line["error"], index)
         why = f"status {response.get('status_code')!r} and no answer" if error is None else error.message
-        return BatchError(why[:_SHOWN], code=NO_ANSWER, line=index + 1)
+        may_pass = error is None or read_failure(error).retry or read_failure(error).kind is Kind.NOT_AN_API
+        code = NO_ANSWER if may_pass else REFUSED_ANSWER
+        return BatchError(why[:_SHOWN], code=code, line=index + 1)
 
 
 def _status_in(response: Mapping[str, Any]) -> int | None:
@@ -230,21 +235,16 @@ def _line_error(error: object, index: int) -> BatchError:
 
 def _failure(status: int, body: Any, request_id: str | None, api: str) -> openai.APIError | None:
     """Return the error that such a response is online; None for an answer."""
-    if status == _OK and fault_in(body, api) is None:
-        return None  # as nearly always: quicker than to encode and to read it again
+    fault = fault_in(body, api) if status == _OK else None
+    if status == _OK and fault is None:
+        return None
     headers = {"content-type": "application/json"}
     if request_id is not None and is_header_text(request_id):
         headers["x-request-id"] = request_id
     request = sdk_httpx().Request("POST", "https://batch.invalid/")
-    content = json.dumps(body).encode()  # half a surrogate pair stays escaped
+    content = body.encode(errors="replace") if isinstance(body, str) else json.dumps(body).encode()
     reply = sdk_httpx().Response(status, headers=headers, content=content, request=request)
-    if status != _OK:
-        return status_error(status, body, reply)
-    try:
-        read_body(reply, api)
-    except openai.APIError as error:
-        return error
-    return None
+    return status_error(status, body, reply) if fault is None else error_of(fault, body, reply)
 
 
 class BatchSettler:
@@ -293,7 +293,7 @@ class BatchSettler:
             self._recorder.settled(answers, len(results.outcomes) - len(answers))
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
-            _settle_reservation(submitted, batch, results.outcomes)
+            _settle_reservation(submitted, batch, results.outcomes, reader.billed)
         return results
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
@@ -403,7 +403,9 @@ _NOTHING = Decimal(0)
 _UNKNOWN = frozenset({MISSING, NO_ANSWER, UNREADABLE})  # what became of the request, and so what it cost
 
 
-def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Outcome]) -> None:
+def _settle_reservation(
+    file: InputFile, batch: Batch, outcomes: Mapping[int, Outcome], billed: Mapping[int, float | None]
+) -> None:
     """Replace what is reserved by what the answers cost; a request whose answer is lost counts in full."""
     if file.reservation is None:
         return
@@ -415,6 +417,8 @@ def _settle_reservation(file: InputFile, batch: Batch, outcomes: Mapping[int, Ou
         if isinstance(outcome, ModelResponse):
             if outcome.usage.estimated_cost is not None and not outcome.usage.estimated:
                 cost = Decimal(repr(outcome.usage.estimated_cost))
+        elif index in billed:
+            cost = most if billed[index] is None else Decimal(repr(billed[index]))
         elif certain and not _is_lost(outcome):
             cost = _NOTHING
         costs.append(cost)

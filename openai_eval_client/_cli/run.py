@@ -417,20 +417,29 @@ async def _answer_online(
     write = functools.partial(_write, output, result)
     feed = run.feed(prompts())
     stream = client.as_completed(feed, progress=run.progress, stop_event=stop, **run.params)
-    async with contextlib.aclosing(stream) as outcomes:
-        async for position, outcome in outcomes:
-            row = taken.pop(position)
-            if isinstance(outcome, Exception):
-                failure = read_failure(outcome)
-                if failure.is_shared or failure.ends_run(run.limits.max_wait):
+    try:
+        async with contextlib.aclosing(stream) as outcomes:
+            async for position, outcome in outcomes:
+                row = taken.pop(position)
+                if isinstance(outcome, Exception) and _may_end(run, outcome):
                     held.append((row, outcome))
                     continue
-            elif not outcome.cached:  # the account works
-                while held:
-                    await write(*held.pop(0))
-            await write(row, outcome)
-    for pair in held:
-        await write(*pair)
+                while held and not isinstance(outcome, Exception) and not outcome.cached:
+                    await write(*held.pop(0))  # the account works: it was their fault
+                await write(row, outcome)
+    except openai.OpenAIError:
+        if taken or not run.done:
+            held.clear()
+        raise
+    finally:
+        for pair in held:
+            await write(*pair)
+
+
+def _may_end(run: FileRun, error: Exception) -> bool:
+    """Return whether an error may turn out to end the run."""
+    failure = read_failure(error)
+    return failure.is_shared or failure.ends_run(run.limits.max_wait)
 
 
 async def _write(output: Output, result: Result, row: Row, outcome: ModelResponse | Exception) -> None:

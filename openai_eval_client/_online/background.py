@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import re
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import openai
 
 from openai_eval_client._log import inform
 from openai_eval_client._sdk import call_sdk
-from openai_eval_client._wire import PATHS, of_error, read_failure, read_object
+from openai_eval_client._wire import PATHS, fault_in, of_error, read_failure, read_object, text_in
 from openai_eval_client.errors import TimeoutError, sdk_httpx
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Parameters
 
 _PENDING = frozenset({"queued", "in_progress"})
-_ID = re.compile(r"[\w.-]{1,200}")
+_ID = re.compile(r"[^\x00-\x20\x7f]{1,1000}")
 _POLL_AFTER = "openai-poll-after-ms"  # a header of the server's answers
 _FIRST_DELAY, _LONGEST_DELAY = 0.5, 10.0  # seconds between two looks, where the server names none
 _GROWTH = 1.5
@@ -33,17 +34,17 @@ class BackgroundResponses:
     # https://platform.openai.com/docs/guides/background
     def __init__(self, sdk: openai.AsyncOpenAI, longest: float) -> None:
         self._sdk = sdk
-        self._longest = longest  # seconds from when it was submitted
+        self._longest = longest  # seconds that one is waited for
         self._url = str(sdk.base_url).rstrip("/") + PATHS["responses"]
         self._reply_class = sdk_httpx().Response
 
-    async def noted(self, keep: Keeper, parameters: Parameters) -> Any:
+    async def submitted_before(self, keep: Keeper, parameters: Parameters) -> Any:
         """Return the reply about the response that an earlier run submitted; None where there is none."""
-        name = await keep.noted()
+        name = await keep.saved_id()
         if name is None or not _ID.fullmatch(name):
             return None
         try:
-            reply = await self._ask("GET", name, parameters)
+            reply = await self._ask("GET", quote(name, safe=""), parameters)
         except openai.NotFoundError:
             await keep.forget()
             return None
@@ -58,18 +59,24 @@ class BackgroundResponses:
             openai.APIError: It cannot be asked for any more.
         """
         name = pending(reply)
-        if name is None:
-            return reply
-        if keep is not None:
-            await keep.note(name)
+        if name is not None and keep is not None:
+            await keep.save_id(name)
         try:
-            return await self._wait(name, reply, parameters)
+            last = reply if name is None else await self._wait(name, reply, parameters)
         except (asyncio.CancelledError, TimeoutError):
-            with contextlib.suppress(Exception):  # the caller's end comes first
-                await asyncio.wait_for(self._ask("POST", f"{name}/cancel", parameters), _CANCELLING)
-                if keep is not None:
-                    await keep.forget()
+            if name is not None:
+                await self._cancel(name, parameters, keep)
             raise
+        if keep is not None and fault_in(read_object(last.content), "responses") is not None:
+            await keep.forget()  # another attempt asks anew
+        return last
+
+    async def _cancel(self, name: str, parameters: Parameters, keep: Keeper | None) -> None:
+        with contextlib.suppress(Exception):  # the caller's end comes first
+            call = self._ask("POST", f"{quote(name, safe='')}/cancel", parameters)
+            await asyncio.wait_for(call, _CANCELLING)
+            if keep is not None:
+                await keep.forget()
 
     async def _wait(self, name: str, reply: Any, parameters: Parameters) -> Any:
         """Look at a response until it is done."""
@@ -87,14 +94,13 @@ class BackgroundResponses:
     async def _look(self, name: str, parameters: Parameters) -> Any:
         """Return the reply about a response; None where another look may tell more."""
         try:
-            return await self._ask("GET", name, parameters)
-        except openai.NotFoundError as error:
-            message = f"response {name} is gone: {error.message}"
-            raise openai.APIError(message, error.request, body=error.body) from None
+            reply = await self._ask("GET", quote(name, safe=""), parameters)
+            return reply if text_in(read_object(reply.content).get("status")) else None
         except openai.APIError as error:
             failure = read_failure(error)
-            if not failure.retry:
-                raise
+            if not failure.retry:  # it goes on, and is billed
+                message = f"response {name} cannot be asked for: {error.message}"
+                raise openai.APIError(message, error.request, body=error.body) from None
             text, about = "response %s could not be looked at (%s): later again", of_error(error)
             inform(text, name, about["error_type"], event="background_not_read", **about)
             await asyncio.sleep(min(failure.wait or 0.0, _LONGEST_STATED))

@@ -223,7 +223,7 @@ class Caller:
             return await self._post(parameters, body)
         reply = None
         if keep is not None and body.get("background"):
-            reply = await self._background.noted(keep, parameters)
+            reply = await self._background.submitted_before(keep, parameters)
         if reply is None:
             reply = await self._post(parameters, body)
             if pending(reply) is not None:  # the replies to come state no limits
@@ -262,7 +262,8 @@ class WorkerPool:
         self.error: BaseException | None = None  # raised once all that was in flight is done
         self._work = work
         self._rule = rule or StopRule()
-        self._witnesses: set[Any] | None = None  # in flight when the evidence was complete
+        # in flight when the evidence was complete: nothing is sent before they have an outcome
+        self._witnesses: set[Any] | None = None
         self._slots = slots  # requests in flight at once
         self._workers = 0
         self._ready: deque[tuple[int, Any]] = deque()  # items that no worker has begun
@@ -382,7 +383,11 @@ class WorkerPool:
 
     def _start_worker(self) -> bool:
         """Start a worker if an item is ready and may have a slot; return whether one was started."""
-        if not self._ready or (self._surplus >= 0 and len(self._sending) >= self._slots):
+        if (
+            not self._ready
+            or self._witnesses is not None
+            or (self._surplus >= 0 and len(self._sending) >= self._slots)
+        ):
             return False
         self._workers += 1
         self._start_task(self._work_off())
@@ -395,7 +400,7 @@ class WorkerPool:
 
     async def _work_off(self) -> None:
         """Work on one item after the other, until another worker may need the slot."""
-        while self._ready:
+        while self._ready and self._witnesses is None:
             await self._one(*self._ready.popleft())
             if self._surplus > 0 and len(self._sending) >= self._slots - 1:
                 break
@@ -427,6 +432,8 @@ class WorkerPool:
         self._witnesses.discard(task)
         if self._rule.suspect is None:
             self._witnesses = None
+            while self._start_worker():
+                pass
         elif not self._witnesses:
             self.stop(self._rule.suspect)
 

@@ -93,7 +93,7 @@ class StopRule:
     @property
     def last(self) -> Exception | None:
         """The error of a run that is over, in which each prompt met such a failure; None for any other."""
-        return None if self._answered or self._others else self._suspect
+        return self._suspect if self._done == self._failed and not self._others else None
 
     def _is_suspect(self, failure: Failure) -> bool:
         """Return whether every other prompt may meet it; no connection after an answer is a passing fault."""

@@ -444,20 +444,20 @@ def delays(
     # `max_retries`. The wait is the server's, else exponential with full jitter. Where a governed attempt's
     # whole model pauses for that long there is none here: the request queues in its old place.
     # https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-    failed, refused_for, patience = 0, 0, 0.0
+    failed = refused = 0
+    patience = 0.0
     delay = 0.0
     while True:
         failure = read_failure((yield delay))
         is_patient = failure.is_patient and max_retries > 0
+        count, longest = (refused, _LONGEST_PATIENT_DELAY) if is_patient else (failed, _LONGEST_DELAY)
+        wait = failure.wait or backoff.full_jitter(min(_FIRST_DELAY * 2 ** min(count, 9), longest))
         if is_patient:
-            ceiling = min(_FIRST_DELAY * 2 ** min(refused_for, 9), _LONGEST_PATIENT_DELAY)
-            refused_for += 1
-            patience += max(failure.wait, _SHORTEST_PATIENCE) if failure.wait else ceiling
+            refused += 1
+            patience += max(wait, _SHORTEST_PATIENCE)
         else:
-            ceiling = min(_FIRST_DELAY * 2 ** min(failed, 9), _LONGEST_DELAY)
             failed += 1
-        if failed > max_retries or (refused_for > max_retries and patience > max_wait):
+        if failed > max_retries or (refused > max_retries and patience > max_wait):
             return
-        pauses = governed and failure.kind in {Kind.RATE_LIMITED, Kind.OVERLOADED}
-        wait = 0.0 if pauses else failure.wait
-        delay = wait if failure.wait and wait is not None else backoff.full_jitter(ceiling)
+        pauses = governed and failure.wait and failure.kind in {Kind.RATE_LIMITED, Kind.OVERLOADED}
+        delay = 0.0 if pauses else wait

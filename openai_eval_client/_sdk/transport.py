@@ -147,16 +147,14 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
     except Exception as error:
         import aiohttp
 
-        text, kinds = (
-            str(error) or type(error).__name__,
-            (
-                (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
-                (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
-                (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
-                (aiohttp.ClientConnectorError, _httpx.ConnectError),
-                (aiohttp.ClientResponseError, _httpx.RemoteProtocolError),
-                ((aiohttp.ClientError, OSError), _httpx.ReadError),
-            ),
+        text = str(error) or type(error).__name__
+        kinds = (
+            (aiohttp.InvalidURL, _httpx.UnsupportedProtocol),
+            (aiohttp.ConnectionTimeoutError, _httpx.ConnectTimeout),
+            (aiohttp.ServerTimeoutError, _httpx.ReadTimeout),
+            (aiohttp.ClientConnectorError, _httpx.ConnectError),
+            (aiohttp.ClientResponseError, _httpx.RemoteProtocolError),
+            ((aiohttp.ClientError, OSError), _httpx.ReadError),
         )
         kind = next((ours for theirs, ours in kinds if isinstance(error, theirs)), None)
         if kind is None:

@@ -1,7 +1,7 @@
 """Requests and answers as they stand on the wire, and what an answer means."""
 
 from openai_eval_client._wire.answers import read_answer
-from openai_eval_client._wire.bodies import decoded, fault_in, read_body, read_outcome, status_error
+from openai_eval_client._wire.bodies import decoded, error_of, fault_in, read_body, read_outcome, status_error
 from openai_eval_client._wire.failures import (
     NOT_SENT,
     Failure,
@@ -38,6 +38,7 @@ from openai_eval_client._wire.usage import (
     read_json,
     read_object,
     read_usage,
+    text_in,
     token_count,
     usage_of,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "code_of",
     "decoded",
     "endpoint_of",
+    "error_of",
     "fault_in",
     "forget_key",
     "list_prompts",
@@ -80,6 +82,7 @@ __all__ = [
     "refused",
     "status_error",
     "status_of",
+    "text_in",
     "token_count",
     "usage_of",
     "words_in",

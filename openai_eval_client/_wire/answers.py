@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Items of a response that wait for the caller; the API runs its hosted tools itself.
 _CALLS = frozenset({"function_call", "custom_tool_call", "computer_call", "local_shell_call"})
 # Where compatible servers put the reasoning of a message, and under which names its parts hold the text.
-_REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
+REASONING = ("reasoning_content", "reasoning", "reasoning_details", "thinking")
 _THINKING, _NAMES = ("thinking", "reasoning"), ("text", "content", "summary", "thinking")
 _JSON_FORMATS = ("json_schema", "json_object")
 _DEFAULT_TEMPERATURE = 1.0  # https://platform.openai.com/docs/api-reference/chat/create
@@ -98,7 +98,7 @@ def _old_call(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _reasoning(message: Mapping[str, Any]) -> str | None:
     """Return the reasoning of a message, from the first place where there is one."""
-    places = [message[name] for name in _REASONING if message.get(name)]
+    places = [message[name] for name in REASONING if message.get(name)]
     if isinstance(content := message.get("content"), list):
         places.append([part for part in dicts_in(content) if part.get("type") in _THINKING])
     return next(filter(None, map(_thought, places)), None)

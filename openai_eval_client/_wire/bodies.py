@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import openai
 
+from openai_eval_client._wire.answers import REASONING
 from openai_eval_client._wire.failures import Kind, Outcome, class_of, headers_of, outcome_of, read_refusal
 from openai_eval_client._wire.refusals import words_of
 from openai_eval_client._wire.requests import PATHS
@@ -24,9 +25,10 @@ _STATUS_OF = {  # the API's codes and types, in bodies that name no number
     "rate_limit_error": 429, "rate_limit_exceeded": 429, "server_error": 500, "internal_server_error": 500,
     "api_error": 500, "vector_store_timeout": 504, "overloaded_error": 529, "server_overloaded": 503,
 }  # fmt: skip
-_ABOUT_INPUT = re.compile("(?:invalid|image|unsupported|empty|content|failed_to_download)_.*")
+_ABOUT_INPUT = re.compile(r"invalid_prompt|(?:\w+_)?image(?:_\w+)?|content_(?:filter|policy_violation)")
 _CUT_OFF = frozenset({"length", "content_filter"})  # reasons why an answer may have no text
 _DONE = b"data: [DONE]"
+_LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 _COMMENTS = re.compile(rb"^(?:\s*:[^\n]*\n)+")  # lines of a stream by which some servers keep it open
 _SHOWN = 300  # characters of an error that names no status
 
@@ -64,15 +66,14 @@ def _chat_fault(body: Mapping[str, Any]) -> Fault | None:
 
 
 def _is_cut_off(choice: Mapping[str, Any]) -> bool:
-    return text_in(choice.get("finish_reason")) in _CUT_OFF
+    return text_in(choice.get("finish_reason")) in _CUT_OFF and "delta" not in choice
 
 
 def _holds_something(message: Mapping[str, Any]) -> bool:
     """Return whether a message has a field that an answer can be: a text, even an empty one, or a call."""
-    texts = (message.get(name) for name in ("content", "refusal", "reasoning", "reasoning_content"))
-    if any(isinstance(text, str) for text in texts):
+    if any(isinstance(message.get(name), str) for name in ("content", "refusal", *REASONING)):
         return True
-    parts = dicts_in(message.get("content")), dicts_in(message.get("tool_calls"))
+    parts = (dicts_in(message.get(name)) for name in ("content", "tool_calls", "images", *REASONING))
     return any(parts) or any(isinstance(message.get(name), dict) for name in ("function_call", "audio"))
 
 
@@ -125,7 +126,7 @@ def read_body(reply: Any, api: str) -> tuple[dict[str, Any], bytes]:
         content = b"" if body is None else json.dumps(body).encode()
     fault = fault_in(body, api)
     if fault is not None:
-        raise _error_of(fault, body, reply)
+        raise error_of(fault, body, reply)
     answer: dict[str, Any] = body
     return answer, content
 
@@ -138,7 +139,7 @@ def decoded(content: bytes, api: str) -> tuple[Any, bool]:
         return _unwrapped(content, api), False
 
 
-def _error_of(fault: Fault, body: object, reply: Any) -> openai.APIError:
+def error_of(fault: Fault, body: object, reply: Any) -> openai.APIError:
     """Return the error for a 200 that holds no answer."""
     # Proxies answer 200 before they know what comes of a request, and put an error into the body; its code is
     # often the status of the server behind them. Where it names none, the error is one that is tried again.
@@ -200,22 +201,22 @@ def _unwrapped(content: bytes, api: str) -> Any:
     if not text.startswith((b"data:", b"event:")):
         return None
     events = list(_events(text))
-    whole = [event for event in events if fault_in(event, api) is None]
-    within = [dict_in(event.get("response")) for event in events if event.get("type") == "response.completed"]
-    if api == "responses":
-        whole += [answer for answer in within if fault_in(answer, api) is None]
-    if len(whole) == 1:
-        return whole[0]
-    return _assembled(events) if api == "chat" and text.endswith(_DONE) and not whole else None
+    last = [dict_in(event.get("response")) for event in events if event.get("type") in _LAST_EVENTS]
+    found = [event for event in [*events, *last] if fault_in(event, api) is None]
+    found = found or [event for event in [*events, *last] if event.get("error")]
+    if len(found) == 1:
+        return found[0]
+    return _assembled(events) if api == "chat" and text.endswith(_DONE) and not found else None
 
 
 def _leading_object(text: bytes) -> Any:
     """Return the object that a text begins with; None where another may follow, or it is cut short."""
+    shown = text.decode(errors="replace")
     try:
-        value, end = json.JSONDecoder().raw_decode(text.decode(errors="replace"))
+        value, end = json.JSONDecoder().raw_decode(shown)
     except (ValueError, RecursionError):
         return None
-    return value if b"{" not in text[len(text.decode(errors="replace")[:end].encode()) :] else None
+    return value if "{" not in shown[end:] else None
 
 
 def _events(text: bytes) -> Iterator[dict[str, Any]]:

@@ -10,7 +10,7 @@ import openai
 
 from openai_eval_client._log import request_id
 from openai_eval_client._wire.headers import refused_dimension
-from openai_eval_client._wire.refusals import Words, refusal_wait, words_of
+from openai_eval_client._wire.refusals import Words, refusal_wait, until_midnight, words_of
 from openai_eval_client._wire.usage import read_json, read_usage
 from openai_eval_client.errors import (
     BudgetExceededError,
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from openai_eval_client._wire.usage import Usage
 
-_BAD_REQUEST, _SERVER_ERROR = 400, 500
+_BAD_REQUEST, _TOO_MANY, _SERVER_ERROR = 400, 429, 500
+_BY_MINUTE = re.compile(r"per[ _-]?(?:min|sec)|(?<!free )allocated quota exceeded", re.IGNORECASE)
 
 
 class Kind(enum.Enum):
@@ -63,9 +64,8 @@ class Scope(enum.Enum):
 class Row(NamedTuple):
     """One row of the table of failures."""
 
-    of: (
-        int | tuple[int, ...] | type[BaseException]
-    )  # status, first digit of it; class of an error without one
+    # a status, or the first digit of one, or several; the class of an error without one
+    of: int | tuple[int, ...] | type[BaseException]
     kind: Kind
     retry: bool
     scope: Scope
@@ -84,6 +84,7 @@ _AGAIN, _NEVER = True, False  # whether the same request is worth another attemp
 _REQUEST, _MODEL, _ACCOUNT = Scope.REQUEST, Scope.MODEL, Scope.ACCOUNT
 _4XX, _5XX = 4, 5
 _INPUT = (400, 403, 404, 422)  # statuses of a refusal that may be about the input
+_QUOTING = frozenset({400, 404, 422})  # statuses whose messages may quote a prompt
 _SEE = "see its message"
 _OF_ALL = frozenset({"cache", "max_cost", "redis_url"})  # fields that are wrong for every request
 _LONGEST_BODY = 16_384  # bytes of a body that is no JSON
@@ -94,13 +95,14 @@ _WRONG_KEY = "the key is wrong or was withdrawn"
 _BUSY = "the server has too much to do"
 # What servers send: the API's codes (https://platform.openai.com/docs/guides/error-codes), and the words of
 # compatible servers. A row whose code fits decides, else one whose type does, else one whose text fits the
-# message, else the first that needs no word.
+# message, else the first that needs no word. The message may quote a prompt, and the details may too.
 FAILURES = (
     Row(_4XX, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT,
         code=r"insufficient_(?:user_)?(?:quota|balance|funds|credits?)|(?:exceeded_current|user)_quota.*"
         r"|billing_(?:not_active|hard_limit_reached)|(?:credit_)?balance_(?:exhausted|too_low|insufficient)"
         r"|(?:organization|project|account|user|team)_(?:spend|spending|usage|budget)_limit_(?:exceeded|reached)"
         r"|account_(?:suspended|deactivated|overdue|blocked)|budget_exceeded|payment_required|arrearage"
+        r"|access_terminated|(?:prepaid|postpaid)_?bill_?overdue"
         r"|allocationquota\..*"),
     Row(402, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT),
     Row(_4XX, Kind.OUT_OF_QUOTA, _NEVER, _ACCOUNT, _NO_CREDIT,
@@ -109,7 +111,7 @@ FAILURES = (
         r"|(?:exceeded|exhausted) (?:your |the )?(?:current |monthly )?(?:free )?(?:quota|allowance|spend)"
         r"|account (?:\S+ )?(?:is |was |has been )?(?:suspended|deactivated|in arrears|overdue)"
         r"|spend(?:ing)? limit|free (?:tier|quota)\b.{0,40}\b(?:exhausted|used up)|欠费|余额不足"
-        r"|billing\b.{0,40}\b(?:not active|hard limit)|budget has been exceeded|\brecharge\b|top up your"),
+        r"|billing\b.{0,40}\b(?:not active|hard limit)|budget has been exceeded|please recharge|top up your"),
     Row(429, Kind.TOO_LARGE, _NEVER, _REQUEST, "more tokens than the limit can ever admit",
         text="request too large"),
     Row(429, Kind.CONCURRENCY, _AGAIN, _MODEL, "too many requests in flight",
@@ -121,12 +123,15 @@ FAILURES = (
         code="resource_unavailable|.*capacity.*",
         text=r"resources? (?:is |are )?(?:temporarily )?unavailable|\bcapacity\b"),
     Row(429, Kind.RATE_LIMITED, _AGAIN, _MODEL, "rate limited"),
-    Row((401, 403), Kind.REFUSED_KEY, _NEVER, _ACCOUNT, _WRONG_KEY, code="invalid_api_key"),
+    Row((401, 403), Kind.REFUSED_KEY, _NEVER, _ACCOUNT, _WRONG_KEY, code="invalid_api_key",
+        text=r"your (?:account|access|organi[sz]ation)\b.{0,40}\b(?:flagged|terminated|banned)"),
+    Row(_INPUT, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself",
+        code=r"(?:invalid|unsupported|missing|unknown)_(?:value|type|parameter|\w*image\w*)|image_(?!content).*"),
     Row(_INPUT, Kind.CONTENT_REFUSED, _NEVER, _REQUEST, _NOT_THIS,
         code=r"content_(?:policy_violation|filter|moderation.*)|invalid_prompt|responsibleaipolicyviolation"
         r"|(?:.*_)?moderation(?:_.*)?|data_?inspection_?failed|image_content_policy_violation",
         text=r"usage (?:guideline|polic)|content (?:management )?(?:polic|filter)|moderation|flagged"
-        r"|safety (?:system|polic|filter|settings)|violat\w+.{0,60}(?:polic|guideline|terms)"
+        r"|safety (?:system|polic|filter|settings)|violat\w{1,6}.{0,60}(?:polic|guideline|terms)"
         r"|inappropriate content"),
     Row(_INPUT, Kind.TOO_LARGE, _NEVER, _REQUEST, "the prompt and max_tokens do not fit the model",
         code="context_length_exceeded", text=r"maximum context length|context window|prompt is too long"),
@@ -148,8 +153,13 @@ FAILURES = (
         "a page came in place of an answer: this is no API", text="^an HTML page"),
     Row(openai.APIResponseValidationError, Kind.UNREADABLE, _NEVER, _REQUEST,
         "a stream of events came in place of an answer", text="^a stream of events", billed=True),
+    Row(openai.APIResponseValidationError, Kind.UNREADABLE, _NEVER, _REQUEST,
+        "an unfinished response came, and cannot be asked for", billed=True,
+        text="^the answer is a response of status '(?:queued|in_progress)'"),
     Row(openai.APIResponseValidationError, Kind.UNREADABLE, _AGAIN, _REQUEST, "what came was no answer",
         billed=True),
+    Row(TimeoutError, Kind.TIMED_OUT, _NEVER, _REQUEST, "no answer within background_timeout", billed=True,
+        text=r"^response \S+ was not done"),
     Row(TimeoutError, Kind.TIMED_OUT, _AGAIN, _REQUEST, "no answer within timeout", billed=True),
     Row(openai.APIConnectionError, Kind.DROPPED, _AGAIN, _REQUEST,
         "the connection failed, or the answer was cut short", billed=True),
@@ -180,6 +190,7 @@ class Failure(NamedTuple):
     code: str = ""  # the API's word for it; "" where it has none
     meaning: str = _SEE  # for the user, in a report
     billed: bool = False  # whether it may have been billed
+    certain: bool = True  # False: its kind was read from a text, which may quote a prompt
 
     @property
     def is_patient(self) -> bool:
@@ -194,7 +205,7 @@ class Failure(NamedTuple):
         """Return whether every other request would meet it for certain."""
         if self.kind in _PASSING:
             return self.is_too_long(max_wait)
-        return self.kind is Kind.OUT_OF_QUOTA or (self.kind is Kind.LOCAL and self.is_shared)
+        return self.certain and self.is_shared and self.kind in {Kind.OUT_OF_QUOTA, Kind.LOCAL}
 
     @property
     def is_shared(self) -> bool:
@@ -265,9 +276,9 @@ def read_failure(error: BaseException) -> Failure:
         words = words_in(error)
         if not words.message:
             words = words._replace(message=error.message)
-        if isinstance(error, QuotaError):
-            words = words._replace(code="insufficient_quota")
         failure = read_refusal(status_of(error) or 0, error.response.headers, words)
+        if isinstance(error, QuotaError) and failure.kind is not Kind.OUT_OF_QUOTA:
+            failure = read_refusal(_TOO_MANY, error.response.headers, Words("insufficient_quota"))
         return failure._replace(code=code_of(error))
     if _was_never_sent(error):
         return Failure(Kind.UNREACHABLE, retry=True, scope=Scope.ACCOUNT, meaning=_UNREACHABLE)
@@ -327,7 +338,9 @@ def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outco
 def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failure:
     """Return what a refusal means."""
     row, wait = row_of(status, words), refusal_wait(headers, words)
-    if row.kind is Kind.OUT_OF_QUOTA and row.text and wait is not None:  # a quota that comes back
+    if wait is None and words.is_daily and (row.kind is Kind.RATE_LIMITED or (row.text and _is_credit(row))):
+        wait = until_midnight()
+    if status == _TOO_MANY and _is_credit(row) and _comes_back(row, words, wait):
         row = row_of(status, Words())
     wish = headers.get("x-should-retry")  # of the server, which the SDK obeys as well
     retry = wish == "true" if wish in {"true", "false"} and row.kind is not Kind.OUT_OF_QUOTA else row.retry
@@ -340,7 +353,18 @@ def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failu
         status=status,
         code=_as_code(words.code),
         meaning=row.meaning,
+        certain=not row.text or status not in _QUOTING,
     )
+
+
+def _is_credit(row: Row) -> bool:
+    return row.kind is Kind.OUT_OF_QUOTA
+
+
+def _comes_back(row: Row, words: Words, wait: float | None) -> bool:
+    """Return whether what looks like used-up credit is a rate limit, with advice on how to raise it."""
+    said = bool(row.text) and (wait is not None or words.code.lower().startswith("rate_limit"))
+    return said or _BY_MINUTE.search(words.text if row.text else words.message) is not None
 
 
 def row_of(status: int, words: Words) -> Row:

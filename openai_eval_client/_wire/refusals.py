@@ -20,6 +20,7 @@ _MESSAGES = ("message", "msg", "error", "errors", "detail", "error_description",
 _CODES = ("code", "status_code")
 _TYPES = ("type", "status")
 _TAG = re.compile(r"<[^<>]*>|\s+")
+_SHORTER = re.compile(r"per[ _-]?(?:min|sec|hour)", re.IGNORECASE)
 _DAILY = re.compile(r"per[ _-]?day|daily|\bRPD\b|\bTPD\b", re.IGNORECASE)
 
 
@@ -39,8 +40,8 @@ class Words(NamedTuple):
 
     @property
     def is_daily(self) -> bool:
-        """Whether it is about an allowance for a day."""
-        return _DAILY.search(self.text) is not None
+        """Whether it is about an allowance for a day alone."""
+        return _DAILY.search(self.text) is not None and _SHORTER.search(self.text) is None
 
 
 def words_of(body: object) -> Words:
@@ -60,9 +61,7 @@ def words_of(body: object) -> Words:
 def refusal_wait(headers: Mapping[str, str], words: Words) -> float | None:
     """Return the seconds that a refusal asks to wait: by its headers, its body, its message; else None."""
     wait = stated_wait(headers, words.text)
-    if wait is None:
-        wait = words.wait
-    return _until_midnight() if wait is None and words.is_daily else wait
+    return words.wait if wait is None else wait
 
 
 def _first(fields: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -117,6 +116,6 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _until_midnight() -> float:
+def until_midnight() -> float:
     """Return the seconds until the next day begins in UTC."""
     return _DAY - time.time() % _DAY

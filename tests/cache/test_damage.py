@@ -179,12 +179,13 @@ UNREADABLE = """
     from openai_eval_client import OpenAIClient, OpenAIConfig, ValidationError
     from openai_eval_client import _cache
 
-    client = OpenAIClient(OpenAIConfig(api_key="none"))  # imports what another user may not
+    config = OpenAIConfig(api_key="none", base_url="http://127.0.0.1:9/v1")
+    client = OpenAIClient(config)  # imports what another user may not
     if os.geteuid() == 0:
         os.setgid(65534)
         os.setuid(65534)  # root may read anything
     try:
-        OpenAIClient(OpenAIConfig(api_key="none"), cache=sys.argv[1])
+        OpenAIClient(config, cache=sys.argv[1])
     except ValidationError as error:
         print(error.field, error)
 """

@@ -212,7 +212,7 @@ def test_jobs_are_listed_the_newest_first():
 
 def test_waiting_outlives_an_outage():
     """Once the job was seen, a server that does not answer is asked again."""
-    script = {"retrieve": ["ok", *["503"] * 4]}
+    script = {"retrieve": ["ok", *["500"] * 4]}
     plans = [{"status": "in_progress"}]
     with SimulatedServer(api_key=KEY, batch_plans=plans, endpoint_script=script) as server:
         job = submitted(server, "a")

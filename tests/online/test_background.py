@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from clients import KEY, connect, no_slot_is_taken
 
 from openai_eval_client import TimeoutError, ValidationError
 from openai_eval_client._online import background
+from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
 ASK = {"api": "responses", "background": True}
@@ -113,16 +115,60 @@ async def test_a_call_that_is_cancelled_cancels_its_response() -> None:
 async def test_a_response_that_takes_too_long_is_cancelled() -> None:
     """After `background_timeout` seconds."""
     with SimulatedServer(background_seconds=60) as server:
-        async with connect(server, background_timeout=0.05, max_retries=0) as client:
+        async with connect(server, background_timeout=0.05) as client:
             with pytest.raises(TimeoutError, match=r"not done within 0\.05 s"):
                 await client.generate_response("hello", **ASK)
+            assert client.stats.cost.unaccounted == 1
         assert called(server, "cancel") == ["POST"]
+        assert posted(server) == 1  # it is not bought again
 
 
-async def test_it_fails_as_the_response_does() -> None:
-    """And is asked for again as its code says."""
-    with SimulatedServer(script=["failed", "ok"]) as server:
+@pytest.mark.parametrize("reply", ["garbled", "page"])
+async def test_a_look_that_cannot_be_read_is_repeated(reply) -> None:
+    """It says nothing of the response."""
+    body = {"garbled": b'{"id": "resp_1", "status": "in_prog', "page": b"<html>"}[reply]
+    with SimulatedServer() as server:
         async with connect(server) as client:
+            look, left = client._call._background._ask, [body]
+
+            async def ask(method, path, parameters):
+                found = await look(method, path, parameters)
+                return type(found)(200, content=left.pop(), request=found.request) if left else found
+
+            client._call._background._ask = ask
+            assert (await client.generate_response("hello", **ASK)).content == "echo: hello"
+        assert posted(server) == 1
+
+
+async def test_a_response_that_may_not_be_looked_at_counts_in_full() -> None:
+    """It goes on at the server, and is billed."""
+    with SimulatedServer(background_seconds=60) as server:
+        async with connect(server, max_cost=1.0) as client:
+
+            async def ask(method, path, parameters):
+                request = sdk_httpx().Request(method, "http://127.0.0.1/")
+                response = sdk_httpx().Response(403, json={"error": {"message": "no"}}, request=request)
+                raise openai.PermissionDeniedError("no", response=response, body=None)
+
+            client._call._background._ask = ask
+            with pytest.raises(openai.APIError, match="cannot be asked for"):
+                await client.generate_response("hello", max_tokens=50, **ASK)
+            assert client.stats.budget["spent"] > 0
+        assert posted(server) == 1
+
+
+@pytest.mark.parametrize("name", ["resp_" + "a" * 300, "resp_aGk+/w=="])
+def test_ids_of_proxies_are_names_of_responses(name) -> None:
+    """They may be long, and hold any sign."""
+    body = json.dumps({"id": name, "status": "queued"}).encode()
+    assert background.pending(sdk_httpx().Response(200, content=body)) == name
+
+
+@pytest.mark.parametrize("cached", [False, True])
+async def test_it_fails_as_the_response_does(cached, tmp_path) -> None:
+    """And is asked for again as its code says: the response that failed is not looked at again."""
+    with SimulatedServer(script=["failed", "ok"]) as server:
+        async with connect_cached(server, tmp_path / "a.sqlite") if cached else connect(server) as client:
             assert (await client.generate_response("hello", **ASK)).content == "echo: hello"
             assert client.stats.retries == 1
     assert posted(server) == 2

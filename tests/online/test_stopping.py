@@ -51,6 +51,25 @@ def test_a_failure_that_may_be_one_prompts_ends_a_run_by_evidence(error):
     assert rule.suspect is error
 
 
+def test_what_only_a_text_says_of_credit_ends_a_run_by_evidence():
+    """A refusal may quote a prompt that speaks of credit."""
+    quoted = error_of(400, "cannot parse: my account was suspended")
+    rule = StopRule(600)
+    for prompt in range(2):
+        assert rule.failed(quoted, prompt) is None
+    assert rule.suspect is None
+    rule.failed(quoted, 2)
+    assert rule.suspect is quoted
+
+
+def test_a_resumed_run_whose_rest_is_refused_is_over():
+    """The others were answered, by the cache: it is these prompts' own failure."""
+    rule = StopRule(600)
+    rule.answered(cached=True)
+    rule.failed(error_of(403), "a")
+    assert rule.last is None
+
+
 def test_equal_prompts_are_evidence_only_in_number():
     """Where nothing was answered; after an answer, one prompt that is refused says nothing of the others."""
     error = error_of(403)

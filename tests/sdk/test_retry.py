@@ -238,7 +238,9 @@ def test_a_refusal_that_says_nothing_against_the_request_counts_against_max_wait
     soon_again = error_of(429, retry_after="0.02")
     assert len(wait_all([soon_again] * 999, max_retries=3, max_wait=60.0)) == 60
     for busy in (error_of(529), from_the_sdk(429, "too many concurrent requests")):
-        assert 20 <= len(wait_all([busy] * 999, max_retries=3, max_wait=600.0)) <= 30
+        slept = wait_all([busy] * 999, max_retries=3, max_wait=600.0)
+        assert 20 <= len(slept) <= 100
+        assert 500 <= sum(slept) <= 600
 
 
 def test_patience_is_apart_from_the_attempts():

@@ -39,5 +39,5 @@ def started(code: str, *arguments: object, **options: object) -> subprocess.Pope
 def outcome(child: subprocess.Popen[str]) -> str:
     """What a process that ends well has written."""
     out, errors = child.communicate(timeout=50)
-    assert (child.returncode, errors) == (0, "")
+    assert (child.returncode, errors) == (0, ""), errors
     return out

@@ -344,7 +344,7 @@ def test_missing_usage_is_marked(usage):
         ({"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": 33}, (11, 22, 33, 0, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 22}, (11, 22, 33, 0, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 22, "total_tokens": None}, (11, 22, 33, 0, 0)),
-        ({"prompt_tokens": "11", "completion_tokens": 22.0, "total_tokens": 40}, (11, 29, 40, 0, 0)),
+        ({"prompt_tokens": 11.0, "completion_tokens": 22.0, "total_tokens": 40}, (11, 29, 40, 0, 0)),
         (
             {
                 "prompt_tokens": 11,

@@ -52,6 +52,8 @@ def choice(message=None, **fields):
         {"content": None, "tool_calls": [{"id": "t"}]},
         {"content": None, "function_call": {"name": "f"}},
         {"content": None, "audio": {"id": "a"}},
+        {"content": None, "images": [{"image_url": {}}]},
+        {"content": None, "reasoning_details": [{"text": "hm"}]},
     ],
 )
 def test_a_message_with_something_is_an_answer(message):
@@ -109,9 +111,10 @@ def failed(code=None, **fields):
         (failed("image_too_large"), 400, False),
         (failed("vector_store_timeout"), 504, True),
         (failed("news"), None, True),
+        (failed("invalid_response_error"), None, True),
         (failed(error=None), None, True),
         ({"status": "cancelled", "output": []}, None, True),
-        ({"status": "queued", "output": []}, None, True),
+        ({"status": "queued", "output": []}, None, False),
         ({"status": "completed", "output": []}, None, True),
         ({"status": "completed", "output": [{}]}, None, True),
         ({"status": "completed", "output": [TEXT | {"content": [{"type": "output_text"}]}]}, None, True),
@@ -203,6 +206,26 @@ def test_the_chunks_of_a_stream_make_one_answer():
     assert answer["choices"][0]["message"]["content"] == "yes"
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == 4
+
+
+def test_a_stream_that_ends_by_length_keeps_its_text():
+    """Its last chunk is no answer of its own."""
+    body = events(chunk("half a text"), chunk(reason="length"))
+    answer, _ = read_body(reply(body, "text/event-stream"), "chat")
+    assert answer["choices"][0]["message"]["content"] == "half a text"
+
+
+@pytest.mark.parametrize(
+    ("body", "api"),
+    [
+        (events(chunk("half"), {"error": {"code": 429, "message": "retry in 3s"}}), "chat"),
+        (events({"type": "response.failed", "response": failed("rate_limit_exceeded")}), "responses"),
+    ],
+)
+def test_an_error_in_a_stream_is_that_error(body, api):
+    """It is tried again as it says."""
+    failure = read_failure(error_in(body, api, content_type="text/event-stream"))
+    assert (failure.kind, failure.retry) == (Kind.RATE_LIMITED, True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The table of failures: each row with what servers send, and each error without a status."""
 
 import json
+import time
 
 import openai
 import pytest
@@ -52,6 +53,12 @@ TABLE = [
     (429, None, "your account is suspended, please recharge", Kind.OUT_OF_QUOTA, False, ACCOUNT),
     (429, None, "You exceeded your current quota, check billing", Kind.OUT_OF_QUOTA, False, ACCOUNT),
     (429, None, "You exceeded your current quota. Please retry in 11.6s.", Kind.RATE_LIMITED, True, MODEL),
+    (429, "rate_limit_exceeded", "20 a minute. Top up your balance", Kind.RATE_LIMITED, True, MODEL),
+    (429, None, "You have exceeded the quota of 60 requests per minute", Kind.RATE_LIMITED, True, MODEL),
+    (429, "insufficient_quota", "allocated quota exceeded, increase it", Kind.RATE_LIMITED, True, MODEL),
+    (403, "access_terminated", "violation of our policies", Kind.OUT_OF_QUOTA, False, ACCOUNT),
+    (403, None, "Your account has been flagged. Contact support.", Kind.REFUSED_KEY, False, ACCOUNT),
+    (400, "invalid_image_url", "image for the model not found", Kind.REFUSED_INPUT, False, REQUEST),
     (429, "rate_limit_exceeded", "Request too large for gpt-4o on TPM", Kind.TOO_LARGE, False, REQUEST),
     (429, "rate_limit_exceeded", "Rate limit reached on tokens per min", Kind.RATE_LIMITED, True, MODEL),
     (429, None, "too many concurrent requests", Kind.CONCURRENCY, True, MODEL),
@@ -266,6 +273,24 @@ def test_the_words_of_a_refusal_are_read_from_any_shape(body, message, wait):
     """OpenAI's, FastAPI's, Google's, OpenRouter's, a gateway's."""
     words = words_of(body)
     assert (words.message, words.wait) == (message, wait)
+
+
+def test_an_allowance_for_a_minute_as_well_is_no_wait_for_a_day():
+    """Nor is what is no rate limit."""
+    assert read_failure(error_of(429, None, "20 requests per minute, 200 requests per day")).wait is None
+    assert read_failure(error_of(500, None, "the daily backup")).wait is None
+
+
+@pytest.mark.parametrize(
+    "text", ["violat" * 682, "balance " * 500, "account " * 500, "does not support " * 250]
+)
+def test_a_long_message_is_read_in_linear_time(text):
+    """The patterns look at bounded parts of it."""
+    body = {"error": {"message": text, "metadata": {"raw": text}}}
+    began = time.process_time()
+    for status in (400, 403, 429):
+        row_of(status, words_of(body))
+    assert time.process_time() - began < 2  # seconds of CPU; one pattern took 12
 
 
 def test_reasons_of_a_moderation_are_enough():

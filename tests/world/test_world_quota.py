@@ -34,7 +34,10 @@ CODES = (
 
 def used_up(name, reply, *words, **more):
     """A row of an account whose credit is used up."""
-    return Row(name, (reply,), QUOTA, words=words, ends=True, **more)
+    return Row(name, (reply,), QUOTA, words=words, **({"ends": True} | more))
+
+
+BY_EVIDENCE = {"ends": False, "evidence": True}  # a message alone says it, which may quote a prompt
 
 
 OPENAI = [
@@ -65,7 +68,7 @@ SIBLINGS = [
         refusal("Insufficient Balance", "invalid_request_error", "unknown_error", status=402),
         "Insufficient Balance"),
     used_up("DeepSeek behind a proxy, 400",
-        refusal("Insufficient Balance", "invalid_request_error", "unknown_error", status=400)),
+        refusal("Insufficient Balance", "invalid_request_error", "unknown_error", status=400), **BY_EVIDENCE),
     used_up("Moonshot, suspended", refusal(
         "Your account org-1 is suspended, please check your plan and billing details",
         kind="exceeded_current_quota_error"), "suspended"),
@@ -88,7 +91,7 @@ SIBLINGS = [
         "ExceededBudget: over budget. Spend=0.9, Budget=0.1", "400", "budget_exceeded", status=400)),
     used_up("Anthropic 400", refusal(
         "Your credit balance is too low to access the Anthropic API.", None, "invalid_request_error",
-        status=400), "credit balance is too low"),
+        status=400), "credit balance is too low", **BY_EVIDENCE),
     used_up("Gemini, its quota without a wait", Reply(
         [{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED",
                     "message": "You exceeded your current quota, please check your plan."}}],
