@@ -383,11 +383,8 @@ class WorkerPool:
 
     def _start_worker(self) -> bool:
         """Start a worker if an item is ready and may have a slot; return whether one was started."""
-        if (
-            not self._ready
-            or self._witnesses is not None
-            or (self._surplus >= 0 and len(self._sending) >= self._slots)
-        ):
+        is_full = self._surplus >= 0 and len(self._sending) >= self._slots
+        if not self._ready or is_full or self._witnesses is not None:
             return False
         self._workers += 1
         self._start_task(self._work_off())
@@ -432,8 +429,8 @@ class WorkerPool:
         self._witnesses.discard(task)
         if self._rule.suspect is None:
             self._witnesses = None
-            while self._start_worker():
-                pass
+            for _ in range(min(len(self._ready), self._slots)):
+                self._start_worker()
         elif not self._witnesses:
             self.stop(self._rule.suspect)
 
