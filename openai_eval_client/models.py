@@ -301,7 +301,7 @@ class ModelResponse(_Shown):  # noqa: PLW1641  # mutable, as every pydantic mode
     audio: dict[str, Any] | None = None
     annotations: list[dict[str, Any]] = Field(default_factory=list)
     fits_schema: bool | None = None
-    unsent_parameters: list[str] = Field(default_factory=list)
+    unsent_parameters: tuple[str, ...] = ()  # a tuple: the garbage collector does not walk over an empty one
 
     _parsed: Any = PrivateAttr(default=None)
     _body: Any = PrivateAttr(default=None)

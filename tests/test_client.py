@@ -282,7 +282,7 @@ async def test_a_model_that_refuses_temperature_is_asked_without_it() -> None:
         response = await client.generate_response("hello", temperature=0)
         stats = client.stats
     assert response.temperature == 1.0
-    assert response.unsent_parameters == ["temperature"]
+    assert response.unsent_parameters == ("temperature",)
     assert (stats.unsent_parameters, stats.finish_reasons) == ({"temperature": 1}, {"stop": 1})
     assert ["temperature" in body for body in seen] == [True, False]
 

@@ -53,7 +53,7 @@ def read_answer(
         "temperature": _DEFAULT_TEMPERATURE if temperature is None else float(temperature),
         "cached": False,
         "fits_schema": None,
-        "unsent_parameters": [] if asked is None or asked == temperature else ["temperature"],
+        "unsent_parameters": () if asked is None or asked == temperature else ("temperature",),
     }
     response: ModelResponse = ModelResponse._of(values, {"_parsed": None, "_body": kept or body})  # noqa: SLF001
     if parameters.schema is not None or _wants_json(parameters):

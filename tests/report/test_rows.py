@@ -67,7 +67,7 @@ def test_a_data_frame_has_a_type_for_each_column():
 def test_a_row_says_what_the_model_thought_called_and_cited():
     """Each is missing where there was none, or an empty list."""
     calls, cited = [{"id": "call_1"}], [{"type": "url_citation"}]
-    odd = {"fits_schema": False, "unsent_parameters": ["temperature"]}
+    odd = {"fits_schema": False, "unsent_parameters": ("temperature",)}
     (row,) = rows([answer(reasoning="I think.", tool_calls=calls, annotations=cited, **odd)])
     assert (row["reasoning"], row["tool_calls"], row["annotations"]) == ("I think.", calls, cited)
     assert {name: row[name] for name in odd} == odd

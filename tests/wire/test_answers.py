@@ -484,11 +484,11 @@ def test_without_a_class_the_text_may_still_be_no_json(caplog, content, fits):
 @pytest.mark.parametrize(
     ("asked_", "sent", "unsent"),
     [
-        (0.2, None, ["temperature"]),
-        (0.2, 1.0, ["temperature"]),
-        (0.2, 0.2, []),
-        (0, 0.0, []),
-        (None, None, []),
+        (0.2, None, ("temperature",)),
+        (0.2, 1.0, ("temperature",)),
+        (0.2, 0.2, ()),
+        (0, 0.0, ()),
+        (None, None, ()),
     ],
 )
 def test_a_temperature_that_was_not_sent_is_named(asked_, sent, unsent):
