@@ -494,7 +494,7 @@ class OpenAIClient:
             inform(text, count, least, event="batch_too_small", requests=count)
         return count >= least
 
-    def _pool(  # in the order of the methods that call it
+    def _pool(
         self,
         parameters: Parameters,
         budget: CostBudget | None,

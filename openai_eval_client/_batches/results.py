@@ -189,9 +189,9 @@ class LineReader:
         if line.get("error"):
             return _line_error(line["error"], index)
         why = f"status {response.get('status_code')!r} and no answer" if error is None else error.message
-        may_pass = error is None or read_failure(error).retry or read_failure(error).kind is Kind.NOT_AN_API
-        code = NO_ANSWER if may_pass else REFUSED_ANSWER
-        return BatchError(why[:_SHOWN], code=code, line=index + 1)
+        failure = None if error is None else read_failure(error)
+        may_pass = failure is None or failure.retry or failure.kind is Kind.NOT_AN_API
+        return BatchError(why[:_SHOWN], code=NO_ANSWER if may_pass else REFUSED_ANSWER, line=index + 1)
 
 
 def _status_in(response: Mapping[str, Any]) -> int | None:

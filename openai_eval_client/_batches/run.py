@@ -43,7 +43,6 @@ from openai_eval_client._online import attach_responses, outcomes_or_raise, resp
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
 from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_json
-from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -60,6 +59,7 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import BatchConfig
     from openai_eval_client.errors import BudgetExceededError
+    from openai_eval_client.models import ModelResponse
 
 # --- what is kept of a call -------------------------------------------------------------------------------
 
@@ -372,6 +372,12 @@ class BatchRun(Submission):
                 await (self.journal.save(()) if later else self.journal.forget())
                 raise reason
             wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
+            self._repeated.update(
+                index
+                for index in missing
+                if isinstance(error := self.outcomes.get(index), Exception)
+                and not isinstance(error, openai.BadRequestError)  # which counts by the parameter refused
+            )
 
     async def _run_job(self, job: JobRecord) -> None:
         """Make the batches of a job, and wait until all are settled."""
@@ -547,30 +553,23 @@ class BatchRun(Submission):
 
     def _check_failures(self) -> None:
         """End the run where more requests failed for good than the caller allows."""
-        failed = [error for n, error in self.outcomes.items() if self._is_lost(n, error)]
-        if failed and isinstance(failed[-1], Exception):
-            counts = len(failed), len(self.outcomes), len(self.prompts)
-            ended = too_many_failures(self.max_failures, *counts, failed[-1])
+        if self.max_failures is None:
+            return
+        errors = {n: error for n, error in self.outcomes.items() if isinstance(error, Exception)}
+        lost = [error for n, error in errors.items() if not self._is_worth(n, error)]
+        if lost:
+            counts = len(lost), len(self.outcomes), len(self.prompts)
+            ended = too_many_failures(self.max_failures, *counts, lost[-1])
             if ended is not None:
                 raise ended
-
-    def _is_lost(self, index: int, outcome: Outcome) -> bool:
-        """Return whether a request failed for good: it is not submitted again."""
-        if isinstance(outcome, openai.BadRequestError):
-            return not self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
-        return isinstance(outcome, Exception) and (index in self._repeated or not is_curable(outcome))
 
     def _is_worth(self, index: int, outcome: Outcome | None) -> bool:
         """Return whether a request is to be submitted again: what failed by chance, once."""
         if outcome is None:
             return True
-        if isinstance(outcome, ModelResponse):
-            return False
         if isinstance(outcome, openai.BadRequestError):
             return self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
-        again = is_curable(outcome) and index not in self._repeated
-        self._repeated.add(index)
-        return again
+        return isinstance(outcome, Exception) and is_curable(outcome) and index not in self._repeated
 
     def _in_order(self) -> list[Outcome | None]:
         return [self.outcomes.get(index) for index in range(len(self.prompts))]

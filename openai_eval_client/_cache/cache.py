@@ -286,33 +286,33 @@ class Keeper:
         self._cache = cache
         self._key = key
         self._entry = f"background:{key.hex()}"  # in the journal
-        self._is_saved = False
+        self.is_saved = False  # whether such a name is in the journal
         self.value: bytes | None = None  # the answer as it is kept
 
     async def __call__(self, response: ModelResponse) -> None:
         """Keep the answer, if it is to be kept."""
         self.value = await self._cache.keep(self._key, response)
-        if self._is_saved:
+        if self.is_saved:
             await self.forget()
 
     async def saved_id(self) -> str | None:
         """Return the name of the response that was submitted for this sample, and is not known to be over."""
         journal = self._cache.journal
         entry = None if journal is None else await journal.journal_get(self._entry)
-        self._is_saved = entry is not None
+        self.is_saved = entry is not None
         return str(entry["id"]) if entry else None
 
     async def save_id(self, name: str) -> None:
         """Note that this response was submitted, so that another process finds it after a kill."""
-        if self._cache.journal is not None and not self._is_saved:
-            self._is_saved = True
+        if self._cache.journal is not None and not self.is_saved:
+            self.is_saved = True
             with _logged():
                 await self._cache.journal.journal_put(self._entry, {"id": name})
 
     async def forget(self) -> None:
         """Note that the response is over."""
-        if self._cache.journal is not None and self._is_saved:
-            self._is_saved = False
+        if self._cache.journal is not None and self.is_saved:
+            self.is_saved = False
             with _logged():
                 await self._cache.journal.journal_delete(self._entry)
 

@@ -44,7 +44,7 @@ class BackgroundResponses:
         if name is None or not _ID.fullmatch(name):
             return None
         try:
-            reply = await self._ask("GET", quote(name, safe=""), parameters)
+            reply = await self._ask("GET", name, parameters)
         except openai.NotFoundError:
             await keep.forget()
             return None
@@ -67,14 +67,17 @@ class BackgroundResponses:
             if name is not None:
                 await self._cancel(name, parameters, keep)
             raise
-        if keep is not None and fault_in(read_object(last.content), "responses") is not None:
+        if (
+            keep is not None
+            and keep.is_saved
+            and fault_in(read_object(last.content), "responses") is not None
+        ):
             await keep.forget()  # another attempt asks anew
         return last
 
     async def _cancel(self, name: str, parameters: Parameters, keep: Keeper | None) -> None:
         with contextlib.suppress(Exception):  # the caller's end comes first
-            call = self._ask("POST", f"{quote(name, safe='')}/cancel", parameters)
-            await asyncio.wait_for(call, _CANCELLING)
+            await asyncio.wait_for(self._ask("POST", name, parameters, "/cancel"), _CANCELLING)
             if keep is not None:
                 await keep.forget()
 
@@ -94,7 +97,7 @@ class BackgroundResponses:
     async def _look(self, name: str, parameters: Parameters) -> Any:
         """Return the reply about a response; None where another look may tell more."""
         try:
-            reply = await self._ask("GET", quote(name, safe=""), parameters)
+            reply = await self._ask("GET", name, parameters)
             return reply if text_in(read_object(reply.content).get("status")) else None
         except openai.APIError as error:
             failure = read_failure(error)
@@ -106,8 +109,8 @@ class BackgroundResponses:
             await asyncio.sleep(min(failure.wait or 0.0, _LONGEST_STATED))
             return None
 
-    async def _ask(self, method: str, path: str, parameters: Parameters) -> Any:
-        url = f"{self._url}/{path}"
+    async def _ask(self, method: str, name: str, parameters: Parameters, end: str = "") -> Any:
+        url = f"{self._url}/{quote(name, safe='')}{end}"
         options: Any = {"headers": parameters.headers, "params": parameters.query}
         options |= {"timeout": None, "max_retries": 0}
         send = self._sdk.get if method == "GET" else self._sdk.post

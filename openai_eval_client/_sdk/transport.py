@@ -317,15 +317,12 @@ class FastClient(LoopLocalClient):
                 return await real.send(request, stream=stream, **options)
             response = await real.fetch(request)
             return await real.send(request) if response.has_redirect_location else response
-        except (
-            _httpx.RemoteProtocolError
-        ):  # it was answered, and may be billed: only the next attempt differs
+        except _httpx.RemoteProtocolError:
+            # it was answered, and may be billed: only the next attempt differs
             if self._instead is None:
                 self._instead = LoopLocalClient(openai.DefaultAsyncHttpxClient)
-                text = (
-                    "answers are not valid HTTP for aiohttp: the SDK's own transport reads them from now on"
-                )
-                warn(text, event="transport_changed")
+                now = "the SDK's own transport reads them from now on"
+                warn("answers are not valid HTTP for aiohttp: %s", now, event="transport_changed")
             raise
 
     async def aclose(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import openai
 
 from openai_eval_client._wire.answers import REASONING
-from openai_eval_client._wire.failures import Kind, Outcome, class_of, headers_of, outcome_of, read_refusal
+from openai_eval_client._wire.failures import Kind, Outcome, class_of, headers_of, read_refusal
 from openai_eval_client._wire.refusals import words_of
 from openai_eval_client._wire.requests import PATHS
 from openai_eval_client._wire.usage import dict_in, dicts_in, read_json, read_object, read_usage, text_in
@@ -27,6 +27,7 @@ _STATUS_OF = {  # the API's codes and types, in bodies that name no number
 }  # fmt: skip
 _ABOUT_INPUT = re.compile(r"invalid_prompt|(?:\w+_)?image(?:_\w+)?|content_(?:filter|policy_violation)")
 _CUT_OFF = frozenset({"length", "content_filter"})  # reasons why an answer may have no text
+_ERROR = re.compile(rb'"error"(?!\s*:\s*null\b)')  # every whole response has an error of null
 _DONE = b"data: [DONE]"
 _LAST_EVENTS = frozenset({"response.completed", "response.incomplete", "response.failed"})
 _COMMENTS = re.compile(rb"^(?:\s*:[^\n]*\n)+")  # lines of a stream by which some servers keep it open
@@ -178,16 +179,12 @@ def status_error(status: int, body: Any, answer: Any) -> openai.APIStatusError:
 def read_outcome(status: int, headers: Mapping[str, str], content: bytes, api: str | None) -> Outcome:
     """Return what came of an attempt that was answered, where its answer is another's to read."""
     usage = read_usage(content)
-    if api is not None and b'"error"' in content:
+    if api is not None and _ERROR.search(content):
         fault = fault_in(read_object(content), api)
         if fault is not None and fault.status is not None:
-            reply = sdk_httpx().Response(fault.status, headers=dict(headers), request=_NO_REQUEST)
-            failure = outcome_of(status_error(fault.status, fault.body, reply)).failure
+            failure = read_refusal(fault.status, headers, words_of(fault.body))
             return Outcome(fault.status, headers, usage, failure)
     return Outcome(status, headers, usage)
-
-
-_NO_REQUEST = sdk_httpx().Request("POST", "https://client.invalid/")
 
 
 # --- an answer in a stream of events that was not asked for -----------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -367,6 +368,7 @@ def _comes_back(row: Row, words: Words, wait: float | None) -> bool:
     return said or _BY_MINUTE.search(words.text if row.text else words.message) is not None
 
 
+@functools.lru_cache(maxsize=64)  # limiter, retry, statistics and run ask about the same error in turn
 def row_of(status: int, words: Words) -> Row:
     """Return the row of the table that a refusal fits."""
     rows = [row for row in FAILURES if not isinstance(row.of, type) and row.is_of(status)]
