@@ -1,12 +1,12 @@
 """What all tests share: tiktoken's vocabularies without a network."""
 
 import logging
-import os
 from pathlib import Path
 
 import certifi
 import pytest
 from cli import Cli
+from local_redis import started_redis
 from vocabularies import unpack_vocabularies
 
 
@@ -70,17 +70,6 @@ def cli(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     yield Cli(capfd, monkeypatch)
     logger.handlers[:], logger.level, logger.propagate = before
-
-
-def started_redis(**options):
-    """A Redis server of the tests' own; where there is none to start, the test is skipped."""
-    from local_redis import SERVER, LocalRedis
-
-    if SERVER is None:
-        reason = "no redis-server on this machine"
-        pytest.fail(reason) if os.environ.get("OPENAI_EVAL_CLIENT_SKIP_NOTHING") else pytest.skip(reason)
-    pytest.importorskip("redis")
-    return LocalRedis(**options)
 
 
 @pytest.fixture(scope="session")

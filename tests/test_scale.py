@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from local_redis import started_redis
 
 from openai_eval_client import OpenAIClient, OpenAIConfig, RateLimitConfig
 from openai_eval_client.testing import SimulatedServer
@@ -33,8 +34,6 @@ BLOCK = r"<!-- scale: {} -->\n```python\n(.*?)^```$"
 @pytest.fixture
 def own_redis() -> Iterator[LocalRedis]:
     """Start a Redis server that the test may stop."""
-    from conftest import started_redis
-
     with started_redis() as server:
         yield server
 
@@ -101,8 +100,6 @@ async def test_a_lost_redis_and_its_return_are_each_logged_once(
 
 async def test_a_cluster_keeps_each_quota_on_one_node() -> None:
     """With models on both nodes, the two keys of a model are on the same node."""
-    from conftest import started_redis
-
     first, second = started_redis().as_node(), started_redis().as_node()
     with first, second, first.client() as one, second.client() as other:
         one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 8191)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
+
+import pytest
 
 SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 
@@ -79,3 +82,12 @@ class LocalRedis:
         """Return how many messages workers sent since the server started."""
         with self.client() as client:
             return client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
+
+
+def started_redis(**options) -> LocalRedis:
+    """A Redis server of the tests' own; where there is none to start, the test is skipped."""
+    if SERVER is None:
+        reason = "no redis-server on this machine"
+        pytest.fail(reason) if os.environ.get("OPENAI_EVAL_CLIENT_SKIP_NOTHING") else pytest.skip(reason)
+    pytest.importorskip("redis")
+    return LocalRedis(**options)
