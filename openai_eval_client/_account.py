@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import gc
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from openai_eval_client._cost import Budgets, Ledger
+from openai_eval_client._cost import Budgets, Ledger, Reservation
 from openai_eval_client._limits import Limiter
 from openai_eval_client._log import debug, logger, request_id, warn
-from openai_eval_client._runtime import DeferringLock
+from openai_eval_client._runtime import ForkAware, mind_forks
 from openai_eval_client._stats import Recorder
 from openai_eval_client._wire import NOT_SENT, of_error, outcome_of
 
@@ -21,16 +24,18 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from openai_eval_client._cost import CostBudget, Reservation
+    from openai_eval_client._cost import CostBudget
     from openai_eval_client._limits import Clock, ConcurrencyLimit, Permit, Waiter
     from openai_eval_client._wire import Demand, Outcome
     from openai_eval_client.config import RateLimitConfig
     from openai_eval_client.models import ClientStats
 
 _ALWAYS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+_ABANDONED = outcome_of(asyncio.CancelledError())
+_COLLECTING = 0.05  # of the time at most, while requests wait for streams that nobody may be reading
 
 
-class Account:
+class Account(ForkAware):
     """The limits, the bill, the budget and the statistics of one account."""
 
     def __init__(
@@ -40,11 +45,13 @@ class Account:
         clock: Clock | None = None,
         max_cost: float | None = None,  # USD that may be spent; None: any amount
     ) -> None:
-        self._lock = DeferringLock()
-        self.limiter = Limiter(config, clock=clock, lock=self._lock)
+        self.limiter = Limiter(config, clock=clock, reclaim=self.reclaim)
         self.recorder = Recorder()
         self.ledger = Ledger()
-        self.budgets = Budgets(self.ledger, self._lock, max_cost)
+        self.budgets = Budgets(self.ledger, max_cost, reclaim=self.reclaim)
+        self._open: dict[asyncio.AbstractEventLoop, set[Attempt]] = {}  # not settled, by their event loop
+        self._collect_at = 0.0  # monotonic time before which nothing is collected
+        mind_forks(self)
 
     @property
     def config(self) -> RateLimitConfig:
@@ -54,8 +61,9 @@ class Account:
     def fresh(self) -> Account:
         """Return one with the same limits for another account; the budget is the same."""
         other = Account()
-        other._lock, other.limiter = self._lock, self.limiter.fresh()
+        other.limiter = self.limiter.fresh(other.reclaim)
         other.budgets = self.budgets.shared(other.ledger)
+        other._open = self._open  # one may wait for what is reserved in the other
         return other
 
     @property
@@ -78,6 +86,45 @@ class Account:
         """Return an attempt to be entered: that waits until it may be sent; leaving settles it."""
         return Attempt(self, demand, concurrency, turn, budget, sending or _ALWAYS)
 
+    def opened(self, attempt: Attempt) -> set[Attempt]:
+        """Return the attempts of the running event loop, with a new one that is to leave them when settled."""
+        loop = asyncio.get_running_loop()
+        attempts = self._open.get(loop)
+        if attempts is None:
+            self._settle_abandoned()
+            attempts = self._open.setdefault(loop, set())
+        elif len(self._open) > 1:
+            self._settle_abandoned()
+        attempts.add(attempt)
+        return attempts
+
+    def reclaim(self) -> None:
+        """Give back what nobody else will, while requests wait for it."""
+        self._settle_abandoned()
+        # The SDK's streams are in cycles, which are dropped when Python collects garbage; while all wait, none
+        # is made, and so none collected.
+        now = time.monotonic()
+        streams = (one for attempts in list(self._open.values()) for one in list(attempts) if one.is_stream)
+        if now >= self._collect_at and any(streams):
+            gc.collect()
+            self._collect_at = now + (time.monotonic() - now) / _COLLECTING
+
+    def _settle_abandoned(self) -> None:
+        """Settle the attempts of event loops that have closed."""
+        for loop in [loop for loop in list(self._open) if loop.is_closed()]:
+            for attempt in list(self._open.pop(loop, ())):
+                attempt.abandon()
+
+    def after_fork(self, *, child: bool) -> None:  # the same on both sides
+        """Leave the attempts in flight, and what they have taken, to the parent."""
+        if child:
+            attempts = [attempt for attempts in self._open.values() for attempt in attempts]
+            self._open.clear()
+            for attempt in sorted(
+                attempts, key=lambda attempt: attempt.is_begun
+            ):  # none is granted meanwhile
+                attempt.settle(NOT_SENT)
+
 
 @dataclass(slots=True, eq=False)
 class Attempt:
@@ -96,25 +143,31 @@ class Attempt:
     _outcome: Outcome | None = field(default=None, init=False)
     _cost: Decimal | None = field(default=None, init=False)
     _priced: bool = field(default=False, init=False)
-    _settled: bool = field(default=False, init=False)
+    _among: set[Attempt] | None = field(default=None, init=False)  # those that are to be settled
+    is_begun: bool = field(default=False, init=False)
+    is_stream: bool = field(default=False, init=False)  # the end of a stream is to settle it
 
     async def begin(self) -> Attempt:
         """Wait until it may be sent, and reserve what it needs: its cost first, then its tokens."""
         account, demand = self._account, self.demand
-        if demand.most_cost:
-            self._reservation = await account.budgets.reserve(demand, self._budget)
+        self._among = account.opened(self)
         try:
-            permit = await account.limiter.acquire(demand, concurrency=self._concurrency, turn=self._turn)
+            if demand.most_cost:
+                self._reservation = Reservation()
+                await account.budgets.reserve(demand, self._budget, self._reservation)
+            limits = account.limiter
+            self._permit = permit = limits.ask(demand, concurrency=self._concurrency, turn=self._turn)
+            if permit.waiter.future is not None:
+                await limits.granted(permit)
         except BaseException:
-            if self._reservation is not None:
-                self._reservation.refund()
+            self.settle(NOT_SENT)
             raise
-        self._permit, waiter = permit, permit.waiter
+        waiter, self.is_begun = permit.waiter, True
         account.recorder.admitted(demand.model, waiter.tokens, waiter.asked_at, waiter.granted_at)
         return self
 
     async def __aenter__(self) -> Self:
-        if self._permit is None:
+        if not self.is_begun:
             await self.begin()
         try:
             self._sending.__enter__()
@@ -149,19 +202,26 @@ class Attempt:
         if self._permit is not None:
             self._account.limiter.update_from_headers(self._permit, headers)
 
+    def abandon(self) -> None:
+        """Settle it in the place of an event loop that has closed."""
+        self.settle(_ABANDONED if self.is_begun else NOT_SENT)
+
     def settle(self, outcome: Outcome) -> None:
         """Give slot, tokens and money back, and record what came of it; a second call does nothing."""
-        permit = self._permit
-        if permit is None or self._settled:
+        among, self._among = self._among, None
+        if among is None:
             return
-        self._settled, self._outcome = True, outcome
-        account = self._account
+        among.discard(self)
+        account, permit, self._outcome = self._account, self._permit, outcome
         try:
             if self._reservation is not None:
                 actual = account.budgets.actual(self.demand, outcome, self.price())
                 self._reservation.settle(actual)
         finally:
-            account.limiter.release(permit, outcome)
+            if permit is not None:
+                account.limiter.release(permit, outcome)
+        if permit is None or not self.is_begun:
+            return
         try:
             self._record(permit.waiter, outcome)
         except Exception as error:  # noqa: BLE001  # an answer that was paid for is not lost to its statistics

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._runtime import DeferringLock
+from openai_eval_client._runtime import STATE_LOCK
 from openai_eval_client._wire import class_of, code_of, read_failure, status_of
 from openai_eval_client.models import ClientStats
 
@@ -238,7 +238,7 @@ class Recorder:
     """The running totals behind `client.stats`; safe for several threads."""
 
     def __init__(self) -> None:
-        self._lock = DeferringLock()  # a stream that was dropped settles whenever it is collected
+        self._lock = STATE_LOCK
         # The counts of `ClientStats` by name: writing to its own attributes would take twice the time.
         self._totals: defaultdict[str, Any] = defaultdict(int)
         self._latency = Histogram()

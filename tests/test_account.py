@@ -12,6 +12,7 @@ from virtual import VirtualLoop
 from openai_eval_client import RateLimitConfig
 from openai_eval_client._account import Account, Attempt
 from openai_eval_client._limits.queue import ConcurrencyLimit
+from openai_eval_client._runtime import STATE_LOCK
 from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
 from openai_eval_client._wire.requests import Demand
 from openai_eval_client._wire.usage import Usage
@@ -194,11 +195,12 @@ def test_what_the_collector_hands_back_inside_a_locked_region_waits_until_it_is_
         dropped = [await account.attempt(DEMAND).begin() for _ in range(2)]
         waiting = [asyncio.create_task(account.attempt(DEMAND).begin()) for _ in range(3)]
         await asyncio.sleep(0)
-        with account._lock:
+        with STATE_LOCK:
             for permit in dropped:
                 permit.settle(OK)  # as __del__ would
             assert not any(task.done() for task in waiting)
-            assert account.recorder.snapshot().attempts == 2
+            assert account.recorder.snapshot().attempts == 0
+        assert account.recorder.snapshot().attempts == 2
         for _ in range(3):
             (done,), _ = await asyncio.wait(waiting[:1])
             done.result().settle(OK)

@@ -35,7 +35,7 @@ from openai_eval_client._batches.files import (
     read_bodies,
     read_index,
 )
-from openai_eval_client._cost import commit, exact, reserve, reserve_now
+from openai_eval_client._cost import Reservation, commit, exact, reserve_now
 from openai_eval_client._log import warn
 from openai_eval_client._validation import is_header_text
 from openai_eval_client._wire import (
@@ -459,7 +459,8 @@ class BatchBudget:
         if not self._budgets:
             return
         amounts = [_sum(file.costs) for file in files]
-        whole = await reserve(self._budgets, _sum(amounts))
+        whole = Reservation()
+        await whole.reserve(self._budgets, _sum(amounts))
         for file, reservation in zip(files, whole.split(amounts), strict=True):
             file.reservation = reservation
 

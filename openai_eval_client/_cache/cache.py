@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 import time
 import zlib
 from array import array
@@ -24,6 +23,7 @@ import pydantic
 from openai_eval_client._cache.store import Store
 from openai_eval_client._format import to_json
 from openai_eval_client._log import warn
+from openai_eval_client._runtime import DeferringLock
 from openai_eval_client._validation import reject_input
 from openai_eval_client._wire import PATHS, Usage, fault_in, of_error, read_answer, read_json, usage_of
 from openai_eval_client.config import CacheConfig
@@ -125,7 +125,7 @@ class Occurrences:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = DeferringLock()
         self._once: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))  # in sorted segments
         self._last: dict[int, int] = {}  # the highest number of what was asked more than once
         self._free: defaultdict[int, list[tuple[int, object]]] = defaultdict(list)  # failed: number and call

@@ -1,6 +1,6 @@
 """What requests cost, can cost, and may cost."""
 
-from openai_eval_client._cost.budget import Budgets, CostBudget, Reservation, commit, reserve, reserve_now
+from openai_eval_client._cost.budget import Budgets, CostBudget, Reservation, commit, reserve_now
 from openai_eval_client._cost.ledger import Ledger, Pricer, Rates, exact
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "Reservation",
     "commit",
     "exact",
-    "reserve",
     "reserve_now",
 ]

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias
 
 from openai_eval_client._cost.ledger import EXACT
 from openai_eval_client._log import inform, warn
-from openai_eval_client._runtime import DeferringLock, FairQueue, Queued
+from openai_eval_client._runtime import STATE_LOCK, FairQueue, Queued
 from openai_eval_client._validation import check_cost
 from openai_eval_client._wire import endpoint_of, token_count
 from openai_eval_client.errors import BudgetExceededError, ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from typing_extensions import Self
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _NOTHING = Decimal(0)
 _LONG_WAIT = 1.0  # seconds from which a wait is logged
+_LOOK_AGAIN = 5.0  # seconds after which a wait looks for reservations that nobody will give back
 
 # Parameters on which the cost of a request depends, besides those that bound its output.
 _CHOICES = ("n", "best_of")  # the parameters that multiply the output
@@ -120,34 +121,33 @@ class CostBudget:
     is spent and reserved stays within the limit, as long as nothing costs more than was reserved for it.
     """
 
-    def __init__(self, limit: Decimal, *, lock: DeferringLock | None = None) -> None:
+    def __init__(self, limit: Decimal, *, reclaim: Callable[[], object] = lambda: None) -> None:
         self._limit = limit
-        self._lock = lock or DeferringLock()
+        self._lock = STATE_LOCK
+        self._reclaim = reclaim  # gives back what nobody else will
         self._spent = _NOTHING
         self._reserved: dict[_State, Decimal] = {"held": _NOTHING, "kept": _NOTHING}
         self._queue: FairQueue[_Hold] = FairQueue()
         self._turns = itertools.count()
 
-    async def reserve(self, amount: Decimal) -> _Hold:
-        """Reserve an amount in USD, once there is room for it."""
+    async def reserve(self, amount: Decimal, reservation: Reservation) -> None:
+        """Add an amount in USD to a reservation, once there is room for it; it holds what waits for room too."""
         with self._lock:
             if amount > self._most_room():
                 raise self.exceeded(amount)
             hold, asked_at = self._ask(amount), time.monotonic()
+            reservation.holds.append(hold)
             if hold.state == "held":
-                return hold
+                return
             hold.future = asyncio.get_running_loop().create_future()
             self._queue.add(next(self._turns), hold)
-        try:
-            await hold.future
-        except BaseException:
-            self.settle(hold, _NOTHING)
-            raise
+        while not (await asyncio.wait({hold.future}, timeout=_LOOK_AGAIN))[0]:
+            self._reclaim()
+        hold.future.result()
         waited = time.monotonic() - asked_at
         if waited >= _LONG_WAIT:
             text = "waited %.2f s for what other requests reserve of max_cost=%s"
             inform(text, waited, self._limit, event="waited_for_money", wait_seconds=waited)
-        return hold
 
     def reserve_now(self, amount: Decimal) -> _Hold | None:
         """Reserve an amount in USD at once; None where there is no room now."""
@@ -241,6 +241,15 @@ class Reservation:
 
     holds: list[_Hold] = field(default_factory=list)
 
+    async def reserve(self, budgets: Iterable[CostBudget], amount: Decimal) -> None:
+        """Reserve an amount in USD from several budgets, once all of them have room for it."""
+        try:
+            for budget in budgets:
+                await budget.reserve(amount, self)
+        except BaseException:
+            self.refund()
+            raise
+
     def settle(self, actual: Decimal) -> None:
         """Replace it by what was spent, in USD; a second call does nothing."""
         for hold in self.holds:
@@ -249,6 +258,7 @@ class Reservation:
     def refund(self) -> None:
         """Give it back: nothing was spent."""
         self.settle(_NOTHING)
+        self.holds.clear()
 
     def keep_reserved(self) -> None:
         """Keep it, but let nothing wait for its settling, which may never come."""
@@ -261,18 +271,6 @@ class Reservation:
         pieces = [commit(budgets, amount) for amount in amounts]
         self.refund()  # last, so that no other request takes the amount in between
         return pieces
-
-
-async def reserve(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation:
-    """Reserve an amount in USD from several budgets, once all of them have room for it."""
-    reservation = Reservation()
-    try:
-        for budget in budgets:
-            reservation.holds.append(await budget.reserve(amount))
-    except BaseException:
-        reservation.refund()
-        raise
-    return reservation
 
 
 def reserve_now(budgets: Iterable[CostBudget], amount: Decimal) -> Reservation | None:
@@ -333,9 +331,11 @@ class _MostCost(Decimal):
 class Budgets:
     """The budgets of one client: what its requests can cost, and what they did cost."""
 
-    def __init__(self, ledger: Ledger, lock: DeferringLock, max_cost: float | None) -> None:
+    def __init__(
+        self, ledger: Ledger, max_cost: float | None, *, reclaim: Callable[[], object] = lambda: None
+    ) -> None:
         self._ledger = ledger
-        self._lock = lock
+        self._reclaim = reclaim
         self._budget = self._new(max_cost)
         self._overspent: set[str] = set()  # models of which it was logged
         # What answers showed, by the model asked:
@@ -398,24 +398,24 @@ class Budgets:
             warn(text, model, cost, most, event="overspent", model=model, cost=float(cost))
         return cost
 
-    async def reserve(self, demand: Demand, own: CostBudget | None) -> Reservation:
+    async def reserve(self, demand: Demand, own: CostBudget | None, reservation: Reservation) -> None:
         """Reserve the most that an attempt can cost, once there is room for it."""
         # While it waits, answers may show that this is more or less than was known.
         while True:
             amount = self._amount(demand)
             try:
-                reservation = await reserve(self.budgets(own), amount)
+                await reservation.reserve(self.budgets(own), amount)
             except BudgetExceededError:
                 if self._amount(demand) < amount:
                     continue
                 raise
             if self._amount(demand) <= amount:
-                return reservation
+                return
             reservation.refund()
 
     def shared(self, ledger: Ledger) -> Budgets:
         """Return the same budget for another account, whose prices may be others."""
-        other = Budgets(ledger, self._lock, None)
+        other = Budgets(ledger, None)
         other._budget = self._budget
         return other
 
@@ -428,7 +428,7 @@ class Budgets:
         if max_cost is None:
             return None
         check_cost(max_cost, "max_cost")
-        return CostBudget(Decimal(str(max_cost)), lock=self._lock)
+        return CostBudget(Decimal(str(max_cost)), reclaim=self._reclaim)
 
     def _learn(self, request: _Request, usage: Usage) -> None:
         """Note in which tier an answer was served, and whether its output exceeded what was allowed."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from openai_eval_client._format import valid_text
 from openai_eval_client._log import inform, warn
+from openai_eval_client._runtime import ForkAware, mind_forks
 from openai_eval_client._wire import Usage
 from openai_eval_client.models import CostLedger, ModelCost
 
@@ -324,7 +325,7 @@ class _Row:
         return ModelCost(**{**asdict(self), "cost": self.cost if priced else None})
 
 
-class Ledger:
+class Ledger(ForkAware):
     """What the answers of one client cost; safe for several threads."""
 
     def __init__(self) -> None:
@@ -339,6 +340,18 @@ class Ledger:
         self._retried = self._unaccounted = 0
         self._unaccounted_cost = self._saved = _NOTHING
         self._unreadable: _Notices[str] = _Notices()  # models whose usage could not be read in full
+        mind_forks(self)
+
+    def before_fork(self) -> None:
+        """Wait for the thread that reads or writes it."""
+        self._lock.acquire()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Go on; the threads that load prices are not in the child."""
+        self._lock.release()
+        if child:
+            self._loading = False
+            self._loaders.clear()
 
     def pricer_for(self, base_url: str | None) -> Pricer:
         """Return what prices the entries; the address given first decides whose prices they are."""

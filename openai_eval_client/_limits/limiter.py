@@ -1,8 +1,8 @@
 """The waiting: one queue for each model, served from any event loop and any thread.
 
 One lock stands round all queues. Nothing is awaited under it: a waiter that cannot go gets a future of its
-own loop, which is resolved when quota or a slot is free. When only time can help, each loop with waiters
-holds one timer, so that no loop depends on another that may be busy or closed.
+own loop, which is resolved when quota or a slot is free. Each loop with waiters holds one timer, so that no
+loop depends on another that may be busy or closed.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from openai_eval_client._limits.buckets import Clock
 from openai_eval_client._limits.queue import ModelQueue, Waiter
-from openai_eval_client._log import inform, request_id
-from openai_eval_client._runtime import DeferringLock, StartThrottle, call_on, running_loop
-from openai_eval_client._wire import NOT_SENT, read_stated_limits
+from openai_eval_client._log import inform, request_id, warn
+from openai_eval_client._runtime import STATE_LOCK, StartThrottle, call_on, running_loop
+from openai_eval_client._wire import read_stated_limits
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import RequestTooLargeError, rate_limited
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from openai_eval_client._limits.queue import ConcurrencyLimit, LimitStatus, ModelLimits
     from openai_eval_client._limits.shared import RedisBackend, SharedModelQueue
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from openai_eval_client.errors import RateLimitError
 
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
+_LOOK_AGAIN = 0.5  # seconds after which it is looked for slots that nobody will give back
 _WORTH_LOGGING = 1.0  # seconds of waiting
 _OVERLOAD_PAUSE = 1.0  # seconds, where an overloaded server names none
 
@@ -50,22 +51,23 @@ class Limiter:
         config: RateLimitConfig | None = None,
         *,
         clock: Clock | None = None,
-        lock: DeferringLock | None = None,
+        reclaim: Callable[[], object] = lambda: None,  # gives back what nobody else will
     ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self._bounded = config is not None  # else nothing is slowed down until the server states limits
         self._clock = clock or Clock()
-        self._lock = lock or DeferringLock()
+        self._lock = STATE_LOCK
+        self._reclaim = reclaim
         self._turns = itertools.count()
         self._starts = StartThrottle()
         self._refused: Counter[str] = Counter()
-        self._queues: dict[str | None, ModelQueue] = {}
+        self._queues: dict[str, ModelQueue] = {}  # by model; by endpoint for what runs none
         self._timers: dict[tuple[ModelQueue, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
         self._backend: RedisBackend | None = None
 
-    def fresh(self) -> Limiter:
+    def fresh(self, reclaim: Callable[[], object]) -> Limiter:
         """Return another one with the same configured limits, for another account."""
-        return Limiter(self.config if self._bounded else None, clock=self._clock, lock=self._lock)
+        return Limiter(self.config if self._bounded else None, clock=self._clock, reclaim=reclaim)
 
     def share(self, *account: str | None) -> None:
         """Share the limits with all processes that use the same account, through `config.redis_url`."""
@@ -112,12 +114,15 @@ class Limiter:
         """Return a place in the queue; a request keeps its own through all its attempts."""
         return next(self._turns)
 
-    async def acquire(
+    def ask(
         self, demand: Demand, *, concurrency: ConcurrencyLimit | None = None, turn: int | None = None
     ) -> Permit:
-        """Wait until a request may be sent, and reserve its tokens and a slot."""
+        """Reserve a request's tokens and a slot, or queue it for them: `granted` waits, where there is a future.
+
+        Whatever becomes of it, `release` has to be called.
+        """
         with self._lock:
-            queue = self._queue_of(demand.model)
+            queue = self._queue_of(demand)
             output = queue.expected_output if demand.max_output is None else demand.max_output
             waiter = Waiter(
                 turn=self.next_turn() if turn is None else turn,
@@ -127,24 +132,23 @@ class Limiter:
             )
             self._check(queue, demand)
             if queue.try_grant(waiter):
-                future = self._starts.now_or_later()
+                waiter.future = self._starts.now_or_later()
             else:
                 waiter.owner = asyncio.get_running_loop()
-                waiter.future = future = waiter.owner.create_future()
+                waiter.future = waiter.owner.create_future()
                 queue.enqueue(waiter)
                 self._pump(queue)
-        if future is not None:
-            try:
-                await future
-            except BaseException:
-                self._lock.when_free(lambda: self._release(queue, waiter, NOT_SENT))
-                raise
-            waiter.granted_at = self._clock.time()  # it begins now: what was before is waiting
-            waited = waiter.granted_at - waiter.asked_at
-            if waited >= _WORTH_LOGGING:
-                text, model = "waited %.2f s for the rate limit of %s", queue.model
-                inform(text, waited, model, event="waited", model=model, wait_seconds=waited)
         return Permit(queue, waiter)
+
+    async def granted(self, permit: Permit) -> None:
+        """Wait for the future of a permit: until its request may be sent."""
+        queue, waiter = permit
+        await waiter.future
+        waiter.granted_at = self._clock.time()  # it begins now: what was before is waiting
+        waited = waiter.granted_at - waiter.asked_at
+        if waited >= _WORTH_LOGGING:
+            text, model = "waited %.2f s for the rate limit of %s", queue.model
+            inform(text, waited, model, event="waited", model=model, wait_seconds=waited)
 
     def release(self, permit: Permit, outcome: Outcome) -> None:
         """Free a slot, replace the reserved tokens by those used, and learn from the answer."""
@@ -193,8 +197,10 @@ class Limiter:
         if wait > self.config.max_wait:
             self._fail_all(queue)
 
-    def _queue_of(self, model: str | None) -> ModelQueue:
-        queue = self._queues.get(model)
+    def _queue_of(self, demand: Demand) -> ModelQueue:
+        """Return the queue of a model, or of an endpoint that runs none."""
+        model, name = demand.model, demand.model or demand.route
+        queue = self._queues.get(name)
         if queue is not None:
             return queue
         if self._backend is None or model is None:
@@ -205,7 +211,7 @@ class Limiter:
             queue = SharedModelQueue(model, self.config, self._clock, self._backend, self._replied)
         if not self._bounded:
             queue.concurrency.limit = float("inf")
-        self._queues[model] = queue
+        self._queues[name] = queue
         return queue
 
     def _replied(self, queue: SharedModelQueue, reply: Any) -> None:
@@ -232,9 +238,8 @@ class Limiter:
             if not call_on(waiter.owner, self._starts.wake, waiter.future):
                 queue.cancel(waiter)
         delay = queue.next_in()
-        if delay is not None:
-            for owner in list(queue.waiting):
-                self._set_timer(queue, owner, max(delay, _SHORTEST_TIMER))
+        for owner in list(queue.waiting):
+            self._set_timer(queue, owner, _LOOK_AGAIN if delay is None else max(delay, _SHORTEST_TIMER))
 
     def _set_timer(self, queue: ModelQueue, loop: asyncio.AbstractEventLoop, delay: float) -> None:
         """Have `loop` look at the queue again in `delay` seconds at the latest."""
@@ -252,6 +257,16 @@ class Limiter:
         self._timers[queue, loop] = loop.call_later(delay, self._tick, queue, loop)
 
     def _tick(self, queue: ModelQueue, loop: asyncio.AbstractEventLoop) -> None:
+        idle = queue.idle_for()
+        if idle:
+            self._reclaim()
+        if idle > self.config.max_wait:
+            queue.moved_at += idle  # once in that time
+            text = (
+                "%s: for %.0f s no request has begun or ended: all wait for the end of %d that are in flight"
+            )
+            about = {"wait_seconds": idle, "model": queue.model}
+            warn(text, queue.model, idle, queue.concurrency.in_flight, event="nothing_moves", **about)
         with self._lock:
             handle = self._timers.pop((queue, loop), None)
             if handle is not None:

@@ -94,6 +94,7 @@ class ModelQueue:
         self.waited: defaultdict[str, float] = defaultdict(float)  # seconds by cause
         self._cause = "concurrency"
         self._counted_at = clock.time()  # until when `waited` is counted
+        self.moved_at = clock.time()  # when a request began or ended last
         self.expected_output = FIRST_OUTPUT_GUESS
         self._answers = 0
         self._variance = 0.0
@@ -129,6 +130,10 @@ class ModelQueue:
         delay, self._cause = (None, "concurrency") if waiter is None else self._ready_in(waiter)
         return delay
 
+    def idle_for(self) -> float:
+        """Return for how many seconds nothing has begun or ended while all wait for a slot; 0 for others."""
+        return self._clock.time() - self.moved_at if self.waiting and self._next() is None else 0.0
+
     def cancel(self, waiter: Waiter) -> None:
         """Take back a waiter that was not sent: out of the queue, or its reservation and slot; once."""
         if waiter.waits:
@@ -136,13 +141,11 @@ class ModelQueue:
         elif waiter.granted:
             self.requests.charge(-1)
             self.tokens.charge(-waiter.tokens)
-            waiter.concurrency.in_flight -= 1
-            waiter.granted = False
+            self._leave(waiter)
 
     def settle(self, waiter: Waiter, outcome: Outcome) -> None:
         """Free the waiter's slot, replace its estimate by what it took, and learn from that."""
-        waiter.granted = False
-        waiter.concurrency.in_flight -= 1
+        self._leave(waiter)
         tokens = outcome.tokens
         if tokens is not None:
             self.tokens.settle(waiter.tokens, tokens)
@@ -251,4 +254,10 @@ class ModelQueue:
         waiter.sent = self.requests.charge(1), self.tokens.charge(waiter.tokens)
         waiter.concurrency.in_flight += 1
         waiter.granted = True
-        waiter.granted_at = self._clock.time()
+        waiter.granted_at = self.moved_at = self._clock.time()
+
+    def _leave(self, waiter: Waiter) -> None:
+        """Free the slot."""
+        waiter.granted = False
+        waiter.concurrency.in_flight -= 1
+        self.moved_at = self._clock.time()

@@ -1,10 +1,12 @@
 """What threads, event loops, forks and files ask of a library."""
 
 from openai_eval_client._runtime.loops import (
+    STATE_LOCK,
     Background,
     DeferringLock,
     FairQueue,
     FileLock,
+    ForkAware,
     Queued,
     StartThrottle,
     call_on,
@@ -14,10 +16,12 @@ from openai_eval_client._runtime.loops import (
 )
 
 __all__ = [
+    "STATE_LOCK",
     "Background",
     "DeferringLock",
     "FairQueue",
     "FileLock",
+    "ForkAware",
     "Queued",
     "StartThrottle",
     "call_on",

@@ -7,6 +7,7 @@ import concurrent.futures.thread  # its fork hook has to be older than ours: a f
 import contextlib
 import functools
 import heapq
+import itertools
 import os
 import sys
 import threading
@@ -156,8 +157,59 @@ class _LoopStarts:
                 self.schedule()
 
 
-class DeferringLock:
-    """A lock for state that collected objects hand something back to.
+class ForkAware(Protocol):
+    """Holds something that a forked child cannot share."""
+
+    def before_fork(self) -> None:
+        """Let go of it, and keep other threads from taking it until the fork is over."""
+        return  # by default nothing
+
+    def after_fork(self, *, child: bool) -> None:  # the same on both sides
+        """Go on, in the parent or in the child."""
+
+
+_LOCK = threading.RLock()  # held during a fork: no object is added meanwhile
+_NUMBERS = itertools.count()
+_PREPARED: list[ForkAware] = []  # for the fork that is going on
+
+
+def mind_forks(thing: ForkAware) -> None:
+    """Call an object's `before_fork` and `after_fork` at every fork for as long as it lives.
+
+    The latest object is the first, so that of two locks that one thread takes together the outer one has to
+    be the later one.
+    """
+    with _LOCK:
+        _fork_aware()[next(_NUMBERS)] = thing
+
+
+@functools.cache
+def _fork_aware() -> weakref.WeakValueDictionary[int, ForkAware]:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before,
+            after_in_parent=functools.partial(_after, child=False),
+            after_in_child=functools.partial(_after, child=True),
+        )
+    return weakref.WeakValueDictionary()
+
+
+def _before() -> None:
+    _LOCK.acquire()
+    _PREPARED.extend(thing for _, thing in sorted(_fork_aware().items(), reverse=True))
+    for thing in _PREPARED:
+        thing.before_fork()
+
+
+def _after(*, child: bool) -> None:
+    for thing in _PREPARED:
+        thing.after_fork(child=child)
+    _PREPARED.clear()
+    _LOCK.release()
+
+
+class DeferringLock(ForkAware):
+    """A lock for state that collected objects hand something back to; forks wait for it.
 
     The garbage collector and signal handlers may run anywhere, also inside a locked region of the same
     thread. What a collected stream or coroutine wants done then waits until that region is left: it neither
@@ -168,6 +220,7 @@ class DeferringLock:
         self._lock = threading.RLock()
         self._depth = 0  # how many regions the thread that holds the lock is in, each within the one before
         self._later: deque[Callable[[], None]] = deque()
+        mind_forks(self)
 
     def __enter__(self) -> None:
         self._lock.acquire()
@@ -186,51 +239,18 @@ class DeferringLock:
         with self:
             self._later.append(action)
 
-
-class ForkAware(Protocol):
-    """Holds something that a forked child cannot share."""
-
     def before_fork(self) -> None:
-        """Let go of it, and keep other threads from taking it until the fork is over."""
-        return  # by default nothing
+        """Take the lock: a child could not leave a region that another thread is in."""
+        self.__enter__()
 
-    def after_fork(self, *, child: bool) -> None:  # the same on both sides
-        """Go on, in the parent or in the child."""
-
-
-_LOCK = threading.RLock()  # held during a fork: no object is added meanwhile
-_PREPARED: list[ForkAware] = []  # for the fork that is going on
+    def after_fork(self, *, child: bool) -> None:  # noqa: ARG002  # the same on both sides
+        """Leave it again."""
+        self.__exit__()
 
 
-def mind_forks(thing: ForkAware) -> None:
-    """Call an object's `before_fork` and `after_fork` at every fork for as long as it lives."""
-    with _LOCK:
-        _fork_aware().add(thing)
-
-
-@functools.cache
-def _fork_aware() -> weakref.WeakSet[ForkAware]:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_before,
-            after_in_parent=functools.partial(_after, child=False),
-            after_in_child=functools.partial(_after, child=True),
-        )
-    return weakref.WeakSet()
-
-
-def _before() -> None:
-    _LOCK.acquire()
-    _PREPARED.extend(_fork_aware())
-    for thing in _PREPARED:
-        thing.before_fork()
-
-
-def _after(*, child: bool) -> None:
-    for thing in _PREPARED:
-        thing.after_fork(child=child)
-    _PREPARED.clear()
-    _LOCK.release()
+# Round the limits, budgets and statistics of all clients. A collected stream may hand something back to any of
+# them, so with a lock for each, two threads could wait for one another's.
+STATE_LOCK = DeferringLock()
 
 
 _LINGER = 0.1  # seconds an idle thread waits for more jobs, and thereby at most delays the interpreter's end

@@ -14,28 +14,26 @@ import openai
 
 from openai_eval_client._account import Account
 from openai_eval_client._log import inform
+from openai_eval_client._sdk.streams import metered, outcome_of_reply, released_class
 from openai_eval_client._sdk.transport import SdkClient, default_client
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import config_of
 from openai_eval_client._wire import (
     Demand,
     Kind,
-    Outcome,
-    Tail,
     endpoint_of,
     max_output,
     of_error,
     read_failure,
     read_object,
-    read_outcome,
-    refused,
+    route_of,
     words_in,
 )
 from openai_eval_client.config import RateLimitConfig
 from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Generator, Mapping
+    from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
 
     from openai_eval_client._account import Attempt
     from openai_eval_client._wire import Failure
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 
 _UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
 _JSON = "application/json"
-_BAD_REQUEST = 400
 
 
 class NotSent(BaseException):
@@ -82,10 +79,11 @@ class _PacedClient:
             send = super().send  # type: ignore[misc]  # of the client viewed
             response = await send(request, stream=stream, **options)
             if stream and not response.is_closed:
-                response.stream = _metered_class(response.stream.__class__)(response, attempt)
-                return response  # the attempt stays open until the stream ends
+                return metered(response, attempt)  # it stays open until the stream ends
             api = endpoint_of(request.url.path, request.method).api
-            outcome = _outcome(attempt.demand, response.status_code, response.headers, response.content, api)
+            outcome = outcome_of_reply(
+                attempt.demand, response.status_code, response.headers, response.content, api
+            )
             attempt.ended(outcome)
         used, demand = outcome.counted, attempt.demand
         if used is not None and demand.model is not None:
@@ -105,7 +103,7 @@ class _PacedClient:
         """Return what a request asks of the limits and budgets, as far as its body can be read."""
         path, headers = request.url.path, request.headers
         endpoint = endpoint_of(path, request.method)
-        demand = Demand(None)
+        demand = Demand(None, route=route_of(request.method, path))
         body: dict[str, Any] = {}
         if endpoint.metered:
             retry = headers.get("x-stainless-retry-count", "0") != "0"  # the SDK says so
@@ -129,54 +127,6 @@ def _body_of(request: Any) -> dict[str, Any]:
     except RuntimeError:
         return {}
     return body if isinstance(body.get("model"), str) else {}
-
-
-def _outcome(demand: Demand, status: int, headers: Any, tail: bytes, api: str | None = None) -> Outcome:
-    if status >= _BAD_REQUEST:
-        return refused(status, headers, tail)
-    if demand.model is None:  # a file may hold usage of other requests
-        return Outcome(status, headers)
-    return read_outcome(status, headers, tail, api)
-
-
-@functools.lru_cache(maxsize=8)
-def _metered_class(stream: type) -> type:
-    interface = next(base for base in stream.__mro__ if base.__name__ == "AsyncByteStream")  # of either httpx
-    return type("MeteredStream", (_MeteredStream, interface), {})
-
-
-class _MeteredStream:
-    """The body of a streamed answer: holds its slot until closed, then settles from the usage at its end."""
-
-    def __init__(self, response: Any, attempt: Attempt) -> None:
-        self._stream = response.stream
-        self._status = response.status_code
-        self._headers = response.headers
-        self._attempt = attempt
-        self._tail = Tail()
-        if self._status < _BAD_REQUEST:  # they describe the limits now, not when the stream ends
-            attempt.update_from_headers(self._headers)
-            self._headers = None
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        async for chunk in self._stream:
-            self._tail.feed(chunk)
-            yield chunk
-
-    async def aclose(self) -> None:
-        """Close the stream and give the slot back."""
-        try:
-            await self._stream.aclose()
-        finally:
-            self._settle()
-
-    def _settle(self) -> None:
-        demand = self._attempt.demand
-        self._attempt.settle(_outcome(demand, self._status, self._headers, self._tail.read()))
-
-    def __del__(self) -> None:
-        """Give the slot back where the stream was dropped without being closed."""
-        self._settle()
 
 
 # Options of the SDK's constructor that may name another account.
@@ -259,18 +209,21 @@ class AsyncOpenAI(SdkClient):
 
         with_options = copy
 
-        async def request(self, *args: Any, **options: Any) -> Any:
+        async def request(self, *args: Any, stream_cls: Any = None, **options: Any) -> Any:
             """Send as the SDK does; our own errors are raised at once and as they are.
 
             Args:
                 *args: What the SDK's `request` takes.
+                stream_cls: The class of a streamed answer. It is returned as a subclass of it, which gives
+                    its slot back as soon as nobody holds it.
                 **options: Likewise.
 
             Returns:
                 What the SDK's returns.
             """
+            kind = None if stream_cls is None else released_class(stream_cls)
             try:
-                return await super().request(*args, **options)
+                return await super().request(*args, stream_cls=kind, **options)
             except NotSent as caught:
                 raise caught.args[0] from None
 

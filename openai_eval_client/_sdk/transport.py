@@ -253,11 +253,12 @@ def _close_later(real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator
     """Close clients on their own loops, where those still run, without waiting for it."""
     for loop, (_, guard) in list(real.items()):
         with contextlib.suppress(RuntimeError):  # the loop has closed, and with it its connections
-            loop.call_soon_threadsafe(_close_soon, guard)
+            loop.call_soon_threadsafe(close_soon, guard)
 
 
-def _close_soon(guard: AsyncGenerator[None, None]) -> None:
-    closing = asyncio.ensure_future(guard.aclose())
+def close_soon(thing: Any) -> None:
+    """Have the running loop close something by its `aclose`."""
+    closing = asyncio.ensure_future(thing.aclose())
     _CLOSING.add(closing)  # a loop keeps only weak references to its tasks
     closing.add_done_callback(_CLOSING.discard)
 

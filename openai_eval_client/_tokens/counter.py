@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from openai_eval_client._log import inform, warn
+from openai_eval_client._runtime import DeferringLock
 from openai_eval_client._wire import INPUT_KEYS, Usage
 
 if TYPE_CHECKING:
@@ -307,7 +308,7 @@ class TokenCounter:
 
     def __init__(self, *, load_timeout: float = 5.0) -> None:
         self._load_timeout = load_timeout  # seconds that the first counts with a vocabulary wait for it
-        self._lock = threading.Lock()
+        self._lock = DeferringLock()
         # By model, and whether it is counted with a vocabulary: the ratio of real to counted text tokens.
         self._ratios: dict[tuple[str, bool], float] = {}
         # By model and corrected count: the ratio's key, fixed tokens, text tokens.
@@ -484,7 +485,7 @@ class _Vocabularies:
 
     def __init__(self) -> None:
         self.fits: dict[str, _Fit] = {}  # of the models that one was looked for; read without the lock
-        self._lock = threading.Lock()
+        self._lock = DeferringLock()
         self._loaded: dict[str, _Vocabulary] = {}
 
     def find(self, model: str) -> _Fit:

@@ -31,6 +31,7 @@ from openai_eval_client._wire.requests import (
     endpoint_of,
     list_prompts,
     max_output,
+    route_of,
 )
 from openai_eval_client._wire.usage import (
     Tail,
@@ -80,6 +81,7 @@ __all__ = [
     "read_stated_limits",
     "read_usage",
     "refused",
+    "route_of",
     "status_error",
     "status_of",
     "text_in",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,6 +80,15 @@ def endpoint_of(path: str, method: str = "POST") -> Endpoint:
     return next((row for row in ENDPOINTS if path.endswith(row.end)), _UNKNOWN)
 
 
+@functools.lru_cache(maxsize=256)
+def route_of(method: str, path: str) -> str:
+    """Return the name of an endpoint: its method and path, with stars in the place of ids."""
+    return f"{method} {'/'.join(part if _IS_WORD(part) else '*' for part in path.split('/'))}"
+
+
+_IS_WORD = re.compile("[a-z_]*|v[0-9]").fullmatch
+
+
 class Demand(NamedTuple):
     """What one request asks of the limits."""
 
@@ -88,6 +98,7 @@ class Demand(NamedTuple):
     retry: bool | None = None  # whether it repeats a failed attempt; None: our own call, counted elsewhere
     free: bool = False  # whether its endpoint costs nothing
     most_cost: Decimal | None = None  # USD that it can cost at most; None: there is no budget
+    route: str = ""  # of a request that runs no model: those to other endpoints do not wait for it
 
 
 def max_output(body: Mapping[str, Any], path: str = "") -> int | None:

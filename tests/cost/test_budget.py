@@ -16,13 +16,29 @@ from hypothesis import strategies as st
 from virtual import VirtualLoop
 
 from openai_eval_client import BudgetExceededError
-from openai_eval_client._cost.budget import Budgets, CostBudget, commit, reserve, reserve_now
+from openai_eval_client._cost.budget import Budgets, CostBudget, Reservation, commit, reserve_now
 from openai_eval_client._cost.ledger import Ledger
-from openai_eval_client._runtime.loops import DeferringLock
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._wire.failures import NOT_SENT, Failure, Kind, Outcome, refused
 from openai_eval_client._wire.requests import Demand
 from openai_eval_client._wire.usage import Usage, usage_of
+
+
+async def reserve(budgets, amount: Decimal) -> Reservation:
+    reservation = Reservation()
+    await reservation.reserve(budgets, amount)
+    return reservation
+
+
+async def held_in(budget: CostBudget, amount: Decimal):
+    return (await reserve([budget], amount)).holds[0]
+
+
+async def reserved(client: Budgets, demand: Demand, own: CostBudget | None) -> Reservation:
+    reservation = Reservation()
+    await client.reserve(demand, own, reservation)
+    return reservation
+
 
 NOTHING = Decimal(0)
 A_LONG_TIME = 1e9  # virtual seconds
@@ -88,7 +104,7 @@ class Scenario:
         result = Result()
         self.results.append(result)
         try:
-            hold = await self.budget.reserve(amount)
+            hold = await held_in(self.budget, amount)
         except BudgetExceededError as error:
             stats = self.watch()
             assert amount > self.limit - stats["spent"] - stats["reserved"]
@@ -208,8 +224,8 @@ async def test_what_is_committed_counts_even_beyond_the_limit() -> None:
     assert budget.stats["reserved"] == 7
     assert (budget.free, budget.idle) == (0, False)
     with pytest.raises(BudgetExceededError):
-        await budget.reserve(Decimal(6))
-    waiting = asyncio.ensure_future(budget.reserve(Decimal(3)))
+        await held_in(budget, Decimal(6))
+    waiting = asyncio.ensure_future(held_in(budget, Decimal(3)))
     await asyncio.sleep(0)
     held.settle(Decimal(2))
     assert (await waiting).amount == 3
@@ -223,7 +239,7 @@ async def test_what_costs_more_than_was_reserved_is_not_forgotten() -> None:
     assert budget.stats == {"limit": 5, "spent": 6, "reserved": 0}
     assert budget.free == 0
     with pytest.raises(BudgetExceededError, match="6 spent"):
-        await budget.reserve(Decimal("0.01"))
+        await held_in(budget, Decimal("0.01"))
 
 
 async def test_two_budgets_reserve_together_or_not_at_all() -> None:
@@ -248,8 +264,8 @@ async def test_two_budgets_reserve_together_or_not_at_all() -> None:
 async def test_a_request_that_does_not_wait_cannot_overtake() -> None:
     """It gets nothing while others wait."""
     budget = CostBudget(Decimal(10))
-    first = await budget.reserve(Decimal(8))
-    waiting = asyncio.ensure_future(budget.reserve(Decimal(5)))
+    first = await held_in(budget, Decimal(8))
+    waiting = asyncio.ensure_future(held_in(budget, Decimal(5)))
     await asyncio.sleep(0)
     assert budget.reserve_now(Decimal(1)) is None
     assert budget.free == 0
@@ -275,7 +291,7 @@ def test_a_loop_that_was_closed_holds_nothing_back() -> None:
     budget = CostBudget(Decimal(10))
     held = budget.reserve_now(Decimal(8))
     loop = asyncio.new_event_loop()
-    waiting = loop.create_task(budget.reserve(Decimal(5)))
+    waiting = loop.create_task(held_in(budget, Decimal(5)))
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
     budget.settle(held, NOTHING)
@@ -290,7 +306,7 @@ def test_a_loop_that_ends_between_grant_and_waking_gives_back() -> None:
     held = budget.reserve_now(Decimal(8))
 
     async def leave() -> None:
-        waiting.append(asyncio.ensure_future(budget.reserve(Decimal(5))))
+        waiting.append(asyncio.ensure_future(held_in(budget, Decimal(5))))
         await asyncio.sleep(0)
         threading.Thread(target=budget.settle, args=(held, NOTHING)).start()
 
@@ -314,7 +330,7 @@ def test_threads_with_loops_of_their_own_share_one_budget() -> None:
     async def one(chance: random.Random) -> None:
         amount = Decimal(chance.randint(1, 30))
         try:
-            held = await asyncio.wait_for(budget.reserve(amount), chance.choice([0.001, 30]))
+            held = await asyncio.wait_for(held_in(budget, amount), chance.choice([0.001, 30]))
         except (BudgetExceededError, asyncio.TimeoutError):
             return
         stats = budget.stats
@@ -348,7 +364,7 @@ ATTEMPT = Demand(MODEL, 1000, most_cost=MOST)
 
 
 def budgets(limit: float = 1) -> Budgets:
-    return Budgets(Ledger(), DeferringLock(), limit)
+    return Budgets(Ledger(), limit)
 
 
 @pytest.mark.parametrize(
@@ -375,9 +391,9 @@ async def test_an_attempt_is_settled_by_what_it_cost(outcome: Outcome, actual: D
     """Its price by the server's own count; nothing where it was refused; else the most it can cost."""
     ledger = Ledger()
     ledger.pricer_for(None).load()
-    client = Budgets(ledger, DeferringLock(), 1)
+    client = Budgets(ledger, 1)
     own = client.budget_for(Decimal("0.5"), {"max_tokens": 5}, "/v1/chat/completions")
-    reservation = await client.reserve(ATTEMPT, own)
+    reservation = await reserved(client, ATTEMPT, own)
     assert own.stats == {"limit": Decimal("0.5"), "spent": 0, "reserved": MOST}
     cost = ledger.settled(ATTEMPT, outcome, 1000)
     reservation.settle(client.actual(ATTEMPT, outcome, cost))
@@ -398,7 +414,7 @@ async def test_an_overspent_budget_is_logged_once_for_each_model(caplog) -> None
     client = budgets()
     for _ in range(2):
         actual = client.actual(ATTEMPT, Outcome(200, {}, USED), Decimal("0.02"))
-        (await client.reserve(ATTEMPT, None)).settle(actual)
+        (await reserved(client, ATTEMPT, None)).settle(actual)
     assert [record.event for record in caplog.records] == ["overspent"]
     assert client.stats["spent"] == Decimal("0.04")
 
@@ -418,7 +434,7 @@ async def demand_of(client: Budgets, **more: object) -> Demand:
 
 async def settle(client: Budgets, demand: Demand, completion: int = 10, tier: str | None = None) -> None:
     outcome = Outcome(200, {}, Usage(9, completion, model="gpt-4o-2024-08-06", service_tier=tier))
-    reservation = await client.reserve(demand, None)
+    reservation = await reserved(client, demand, None)
     reservation.settle(client.actual(demand, outcome, client._ledger.settled(demand, outcome, 0)))
 
 
@@ -470,8 +486,8 @@ async def test_who_waits_reserves_by_what_is_known_when_served() -> None:
     """Not by what was known on asking: it is not refused for a tier that does not serve."""
     client = budgets(0.02)
     first, second = [await demand_of(client) for _ in range(2)]
-    held = await client.reserve(first, None)
-    waiting = asyncio.ensure_future(client.reserve(second, None))
+    held = await reserved(client, first, None)
+    waiting = asyncio.ensure_future(reserved(client, second, None))
     await asyncio.sleep(0)
     assert not waiting.done()
     outcome = Outcome(200, {}, Usage(9, 900, model=MODEL, service_tier="default"))
@@ -518,7 +534,7 @@ def test_no_usage_releases_more_than_it_shows(usage: object, tier: str | None, f
 
 async def test_what_was_not_sent_is_given_back() -> None:
     client = budgets()
-    (await client.reserve(ATTEMPT, None)).refund()
+    (await reserved(client, ATTEMPT, None)).refund()
     assert client.stats == {"limit": 1, "spent": 0, "reserved": 0}
 
 

@@ -12,7 +12,7 @@ from virtual import VirtualLoop
 
 from openai_eval_client import RateLimitConfig, RateLimitError, RequestTooLargeError
 from openai_eval_client._limits import ConcurrencyLimit, Limiter, Permit
-from openai_eval_client._wire.failures import Outcome, refused
+from openai_eval_client._wire.failures import NOT_SENT, Outcome, refused
 from openai_eval_client._wire.requests import Demand
 from openai_eval_client._wire.usage import Usage
 
@@ -37,8 +37,19 @@ DEMAND = Demand("m", 100, 0)
 OK = Outcome(200, {}, Usage(100, 0))
 
 
+async def acquired(limiter: Limiter, demand: Demand, **options: object) -> Permit:
+    permit = limiter.ask(demand, **options)
+    if permit.waiter.future is not None:
+        try:
+            await limiter.granted(permit)
+        except BaseException:
+            limiter.release(permit, NOT_SENT)
+            raise
+    return permit
+
+
 async def send(limiter: Limiter, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
-    limiter.release(await limiter.acquire(demand), outcome)
+    limiter.release(await acquired(limiter, demand), outcome)
 
 
 def test_requests_leave_at_the_rate_of_the_limit() -> None:
@@ -61,9 +72,9 @@ def test_a_cancelled_waiter_gives_its_place_and_reservation_back() -> None:
     """The next in line goes when the cancelled one would have."""
 
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
-        await limiter.acquire(Demand("m", 597, 0))
-        first = asyncio.create_task(limiter.acquire(Demand("m", 500, 0)))
-        second = asyncio.create_task(limiter.acquire(Demand("m", 10, 0)))
+        await acquired(limiter, Demand("m", 597, 0))
+        first = asyncio.create_task(acquired(limiter, Demand("m", 500, 0)))
+        second = asyncio.create_task(acquired(limiter, Demand("m", 10, 0)))
         await asyncio.sleep(0)
         first.cancel()
         await second
@@ -78,14 +89,14 @@ def test_a_waiter_cancelled_after_its_grant_gives_everything_back() -> None:
     """Granted and cancelled in the same turn of the loop: no slot and no quota is lost."""
 
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
-        holder = await limiter.acquire(DEMAND)
-        waiter = asyncio.create_task(limiter.acquire(DEMAND))
+        holder = await acquired(limiter, DEMAND)
+        waiter = asyncio.create_task(acquired(limiter, DEMAND))
         await asyncio.sleep(0)
         limiter.release(holder, OK)
         waiter.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiter
-        await asyncio.wait_for(limiter.acquire(DEMAND), 1)
+        await asyncio.wait_for(acquired(limiter, DEMAND), 1)
 
     in_virtual_time(scenario, limits(max_concurrent=1))
 
@@ -94,13 +105,13 @@ def test_releasing_twice_frees_one_slot() -> None:
     """The second release changes nothing."""
 
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
-        permit = await limiter.acquire(DEMAND)
-        await limiter.acquire(DEMAND)
+        permit = await acquired(limiter, DEMAND)
+        await acquired(limiter, DEMAND)
         limiter.release(permit, OK)
         limiter.release(permit, OK)
-        await limiter.acquire(DEMAND)
+        await acquired(limiter, DEMAND)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(limiter.acquire(DEMAND), 5)
+            await asyncio.wait_for(acquired(limiter, DEMAND), 5)
 
     in_virtual_time(scenario, limits(max_concurrent=2))
 
@@ -122,14 +133,14 @@ def test_a_pause_longer_than_max_wait_fails_all_requests_of_that_model_at_once()
     """Those that wait and those that come later: the error says when to come back."""
 
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
-        running = await limiter.acquire(DEMAND)
-        waiting = asyncio.create_task(limiter.acquire(DEMAND))
+        running = await acquired(limiter, DEMAND)
+        waiting = asyncio.create_task(acquired(limiter, DEMAND))
         await asyncio.sleep(0)
         limiter.release(running, refused(429, {"retry-after": "3600"}))
-        for attempt in (waiting, limiter.acquire(DEMAND)):
+        for attempt in (waiting, acquired(limiter, DEMAND)):
             with pytest.raises(RateLimitError, match="3600 s, more than max_wait=600 s; come back at 2"):
                 await attempt
-        await limiter.acquire(Demand("other"))
+        await acquired(limiter, Demand("other"))
         assert loop.time() == 0
 
     in_virtual_time(scenario, limits(max_concurrent=1))
@@ -140,7 +151,7 @@ def test_without_limits_nothing_waits_until_the_server_states_some() -> None:
     headers = {"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": "0"}
 
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
-        await asyncio.gather(*[limiter.acquire(DEMAND) for _ in range(5000)])
+        await asyncio.gather(*[acquired(limiter, DEMAND) for _ in range(5000)])
         assert loop.time() == 0
         await send(limiter, outcome=Outcome(200, headers))
         await send(limiter)
@@ -153,7 +164,7 @@ def test_requests_that_run_no_model_are_bounded_by_concurrency_alone() -> None:
     """Files and batches spend no requests per minute, and no model's slots."""
 
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
-        await limiter.acquire(DEMAND)
+        await acquired(limiter, DEMAND)
         for _ in range(50):
             await send(limiter, Demand(None))
         assert loop.time() == 0
@@ -167,9 +178,9 @@ def test_a_concurrency_limit_of_the_callers_own_replaces_the_models() -> None:
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
         concurrency = ConcurrencyLimit(3)
         for _ in range(3):
-            await limiter.acquire(DEMAND, concurrency=concurrency)
+            await acquired(limiter, DEMAND, concurrency=concurrency)
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(limiter.acquire(DEMAND, concurrency=concurrency), 5)
+            await asyncio.wait_for(acquired(limiter, DEMAND, concurrency=concurrency), 5)
 
     in_virtual_time(scenario, limits(max_concurrent=1))
 
@@ -236,7 +247,7 @@ def test_a_guess_does_not_make_a_request_too_large() -> None:
         await send(limiter, outcome=Outcome(200, headers, Usage(100, 9000)))
         await send(limiter, Demand("m", 8000))
         with pytest.raises(RequestTooLargeError, match="11,000 tokens is too large for the limit of 10,000"):
-            await limiter.acquire(Demand("m", 8000, 3000))
+            await acquired(limiter, Demand("m", 8000, 3000))
 
     in_virtual_time(scenario, None)
 
@@ -247,7 +258,7 @@ def test_a_request_whose_debt_would_outlast_max_wait_is_too_large() -> None:
     async def scenario(limiter: Limiter, loop: VirtualLoop) -> None:
         await send(limiter, Demand("m", 6000, 0))
         with pytest.raises(RequestTooLargeError):
-            await limiter.acquire(Demand("m", 7000, 0))
+            await acquired(limiter, Demand("m", 7000, 0))
 
     in_virtual_time(scenario, limits(None, 600))
 
@@ -267,8 +278,8 @@ def test_a_loop_that_ends_with_waiters_leaves_the_others_their_turn() -> None:
     held: list[Permit] = []
 
     async def abandoned() -> None:
-        held.append(await limiter.acquire(DEMAND))
-        waiting = [asyncio.ensure_future(limiter.acquire(DEMAND)) for _ in range(10)]
+        held.append(await acquired(limiter, DEMAND))
+        waiting = [asyncio.ensure_future(acquired(limiter, DEMAND)) for _ in range(10)]
         await asyncio.sleep(0)
         assert not any(waiter.done() for waiter in waiting)
 
@@ -316,7 +327,7 @@ async def test_requests_that_find_room_begin_a_few_at_a_time_too() -> None:
     limiter, order, begun = Limiter(limits()), [], []
 
     async def one(number: int) -> None:
-        await limiter.acquire(DEMAND)
+        await acquired(limiter, DEMAND)
         order.append(number)
 
     tasks = [asyncio.create_task(one(number)) for number in range(100)]
@@ -328,7 +339,7 @@ async def test_requests_that_find_room_begin_a_few_at_a_time_too() -> None:
     assert [count for count in begun if count] == [32, 8, 8, 8, 8, 8, 8, 8, 8, 4]
     await asyncio.gather(*tasks)
     await asyncio.sleep(0)
-    lonely = limiter.acquire(DEMAND)
+    lonely = acquired(limiter, DEMAND)
     with pytest.raises(StopIteration):
         lonely.send(None)
 
@@ -336,7 +347,7 @@ async def test_requests_that_find_room_begin_a_few_at_a_time_too() -> None:
 async def test_a_request_cancelled_before_it_begins_gives_slot_and_reservation_back() -> None:
     """They were admitted, and have not begun."""
     limiter = Limiter(limits(60, max_concurrent=50))
-    tasks = [asyncio.create_task(limiter.acquire(DEMAND)) for _ in range(50)]
+    tasks = [asyncio.create_task(acquired(limiter, DEMAND)) for _ in range(50)]
     await asyncio.sleep(0)
     for task in tasks:
         task.cancel()
@@ -355,17 +366,17 @@ def test_a_loop_closed_before_all_have_begun_leaves_nothing_behind(meanwhile: st
     limiter = Limiter(limits(max_concurrent=100))
 
     async def one() -> None:
-        limiter.release(await limiter.acquire(DEMAND), OK)
+        limiter.release(await acquired(limiter, DEMAND), OK)
 
     async def hold() -> None:
-        permit = await limiter.acquire(DEMAND)
+        permit = await acquired(limiter, DEMAND)
         try:
             await asyncio.sleep(3600)
         finally:
             limiter.release(permit, OK)
 
     async def leave_in_the_middle() -> None:
-        held = [await limiter.acquire(DEMAND) for _ in range(100)] if meanwhile == "waiting" else []
+        held = [await acquired(limiter, DEMAND) for _ in range(100)] if meanwhile == "waiting" else []
         tasks = [asyncio.ensure_future(hold()) for _ in range(100)]
         await asyncio.sleep(0)
         for permit in held:
@@ -393,10 +404,10 @@ async def test_a_crowd_that_was_cancelled_holds_no_request_up() -> None:
     limiter, order = Limiter(limits(max_concurrent=2000)), []
 
     async def one(name: str) -> None:
-        await limiter.acquire(DEMAND)
+        await acquired(limiter, DEMAND)
         order.append(name)
 
-    crowd = [asyncio.ensure_future(limiter.acquire(DEMAND)) for _ in range(1000)]
+    crowd = [asyncio.ensure_future(acquired(limiter, DEMAND)) for _ in range(1000)]
     early = [asyncio.ensure_future(one("early")) for _ in range(8)]
     await asyncio.sleep(0)
     for task in crowd:

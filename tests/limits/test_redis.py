@@ -15,6 +15,7 @@ import pydantic
 import pytest
 
 from openai_eval_client import AsyncOpenAI, OpenAIClient, OpenAIConfig, RateLimitConfig, ValidationError
+from openai_eval_client._runtime import STATE_LOCK
 from openai_eval_client.config import without_password
 from openai_eval_client.testing import SimulatedServer
 
@@ -287,7 +288,7 @@ def test_a_fork_waits_for_a_reply_that_is_being_taken(redis_server) -> None:
         inside = threading.Event()
 
         def take(_: object) -> None:
-            with client._account._lock:
+            with STATE_LOCK:
                 inside.set()
                 time.sleep(0.2)
 
