@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _ALWAYS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _ABANDONED = outcome_of(asyncio.CancelledError())
-_COLLECTING = 0.05  # of the time at most, while requests wait for streams that nobody may be reading
+_COLLECTING = 0.2  # of the time at most, while requests wait for streams that nobody may be reading
 
 
 class Account(ForkAware):
@@ -87,7 +87,7 @@ class Account(ForkAware):
         return Attempt(self, demand, concurrency, turn, budget, sending or _ALWAYS)
 
     def opened(self, attempt: Attempt) -> set[Attempt]:
-        """Return the attempts of the running event loop, with a new one that is to leave them when settled."""
+        """Add a new attempt to those of the running event loop, which it is to leave when settled."""
         loop = asyncio.get_running_loop()
         attempts = self._open.get(loop)
         if attempts is None:
@@ -101,8 +101,8 @@ class Account(ForkAware):
     def reclaim(self) -> None:
         """Give back what nobody else will, while requests wait for it."""
         self._settle_abandoned()
-        # The SDK's streams are in cycles, which are dropped when Python collects garbage; while all wait, none
-        # is made, and so none collected.
+        # The SDK's streams are in cycles, which end when Python collects garbage; while all requests wait, no
+        # garbage is made, and so none collected.
         now = time.monotonic()
         streams = (one for attempts in list(self._open.values()) for one in list(attempts) if one.is_stream)
         if now >= self._collect_at and any(streams):

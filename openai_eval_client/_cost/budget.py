@@ -131,7 +131,7 @@ class CostBudget:
         self._turns = itertools.count()
 
     async def reserve(self, amount: Decimal, reservation: Reservation) -> None:
-        """Add an amount in USD to a reservation, once there is room for it; it holds what waits for room too."""
+        """Add an amount in USD to a reservation, once there is room for it; until then it waits in it."""
         with self._lock:
             if amount > self._most_room():
                 raise self.exceeded(amount)

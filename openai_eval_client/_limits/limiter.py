@@ -117,7 +117,7 @@ class Limiter:
     def ask(
         self, demand: Demand, *, concurrency: ConcurrencyLimit | None = None, turn: int | None = None
     ) -> Permit:
-        """Reserve a request's tokens and a slot, or queue it for them: `granted` waits, where there is a future.
+        """Reserve a request's tokens and a slot, or queue it: if it has a future, `granted` waits for that.
 
         Whatever becomes of it, `release` has to be called.
         """

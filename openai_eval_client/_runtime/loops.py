@@ -248,8 +248,8 @@ class DeferringLock(ForkAware):
         self.__exit__()
 
 
-# Round the limits, budgets and statistics of all clients. A collected stream may hand something back to any of
-# them, so with a lock for each, two threads could wait for one another's.
+# Round the limits, budgets and statistics of all clients. A collected stream may hand something back to any
+# of them, so with a lock for each, two threads could wait for one another's.
 STATE_LOCK = DeferringLock()
 
 

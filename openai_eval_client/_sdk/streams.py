@@ -6,6 +6,7 @@ import asyncio
 import functools
 import types
 import weakref
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, get_origin
 
 from openai_eval_client._runtime import call_on
@@ -58,17 +59,25 @@ class _MeteredStream:
         self._tail = Tail()
         self._loop = asyncio.get_running_loop()
         self._closed = False
+        self._task: asyncio.Task[Any] | None = None  # that reads it
+        self._on_end = functools.partial(_settle_with, weakref.ref(self))
+        self._watch()
         attempt.is_stream = True
         if self._status < _BAD_REQUEST:  # they describe the limits now, not when the stream ends
             attempt.update_from_headers(self._headers)
             self._headers = None
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks = aiter(self._response.stream)
         try:
-            async for chunk in self._response.stream:
+            async for chunk in chunks:
                 self._tail.feed(chunk)
+                self._watch()
                 yield chunk
         except BaseException:  # an answer is read once: nobody can read the rest
+            self._settle()
+            if isinstance(chunks, AsyncGenerator):
+                await chunks.aclose()
             await self.aclose()
             raise
 
@@ -88,7 +97,20 @@ class _MeteredStream:
         """How long the answer took, as httpx2 asks its body."""
         return self._response.stream.elapsed
 
+    def _watch(self, *, no_more: bool = False) -> None:
+        """Have the end of the task that reads settle it, where that leaves it unread."""
+        # A task's exception, a CancelledError too, keeps its frames, and the stream in them, for as long as
+        # somebody keeps the task or the exception.
+        task = None if no_more else asyncio.current_task()
+        if task is not self._task:
+            if self._task is not None:
+                self._task.remove_done_callback(self._on_end)
+            if task is not None:
+                task.add_done_callback(self._on_end)
+            self._task = task
+
     def _settle(self) -> None:
+        self._watch(no_more=True)
         outcome = outcome_of_reply(self._attempt.demand, self._status, self._headers, self._tail.read())
         self._attempt.settle(outcome)
 
@@ -99,11 +121,18 @@ class _MeteredStream:
             call_on(self._loop, close_soon, self._response.stream)
 
 
+def _settle_with(stream: weakref.ref[_MeteredStream], task: asyncio.Task[Any]) -> None:
+    """Settle a stream whose reader was cancelled or failed; `task.exception()` would count as handling it."""
+    held = stream()
+    if held is not None and (task.cancelled() or getattr(task, "_exception", None) is not None):
+        held._settle()  # noqa: SLF001  # of the same module
+
+
 @functools.lru_cache(maxsize=256)
 def released_class(stream_cls: Any) -> Any:
     """Return a class of streams like one of the SDK's, each freed as soon as nobody holds it."""
-    # The SDK's stream holds the generator that reads it, and that the stream: dropped halfway, they would keep
-    # slot and connection until the collector finds them. Here the generator holds a stream of its own.
+    # The SDK's stream holds the generator that reads it, and that the stream: dropped halfway, they would
+    # keep slot and connection until the collector finds them. Here the generator holds a stream of its own.
     original = get_origin(stream_cls) or stream_cls
 
     def begin(self: Any, **options: Any) -> None:
