@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from openai_eval_client._cost import Budgets, Ledger, Reservation
 from openai_eval_client._limits import Limiter
 from openai_eval_client._log import debug, logger, request_id, warn
-from openai_eval_client._runtime import ForkAware, mind_forks
+from openai_eval_client._runtime import STATE_LOCK, ForkAware, mind_forks
 from openai_eval_client._stats import Recorder
 from openai_eval_client._wire import NOT_SENT, of_error, outcome_of
 
@@ -156,7 +156,8 @@ class Attempt:
                 self._reservation = Reservation()
                 await account.budgets.reserve(demand, self._budget, self._reservation)
             limits = account.limiter
-            self._permit = permit = limits.ask(demand, concurrency=self._concurrency, turn=self._turn)
+            with STATE_LOCK:  # a fork finds it without permit, or with it
+                self._permit = permit = limits.ask(demand, concurrency=self._concurrency, turn=self._turn)
             if permit.waiter.future is not None:
                 await limits.granted(permit)
         except BaseException:
@@ -208,21 +209,26 @@ class Attempt:
 
     def settle(self, outcome: Outcome) -> None:
         """Give slot, tokens and money back, and record what came of it; a second call does nothing."""
-        among, self._among = self._among, None
-        if among is None:
+        if self._among is None:
             return
-        among.discard(self)
         account, permit, self._outcome = self._account, self._permit, outcome
+        actual = self.demand.most_cost
         try:
             if self._reservation is not None:
                 actual = account.budgets.actual(self.demand, outcome, self.price())
-                self._reservation.settle(actual)
         finally:
-            if permit is not None:
-                account.limiter.release(permit, outcome)
-        if permit is None or not self.is_begun:
+            with STATE_LOCK:  # a fork finds it settled, or not at all
+                among, self._among = self._among, None
+                if among is not None:
+                    among.discard(self)
+                    if self._reservation is not None and actual is not None:
+                        self._reservation.settle(actual)
+                    if permit is not None:
+                        account.limiter.release(permit, outcome)
+        if among is None or permit is None or not self.is_begun:
             return
         try:
+            account.limiter.log_refusal(permit, outcome)
             self._record(permit.waiter, outcome)
         except Exception as error:  # noqa: BLE001  # an answer that was paid for is not lost to its statistics
             warn("an attempt could not be recorded", event="not_recorded", **of_error(error))

@@ -154,6 +154,9 @@ class Limiter:
         """Free a slot, replace the reserved tokens by those used, and learn from the answer."""
         permit.waiter.ended_at = self._clock.time()
         self._lock.when_free(lambda: self._release(*permit, outcome))
+
+    def log_refusal(self, permit: Permit, outcome: Outcome) -> None:
+        """Log that an attempt was refused, and for how long all others wait."""
         failure = outcome.failure if outcome.is_rate_limit else None
         if failure is not None and failure.wait:
             model, wait, name = permit.queue.model, failure.wait, request_id(outcome.headers)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import math
 import os
 import time
 import uuid
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 
 from openai_eval_client._limits import ConcurrencyLimit
-from openai_eval_client._log import inform
+from openai_eval_client._log import inform, warn
 from openai_eval_client._online.background import BackgroundResponses, pending
 from openai_eval_client._online.stopping import StopRule, check_max_failures
 from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
@@ -258,10 +259,13 @@ class WorkerPool:
         slots: int,
         width: int,
         rule: StopRule | None = None,
+        patience: float = math.inf,
     ) -> None:
         self.error: BaseException | None = None  # raised once all that was in flight is done
         self._work = work
         self._rule = rule or StopRule()
+        self._patience = patience  # seconds in which no item ends, after which that is logged
+        self._ended_items = 0
         # in flight when the evidence was complete: nothing is sent before they have an outcome
         self._witnesses: set[Any] | None = None
         self._slots = slots  # requests in flight at once
@@ -286,7 +290,8 @@ class WorkerPool:
         # back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
         # work, before this generator does.
         with display or contextlib.nullcontext():
-            stopper = None if stop_event is None else asyncio.create_task(self._stop_when(stop_event))
+            beside = [asyncio.create_task(self._watch())]
+            beside += [] if stop_event is None else [asyncio.create_task(self._stop_when(stop_event))]
             self._start_task(self._take(items))
             try:
                 while (outcome := await self._outcomes.get()) is not None:
@@ -295,11 +300,9 @@ class WorkerPool:
                     yield outcome
                     self._room.release()
             finally:
-                if stopper is not None:
-                    stopper.cancel()
                 self._stopped = True
                 self._ready.clear()
-                left = [task for task in self._tasks if task.cancel()]
+                left = [task for task in (*self._tasks, *beside) if task.cancel()]
                 await asyncio.gather(*left, return_exceptions=True)
         if self.error is not None:
             raise self.error
@@ -347,6 +350,16 @@ class WorkerPool:
     async def _stop_when(self, event: asyncio.Event) -> None:
         await event.wait()
         self.stop()
+
+    async def _watch(self) -> None:
+        """Log whenever nothing has moved for a long time."""
+        while self._patience < math.inf:
+            before = self._ended_items
+            await asyncio.sleep(self._patience)
+            if before == self._ended_items and self._workers:
+                text = "for %.0f s no prompt of this run has ended: %d of %d at work are in flight"
+                figures = self._patience, len(self._sending), self._workers
+                warn(text, *figures, event="run_stands_still", wait_seconds=self._patience)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -418,6 +431,7 @@ class WorkerPool:
             self._rule.answered(cached=getattr(outcome, "cached", False))
             self._outcomes.put_nowait((index, outcome))
         finally:
+            self._ended_items += 1
             self._leave(task)
             self._waiting.discard(task)
 
@@ -479,6 +493,7 @@ def pool_for(
         slots=slots,
         width=slots + min(slots, _READ_AHEAD),
         rule=StopRule(limits.max_wait, max_failures=max_failures, total=total),
+        patience=limits.max_wait,
     )
 
 

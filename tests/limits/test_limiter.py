@@ -49,7 +49,9 @@ async def acquired(limiter: Limiter, demand: Demand, **options: object) -> Permi
 
 
 async def send(limiter: Limiter, demand: Demand = DEMAND, outcome: Outcome = OK) -> None:
-    limiter.release(await acquired(limiter, demand), outcome)
+    permit = await acquired(limiter, demand)
+    limiter.release(permit, outcome)
+    limiter.log_refusal(permit, outcome)
 
 
 def test_requests_leave_at_the_rate_of_the_limit() -> None:

@@ -524,3 +524,24 @@ def test_a_source_that_is_never_read_from_is_not_touched() -> None:
     stream = WorkerPool(work, slots=1, width=1, rule=Rule()).run(from_list(story, seen))
     del stream
     assert seen.taken == 0
+
+
+def test_a_run_that_stands_still_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Once in that many seconds in which no prompt has ended."""
+    loop = VirtualLoop()
+
+    async def one(index: int, item: float, *, sending: WorkerPool) -> None:
+        with sending:
+            await asyncio.sleep(item)
+
+    async def run() -> int:
+        pool = WorkerPool(one, slots=3, width=9, patience=60)
+        return len([pair async for pair in pool.run([1.0, 50.0, 200.0])])
+
+    try:
+        assert loop.run_until_complete(run()) == 3
+    finally:
+        loop.close()
+    said = [record for record in caplog.records if record.event == "run_stands_still"]
+    assert len(said) == 2
+    assert "no prompt of this run has ended: 1 of 1 at work are in flight" in said[0].message
