@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from openai_eval_client._account import Account
 from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
-from openai_eval_client._online import Caller, collect, estimate, pool_for
+from openai_eval_client._online import NO_SAMPLES, Caller, collect, estimate, pool_for
 from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSnapshot, write_report
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
@@ -214,10 +214,11 @@ class OpenAIClient:
         if progress:
             display = self._display(parameters.model, len(listed), None if by_batch else pool)
         if not by_batch:
-            return await collect(
-                pool, listed, progress=callback, display=display, return_exceptions=return_exceptions
-            )
-        with display or contextlib.nullcontext():
+            with self._samples_of(parameters):
+                return await collect(
+                    pool, listed, progress=callback, display=display, return_exceptions=return_exceptions
+                )
+        with self._samples_of(parameters), display or contextlib.nullcontext():
             shown = Progress(None if display is None else display.reach, callback)
             return await self._jobs.collect(
                 listed,
@@ -287,7 +288,8 @@ class OpenAIClient:
         check_event(stop_event, "stop_event")
         total = len(prompts) if isinstance(prompts, Sized) else None
         display = self._display(parameters.model, total, pool) if progress else None
-        return pool.run(prompts, display=display, stop_event=stop_event)
+        samples = self._samples_of(parameters)
+        return pool.run(prompts, display=display, stop_event=stop_event, samples=samples)
 
     async def estimate(
         self,
@@ -493,6 +495,10 @@ class OpenAIClient:
             text = "%d prompts, fewer than auto_batch_threshold=%d: sent online"
             inform(text, count, least, event="batch_too_small", requests=count)
         return count >= least
+
+    def _samples_of(self, parameters: Parameters) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Enter for a call of many prompts: interrupted and made again, it finds its answers in the cache."""
+        return NO_SAMPLES if self._cache is None else self._cache.of_call(parameters)
 
     def _pool(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -120,8 +121,9 @@ def is_sampled(body: Mapping[str, Any]) -> bool:
 class Occurrences:
     """Numbers a request each time it is asked, from 0, so that each time is a sample of its own.
 
-    The number of a request that failed is given again, but not within the same call: there the numbers
-    depend on the order of the prompts alone. What was asked once takes 8 bytes: the digest's first.
+    The number of a request that failed is given again, and so are all those of a call that was interrupted,
+    but not within the same call: there the numbers depend on the order of the prompts alone. What was asked
+    once takes 8 bytes: the digest's first.
     """
 
     def __init__(self) -> None:
@@ -129,6 +131,7 @@ class Occurrences:
         self._once: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))  # in sorted segments
         self._last: dict[int, int] = {}  # the highest number of what was asked more than once
         self._free: defaultdict[int, list[tuple[int, object]]] = defaultdict(list)  # failed: number and call
+        self._taken: dict[int, tuple[array[int], array[int]]] = {}  # names and numbers, by the call's id
 
     def take(self, digest: bytes, call: object) -> int:
         """Return the number of the next sample of a request, asked for by one call."""
@@ -137,14 +140,40 @@ class Occurrences:
             free = (pair for pair in self._free.get(name, ()) if pair[1] is not call)
             first = min(free, key=itemgetter(0), default=None)
             if first is None:
-                return self._next(name)
-            self._free[name].remove(first)
-            return first[0]
+                number = self._next(name)
+            else:
+                self._free[name].remove(first)
+                number = first[0]
+            if id(call) in self._taken:
+                names, numbers = self._taken[id(call)]
+                names.append(name)
+                numbers.append(number)
+            return number
 
     def give_back(self, digest: bytes, number: int, call: object) -> None:
         """Let other calls ask for a sample again: this one was not answered."""
         with self._lock:
             self._free[int.from_bytes(digest[:8], "big")].append((number, call))
+
+    @contextlib.contextmanager
+    def of_call(self, call: object) -> Iterator[Callable[[], None]]:
+        """Give all numbers of a call again if it ends in an exception, or calls what this yields."""
+        self._taken[id(call)] = array("Q"), array("Q")
+        try:
+            yield functools.partial(self._give_back_all, call)
+        except BaseException:
+            self._give_back_all(call)
+            raise
+        finally:
+            del self._taken[id(call)]
+
+    def _give_back_all(self, call: object) -> None:
+        with self._lock:
+            names, numbers = self._taken[id(call)]
+            while names:
+                name, number = names.pop(), numbers.pop()
+                if all(number != given for given, _ in self._free.get(name, ())):
+                    self._free[name].append((number, call))
 
     def _next(self, name: int) -> int:
         segment = self._once[name >> 52]
@@ -198,6 +227,10 @@ class Cache:
     def _numbered(self, body: Mapping[str, Any], parameters: Parameters, version: int) -> Occurrence:
         digest, sampled = request_digest(self._base_url, parameters, body, version), is_sampled(body)
         return Occurrence(digest, self._occurrences.take(digest, parameters) if sampled else 0, sampled)
+
+    def of_call(self, parameters: Parameters) -> contextlib.AbstractContextManager[Callable[[], None]]:
+        """Enter for a call: if it ends in an exception, a later one asks for all its samples again."""
+        return self._occurrences.of_call(parameters)
 
     def give_back(self, sample: Occurrence, parameters: Parameters) -> None:
         """Let a later call ask for a sample again: it was not answered."""

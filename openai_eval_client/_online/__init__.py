@@ -2,6 +2,7 @@
 
 from openai_eval_client._online.estimate import estimate
 from openai_eval_client._online.prompts import (
+    NO_SAMPLES,
     Caller,
     WorkerPool,
     attach_responses,
@@ -13,6 +14,7 @@ from openai_eval_client._online.prompts import (
 from openai_eval_client._online.stopping import too_many_failures
 
 __all__ = [
+    "NO_SAMPLES",
     "Caller",
     "WorkerPool",
     "attach_responses",

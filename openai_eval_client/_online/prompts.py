@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,7 @@ from openai_eval_client._wire import (
 from openai_eval_client.errors import PartialFailureError, sdk_httpx
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Awaitable, Coroutine, Iterable, Iterator, Sequence
     from decimal import Decimal
 
     from openai_eval_client._account import Account, Attempt
@@ -246,6 +246,9 @@ class Caller:
         return call_sdk(call, seconds=parameters.timeout, url=url)
 
 
+NO_SAMPLES = contextlib.nullcontext[Callable[[], None]](lambda: None)
+
+
 class WorkerPool:
     """The workers of one run, each with one item at a time, and the outcomes of the items."""
 
@@ -284,12 +287,13 @@ class WorkerPool:
         *,
         display: Display | None = None,
         stop_event: asyncio.Event | None = None,
+        samples: contextlib.AbstractContextManager[Callable[[], None]] = NO_SAMPLES,
     ) -> AsyncGenerator[tuple[int, Any], None]:
         """Work on the items, and yield each outcome as it comes, until the event is set."""
         # No more items are taken than there is room for, and an item takes up room until the consumer comes
         # back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
         # work, before this generator does.
-        with display or contextlib.nullcontext():
+        with samples as give_back, display or contextlib.nullcontext():
             beside = [asyncio.create_task(self._watch())]
             beside += [] if stop_event is None else [asyncio.create_task(self._stop_when(stop_event))]
             self._start_task(self._take(items))
@@ -304,8 +308,10 @@ class WorkerPool:
                 self._ready.clear()
                 left = [task for task in (*self._tasks, *beside) if task.cancel()]
                 await asyncio.gather(*left, return_exceptions=True)
-        if self.error is not None:
-            raise self.error
+            if self.error is not None:
+                raise self.error
+            if stop_event is not None and stop_event.is_set():
+                give_back()
 
     def unclaimed(self) -> Iterator[tuple[int, Any]]:
         """Yield the outcomes that the consumer left behind."""
