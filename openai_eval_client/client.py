@@ -474,6 +474,9 @@ class OpenAIClient:
     ) -> Parameters:
         if self._http.is_closed:
             raise RuntimeError("this client was closed")
+        given = params.copy()
+        for name in ("extra_headers", "extra_query"):  # may hold a key, which no frame of an error shows
+            params.pop(name, None)
         return check_parameters(
             model=self._config.default_model if model is None else model,
             timeout=self._config.timeout if timeout is None else timeout,
@@ -481,7 +484,7 @@ class OpenAIClient:
             max_tokens=max_tokens,
             system=system,
             api=api,
-            params=params,
+            params=given,
         )
 
     def _budget_for(self, max_cost: float | Decimal | None, parameters: Parameters) -> CostBudget | None:

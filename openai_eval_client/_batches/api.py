@@ -24,7 +24,7 @@ from pydantic import ValidationError as PydanticError
 from openai_eval_client._batches.files import Temperature, temporary_file
 from openai_eval_client._sdk import call_sdk, deadline, retry_for, retrying
 from openai_eval_client._validation import check_json, check_mapping, check_text, reject_input, shown
-from openai_eval_client._wire import forget_key, read_failure
+from openai_eval_client._wire import forget_key, masked, read_failure
 from openai_eval_client.errors import BatchError, QuotaError, ValidationError, sdk_httpx
 from openai_eval_client.models import BatchJobStatus
 
@@ -182,7 +182,7 @@ class BatchApi:
                 raise
 
         repeated = retrying(once, max_retries=self._retries, max_wait=self._max_wait, governed=False)
-        answer: T = await repeated()
+        answer: T = masked(await repeated(), self.key)
         return answer
 
     async def _page(self, after: dict[str, Any]) -> Any:

@@ -47,12 +47,14 @@ from openai_eval_client._wire import (
     error_of,
     fault_in,
     forget_key,
+    masked,
     read_answer,
     read_failure,
     read_json,
     read_usage,
     status_error,
     usage_of,
+    without_key,
     words_of,
 )
 from openai_eval_client.errors import BatchError, ValidationError, sdk_httpx
@@ -136,6 +138,7 @@ class LineReader:
     def _read_line(
         self, raw: bytes, index: RequestIndex, expected: frozenset[int] | None, results: BatchResults
     ) -> None:
+        raw = without_key(raw, self._key)
         line = parse_line(raw)
         results.oddities["unreadable lines"] += line is None
         name = custom_id_of(line, raw)
@@ -160,7 +163,7 @@ class LineReader:
             return BatchError("its result is cut short", code=UNREADABLE, line=index + 1)
         response = line.get("response")
         if not isinstance(response, dict):
-            return _line_error(line.get("error"), index)
+            return _line_error(masked(line.get("error"), self._key), index)
         status, request_id = _status_in(response), response.get("request_id")
         body = _body_in(response, self._parameters.api)
         request_id = request_id if isinstance(request_id, str) else None
@@ -187,7 +190,7 @@ class LineReader:
         if isinstance(error, openai.APIStatusError):
             return error
         if line.get("error"):
-            return _line_error(line["error"], index)
+            return _line_error(masked(line["error"], self._key), index)
         why = f"status {response.get('status_code')!r} and no answer" if error is None else error.message
         failure = None if error is None else read_failure(error)
         may_pass = failure is None or failure.retry or failure.kind is Kind.NOT_AN_API

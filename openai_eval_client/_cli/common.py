@@ -24,7 +24,7 @@ from typer import Argument, Option
 
 from openai_eval_client._format import count, usd
 from openai_eval_client._report import bar_is_open, write_above
-from openai_eval_client._wire import Kind, code_of, read_failure, status_of
+from openai_eval_client._wire import Kind, code_of, forget_key, read_failure, status_of
 from openai_eval_client.client import OpenAIClient
 from openai_eval_client.config import BatchConfig, OpenAIConfig, RateLimitConfig
 from openai_eval_client.errors import BatchError, BudgetExceededError, ValidationError, sdk_httpx
@@ -317,7 +317,7 @@ def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
         known = "pass api_key=... or set OPENAI_API_KEY"
         fail(BAD_INPUT, text.replace(known, "set OPENAI_API_KEY, or give --api-key-file"))
     except openai.OpenAIError as error:
-        fail(exit_code_of(error), message_of(error))
+        fail(exit_code_of(error), message_of(forget_key(error)))
     except UnicodeDecodeError as error:
         fail(BAD_INPUT, f"a file is not UTF-8: {error.reason}")
     except OSError as error:

@@ -35,6 +35,7 @@ from openai_eval_client._wire import (
     read_body,
     read_failure,
     usage_of,
+    without_echo,
 )
 from openai_eval_client.errors import PartialFailureError, sdk_httpx
 
@@ -188,9 +189,9 @@ class Caller:
             demand, concurrency=job.concurrency, turn=job.turn, budget=job.budget, sending=job.sending
         ) as attempt:
             started = time.perf_counter()
-            reply = await self._reply_to(job, attempt)
+            reply = without_echo(await self._reply_to(job, attempt), self._key, job.parameters.headers)
             latency = time.perf_counter() - started
-            answer, kept = read_body(reply, job.parameters.api)
+            answer, kept = self._read(reply, job.parameters)
             self._has_answered = True
             counted = usage_of(answer)
             response = read_answer(
@@ -216,6 +217,13 @@ class Caller:
         if not usage.estimated:
             self._counter.observe(body["model"], job.input_tokens, usage.prompt_tokens)
         return response
+
+    def _read(self, reply: Any, parameters: Parameters) -> tuple[dict[str, Any], bytes]:
+        try:
+            return read_body(reply, parameters.api)
+        except openai.APIError as error:
+            forget_key(error, self._key)
+            raise
 
     async def _reply_to(self, job: _Job, attempt: Attempt) -> Any:
         """Send once, and return the reply; of a response in the background the last one."""

@@ -22,6 +22,7 @@ from openai_eval_client._wire import (
     Demand,
     Kind,
     endpoint_of,
+    forget_key,
     max_output,
     of_error,
     read_failure,
@@ -265,8 +266,12 @@ _SUBSTITUTES: dict[str, str | None] = {"max_tokens": "max_completion_tokens", "t
 async def call_sdk(call: Awaitable[Any], *, seconds: float | None, url: str) -> Any:
     """Make one call of the SDK; any failure of its connection is one of the SDK's errors, or ours."""
     try:
-        async with deadline(seconds):
-            return await call
+        try:
+            async with deadline(seconds):
+                return await call
+        except (Exception, asyncio.CancelledError) as error:
+            forget_key(error)  # before any of it is quoted, or cut
+            raise
     except asyncio.TimeoutError as error:
         limit = "in time" if seconds is None else f"within {seconds:g} s"
         raise TimeoutError(f"no answer {limit}", request=_httpx.Request("POST", url)) from error

@@ -16,6 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 import openai
 
 from openai_eval_client._log import warn
+from openai_eval_client._wire import clear_frames, masked, secrets_in
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
@@ -163,8 +164,8 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
         if shows_key:
             why = " ".join(getattr(error, "message", "").split())
             text = f"the server's answer is not valid HTTP{f' ({why})' if why else ''}: {_WAY_OUT}"
-        failure: Exception = kind(text, request=request)
-        failure.__cause__ = None if shows_key else error
+        failure: Exception = kind(masked(text, *secrets_in(request.headers)), request=request)
+        failure.__cause__ = None if shows_key else clear_frames(error)
     raise failure  # here aiohttp's error is no longer handled, and so is not its context
 
 

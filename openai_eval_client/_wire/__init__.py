@@ -9,7 +9,6 @@ from openai_eval_client._wire.failures import (
     Outcome,
     class_of,
     code_of,
-    forget_key,
     of_error,
     outcome_of,
     read_failure,
@@ -18,6 +17,14 @@ from openai_eval_client._wire.failures import (
     words_in,
 )
 from openai_eval_client._wire.headers import DIMENSIONS, StatedLimit, read_stated_limits
+from openai_eval_client._wire.masking import (
+    clear_frames,
+    forget_key,
+    masked,
+    secrets_in,
+    without_echo,
+    without_key,
+)
 from openai_eval_client._wire.refusals import words_of
 from openai_eval_client._wire.requests import (
     BATCH_PATHS,
@@ -62,6 +69,7 @@ __all__ = [
     "check_parameters",
     "check_prompt",
     "class_of",
+    "clear_frames",
     "code_of",
     "decoded",
     "endpoint_of",
@@ -69,6 +77,7 @@ __all__ = [
     "fault_in",
     "forget_key",
     "list_prompts",
+    "masked",
     "max_output",
     "of_error",
     "outcome_of",
@@ -82,11 +91,14 @@ __all__ = [
     "read_usage",
     "refused",
     "route_of",
+    "secrets_in",
     "status_error",
     "status_of",
     "text_in",
     "token_count",
     "usage_of",
+    "without_echo",
+    "without_key",
     "words_in",
     "words_of",
 ]

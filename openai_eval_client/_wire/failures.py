@@ -430,24 +430,6 @@ def of_error(error: BaseException) -> dict[str, Any]:
     }
 
 
-_SHORTEST_KEY = 6  # characters; shorter ones are placeholders, and stand in ordinary words
-
-
-def forget_key(error: openai.APIError, key: str) -> None:
-    """Take the key out of an error: out of its request's headers, and out of a message that echoes it."""
-    for name in ("authorization", "api-key"):
-        error.request.headers.pop(name, None)
-    if len(key) >= _SHORTEST_KEY and key in f"{error.message}{error.body}{error.args}":
-        error.message = error.message.replace(key, "[key]")
-        error.args = (error.message,)
-        error.body = None
-        response = getattr(error, "response", None)
-        if response is not None:  # its headers say how long to wait, and whether to try again
-            headers = [pair for pair in headers_of(response) if key not in pair[1]]
-            status, request = response.status_code, error.request
-            error.__dict__["response"] = sdk_httpx().Response(status, headers=headers, request=request)
-
-
 _OF_THE_BODY = {"content-encoding", "content-length", "transfer-encoding"}  # which is decoded by now
 _CLASSES: dict[int, type[openai.APIStatusError]] = {
     400: openai.BadRequestError,

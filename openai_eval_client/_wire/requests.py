@@ -131,8 +131,8 @@ class Parameters:
     body: dict[str, Any]  # the body, all but the prompt
     system: str | None = None  # the system prompt, where there is one
     schema: type[BaseModel] | None = None  # the pydantic class the answer is to fit
-    headers: Mapping[str, str] = field(default_factory=dict)  # extra HTTP headers
-    query: Mapping[str, object] = field(default_factory=dict)  # extra query parameters
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)  # extra HTTP headers: keys, maybe
+    query: Mapping[str, object] = field(default_factory=dict, repr=False)  # extra query parameters
 
     def with_prompt(self, prompt: str | Sequence[Any]) -> dict[str, Any]:
         """Return the whole body for one prompt, which must have passed `check_prompt`."""

@@ -18,12 +18,12 @@ from openai_eval_client._wire.failures import (
     FAILURES,
     Kind,
     Scope,
-    forget_key,
     outcome_of,
     read_failure,
     refused,
     row_of,
 )
+from openai_eval_client._wire.masking import forget_key
 from openai_eval_client._wire.refusals import words_of
 from openai_eval_client.errors import rate_limited, sdk_httpx
 
