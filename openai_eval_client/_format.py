@@ -95,6 +95,23 @@ def valid_text(text: str) -> str:
     return text
 
 
+# What a terminal obeys instead of showing it: C0 but for tab and newline, DEL, C1; and what reorders text.
+_CONTROLS = [n for n in (*range(32), *range(127, 160)) if chr(n) not in "\t\n"]
+_CONTROLS += [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_DROPPED = dict.fromkeys(_CONTROLS)
+_ESCAPED = {number: f"\\u{number:04x}" for number in _CONTROLS}
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal: without what would change its screen, title, clipboard or order."""
+    return valid_text(text).translate(_DROPPED)
+
+
+def printable_json(text: str) -> str:
+    """Return the same JSON for a terminal: those characters escaped, which stand in its texts alone."""
+    return text.translate(_ESCAPED)
+
+
 def plain(value: Any) -> Any:
     """Return data as JSON has it: money as a float, a time in ISO 8601, no number that is not finite."""
     if isinstance(value, Mapping):

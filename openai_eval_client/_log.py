@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
+
+from openai_eval_client._format import printable
 
 logger = logging.getLogger("openai_eval_client")
 _LONGEST_ID = 200  # characters
@@ -12,18 +15,18 @@ _LONGEST_ID = 200  # characters
 def debug(text: str, *values: Any, event: str, **fields: Any) -> None:
     """Log a detail of one attempt or wait; see `warn`."""
     if logger.isEnabledFor(logging.DEBUG):
-        logger.debug(text, *values, extra=_given(event, fields), stacklevel=2)
+        logger.debug(text, *map(_plain, values), extra=_given(event, fields), stacklevel=2)
 
 
 def inform(text: str, *values: Any, event: str, **fields: Any) -> None:
     """Log what goes as it should; see `warn`."""
     if logger.isEnabledFor(logging.INFO):
-        logger.info(text, *values, extra=_given(event, fields), stacklevel=2)
+        logger.info(text, *map(_plain, values), extra=_given(event, fields), stacklevel=2)
 
 
 def warn(text: str, *values: Any, event: str, **fields: Any) -> None:
     """Log what a user may have to look into, as a sentence and as an event with fields; None is left out."""
-    logger.warning(text, *values, extra=_given(event, fields), stacklevel=2)
+    logger.warning(text, *map(_plain, values), extra=_given(event, fields), stacklevel=2)
 
 
 def request_id(headers: Any) -> str | None:
@@ -33,4 +36,10 @@ def request_id(headers: Any) -> str | None:
 
 
 def _given(event: str, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"event": event, **{name: value for name, value in fields.items() if value is not None}}
+    return {"event": event, **{name: _plain(value) for name, value in fields.items() if value is not None}}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value that cannot end the line of a log, nor change a terminal: ids are a server's."""
+    is_text = isinstance(value, str | Path | Exception)
+    return printable(str(value)).replace("\n", " ") if is_text else value

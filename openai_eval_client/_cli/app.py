@@ -79,7 +79,7 @@ def limits(
             config, lambda client: _stated_limits(client, names), rate_limit=_UNLIMITED
         )
         if as_json:
-            typer.echo(json.dumps(by_model, default=dataclasses.asdict))
+            common.show_json(json.dumps(by_model, default=dataclasses.asdict))
         else:
             numbers = ("RPM", "left", "full in", "TPM", "left", "full in")
             rows = [(model, *_cells(stated)) for model, stated in by_model.items()]

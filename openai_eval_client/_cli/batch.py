@@ -16,7 +16,7 @@ from typer import Argument, Option
 from openai_eval_client._cli import common
 from openai_eval_client._cli.common import exit_codes, say, show_log, with_client
 from openai_eval_client._cli.rows import Source, line_of
-from openai_eval_client._format import count, duration
+from openai_eval_client._format import count, duration, printable_json
 from openai_eval_client._report import outcomes_of
 from openai_eval_client._runtime import replacing
 from openai_eval_client._validation import check_number, shown
@@ -109,7 +109,7 @@ def submit(
             common.fail(common.BAD_INPUT, by_lines(error, lines.name, numbers))
         sent = count(job.request_count)
         say(f"requests submitted: {sent}, to {config.base_url}, to be answered within {window}")
-        typer.echo(job.job_id)
+        common.show(job.job_id)
 
 
 def read_requests(source: Source, defaults: Mapping[str, Any]) -> tuple[list[BatchRequest], list[int]]:
@@ -215,7 +215,8 @@ def results(ctx: typer.Context, job: Job, *, output: common.OutputFile = "-") ->
         for index, outcome in enumerate(outcomes):
             custom_id = getattr(outcome, "custom_id", None)
             named = {} if custom_id is None else {"custom_id": custom_id}
-            file.write(line_of({"index": index, **named}, outcome, only_ascii=True))
+            line = line_of({"index": index, **named}, outcome, only_ascii=True)
+            file.write(printable_json(line.decode()).encode())
         file.flush()  # a pipe that was closed is found out here
     failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
     if failures:
@@ -254,7 +255,7 @@ def list_jobs(
     with exit_codes():
         jobs = with_client(common.api_config(**ctx.obj), lambda client: _newest(client, limit))
         if as_json:
-            typer.echo(f"[{','.join(job.model_dump_json() for job in jobs)}]")
+            common.show_json(f"[{','.join(job.model_dump_json() for job in jobs)}]")
         else:
             counted = ("requests", "answered", "failed")
             rows = []
@@ -276,7 +277,7 @@ async def _newest(client: OpenAIClient, limit: int) -> list[BatchJobStatus]:
 
 def _show_job(job: BatchJobStatus, *, as_json: bool) -> None:
     if as_json:
-        typer.echo(job.model_dump_json())
+        common.show_json(job.model_dump_json())
         return
     common.print_fields(
         {

@@ -12,17 +12,18 @@ import re
 import signal
 import sys
 from pathlib import Path  # typer reads the annotations
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import openai
 import pydantic
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
-from openai_eval_client._format import count, usd
+from openai_eval_client._format import count, printable, printable_json, usd
 from openai_eval_client._report import bar_is_open, write_above
 from openai_eval_client._wire import Kind, code_of, forget_key, read_failure, status_of
 from openai_eval_client.client import OpenAIClient
@@ -187,11 +188,22 @@ def _response_format(path: Path, api: Api) -> dict[str, Any]:
 
 
 def say(message: str, *, style: str | None = None) -> None:
-    """Write a line to standard error, as it is: standard output is for results alone."""
+    """Write a line to standard error: standard output is for results alone."""
+    text = Text(printable(message), style=style or "")  # nothing in it is markup
     if bar_is_open():
-        write_above(message)
+        write_above(text.plain)
     else:
-        Console(stderr=True).print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(text, soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """Write a result to standard output."""
+    typer.echo(printable(text))
+
+
+def show_json(text: str, *, file: IO[str] | None = None) -> None:
+    """Write a result in JSON to standard output, or to a file."""
+    typer.echo(printable_json(text), file=file)
 
 
 def fail(code: int, message: str) -> NoReturn:
@@ -222,9 +234,9 @@ def print_table(
     """Write a table to standard output."""
     table = Table(box=box.SIMPLE, show_header=show_header)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(printable(name), justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console = Console()
     # Without a terminal, the table is as wide as need be: a job's id stays on one line.
     (console if console.is_terminal else Console(width=1000)).print(table)

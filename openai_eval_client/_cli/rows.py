@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from openai_eval_client._format import plain, to_json
+from openai_eval_client._format import plain, printable_json, to_json
 from openai_eval_client._report import row_of
 from openai_eval_client._runtime import replacing
 from openai_eval_client._validation import shown
@@ -231,6 +231,8 @@ class Output:
 
     def write(self, line: bytes) -> None:
         """Append a line: all of it or nothing."""
+        if self.path is None:
+            line = printable_json(line.decode()).encode()
         written = 0
         try:
             while written < len(line):

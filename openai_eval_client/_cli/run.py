@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import openai
-import typer
 from typer import Option
 
 from openai_eval_client._cli import common
@@ -325,7 +324,10 @@ def _show_estimate(run: FileRun) -> int:
     params = {name: value for name, value in run.params.items() if name not in {"max_cost", "max_failures"}}
     limits = run.limits
     estimated = with_client(run.config, lambda client: client.estimate(prompts, **params), rate_limit=limits)
-    typer.echo(estimated.model_dump_json() if run.as_json else str(estimated))
+    if run.as_json:
+        common.show_json(estimated.model_dump_json())
+    else:
+        common.show(str(estimated))
     return 0
 
 
@@ -489,7 +491,7 @@ def _sum_up(run: FileRun, result: Result, code: int) -> None:
     quiet = run.quiet or reader_left or (code == common.BAD_INPUT and not result.answered + result.failed)
     if run.as_json:
         print_to = sys.stderr if run.output == "-" else sys.stdout
-        typer.echo(to_json(_summary(run, result, code), only_ascii=True), file=print_to)
+        common.show_json(to_json(_summary(run, result, code), only_ascii=True).decode(), file=print_to)
     elif not quiet:
         say(_counts(run, result))
         for kind, times in result.kinds.most_common(3):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures.thread  # its fork hook has to be older than ours: a fork takes its lock last
 import contextlib
+import errno
 import functools
 import heapq
 import itertools
 import os
+import stat
 import sys
 import threading
 import uuid
@@ -320,23 +322,32 @@ class Background(ForkAware):
 
 @contextlib.contextmanager
 def replacing(name: str) -> Iterator[IO[bytes]]:
-    """Open a file that takes its name once all is written: until then, what had the name keeps it."""
+    """Open a file that takes its name, and its mode, once all is written: until then, what is there stays."""
     path = Path(name).resolve()
     is_special = path.exists() and not path.is_file()
     target = path if is_special else path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex}.part")
     try:
-        file = target.open("wb" if is_special else "xb")
+        mode = stat.S_IMODE(path.stat().st_mode) & 0o777 if path.is_file() else None
+        if not is_special:
+            target.touch(0o666 if mode is None else 0o600, exist_ok=False)  # nobody else reads it before
+        file = target.open("wb")
     except OSError as error:
         error.filename = name
         raise
     try:
         with file:
             yield file
+        if mode is not None:
+            with contextlib.suppress(OSError):  # some file systems have no modes
+                target.chmod(mode)
         if not is_special:
             target.replace(path)
     finally:
         if not is_special:
             target.unlink(missing_ok=True)
+
+
+_NO_LOCK = "in the place of a lock file is something else"
 
 
 class FileLock(ForkAware):
@@ -382,8 +393,12 @@ class FileLock(ForkAware):
 
     def _take(self, *, wait: bool) -> bool:
         taken = False
-        self._file = file = os.open(self._path, os.O_CREAT | os.O_RDWR, 0o600)
+        flags = os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        self._file = file = os.open(self._path, flags, 0o600)
         try:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode) or status.st_size:  # it would be changed, and removed
+                raise FileExistsError(errno.EEXIST, _NO_LOCK, str(self._path))
             if hasattr(os, "fchmod"):
                 os.fchmod(file, 0o600)  # whatever the umask
             if _lock(file, wait=wait):
