@@ -56,6 +56,29 @@ async def test_a_free_lock_takes_no_thread(path: Path) -> None:
     assert not path.exists()
 
 
+@POSIX
+@pytest.mark.parametrize("place", ["link", "hard link", "dangling link", "pipe", "text"])
+async def test_what_stands_in_its_place_is_left_alone(path: Path, tmp_path: Path, place: str) -> None:
+    """A link that somebody put there is not followed: no other file is locked, made, changed or removed."""
+    other = tmp_path / "other"
+    if place != "dangling link":
+        other.write_text("mine")
+        other.chmod(0o644)
+    if place == "pipe":
+        os.mkfifo(path, 0o644)
+    elif place == "text":
+        path.write_text("mine")
+        path.chmod(0o644)
+    elif place == "hard link":
+        path.hardlink_to(other)
+    else:
+        path.symlink_to(other)
+    before = sorted((each.name, each.lstat().st_mode) for each in tmp_path.iterdir())
+    with pytest.raises(OSError):  # noqa: PT011  # which one, the system decides
+        await FileLock(path).__aenter__()
+    assert sorted((each.name, each.lstat().st_mode) for each in tmp_path.iterdir()) == before
+
+
 async def test_a_waiter_gets_the_lock_when_it_is_released(path: Path) -> None:
     """On a new file, as the holder has removed its own."""
     async with FileLock(path):

@@ -21,7 +21,21 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
         assert path.read_bytes() == b"before"
     assert path.read_bytes() == b"after"
     assert list(tmp_path.iterdir()) == [path]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
+def test_what_is_replaced_keeps_its_mode(tmp_path, mode):
+    """Nobody else reads the new one before; a new name has what the umask leaves."""
+    path = tmp_path / "out"
+    path.touch()
+    path.chmod(mode)
+    with replacing(str(path)):
+        (part,) = tmp_path.glob(".out.*")
+        assert stat.S_IMODE(part.stat().st_mode) == 0o600 & ~umask()
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+    with replacing(str(tmp_path / "new")):
+        pass
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o666 & ~umask()
 
 
 def umask():
