@@ -130,7 +130,7 @@ async def test_a_key_of_one_call_is_masked():
                 "hi", extra_headers={"api-key": OTHER}, extra_query={"subscription-key": OTHER[::-1]}
             )
     assert leaks(caught.value, KEY, OTHER, OTHER[::-1]) == []
-    assert caught.value.message == "Error code: 401 - [key] [key]"
+    assert "[key] [key]" in caught.value.message
 
 
 FAULTS = {

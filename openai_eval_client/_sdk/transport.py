@@ -166,7 +166,10 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
             text = f"the server's answer is not valid HTTP{f' ({why})' if why else ''}: {_WAY_OUT}"
         failure: Exception = kind(masked(text, *secrets_in(request.headers)), request=request)
         failure.__cause__ = None if shows_key else clear_frames(error)
-    raise failure  # here aiohttp's error is no longer handled, and so is not its context
+    try:
+        raise failure  # here aiohttp's error is no longer handled, and so is not its context
+    finally:
+        failure.__context__ = None  # Python 3.10 may still take what that error came from
 
 
 _PLAIN = {"content", "timeout"}  # the options of a request that is built at once
