@@ -12,6 +12,7 @@ from openai_eval_client._batches import Batches
 from openai_eval_client._log import inform
 from openai_eval_client._online import NO_SAMPLES, Caller, collect, estimate, pool_for
 from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSnapshot, write_report
+from openai_eval_client._runtime import check_loop
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
@@ -49,7 +50,8 @@ class OpenAIClient:
     """Answers prompts within the rate limits, retried, priced, in order.
 
     One client may be shared by any number of tasks, threads and event loops, and used by several
-    `asyncio.run` one after the other: its limits and budget hold for all of them together.
+    `asyncio.run` one after the other: its limits and budget hold for all of them together. It runs on
+    asyncio alone.
 
     Args:
         config: Where the API is; None: from the environment.
@@ -138,9 +140,10 @@ class OpenAIClient:
             RequestTooLargeError: The limit on tokens cannot admit it; nothing was sent.
             APIError: Any other failure, in the SDK's own classes.
         """
+        check_loop()
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
-        check_prompt(prompt)
+        check_prompt(prompt, api=api)
         return await self._call(prompt, parameters, budget=budget)
 
     async def batch_generate(
@@ -202,13 +205,14 @@ class OpenAIClient:
             asyncio.CancelledError: The call was cancelled; `responses` likewise. Its batches go on: `job_id`
                 names those whose results have not been read.
         """
+        check_loop()
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
         pool = self._pool(parameters, budget, max_concurrent, max_failures, prompts)
         check_callback(progress_callback, "progress_callback")
         callback = Progress(progress_callback)
         check_switch(progress, "progress")
-        listed = list_prompts(prompts)
+        listed = list_prompts(prompts, api)
         by_batch = use_batch_api and self._are_enough(listed)
         display = None
         if progress:
@@ -323,6 +327,7 @@ class OpenAIClient:
         Raises:
             ValidationError: A parameter or a prompt is wrong; `index` says which prompt.
         """
+        check_loop()
         parameters = self._parameters(model, temperature, max_tokens, None, system, api, chat_params)
         check_iterable(prompts, "__iter__", "__aiter__")
         check_callback(progress_callback, "progress_callback")
@@ -361,6 +366,7 @@ class OpenAIClient:
             APIError: Any other failure, in the SDK's own classes. As with QuotaError, the batches of the job
                 that were created have been cancelled, and `job_id` names them.
         """
+        check_loop()
         return await self._jobs.submit(requests, api=api, window=completion_window, metadata=metadata)
 
     async def get_batch_status(self, job_id: str) -> BatchJobStatus:
@@ -376,6 +382,7 @@ class OpenAIClient:
         Raises:
             APIError: There is no such job, or the server cannot be asked.
         """
+        check_loop()
         return await self._jobs.status(job_id)
 
     async def retrieve_batch_results(
@@ -396,6 +403,7 @@ class OpenAIClient:
                 `responses` are those of the others.
             APIError: There is no such job, or the server cannot be asked.
         """
+        check_loop()
         return await self._jobs.results(job_id, return_exceptions=return_exceptions)
 
     async def cancel_batch_job(self, job_id: str) -> BatchJobStatus:
@@ -407,6 +415,7 @@ class OpenAIClient:
         Returns:
             Its status, "cancelling" at first. A job that has ended stays as it is.
         """
+        check_loop()
         return await self._jobs.cancel(job_id)
 
     def list_batch_jobs(self) -> AsyncIterator[BatchJobStatus]:
@@ -457,6 +466,7 @@ class OpenAIClient:
                 await self._cache.close()
 
     async def __aenter__(self) -> Self:
+        check_loop()
         return self
 
     async def __aexit__(self, *_: object) -> None:

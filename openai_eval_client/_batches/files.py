@@ -348,7 +348,7 @@ def check_requests(requests: Sequence[BatchRequest], *, api: str, default_model:
             both = request.prompt is not None and request.messages is not None
             if both:  # it was changed since it was made
                 reject_input("messages", request.messages, "give either prompt or messages")
-            check_prompt(prompt)
+            check_prompt(prompt, api=api)
         except ValidationError as error:
             message = f"requests[{index}]: {error}"
             raise ValidationError(message, field=error.field, index=index) from None

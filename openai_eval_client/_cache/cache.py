@@ -24,7 +24,7 @@ import pydantic
 from openai_eval_client._cache.store import Store
 from openai_eval_client._format import to_json
 from openai_eval_client._log import warn
-from openai_eval_client._runtime import DeferringLock
+from openai_eval_client._runtime import DeferringLock, running_loop
 from openai_eval_client._validation import reject_input
 from openai_eval_client._wire import PATHS, Usage, fault_in, of_error, read_answer, read_json, usage_of
 from openai_eval_client.config import CacheConfig
@@ -261,7 +261,10 @@ class Cache:
 
     async def close(self) -> None:
         """Keep what is waiting to be kept, and close the file."""
-        await asyncio.to_thread(self.store.close)
+        if running_loop() is None:  # `close` is stepped through by hand, or by trio
+            self.store.close()
+        else:
+            await asyncio.to_thread(self.store.close)
 
     async def _answer_once(self, sample: Occurrence, parameters: Parameters, send: Send) -> ModelResponse:
         """Answer, or wait for the same request that is just being answered."""

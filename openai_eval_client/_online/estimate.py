@@ -84,7 +84,7 @@ def _count_some(
     counts: list[int] = []
     until = time.perf_counter() + _COUNTING
     for index, prompt in enumerate(prompts, first):
-        check_prompt(prompt, index)
+        check_prompt(prompt, index, api=parameters.api)
         tokens = counter.count_input_now(parameters.with_prompt(prompt))
         if tokens is not None:
             counts.append(tokens)

@@ -21,6 +21,7 @@ from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online.background import BackgroundResponses, pending
 from openai_eval_client._online.stopping import StopRule, check_max_failures
+from openai_eval_client._runtime import check_loop
 from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._validation import check_count
 from openai_eval_client._wire import (
@@ -301,6 +302,7 @@ class WorkerPool:
         # No more items are taken than there is room for, and an item takes up room until the consumer comes
         # back for the next outcome: a slow consumer slows the work down. When the consumer ends, so does all
         # work, before this generator does.
+        check_loop()
         with samples as give_back, display or contextlib.nullcontext():
             beside = [asyncio.create_task(self._watch())]
             beside += [] if stop_event is None else [asyncio.create_task(self._stop_when(stop_event))]
@@ -498,7 +500,7 @@ def pool_for(
 
     def answer(index: int, prompt: Any, *, sending: Any) -> Awaitable[ModelResponse]:
         if check:
-            check_prompt(prompt, index)
+            check_prompt(prompt, index, api=parameters.api)
         return call(prompt, parameters, concurrency=concurrency, budget=budget, sending=sending)
 
     slots = max_concurrent or limits.max_concurrent

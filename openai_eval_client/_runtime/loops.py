@@ -46,6 +46,12 @@ def running_loop() -> asyncio.AbstractEventLoop | None:
         return None
 
 
+def check_loop() -> None:
+    """Refuse to go on where no event loop of asyncio runs: under trio, or outside any loop."""
+    if running_loop() is None:
+        raise RuntimeError("openai_eval_client runs on asyncio, and no event loop of asyncio runs here")
+
+
 def resolve(waiter: asyncio.Future[Any], outcome: object = None) -> bool:
     """Wake a waiter with a result, or an exception to raise; False where it was cancelled meanwhile."""
     if waiter.done():

@@ -22,6 +22,7 @@ from openai_eval_client._validation import (
     check_text,
     reject_input,
 )
+from openai_eval_client._wire.chat_form import input_items, responses_body, responses_format
 from openai_eval_client._wire.usage import MOST_TOKENS, token_count
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Parameters:
         """Return the whole body for one prompt, which must have passed `check_prompt`."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _plain(prompt)
         if self.api == "responses":
-            return {**self.body, "input": prompt if isinstance(prompt, str) else messages}
+            return {**self.body, "input": prompt if isinstance(prompt, str) else input_items(messages)}
         if self.system is not None:
             messages = [{"role": "system", "content": self.system}, *messages]
         return {**self.body, "messages": messages}
@@ -187,28 +188,30 @@ def check_parameters(
     if "background" in body:
         check_switch(body["background"], "background")
     check_json(body)
+    if api == "responses":
+        body = responses_body(body)
     headers, query = extra["headers"], extra["query"]
     return Parameters(api, body["model"], float(timeout), body, system, schema, headers, query)
 
 
-def check_prompt(prompt: object, index: int | None = None) -> None:
-    """Reject a prompt that no API would take."""
+def check_prompt(prompt: object, index: int | None = None, *, api: str = "chat") -> None:
+    """Reject a prompt that the API would not take."""
     name = "prompt" if index is None else f"prompts[{index}]"
     if isinstance(prompt, str):
         check_text(prompt, name, field="prompt", index=index)
     elif isinstance(prompt, list | tuple):
-        _check_messages(prompt, name, index)
+        _check_messages(prompt, name, index, api)
     else:
         why = f"must be a str or a list of messages, not {type(prompt).__name__}"
         reject_input(name, prompt, why, field="prompt", index=index)
 
 
-def list_prompts(prompts: Iterable[Any]) -> list[Any]:
+def list_prompts(prompts: Iterable[Any], api: str) -> list[Any]:
     """Return prompts as a list, every one of them checked."""
     check_iterable(prompts, "__iter__")
     listed = list(prompts)
     for index, prompt in enumerate(listed):
-        check_prompt(prompt, index)
+        check_prompt(prompt, index, api=api)
     return listed
 
 
@@ -218,7 +221,7 @@ def check_iterable(prompts: object, *methods: str) -> None:
         reject_input("prompts", prompts, f"must be a list of prompts, not {type(prompts).__name__}")
 
 
-def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> None:
+def _check_messages(messages: Sequence[Any], name: str, index: int | None, api: str) -> None:
     if not messages:
         reject_input(name, messages, "must hold at least one message", field="prompt", index=index)
     try:
@@ -230,6 +233,8 @@ def _check_messages(messages: Sequence[Any], name: str, index: int | None) -> No
             why = "must be a message with a role"
             reject_input(f"{name}[{position}]", message, why, field="prompt", index=index)
     check_json({name: plain}, field="prompt", index=index)
+    if api == "responses":
+        input_items(plain, name, index)
 
 
 def _check_names(fields: Mapping[str, Any], api: str) -> None:
@@ -264,12 +269,12 @@ def _take_schema(fields: dict[str, Any], api: str) -> type[BaseModel] | None:
     if schema is not None:
         strict = openai.pydantic_function_tool(schema)["function"]["parameters"]
         form = {"name": schema.__name__, "schema": strict, "strict": True}
-        wanted = {"type": "json_schema", **({"json_schema": form} if api == "chat" else form)}
+        wanted = {"type": "json_schema", "json_schema": form}
     if api == "chat":
         fields["response_format"] = wanted
     else:
         check_mapping(fields.get("text", {}), "text")
-        fields["text"] = {**fields.get("text", {}), "format": wanted}
+        fields["text"] = {**fields.get("text", {}), "format": responses_format(wanted)}
     return schema
 
 
