@@ -65,9 +65,10 @@ class Limiter:
         self._timers: dict[tuple[ModelQueue, asyncio.AbstractEventLoop], asyncio.TimerHandle] = {}
         self._backend: RedisBackend | None = None
 
-    def fresh(self, reclaim: Callable[[], object]) -> Limiter:
-        """Return another one with the same configured limits, for another account."""
-        return Limiter(self.config if self._bounded else None, clock=self._clock, reclaim=reclaim)
+    def fresh(self, reclaim: Callable[[], object], config: RateLimitConfig | None = None) -> Limiter:
+        """Return another one with limits of its own; None: the same configured ones, for another account."""
+        config = config or (self.config if self._bounded else None)
+        return Limiter(config, clock=self._clock, reclaim=reclaim)
 
     def share(self, *account: str | None) -> None:
         """Share the limits with all processes that use the same account, through `config.redis_url`."""

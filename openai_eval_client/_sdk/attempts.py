@@ -14,6 +14,7 @@ import openai
 
 from openai_eval_client._account import Account
 from openai_eval_client._log import inform
+from openai_eval_client._runtime import check_loop
 from openai_eval_client._sdk.streams import metered, outcome_of_reply, released_class
 from openai_eval_client._sdk.transport import SdkClient, default_client
 from openai_eval_client._tokens import TokenCounter
@@ -36,11 +37,13 @@ from openai_eval_client.errors import QuotaError, TimeoutError, sdk_httpx
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Generator, Mapping
 
+    from typing_extensions import Self
+
     from openai_eval_client._account import Attempt
     from openai_eval_client._wire import Failure
     from openai_eval_client.models import ClientStats
 
-_UNWRAPS = "openai_eval_client.unwraps"  # extension of a request whose sender unwraps NotSent
+_ACCOUNT = "openai_eval_client.account"  # extension of a request: its account; its sender unwraps NotSent
 _JSON = "application/json"
 
 
@@ -52,16 +55,16 @@ def paced(client: Any, account: Account, counter: TokenCounter) -> Any:
     """Return a view of an HTTP client of either httpx family whose every `send` is paced."""
     # The SDK calls `http_client.send()` once for every attempt, its own retries included, on any resource.
     # Mounts, proxies, event hooks and mock transports of the client go on working: nothing below is touched.
-    # The view shares the client's whole state, so closing either closes both.
+    # The view shares the client's whole state, so what is changed or closed on either is so on both.
     view: Any = object.__new__(_paced_class(client.__class__))
     object.__setattr__(view, "__dict__", client.__dict__)
-    view.original, view.account, view.counter = client, account, counter
+    view.original, view.account, view.counter, view.patched = client, account, counter, None
     return view
 
 
 @functools.lru_cache(maxsize=64)
 def _paced_class(base: Any) -> Any:
-    slots = ("counter", "account", "original")
+    slots = ("account", "counter", "original", "patched")
     return type(f"Paced{base.__name__}", (_PacedClient, base), {"__slots__": slots})
 
 
@@ -70,15 +73,29 @@ class _PacedClient:
 
     __slots__ = ()
     original: Any
-    account: Account
+    account: Account  # of a request that names none
     counter: TokenCounter
+    patched: Any  # what was put in the place of `send`, such as an instrumentor's function
 
-    async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+    @property
+    def send(self) -> Any:
+        """Send one request, paced."""
+        # a property goes before what was set on the client viewed, whose whole state it shares
+        return self.patched or self._send
+
+    @send.setter
+    def send(self, function: Any) -> None:
+        self.patched = function
+
+    @send.deleter
+    def send(self) -> None:
+        self.patched = None
+
+    async def _send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Wait for a permit, send, and settle: at once, or when a streamed answer is closed."""
         attempt = await self._admitted(request)
         async with attempt:
-            send = super().send  # type: ignore[misc]  # of the client viewed
-            response = await send(request, stream=stream, **options)
+            response = await self.original.send(request, stream=stream, **options)
             if stream and not response.is_closed:
                 return metered(response, attempt)  # it stays open until the stream ends
             api = endpoint_of(request.url.path, request.method).api
@@ -93,14 +110,17 @@ class _PacedClient:
 
     async def _admitted(self, request: Any) -> Attempt:
         """Return an attempt that may be sent."""
+        account = request.extensions.get(_ACCOUNT)
         try:
-            return await self.account.attempt(await self._demand(request)).begin()
-        except openai.OpenAIError as error:
-            if request.extensions.get(_UNWRAPS):
+            check_loop()
+            of = account or self.account
+            return await of.attempt(await self._demand(request, of)).begin()
+        except Exception as error:
+            if account is not None:
                 raise NotSent(error) from None
             raise
 
-    async def _demand(self, request: Any) -> Demand:
+    async def _demand(self, request: Any, account: Account) -> Demand:
         """Return what a request asks of the limits and budgets, as far as its body can be read."""
         path, headers = request.url.path, request.headers
         endpoint = endpoint_of(path, request.method)
@@ -114,7 +134,7 @@ class _PacedClient:
                 tokens = await self.counter.count_input(body)
                 most_output = max_output(body, path)
                 demand = Demand(body["model"], tokens, most_output, retry=retry, free=endpoint.free)
-        most = await self.account.budgets.most(body, path, self.counter) if endpoint.billed else None
+        most = await account.budgets.most(body, path, self.counter) if endpoint.billed else None
         return demand if most is None else demand._replace(most_cost=most)
 
     def __del__(self) -> None:
@@ -130,15 +150,13 @@ def _body_of(request: Any) -> dict[str, Any]:
     return body if isinstance(body.get("model"), str) else {}
 
 
-# Options of the SDK's constructor that may name another account.
-_NAMES = ("api_key", "base_url", "data_residency", "organization", "project", "provider", "workload_identity")
-
-
-def _signature() -> inspect.Signature:
-    """Return the signature of the SDK's constructor, with `rate_limit` first, for help() and editors."""
-    theirs = inspect.signature(openai.AsyncOpenAI.__init__)
+def _signature(function: Any) -> inspect.Signature:
+    """Return the signature of a method of the SDK's, with `rate_limit` first, for help() and editors."""
+    theirs = inspect.signature(function)
     first, *rest = theirs.parameters.values()
-    ours = inspect.Parameter("rate_limit", inspect.Parameter.KEYWORD_ONLY, default=None)
+    ours = inspect.Parameter(
+        "rate_limit", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="RateLimitConfig | None"
+    )
     return theirs.replace(parameters=[first, ours, *rest])
 
 
@@ -146,7 +164,8 @@ class AsyncOpenAI(SdkClient):
     """The SDK's `AsyncOpenAI`, paced: change the import and nothing else.
 
     Every HTTP attempt of every resource waits for its place within the requests and tokens per minute of its
-    model, the SDK's own retries included. Constructor, resources, transport and errors stay the SDK's.
+    model, the SDK's own retries included. Constructor, resources, transport and errors stay the SDK's. It
+    runs on asyncio.
 
     Args:
         rate_limit: The limits; None: learn them from the response headers, and slow nothing down where the
@@ -156,6 +175,7 @@ class AsyncOpenAI(SdkClient):
 
     if TYPE_CHECKING:
         _account: Account
+        _counter: TokenCounter
 
         def __init__(
             self,
@@ -175,39 +195,64 @@ class AsyncOpenAI(SdkClient):
             **options: Any,
         ) -> None: ...
 
+        def copy(self, *, rate_limit: RateLimitConfig | None = None, **options: Any) -> Self: ...
+
+        with_options = copy
+
     else:
 
         def __init__(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> None:
-            view = http_client if isinstance(getattr(http_client, "account", None), Account) else None
-            self._account = view.account if view is not None else Account()
-            if isinstance(rate_limit, Account):
-                self._account = rate_limit
-            elif rate_limit is not None:
+            view = http_client if isinstance(http_client, _PacedClient) else None
+            self._counter = TokenCounter() if view is None else view.counter
+            if rate_limit is not None:
                 self._account = Account(config_of("rate_limit", rate_limit, RateLimitConfig))
-            self._counter = view.counter if view is not None else TokenCounter()
-            plain = view.original if view is not None else http_client or default_client()
-            if hasattr(plain, "send"):  # anything else is for the SDK to refuse
-                plain = paced(plain, self._account, self._counter)
-            super().__init__(http_client=plain, **options)
-            self._account.ledger.pricer_for(str(self.base_url))
-            self._account.limiter.share(*account_of(self))
+            else:
+                self._account = Account() if view is None else view.account
+            super().__init__(http_client=http_client or default_client(), **options)
+            self._use(self._account)
 
-        __init__.__signature__ = _signature()
+        __init__.__signature__ = _signature(openai.AsyncOpenAI.__init__)
 
-        def copy(self, *, _extra_kwargs: Any = None, **options: Any) -> Any:
+        @property
+        def _client(self) -> Any:
+            return self._http_client
+
+        @_client.setter
+        def _client(self, client: Any) -> None:  # by the SDK, and by a user who puts another in its place
+            self._http_client = self._paced(client)
+
+        def _paced(self, client: Any) -> Any:
+            plain = any(base.__name__ == "AsyncClient" for base in type(client).__mro__)
+            if not plain or isinstance(client, _PacedClient):  # what is no client is for the SDK to refuse
+                return client
+            return paced(client, self._account, self._counter)
+
+        def _use(self, account: Account) -> None:
+            self._account = account
+            account.ledger.pricer_for(str(self.base_url))
+            account.limiter.share(*account_of(self))
+
+        def copy(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> Any:
             """Copy, with the same limits; a copy for another account has them to itself.
 
             Args:
+                rate_limit: Limits of the copy's own; None: this client's.
+                http_client: What the copy sends through; None: what this client does.
                 **options: What is to differ, as the SDK's `copy` takes it.
 
             Returns:
-                The copy, on the same connections.
+                The copy.
             """
-            named = [name for name in _NAMES if options.get(name) is not None]
-            same = all(_as_text(options[name]) == _as_text(getattr(self, name, None)) for name in named)
-            account = self._account if same else self._account.fresh()
-            return super().copy(_extra_kwargs={"rate_limit": account, **(_extra_kwargs or {})}, **options)
+            limits = None if rate_limit is None else config_of("rate_limit", rate_limit, RateLimitConfig)
+            copied = super().copy(http_client=self._paced(http_client), **options)
+            account = self._account
+            if limits is not None or _identity(copied) != _identity(self):
+                account = account.fresh()
+                account.limiter = account.limiter.fresh(account.reclaim, limits)
+            copied._use(account)  # noqa: SLF001  # of this class
+            return copied
 
+        copy.__signature__ = _signature(openai.AsyncOpenAI.copy)
         with_options = copy
 
         async def request(self, *args: Any, stream_cls: Any = None, **options: Any) -> Any:
@@ -222,6 +267,7 @@ class AsyncOpenAI(SdkClient):
             Returns:
                 What the SDK's returns.
             """
+            check_loop()
             kind = None if stream_cls is None else released_class(stream_cls)
             try:
                 return await super().request(*args, stream_cls=kind, **options)
@@ -229,13 +275,30 @@ class AsyncOpenAI(SdkClient):
                 raise caught.args[0] from None
 
         async def _prepare_request(self, request: Any) -> Any:
-            request.extensions[_UNWRAPS] = True
+            request.extensions[_ACCOUNT] = self._account
             return await super()._prepare_request(request)
 
     @property
+    def http_client(self) -> Any:
+        """The HTTP client, paced, for what takes one rather than a client of the SDK."""
+        client: Any = self._client
+        if not isinstance(client, _PacedClient) or client.account is self._account:
+            return client
+        return paced(client.original, self._account, self._counter)
+
+    @property
     def stats(self) -> ClientStats:
-        """What went through this client and its copies so far."""
+        """What went through this client, and through its copies that share its limits, so far."""
         return self._account.stats
+
+
+# What tells two accounts apart. A key that a function returns may change from one request to the next.
+_NAMES = ("base_url", "organization", "project", "_provider", "workload_identity")
+
+
+def _identity(client: openai.AsyncOpenAI) -> tuple[str, ...]:
+    key = getattr(client, "_api_key_provider", None) or client.api_key
+    return _as_text(key), *[_as_text(getattr(client, name, None)) for name in _NAMES]
 
 
 def account_of(client: openai.AsyncOpenAI) -> tuple[str | None, ...]:

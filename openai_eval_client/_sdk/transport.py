@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import os
+import sys
 import time
 import weakref
 from datetime import timedelta
@@ -16,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import openai
 
 from openai_eval_client._log import warn
+from openai_eval_client._runtime import running_loop
 from openai_eval_client._wire import clear_frames, masked, secrets_in
 from openai_eval_client.errors import sdk_httpx
 
@@ -175,6 +177,7 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
 _PLAIN = {"content", "timeout"}  # the options of a request that is built at once
 _AUTOMATIC = {"content-length", "host", "transfer-encoding"}  # headers that httpx adds unless they are given
 _URLS = 256  # of different URLs that are remembered: those with ids are many
+_CLOSED = "Cannot send a request, as the client has been closed."  # as httpx says it
 _DECODED = "accept-encoding"  # what httpx can decode: of its client's own headers the one that matters
 
 
@@ -196,14 +199,31 @@ class SdkClient(openai.AsyncOpenAI):
 SdkClient.__name__ = openai.AsyncOpenAI.__name__  # the SDK puts it into the User-Agent
 
 
+class _OfThisLoop(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either httpx
+    """The transport of a LoopLocalClient: that of the running loop's own client."""
+
+    def __init__(self, client: LoopLocalClient) -> None:
+        self._client = weakref.ref(client)  # no circle: it is closed as soon as it is dropped
+
+    async def handle_async_request(self, request: Any) -> Any:
+        """Send through the transport, or the proxy, of the running loop's own client."""
+        client = self._client()
+        if client is None:
+            raise RuntimeError(_CLOSED)
+        real = await client.of_this_loop()
+        transport = real._transport_for_url(request.url)  # noqa: SLF001  # a proxy's, where one applies
+        return await transport.handle_async_request(request)
+
+
 class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     """An HTTP client that opens one real client per event loop, so that it outlives `asyncio.run`."""
 
     # Connections belong to the loop they were opened on. The real client of a loop is closed when the loop
-    # shuts down, when this one is closed, or when it is garbage collected.
+    # shuts down, when this one is closed, or when it is garbage collected. All else is this client's own:
+    # event hooks, cookies, mounts, and the transport that a user puts in the place of it.
 
     def __init__(self, factory: Callable[[], Any], *made: Any) -> None:
-        super().__init__(transport=_httpx.AsyncBaseTransport())  # it sends nothing itself
+        super().__init__(transport=_OfThisLoop(self))
         self._factory = factory
         self._made = list(made)  # clients for the first loops
         self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
@@ -215,25 +235,25 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
         """Whether `aclose` was called."""
         return self._shut
 
-    async def send(self, request: Any, **options: Any) -> Any:
-        """Send through the running loop's own client."""
-        return await (await self._of_this_loop()).send(request, **options)
-
     async def aclose(self) -> None:
         """Close this loop's client now, and those of other threads' loops soon, on their own loops."""
         self._shut = True
-        _, guard = self._real.pop(asyncio.get_running_loop(), (None, None))
-        if guard is not None:
+        loop = running_loop()
+        if loop in self._real:
+            _, guard = self._real.pop(loop)
             await guard.aclose()
         _close_later(self._real)
+        await super().aclose()  # what a user put in the place of its transport, or mounted
 
-    async def _of_this_loop(self) -> Any:
+    async def of_this_loop(self) -> Any:
+        """Return the running loop's own client, made now where it has none."""
         if self._shut:
-            raise RuntimeError("Cannot send a request, as the client has been closed.")
+            raise RuntimeError(_CLOSED)
         loop = asyncio.get_running_loop()
         if loop not in self._real:
             for closed in [known for known in list(self._real) if known.is_closed()]:
                 self._real.pop(closed, None)
+            _warn_of_mocks()
             try:
                 client = self._made.pop()
             except IndexError:
@@ -289,6 +309,20 @@ class FastClient(LoopLocalClient):
         super().__init__(lambda: _Direct(Transport(tls)))
         self._instead: LoopLocalClient | None = None  # what sends once aiohttp cannot read the answers
         self._decoded = (_DECODED, self.headers[_DECODED])
+        self._as_made = self._transport, self._headers.raw
+
+    def _is_as_made(self) -> bool:
+        """Return whether a request may go without what a user can change afterwards."""
+        transport, hooks = self._as_made[0], self._event_hooks
+        asked = self._instead or hooks["request"] or hooks["response"] or self._mounts or self._auth
+        wrapped = self._transport is not transport or "handle_async_request" in vars(transport)
+        return not asked and not wrapped and not _is_patched()
+
+    async def of_this_loop(self) -> Any:
+        """Return the running loop's own client."""
+        if self._instead is None:
+            return await super().of_this_loop()
+        return await self._instead.of_this_loop()
 
     def build_request(self, method: str, url: Any, *, headers: Any = None, **options: Any) -> Any:
         """Build a request as httpx does; that of a newer SDK, whose body is bytes, in half the time."""
@@ -296,6 +330,7 @@ class FastClient(LoopLocalClient):
         content = given.get("content")
         plain = isinstance(headers, list) and given.keys() <= _PLAIN
         names = {name.lower() for name, _ in headers} if plain else set()
+        plain = plain and self._headers.raw == self._as_made[1]
         if not plain or not isinstance(content, bytes) or names & _AUTOMATIC:
             return super().build_request(method, url, headers=headers, **options)
         if _DECODED not in names:
@@ -314,14 +349,13 @@ class FastClient(LoopLocalClient):
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Send through the running loop's connections."""
-        if self._instead is not None:
-            return await self._instead.send(request, stream=stream, **options)
-        real = await self._of_this_loop()
         try:
-            if stream or options:
-                return await real.send(request, stream=stream, **options)
-            response = await real.fetch(request)
-            return await real.send(request) if response.has_redirect_location else response
+            if stream or options or not self._is_as_made():
+                if self._instead is None and _is_patched():
+                    self._instead = default_client()
+                return await super().send(request, stream=stream, **options)
+            response = await (await self.of_this_loop()).fetch(request)
+            return await super().send(request) if response.has_redirect_location else response
         except _httpx.RemoteProtocolError:
             # it was answered, and may be billed: only the next attempt differs
             if self._instead is None:
@@ -338,6 +372,33 @@ class FastClient(LoopLocalClient):
 
 
 _url = functools.lru_cache(maxsize=_URLS)(_httpx.URL)
+_CORE = _httpx.__name__.replace("httpx", "httpcore")
+
+
+@functools.lru_cache(maxsize=64)
+def _is_own(send: Any) -> bool:
+    """Return whether what sends at the bottom of httpx is httpx's own, neither replaced nor wrapped."""
+    family = str(getattr(send, "__module__", "")).partition(".")[0]
+    return family in {"httpx", "httpx2", "httpcore", "httpcore2"} and not hasattr(send, "__wrapped__")
+
+
+def _is_patched() -> bool:
+    """Return whether a test's mock, or an instrumentor, has patched the SDK's own transport."""
+    core = sys.modules.get(_CORE)
+    return not _is_own(_httpx.AsyncHTTPTransport.handle_async_request) or (
+        core is not None and not _is_own(core.AsyncConnectionPool.handle_async_request)
+    )
+
+
+def _warn_of_mocks() -> None:
+    """Say that a test's mock does not see these requests: it is one of the family that the SDK left."""
+    kinds = ("httpx", "AsyncHTTPTransport"), ("httpcore", "AsyncConnectionPool")
+    found = [getattr(sys.modules.get(name), kind, None) for name, kind in kinds]
+    sends = [kind.handle_async_request for kind in found if kind is not None]
+    mocked = not all(_is_own(send) or hasattr(send, "__wrapped__") for send in sends)
+    if mocked and _httpx.__name__ != "httpx":
+        instead = "pass http_client=httpx.AsyncClient()"
+        warn("httpx is mocked, and these requests go through httpx2: %s", instead, event="not_mocked")
 
 
 def _from_environment(make: Callable[[], T]) -> T:

@@ -8,14 +8,24 @@ import gc
 import importlib
 import inspect
 import json
+import subprocess
+import sys
 import threading
 import time
 
 import openai
 import pytest
 from pydantic import BaseModel
+from raw_server import ANSWER
 
-from openai_eval_client import AsyncOpenAI, RateLimitConfig, RequestTooLargeError, ValidationError
+from openai_eval_client import (
+    AsyncOpenAI,
+    OpenAIClient,
+    OpenAIConfig,
+    RateLimitConfig,
+    RequestTooLargeError,
+    ValidationError,
+)
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -237,6 +247,48 @@ async def test_a_cancelled_call_frees_its_slot() -> None:
             assert in_flight(client) == 0
 
 
+@pytest.mark.parametrize("name", ["__init__", "copy", "with_options"])
+def test_signatures_are_the_sdks_and_rate_limit(name) -> None:
+    """Programs that look at them, as the SDK's own tests do, find all that they know."""
+    ours, theirs = (inspect.signature(getattr(kind, name)) for kind in (AsyncOpenAI, openai.AsyncOpenAI))
+    parameters = dict(ours.parameters)
+    assert parameters.pop("rate_limit").kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(parameters.items()) == list(theirs.parameters.items())
+
+
+async def test_a_copy_may_have_limits_of_its_own(server) -> None:
+    """They are spent apart from its original's; the connections are the same."""
+    async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=1)) as client:
+        await plain(client)
+        other = client.with_options(rate_limit=RateLimitConfig(requests_per_minute=2), timeout=9)
+        await asyncio.wait_for(asyncio.gather(plain(other), plain(other.copy(max_retries=0))), 10)
+        assert (client.stats.attempts, other.stats.attempts, other.timeout) == (1, 2, 9)
+        with pytest.raises(ValidationError, match="rate_limit: must be of class"):
+            client.copy(rate_limit=5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"timeout": 5}, {"api_key": "sk-other"}, {"rate_limit": RateLimitConfig()}], ids=str
+)
+async def test_copies_send_through_the_same_http_client(server, options) -> None:
+    """As in the SDK, what is done to the one's is done to the other's."""
+    async with connect(server) as client:
+        assert client.copy(**options)._client is client._client
+
+
+async def test_a_function_that_returns_the_key_is_one_account(server) -> None:
+    """The key that it returned last does not make a copy another account."""
+    keys = iter(["sk-1", "sk-2", "sk-3"])
+
+    async def key() -> str:
+        return next(keys)
+
+    async with connect(server, api_key=key) as client:
+        await plain(client)
+        assert client.with_options(timeout=5)._account is client._account
+        assert client.with_options(api_key="sk-1")._account is not client._account
+
+
 async def test_copies_share_the_limits(server) -> None:
     """`with_options` and `copy` spend the same requests per minute."""
     async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=3)) as client:
@@ -300,6 +352,196 @@ async def test_the_sdks_aiohttp_client_is_paced(server) -> None:
             await road(client)
         assert client.stats.attempts == 4
         assert in_flight(client) == 0
+
+
+# --- what is done to the HTTP client afterwards -------------------------------------------------------------
+
+
+def request_hook(client, called) -> None:
+    client.event_hooks["request"].append(called)
+
+
+def response_hooks(client, called) -> None:
+    client.event_hooks = {"response": [called]}
+
+
+def another_transport(client, called) -> None:
+    client._transport = Recording(client._transport, called)
+
+
+def mounted(client, called) -> None:
+    client._mounts = {url_pattern()("all://"): Recording(client._transport, called)}
+
+
+def wrapped_transport(client, called) -> None:
+    client._transport.handle_async_request = Recording(client._transport, called).handle_async_request
+
+
+def wrapped_send(client, called) -> None:
+    send = client.send
+
+    async def instrumented(request, **options):
+        await called(request)
+        return await send(request, **options)
+
+    client.send = instrumented
+
+
+def url_pattern():
+    return importlib.import_module(f"{sdk_httpx().__name__}._utils").URLPattern
+
+
+class Recording(sdk_httpx().AsyncBaseTransport):
+    """A transport that says what it sends, as an instrumentor's does."""
+
+    def __init__(self, inner, called) -> None:
+        self.send, self.called, self.is_open = inner.handle_async_request, called, True
+
+    async def aclose(self) -> None:
+        self.is_open = False
+
+    async def handle_async_request(self, request):
+        await self.called(request)
+        return await self.send(request)
+
+
+CHANGES = [request_hook, response_hooks, another_transport, mounted, wrapped_transport, wrapped_send]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", ["drop-in", "OpenAIClient.openai"])
+async def test_what_is_done_to_the_http_client_afterwards_works(server, kind, change) -> None:
+    """Each attempt goes that way once, is paced, and so are those of copies, also for another account."""
+    seen = []
+
+    async def called(message) -> None:
+        seen.append(message)
+
+    config = OpenAIConfig(api_key="sk-test", base_url=server.base_url)
+    owner = connect(server) if kind == "drop-in" else OpenAIClient(config)
+    async with owner:
+        client = owner if kind == "drop-in" else owner.openai
+        await plain(client)
+        change(client._client, called)
+        await plain(client)
+        await iterated(client.with_options(timeout=9))
+        other = client.with_options(api_key="sk-other")
+        await plain(other)
+        assert len(seen) == 3
+        assert (client.stats.attempts, other.stats.attempts, in_flight(client)) == (3, 1, 0)
+
+
+async def test_a_transport_put_in_its_place_is_closed_with_the_client(server) -> None:
+    """As one that the client was made with."""
+    async with connect(server) as client:
+        another_transport(client._client, None)
+        transport = client._client._transport
+    assert not transport.is_open
+
+
+async def test_headers_set_on_the_http_client_are_sent(server) -> None:
+    """Those of the drop-in of an `OpenAIClient` too, which builds its requests itself."""
+    seen = []
+    config = OpenAIConfig(api_key="sk-test", base_url=server.base_url)
+
+    async def hook(request) -> None:
+        seen.append(request.headers["x-team"])
+
+    async with OpenAIClient(config) as client:
+        client.openai.http_client.headers["x-team"] = "evals"
+        client.openai.http_client.event_hooks["request"].append(hook)
+        await client.generate_response("hello", model="gpt-4o-mini")
+    assert seen == ["evals"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+async def test_a_client_whose_send_was_patched_is_paced(server, late) -> None:
+    """The patch of an instance is called once for each attempt, whether before or after it is handed over."""
+    http, calls = openai.DefaultAsyncHttpxClient(), []
+    send = http.send
+
+    async def patched(request, **options):
+        calls.append(request.url.path)
+        return await send(request, **options)
+
+    if not late:
+        http.send = patched
+    async with connect(server, http_client=http) as client:
+        http.send = patched
+        await plain(client)
+        await iterated(client)
+        assert (client.stats.attempts, len(calls)) == (2, 2)
+
+
+async def test_another_http_client_put_in_its_place_is_paced(server) -> None:
+    """`client._client = ...` goes on within the same limits."""
+    async with connect(server) as client:
+        await client._client.aclose()
+        client._client = openai.DefaultAsyncHttpxClient()
+        await plain(client)
+        assert client.stats.attempts == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"api_key": "sk-other"}], ids=str)
+async def test_the_http_client_paces_whatever_it_is_given_to(server, options) -> None:
+    """The SDK's own client on `http_client` spends the same limits, and is counted."""
+    async with connect(server, rate_limit=RateLimitConfig(requests_per_minute=1)) as client:
+        ours = client.with_options(**options)
+        theirs = openai.AsyncOpenAI(
+            api_key="sk-test", base_url=server.base_url, http_client=ours.http_client, max_retries=0
+        )
+        await plain(theirs)
+        assert (ours.stats.attempts, client.stats.attempts) == (1, 0 if options else 1)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(plain(ours), 0.2)
+
+
+async def test_a_patched_transport_is_seen_by_the_evaluation_client(monkeypatch) -> None:
+    """A mock that patches the SDK's transport in a test answers, and nothing reaches the network."""
+    httpx = sdk_httpx()
+
+    async def mocked(transport, request):
+        return httpx.Response(200, json=json.loads(ANSWER), request=request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", mocked)
+    config = OpenAIConfig(api_key="sk-test", base_url="http://api.invalid/v1", max_retries=0)
+    async with OpenAIClient(config) as client, AsyncOpenAI(api_key="k", base_url=config.base_url) as sdk:
+        assert (await client.generate_response("hello")).content == "yes"
+        await plain_yes(sdk)
+
+
+async def test_a_mock_that_cannot_see_the_requests_is_named(server, monkeypatch, caplog) -> None:
+    """Where the SDK is built on httpx2, what mocks httpx does not keep requests from the network."""
+    httpx = pytest.importorskip("httpx")
+    if sdk_httpx() is httpx:
+        pytest.skip("this SDK is built on httpx")
+
+    async def mocked(transport, request):
+        return httpx.Response(200, json=json.loads(ANSWER), request=request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", mocked)
+    async with connect(server) as client, connect(server, http_client=httpx.AsyncClient()) as seen:
+        await plain_yes(seen)
+        assert caplog.records == []
+        await plain(client)
+    assert [record.event for record in caplog.records if hasattr(record, "event")] == ["not_mocked"]
+
+
+async def test_a_mock_transport_serves_the_evaluation_client() -> None:
+    """`http_client=` with a transport of a mock is all that any client sends through."""
+    httpx = sdk_httpx()
+    mock = httpx.MockTransport(lambda _: httpx.Response(200, json=json.loads(ANSWER)))
+    config = OpenAIConfig(api_key="sk-test", base_url="http://api.invalid/v1", max_retries=0)
+    async with OpenAIClient(config, http_client=httpx.AsyncClient(transport=mock)) as client:
+        assert (await client.generate_response("hello")).content == "yes"
+        await plain_yes(client.openai)
+
+
+async def plain_yes(client) -> None:
+    assert (await client.chat.completions.create(**CHAT)).choices[0].message.content == "yes"
+
+
+# --- the rest of its life -----------------------------------------------------------------------------------
 
 
 def test_a_synchronous_http_client_is_refused_by_the_sdk() -> None:
@@ -483,3 +725,70 @@ def test_closing_does_not_wait_for_another_threads_loop(server) -> None:
     leave.set()
     thread.join(30)
     assert eventually(lambda: server.connections == 0)
+
+
+OFF_THE_LOOP = {
+    "drop-in": lambda _, sdk: sdk.models.list()._get_page(),
+    "drop-in's http_client": lambda _, sdk: sdk.http_client.get("http://localhost"),
+    "generate_response": lambda client, _: client.generate_response("hello"),
+    "batch_generate": lambda client, _: client.batch_generate(["hello"]),
+    "as_completed": lambda client, _: anext(client.as_completed(["hello"])),
+    "estimate": lambda client, _: client.estimate(["hello"]),
+    "submit_batch_job": lambda client, _: client.submit_batch_job([{"prompt": "hello"}]),
+    "get_batch_status": lambda client, _: client.get_batch_status("batch_1"),
+    "async with": lambda client, _: client.__aenter__(),
+}
+
+
+@pytest.mark.parametrize("call", OFF_THE_LOOP.values(), ids=OFF_THE_LOOP)
+def test_without_an_event_loop_of_asyncio_the_error_says_so(call) -> None:
+    """As under trio, which runs coroutines itself."""
+    client = OpenAIClient(OpenAIConfig(api_key="k", base_url="http://localhost/v1"))
+    sdk = AsyncOpenAI(api_key="k", base_url="http://localhost/v1", max_retries=0)
+    step = call(client, sdk).__await__()
+    with pytest.raises(RuntimeError, match="runs on asyncio, and no event loop of asyncio runs here"):
+        next(step)
+
+
+LIVES = """
+import asyncio, logging, sys
+from openai_eval_client import AsyncOpenAI, OpenAIClient, OpenAIConfig
+logging.disable()
+url, folder = sys.argv[1:]
+config = OpenAIConfig(api_key="k", base_url=url, default_model="m")
+makes = [
+    lambda: AsyncOpenAI(api_key="k", base_url=url),
+    lambda: OpenAIClient(config),
+    lambda: cached.append(OpenAIClient(config, cache=f"{folder}/cache.db")) or cached[-1],
+]
+cached = []
+def used(make):
+    client = make()
+    asyncio.run(ask(client))
+    return client
+async def ask(client):
+    await getattr(client, "openai", client).models.list()
+    if client in cached:
+        await client.generate_response("hello")
+def by_hand(client):
+    try:
+        client.close().send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waits")
+kept = []
+for make in makes:
+    kept.append(used(make))
+    used(make)
+    make()
+    asyncio.run(used(make).close())
+    by_hand(used(make))
+"""
+
+
+@pytest.mark.usefixtures("few_certificates")
+def test_no_way_to_end_leaves_a_warning(server, tmp_path) -> None:
+    """Closed after its loop, without any, or never; dropped, or kept until the interpreter exits."""
+    command = [sys.executable, "-W", "always", "-c", LIVES, server.base_url, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
