@@ -86,7 +86,7 @@ class _MeteredStream:
         self._closed = True
         self._settle()
         try:
-            await self._response.stream.aclose()
+            await self._response.aclose()
         finally:
             owner, taken = self._owner(), getattr(self._response, "_elapsed", None)
             if owner is not None and taken is not None:  # httpx tells only the response that it knows
