@@ -13,7 +13,7 @@ from openai_eval_client._log import inform
 from openai_eval_client._online import NO_SAMPLES, Caller, collect, estimate, pool_for
 from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSnapshot, write_report
 from openai_eval_client._runtime import check_loop
-from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, paced
+from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, guarded, paced
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
 from openai_eval_client._wire import PATHS, check_iterable, check_parameters, check_prompt, list_prompts
@@ -78,8 +78,9 @@ class OpenAIClient:
         limits = config_of("rate_limit", rate_limit, RateLimitConfig)
         account = self._account = Account(limits, max_cost=self._config.max_cost)
         self._counter = TokenCounter()
-        self._http = http_client or fast_client(self._config.base_url)
-        sdk = self._sdk_client(SdkClient, self._http, max_retries=0)
+        self._http = http_client or fast_client(self._config.base_url, self._config.max_response_bytes)
+        plain = guarded(http_client) if http_client else self._http
+        sdk = self._sdk_client(SdkClient, plain, max_retries=0)
         account.limiter.share(*account_of(sdk))
         pricer = account.ledger.pricer_for(self._config.base_url)
         self._cache: Cache | None = None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchConfig", "CacheConfig", "OpenAIConfig", "RateLimitConfig"]
 
+LARGEST_RESPONSE = 64 * 1024 * 1024  # bytes of an answer, decoded
 _HIDDEN = "[hidden]"
 _SECRET = frozenset({"api_key", "redis_url"})
 # Errors whose input may be anything, also the key in the wrong place.
@@ -105,6 +106,9 @@ class OpenAIConfig(_Config):
             API) may take from when it is submitted, before it is cancelled; 3600 by default.
         flex_fallback: Seconds for which a request of `service_tier="flex"` that is refused for lack of
             capacity is sent again, before it is sent in the standard tier; None, the default: never.
+        max_response_bytes: Bytes, decoded, that an answer may have that is not streamed, before it is
+            `ResponseTooLargeError`; 64 MiB by default. A file that is downloaded may have any number, and a
+            client given as `http_client` has bounds of its own.
     """
 
     api_key: Annotated[str, Field(strict=True)] = Field(
@@ -118,6 +122,7 @@ class OpenAIConfig(_Config):
     max_cost: NotNegative | None = None
     background_timeout: Seconds = 3600.0
     flex_fallback: NotNegative | None = None
+    max_response_bytes: Count = LARGEST_RESPONSE
 
     @field_validator("api_key", mode="before")
     @classmethod

@@ -6,6 +6,7 @@ written for calls of the SDK goes on working::
     openai.OpenAIError
     ├── openai.APIError                          APIError
     │   ├── openai.APIConnectionError            connection refused, dropped, or cut short
+    │   │   ├── ResponseTooLargeError            an answer of more bytes than max_response_bytes
     │   │   └── openai.APITimeoutError
     │   │       └── TimeoutError                 also builtins.TimeoutError
     │   └── openai.RateLimitError                RateLimitError
@@ -48,6 +49,7 @@ __all__ = [
     "QuotaError",
     "RateLimitError",
     "RequestTooLargeError",
+    "ResponseTooLargeError",
     "TimeoutError",
     "TooManyFailuresError",
     "ValidationError",
@@ -59,6 +61,19 @@ class TimeoutError(openai.APITimeoutError, builtins.TimeoutError):
 
     def __init__(self, message: str, *, request: Any) -> None:
         openai.APIConnectionError.__init__(self, message=message, request=request)
+
+
+class ResponseTooLargeError(openai.APIConnectionError):
+    """An answer has more bytes, decoded, than `max_response_bytes` allows; it is not asked for again.
+
+    Args:
+        limit: The limit, in bytes.
+        request: The request that was answered.
+    """
+
+    def __init__(self, limit: int, *, request: Any) -> None:
+        super().__init__(message=f"the answer is larger than max_response_bytes={limit}", request=request)
+        self.limit = limit
 
 
 class QuotaError(openai.RateLimitError):
@@ -222,7 +237,7 @@ class TooManyFailuresError(_OwnError):
 
 # --- the SDK's errors: made to pickle, without the request that holds the key ---------------------------
 
-_KEPT_STATE = ("responses", "job_id", "__notes__")
+_KEPT_STATE = ("responses", "job_id", "limit", "__notes__")
 _KEPT_HEADERS = ("content-type", "retry-after", "retry-after-ms", "x-request-id", "x-should-retry")
 
 

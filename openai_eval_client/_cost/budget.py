@@ -383,7 +383,7 @@ class Budgets:
         if usage is not None and isinstance(demand.most_cost, _MostCost):
             self._learn(demand.most_cost.request, usage)
         most = min(demand.most_cost or _NOTHING, self._amount(demand))
-        if usage is None:  # an error status costs nothing, nor does what was never sent
+        if usage is None:  # a refusal costs nothing, nor does what was never sent
             return most if outcome.may_be_billed else _NOTHING
         if cost is None:  # of a model or tier without a price: at least what it would cost ordinarily
             pricer, now = self._ledger.pricer_for(None), time.time()

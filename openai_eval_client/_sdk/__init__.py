@@ -11,6 +11,7 @@ from openai_eval_client._sdk.attempts import (
     retrying,
     without,
 )
+from openai_eval_client._sdk.redirects import guarded
 from openai_eval_client._sdk.transport import SdkClient, fast_client
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "call_sdk",
     "deadline",
     "fast_client",
+    "guarded",
     "paced",
     "retry_for",
     "retrying",

@@ -15,8 +15,9 @@ import openai
 from openai_eval_client._account import Account
 from openai_eval_client._log import inform
 from openai_eval_client._runtime import check_loop
+from openai_eval_client._sdk.redirects import guarded
 from openai_eval_client._sdk.streams import metered, outcome_of_reply, released_class
-from openai_eval_client._sdk.transport import SdkClient, default_client
+from openai_eval_client._sdk.transport import LoopLocalClient, SdkClient, default_client
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import config_of
 from openai_eval_client._wire import (
@@ -95,7 +96,9 @@ class _PacedClient:
         """Wait for a permit, send, and settle: at once, or when a streamed answer is closed."""
         attempt = await self._admitted(request)
         async with attempt:
-            response = await self.original.send(request, stream=stream, **options)
+            plain = self.original
+            send = plain.send if isinstance(plain, LoopLocalClient) else guarded(plain).send
+            response = await send(request, stream=stream, **options)
             if stream and not response.is_closed:
                 return metered(response, attempt)  # it stays open until the stream ends
             api = endpoint_of(request.url.path, request.method).api

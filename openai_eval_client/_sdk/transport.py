@@ -18,7 +18,19 @@ import openai
 
 from openai_eval_client._log import warn
 from openai_eval_client._runtime import running_loop
+from openai_eval_client._sdk.reading import (
+    CARRIES,
+    CODING,
+    Carried,
+    Slices,
+    codings_in,
+    decoded,
+    read_whole,
+    too_large,
+)
+from openai_eval_client._sdk.redirects import send_following
 from openai_eval_client._wire import clear_frames, masked, secrets_in
+from openai_eval_client.config import LARGEST_RESPONSE
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ _httpx: Any = sdk_httpx()  # httpx or httpx2: the one that the SDK is built on
 _KEEP_ALIVE = 5.0  # seconds that an idle connection is kept, as httpx does: servers close theirs soon after
 _CHUNK = 16_384  # bytes of a stream
 _LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bound is 8190
+_FETCHED = "openai_eval_client.fetched"  # extension of a request: its response, which httpx is to go on from
 
 
 class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either httpx
@@ -48,10 +61,12 @@ class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either h
             max_field_size=_LONGEST_HEADER,
         )
 
-    async def fetch(self, request: Any) -> Any:
-        """Send a request and return the whole response; its body is decoded."""
+    async def fetch(self, request: Any, largest: float) -> Any:
+        """Send a request and return the whole response, decoded and of so many bytes at most."""
         began = time.perf_counter()
-        answer, body = await _in_httpx_terms(self._read(request), request)
+        answer, body = await _in_httpx_terms(self._read(request, largest), request)
+        if CODING in answer.headers:
+            body = await decoded(body, answer.headers.getall(CODING), request, largest)
         response = _response(_WholeResponse, answer, request, _httpx.ByteStream(body))
         response.read()
         response.elapsed = timedelta(seconds=time.perf_counter() - began)
@@ -59,6 +74,8 @@ class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either h
 
     async def handle_async_request(self, request: Any) -> Any:
         """Send a request of which httpx's client reads the answer piece by piece."""
+        if (fetched := request.extensions.pop(_FETCHED, None)) is not None:
+            return fetched
         answer = await _in_httpx_terms(self._send(request), request)
         return _response(_httpx.Response, answer, request, _StreamedBody(answer, request))
 
@@ -66,9 +83,15 @@ class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either h
         """Close the connections."""
         await self._session.close()
 
-    async def _read(self, request: Any) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _read(self, request: Any, largest: float) -> tuple[aiohttp.ClientResponse, bytes]:
         async with await self._send(request) as answer:
-            return answer, await answer.read()
+            pieces, size = [], 0
+            while piece := await answer.content.readany():
+                size += len(piece)
+                if size > largest:
+                    raise too_large(request, largest)
+                pieces.append(piece)
+            return answer, b"".join(pieces)
 
     def _send(self, request: Any) -> Any:
         from yarl import URL
@@ -108,13 +131,13 @@ def _response(kind: Any, answer: aiohttp.ClientResponse, request: Any, body: Any
 
 
 class _WholeResponse(_httpx.Response):  # type: ignore[misc]  # of either httpx
-    """A response that has its body at hand; what is not encoded it reads without httpx's decoders."""
+    """A response that has its body at hand, decoded: it reads it without httpx's decoders."""
 
     is_closed: bool
 
     def iter_bytes(self, chunk_size: int | None = None) -> Any:
         """Return the body, in pieces of that size."""
-        if chunk_size is not None or self.is_closed or "content-encoding" in self.headers:
+        if chunk_size is not None or self.is_closed:
             return super().iter_bytes(chunk_size)
         self.is_closed = self.is_stream_consumed = True
         return iter(self.stream)
@@ -132,8 +155,10 @@ class _StreamedBody(_httpx.AsyncByteStream):  # type: ignore[misc]  # of either 
         self._request = request
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
+        codings = codings_in(self._answer.headers.getall(CODING, ()))
         while chunk := await _in_httpx_terms(self._answer.content.read(_CHUNK), self._request):
-            yield chunk
+            for piece in Slices([chunk], codings[-1]) if codings else (chunk,):
+                yield piece
 
     async def aclose(self) -> None:
         """Hand the connection back, or close it where the answer was not read to its end."""
@@ -182,9 +207,29 @@ _DECODED = "accept-encoding"  # what httpx can decode: of its client's own heade
 
 
 class SdkClient(openai.AsyncOpenAI):
-    """The SDK's client, which prepares each URL once."""
+    """The SDK's client, which prepares each URL once and raises what is final at once."""
 
     if not TYPE_CHECKING:
+
+        async def request(self, *args: Any, **options: Any) -> Any:
+            """Send as the SDK does.
+
+            Args:
+                *args: What the SDK's `request` takes.
+                **options: Likewise.
+
+            Returns:
+                What the SDK's returns.
+            """
+            try:
+                return await super().request(*args, **options)
+            except Carried as caught:
+                raise caught.args[0] from None
+
+        async def _prepare_request(self, request: Any) -> Any:
+            request.extensions[CARRIES] = True
+            return await super()._prepare_request(request)
+
         _prepared: tuple[Any, dict[str, Any]] = None, {}
 
         def _prepare_url(self, url: str) -> Any:
@@ -222,8 +267,9 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     # shuts down, when this one is closed, or when it is garbage collected. All else is this client's own:
     # event hooks, cookies, mounts, and the transport that a user puts in the place of it.
 
-    def __init__(self, factory: Callable[[], Any], *made: Any) -> None:
+    def __init__(self, factory: Callable[[], Any], *made: Any, largest: int = LARGEST_RESPONSE) -> None:
         super().__init__(transport=_OfThisLoop(self))
+        self._largest = largest  # bytes of a whole answer
         self._factory = factory
         self._made = list(made)  # clients for the first loops
         self._real: dict[asyncio.AbstractEventLoop, tuple[Any, AsyncGenerator[None, None]]] = {}
@@ -234,6 +280,22 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     def is_closed(self) -> bool:
         """Whether `aclose` was called."""
         return self._shut
+
+    async def send(self, request: Any, **options: Any) -> Any:
+        """Send as httpx does; credentials do not follow a redirect to another server."""
+        return await send_following(self._send, self, request, **options)
+
+    async def _send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+        """Send once; an answer that is not streamed, or an error, is read within the limit."""
+        response = await super().send(request, stream=True, **options)
+        if not response.is_closed and (response.is_error or not stream):
+            await read_whole(response, self._largest_of(request))
+        return response
+
+    def _largest_of(self, request: Any) -> float:
+        """Return how many bytes an answer may have: of a file that is downloaded any number."""
+        is_file = request.method == "GET" and request.url.path.endswith("/content")
+        return float("inf") if is_file else self._largest
 
     async def aclose(self) -> None:
         """Close this loop's client now, and those of other threads' loops soon, on their own loops."""
@@ -304,9 +366,9 @@ class FastClient(LoopLocalClient):
     # A plain request is one with a body in memory and a whole answer, as nearly all are. Streams, uploads and
     # redirects go through httpx, with its authentication, cookies and hooks, on the same connections.
 
-    def __init__(self, *, secure: bool) -> None:
+    def __init__(self, *, secure: bool, largest: int = LARGEST_RESPONSE) -> None:
         tls = _from_environment(_httpx.create_ssl_context) if secure else True
-        super().__init__(lambda: _Direct(Transport(tls)))
+        super().__init__(lambda: _Direct(Transport(tls)), largest=largest)
         self._instead: LoopLocalClient | None = None  # what sends once aiohttp cannot read the answers
         self._decoded = (_DECODED, self.headers[_DECODED])
         self._as_made = self._transport, self._headers.raw
@@ -347,19 +409,23 @@ class FastClient(LoopLocalClient):
         request.read()
         return request
 
-    async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
-        """Send through the running loop's connections."""
+    async def _send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
+        """Send once, through the running loop's connections."""
         try:
-            if stream or options or not self._is_as_made():
+            if stream or options.keys() - {"follow_redirects"} or not self._is_as_made():
                 if self._instead is None and _is_patched():
-                    self._instead = default_client()
-                return await super().send(request, stream=stream, **options)
-            response = await (await self.of_this_loop()).fetch(request)
-            return await super().send(request) if response.has_redirect_location else response
+                    self._instead = default_client(self._largest)
+                return await super()._send(request, stream=stream, **options)
+            real = await self.of_this_loop()
+            response = await real.fetch(request, self._largest_of(request))
+            if not response.has_redirect_location:
+                return response
+            request.extensions[_FETCHED] = response
+            return await super()._send(request, **options)
         except _httpx.RemoteProtocolError:
             # it was answered, and may be billed: only the next attempt differs
             if self._instead is None:
-                self._instead = LoopLocalClient(openai.DefaultAsyncHttpxClient)
+                self._instead = LoopLocalClient(openai.DefaultAsyncHttpxClient, largest=self._largest)
                 now = "the SDK's own transport reads them from now on"
                 warn("answers are not valid HTTP for aiohttp: %s", now, event="transport_changed")
             raise
@@ -420,16 +486,16 @@ def _from_environment(make: Callable[[], T]) -> T:
     raise failure
 
 
-def default_client() -> LoopLocalClient:
+def default_client(largest: int = LARGEST_RESPONSE) -> LoopLocalClient:
     """Return what the SDK uses by default."""
     make = openai.DefaultAsyncHttpxClient
-    return LoopLocalClient(make, _from_environment(make))
+    return LoopLocalClient(make, _from_environment(make), largest=largest)
 
 
-def fast_client(base_url: str) -> LoopLocalClient:
+def fast_client(base_url: str, largest: int = LARGEST_RESPONSE) -> LoopLocalClient:
     """Return a client on aiohttp, or the SDK's default where a proxy applies to `base_url`."""
     parts = urlsplit(base_url)
     has_proxy = {parts.scheme, "all"} & getproxies().keys()
     if has_proxy and not proxy_bypass(parts.hostname or ""):
-        return default_client()
-    return FastClient(secure=parts.scheme == "https")
+        return default_client(largest)
+    return FastClient(secure=parts.scheme == "https", largest=largest)

@@ -17,6 +17,7 @@ from openai_eval_client.errors import (
     BudgetExceededError,
     QuotaError,
     RequestTooLargeError,
+    ResponseTooLargeError,
     TimeoutError,
     ValidationError,
     sdk_httpx,
@@ -145,11 +146,13 @@ FAILURES = (
     Row(401, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, _WRONG_KEY),
     Row(403, Kind.REFUSED_KEY, _NEVER, _ACCOUNT, "this key may not do that"),
     Row(404, Kind.NOT_FOUND, _NEVER, _ACCOUNT, "no such model or address"),
-    Row(408, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting"),
-    Row(409, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "conflicts with another request"),
+    # What a gateway ends may have been worked on behind it, and is billed then.
+    Row(408, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server gave up waiting", billed=True),
+    Row(409, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "conflicts with another request", billed=True),
+    Row((460, 499), Kind.SERVER_ERROR, _NEVER, _REQUEST, "a gateway closed the request", billed=True),
     Row(413, Kind.TOO_LARGE, _NEVER, _REQUEST, "the request is too large for the server"),
     Row(_4XX, Kind.REFUSED_INPUT, _NEVER, _REQUEST, "the server refuses the request itself"),
-    Row(_5XX, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed"),
+    Row(_5XX, Kind.SERVER_ERROR, _AGAIN, _REQUEST, "the server failed", billed=True),
     Row(openai.APIResponseValidationError, Kind.NOT_AN_API, _NEVER, _ACCOUNT,
         "a page came in place of an answer: this is no API", text="^an HTML page"),
     Row(openai.APIResponseValidationError, Kind.UNREADABLE, _NEVER, _REQUEST,
@@ -162,6 +165,8 @@ FAILURES = (
     Row(TimeoutError, Kind.TIMED_OUT, _NEVER, _REQUEST, "no answer within background_timeout", billed=True,
         text=r"^response \S+ was not done"),
     Row(TimeoutError, Kind.TIMED_OUT, _AGAIN, _REQUEST, "no answer within timeout", billed=True),
+    Row(ResponseTooLargeError, Kind.UNREADABLE, _NEVER, _REQUEST,
+        "the answer is larger than max_response_bytes", billed=True),
     Row(openai.APIConnectionError, Kind.DROPPED, _AGAIN, _REQUEST,
         "the connection failed, or the answer was cut short", billed=True),
     Row(openai.APIError, Kind.DROPPED, _NEVER, _REQUEST, _SEE, billed=True),
@@ -245,8 +250,8 @@ class Outcome(NamedTuple):
     @property
     def tokens(self) -> float | None:
         """The tokens it came to; None: unknown, the estimate stays."""
-        # A request refused with a 4xx was not worked on, so its tokens were not spent, unless it says so.
-        # Without an answer, or with a server error, the server may have counted them.
+        # A request that was refused was not worked on, so its tokens were not spent, unless it says so.
+        # Without an answer, or where a server or gateway failed, the server may have counted them.
         used = self.counted
         if used is None:
             return 0.0 if self.is_refusal else None
@@ -255,7 +260,8 @@ class Outcome(NamedTuple):
     @property
     def is_refusal(self) -> bool:
         """Whether the request was refused (4xx) without being worked on."""
-        return self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
+        is_4xx = self.status is not None and _BAD_REQUEST <= self.status < _SERVER_ERROR
+        return is_4xx and not (self.failure is not None and self.failure.billed)
 
     @property
     def is_rate_limit(self) -> bool:
@@ -333,7 +339,7 @@ def _billed(error: openai.APIStatusError | openai.APIResponseValidationError) ->
 
 def refused(status: int, headers: Mapping[str, str], body: bytes = b"") -> Outcome:
     """Return what came of an attempt that was answered with an error status; the body may be any bytes."""
-    return Outcome(status, headers, failure=read_refusal(status, headers, _words(body)))
+    return Outcome(status, headers, read_usage(body), read_refusal(status, headers, _words(body)))
 
 
 def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failure:
@@ -354,6 +360,7 @@ def read_refusal(status: int, headers: Mapping[str, str], words: Words) -> Failu
         status=status,
         code=_as_code(words.code),
         meaning=row.meaning,
+        billed=row.billed,
         certain=not row.text or status not in _QUOTING,
     )
 
