@@ -32,6 +32,7 @@ WRONG = {
         "max_cost": (-1, True, "5", NAN, INF),
         "background_timeout": NOT_SECONDS,
         "flex_fallback": (-1, True, "5", NAN, INF),
+        "max_response_bytes": (*NOT_COUNTS, None),
     },
     RateLimitConfig: {
         "requests_per_minute": NOT_COUNTS,
@@ -88,6 +89,7 @@ def test_the_defaults_are_the_specifications():
         "max_cost": None,
         "background_timeout": 3600.0,
         "flex_fallback": None,
+        "max_response_bytes": 64 * 1024 * 1024,
     }
     assert RateLimitConfig().model_dump() == {
         "requests_per_minute": 500,

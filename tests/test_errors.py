@@ -24,6 +24,7 @@ from openai_eval_client import (
     PartialFailureError,
     QuotaError,
     RequestTooLargeError,
+    ResponseTooLargeError,
     TimeoutError,
     TokenUsage,
     TooManyFailuresError,
@@ -123,6 +124,7 @@ ERRORS = {
     "QuotaError": quota_error,
     "ValidationError": lambda: ValidationError("model='': must not be empty", field="model", index=3),
     "RequestTooLargeError": lambda: RequestTooLargeError("gpt-4o", tokens=100_000, limit=90_000),
+    "ResponseTooLargeError": lambda: ResponseTooLargeError(5_000, request=a_request()),
     "BudgetExceededError": lambda: BudgetExceededError("0.02 USD left", responses=[response(), None]),
     "BatchError": lambda: BatchError("too much", code="token_limit_exceeded", line=7, param="body"),
     "PartialFailureError": lambda: PartialFailureError(
@@ -150,6 +152,7 @@ def error(request):
         (PartialFailureError, (openai.OpenAIError,)),
         (BudgetExceededError, (openai.OpenAIError,)),
         (RequestTooLargeError, (openai.OpenAIError,)),
+        (ResponseTooLargeError, (openai.APIConnectionError,)),
     ],
 )
 def test_an_except_clause_for_raw_calls_catches_ours(ours, bases):

@@ -96,6 +96,7 @@ PUBLIC = [
     "RateLimitConfig",
     "RateLimitError",
     "RequestTooLargeError",
+    "ResponseTooLargeError",
     "TimeoutError",
     "TokenUsage",
     "TooManyFailuresError",

@@ -27,7 +27,7 @@ class Carried(BaseException):
 
 
 def too_large(request: Any, largest: float) -> BaseException:
-    """Return the error of an answer that is too large, in the form that the request's sender raises at once."""
+    """Return the error of an answer that is too large, in the form that its sender raises at once."""
     error = ResponseTooLargeError(int(largest), request=request)
     return Carried(error) if request.extensions.get(CARRIES) else error
 

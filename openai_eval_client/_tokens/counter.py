@@ -290,6 +290,7 @@ def put(bounded: dict[_K, _V], key: _K, value: _V, size: int) -> None:
 _FALLBACK = "o200k_base"
 _ON_LOOP = 20_000  # characters: 0.6 ms of English, 3 ms of Chinese; a hop to a thread costs 0.1-0.3 ms
 _SLICE = 10_000  # characters: longer words overflow tiktoken's stack, or before 0.13 take quadratic time
+_COUNTED = 1_000_000  # characters of one text, up to a second's work; a longer one is counted in samples
 _REMEMBERED = range(128, _ON_LOOP)  # characters: finding it saves 14 us at 400, else it costs 0.8 us
 _ROLE = len("assistant")  # characters: nearly all texts so short are roles, the same ones repeated
 # OpenAI's rule of thumb for English, https://help.openai.com/en/articles/4936856; bytes, not characters,
@@ -337,9 +338,10 @@ class TokenCounter:
 
     async def most_input(self, body: Mapping[str, Any]) -> int:
         """Return what the input of a request cannot exceed, without holding up the event loop."""
-        # Texts count exactly where the model's own vocabulary is at hand, else as a token a byte, which no
-        # byte-level vocabulary exceeds; tools and schemas as a token a byte of their JSON. What no text
-        # shows, images, files and sound among it, counts twice, and a margin comes on top.
+        # Texts count exactly where the model's own vocabulary is at hand and they are not too long for it,
+        # else as a token a byte, which no byte-level vocabulary exceeds; tools and schemas as a token a byte
+        # of their JSON. What no text shows, images, files and sound among it, counts twice, and a margin
+        # comes on top.
         fit = await self._fit(_model_of(body))
         if _is_long(fit.read(_without_schemas(body))):
             return await asyncio.to_thread(self.most_input_now, body)
@@ -349,8 +351,10 @@ class TokenCounter:
         """Count like `most_input`, for as long as that takes: for a thread."""
         fit = _VOCABULARIES.find(_model_of(body))
         content = fit.read(_without_schemas(body))
-        is_exact = fit.own and fit.vocabulary.is_loaded
-        tokens = sum(map(fit.vocabulary.count if is_exact else _size, content.texts))
+        count, is_exact = fit.vocabulary.count, fit.own and fit.vocabulary.is_loaded
+        tokens = sum(
+            count(text) if is_exact and len(text) <= _COUNTED else _size(text) for text in content.texts
+        )
         schemas = sum(_size(json.dumps(body[key], default=str)) for key in _SCHEMAS if body.get(key))
         return tokens + schemas + 2 * content.fixed + _MARGIN
 
@@ -448,7 +452,8 @@ class _Vocabulary:
     def _encoded(self, text: str) -> int:
         if len(text) <= _SLICE:
             return len(self._encode(text))
-        return sum(map(len, map(self._encode, _slices(text))))
+        tokens = sum(map(len, map(self._encode, _slices(_sample(text)))))
+        return tokens if len(text) <= _COUNTED else math.ceil(tokens * len(text) / _COUNTED)
 
     def _load(self) -> None:
         try:
@@ -530,6 +535,15 @@ def _without_schemas(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _sample(text: str) -> str:
+    """Return a text, or where it is too long to be counted slices of it, from its start to its end."""
+    if len(text) <= _COUNTED:
+        return text
+    count = _COUNTED // _SLICE
+    starts = (number * (len(text) - _SLICE) // (count - 1) for number in range(count))
+    return "".join(text[start : start + _SLICE] for start in starts)
 
 
 def _slices(text: str) -> Iterator[str]:

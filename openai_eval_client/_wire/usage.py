@@ -87,9 +87,9 @@ def usage_of(body: Mapping[str, Any]) -> Usage | None:
     partial = bool(unread and unread - counts.keys() - {"total"})
     # Where one of the two is missing, the total tells; where both are, all of it counts as input.
     if completion is None:
-        partial |= prompt is None or (
-            (total or 0) < prompt and "data" not in body
-        )  # embeddings have no output
+        said, has_output = total or 0, "choices" in body or "output" in body
+        # Embeddings have no output. Elsewhere a total that is all input leaves out what there was.
+        partial |= prompt is None or (said <= prompt if has_output else said < prompt and "data" not in body)
         completion = 0 if prompt is None else max(0, (total or 0) - prompt)
     if prompt is None:
         partial, prompt = True, max(0, (total or 0) - completion)

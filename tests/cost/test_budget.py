@@ -359,6 +359,7 @@ def test_threads_with_loops_of_their_own_share_one_budget() -> None:
 
 MODEL = "gpt-4o"
 USED = Usage(1000, 10, model=MODEL)
+USED_COST = list_price(MODEL, 1000, 10)
 MOST = Decimal("0.01")  # USD
 ATTEMPT = Demand(MODEL, 1000, most_cost=MOST)
 
@@ -382,8 +383,10 @@ def budgets(limit: float = 1) -> Budgets:
         (Outcome(500, {}, USED, Failure(Kind.SERVER_ERROR)), list_price(MODEL, 1000, 10)),
         (Outcome(200, {}), MOST),
         (Outcome(), MOST),
-        (refused(500, {}), NOTHING),
-        (refused(429, {}), NOTHING),
+        *[(refused(status, {}), MOST) for status in (408, 409, 499, 500, 502, 503, 504, 520, 524)],
+        *[(refused(status, {}), NOTHING) for status in (400, 401, 404, 413, 422, 429, 529)],
+        (refused(503, {}, b'{"error": {"message": "overloaded"}}'), NOTHING),
+        (refused(400, {}, b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 10}}'), USED_COST),
         (NOT_SENT, NOTHING),
     ],
 )

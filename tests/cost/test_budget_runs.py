@@ -168,9 +168,15 @@ async def test_each_attempt_of_a_call_is_paid_for() -> None:
                     outcome = error
             return outcome, len(server.calls)
 
-    outcome, sent = await spent(["500", "408", "429", "ok"], 1)
+    outcome, sent = await spent(["429", "429", "ok"], 1)
     assert isinstance(outcome, ModelResponse)
-    assert sent == 4
+    assert sent == 3
+    outcome, sent = await spent(["500", "408", "ok"], 3)
+    assert isinstance(outcome, ModelResponse)
+    assert sent == 3
+    outcome, sent = await spent(["500", "408", "ok"], 2)
+    assert isinstance(outcome, BudgetExceededError)
+    assert sent == 2
     outcome, sent = await spent(["drop", "hang", "ok"], 3)
     assert isinstance(outcome, ModelResponse)
     assert sent == 3

@@ -106,7 +106,7 @@ def test_what_has_no_cost_is_none() -> None:
     assert answer(ledger) == THOUSAND
     assert answer(ledger, "unheard-of") is None
     demand = Demand("gpt-4o", 9)
-    outcomes = [Outcome(), refused(500, {}), Outcome(200, {}), NOT_SENT]
+    outcomes = [Outcome(), refused(429, {}), Outcome(200, {}), NOT_SENT]
     assert [ledger.settled(demand, outcome, 9) for outcome in outcomes] == [None] * 4
     read = ledger.snapshot()
     assert (read.total, read.unpriced, read.unaccounted) == (2 * THOUSAND, 1, 2)

@@ -37,6 +37,7 @@ from openai_eval_client import (
     RateLimitConfig,
     RateLimitError,
     RequestTooLargeError,
+    ResponseTooLargeError,
     TimeoutError,
     TokenUsage,
     ValidationError,
@@ -280,6 +281,8 @@ def caught(error: Exception) -> None:
         assert_type(error.index, int | None)
     elif isinstance(error, RequestTooLargeError):
         assert_type(error.tokens, int)
+        assert_type(error.limit, int)
+    elif isinstance(error, ResponseTooLargeError):
         assert_type(error.limit, int)
     elif isinstance(error, BatchError):
         assert_type(error.message, str)

@@ -86,6 +86,7 @@ TABLE = [
     (404, None, "Not Found", Kind.NOT_FOUND, False, ACCOUNT),
     (408, None, "Request timeout", Kind.SERVER_ERROR, True, REQUEST),
     (409, None, "Conflict", Kind.SERVER_ERROR, True, REQUEST),
+    (499, None, "client closed request", Kind.SERVER_ERROR, False, REQUEST),
     (413, None, "Payload too large", Kind.TOO_LARGE, False, REQUEST),
     (400, "context_length_exceeded", "maximum context length is 128000", Kind.TOO_LARGE, False, REQUEST),
     (400, "content_policy_violation", "rejected by our safety system", Kind.CONTENT_REFUSED, False, REQUEST),
@@ -112,6 +113,7 @@ def test_an_error_and_the_bytes_it_is_made_of_mean_the_same(row):
     body = json.dumps({"error": {"message": message, "code": code}}).encode()
     for failure in (read_failure(error_of(status, code, message)), refused(status, {}, body).failure):
         assert [failure.kind, failure.retry, failure.scope] == expected
+        assert failure.billed is (failure.kind is Kind.SERVER_ERROR)
         assert (failure.status, failure.code) == (status, code or "")
 
 

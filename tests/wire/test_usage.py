@@ -558,3 +558,28 @@ async def test_an_answer_that_is_not_json_is_passed_on():
             governed = await client.chat.completions.with_raw_response.create(model="m", messages=messages)
             assert governed.http_response.text.startswith("<")
             assert (await plain.chat.completions.create(model="m", messages=messages)).usage is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "estimated"),
+    [
+        ({"choices": [], "usage": {"prompt_tokens": 9, "total_tokens": 9}}, True),
+        ({"output": [], "usage": {"input_tokens": 9, "total_tokens": 9}}, True),
+        ({"choices": [], "usage": {"prompt_tokens": 9, "total_tokens": 12}}, False),
+        ({"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9}}, False),
+        ({"data": [], "usage": {"prompt_tokens": 9, "total_tokens": 9}}, False),
+        *[
+            (
+                {
+                    "choices": [],
+                    "usage": {"prompt_tokens": 9, "completion_tokens": unread, "total_tokens": 9},
+                },
+                True,
+            )
+            for unread in (None, "many", -1, [5], {}, True, 1e30, "1" * 4301)
+        ],
+    ],
+)
+def test_an_output_that_is_not_counted_is_not_free(body, estimated):
+    """Where an answer has one: embeddings have none."""
+    assert usage_of(body).estimated is estimated
