@@ -53,12 +53,11 @@ async def test_an_answer_that_is_too_large_is_asked_for_once(reply: bytes, kind:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     async with listening(*[reply] * 4) as (url, seen):
         async with client_of("drop-in" if kind == "drop-in" else "ours", url) as client:
-            call = getattr(client, "openai", client).chat.completions.create(**CHAT)
-            if kind == "ours":
-                call.close()
-                call = client.generate_response("hi")
+            sdk = getattr(client, "openai", client)
+            calls = {"ours": lambda: client.generate_response("hi")}
+            call = calls.get(kind, lambda: sdk.chat.completions.create(**CHAT))
             with pytest.raises(ResponseTooLargeError, match=f"max_response_bytes={LIMIT}") as caught:
-                await call
+                await call()
         cost = client.stats.cost
     assert caught.value.limit == LIMIT
     assert len(seen) == 1

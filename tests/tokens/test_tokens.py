@@ -16,6 +16,7 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openai_eval_client._tokens import counter as counter_module
 from openai_eval_client._tokens.counter import TokenCounter, image_tokens, put
 from openai_eval_client._wire import Parameters, Usage, read_answer, usage_of
 
@@ -418,6 +419,22 @@ async def test_a_huge_text_does_not_hold_up_the_loop(counter, text):
     heart.cancel()
     assert beats > 20
     assert tokens > 5_000
+
+
+async def test_a_text_beyond_any_answer_is_counted_in_samples(counter):
+    """So many slices are encoded, whatever its length; a budget reserves a token for each of its bytes."""
+    text = "some words, and more. " * 500_000
+    await counter.count_text("x", "gpt-4o")
+    vocabulary = counter_module._VOCABULARIES.find("gpt-4o").vocabulary
+    with pytest.MonkeyPatch.context() as patch:
+        encoded = []
+        encode = vocabulary._encode
+        patch.setattr(vocabulary, "_encode", lambda piece: encoded.append(len(piece)) or encode(piece))
+        tokens = await counter.count_text(text, "gpt-4o")
+        assert sum(encoded) == 1_000_000
+        assert 0.98 < tokens / (6 * 500_000) < 1.02
+        assert counter.most_input_now(chat(text)) >= len(text)
+        assert sum(encoded) == 1_000_000
 
 
 @pytest.mark.parametrize("unit", ["some words, and more. ", "中文字典", "-=", "a", "x  \n\n", "12345 "])

@@ -303,3 +303,25 @@ async def test_an_answer_outlives_a_vocabulary_that_cannot_be_loaded(monkeypatch
         assert answer.content == "yes"
         assert answer.usage.estimated
         assert server.calls == 1
+
+
+@pytest.mark.parametrize("status", [408, 409, 500, 502, 503, 504, 520, 524])
+@pytest.mark.parametrize("caller", ["own", "client.openai"])
+async def test_a_cap_holds_as_if_what_a_gateway_ended_was_billed(caller: str, status: int) -> None:
+    """Each attempt counts at its most, and none is sent for which too little is left."""
+    ended = Reply(b"upstream request failed", status, kind="text/plain")
+    options = {"max_retries": 9, "max_cost": 0.1}
+    async with serving({"a prompt": [ended]}) as wire, connect(wire, **options) as client:
+        messages = [{"role": "user", "content": "a prompt"}]
+        ask = {"model": MODEL, "max_tokens": 47_000}
+        calls = {
+            "own": lambda: client.generate_response(messages, **ask),
+            "client.openai": lambda: client.openai.chat.completions.create(messages=messages, **ask),
+        }
+        with pytest.raises(BudgetExceededError):
+            await calls[caller]()
+        cost, budget = client.stats.cost, client.stats.budget
+    sent = wire.counts["a prompt"]
+    assert sent > 1
+    assert (cost.unaccounted, cost.total, budget["reserved"]) == (sent, 0, 0)
+    assert budget["spent"] <= budget["limit"] < budget["spent"] / sent * (sent + 1)
