@@ -224,7 +224,8 @@ class SdkClient(openai.AsyncOpenAI):
             try:
                 return await super().request(*args, **options)
             except Carried as caught:
-                raise caught.args[0] from None
+                error = caught.args[0]
+            raise error  # without the frames that saw the request
 
         async def _prepare_request(self, request: Any) -> Any:
             request.extensions[CARRIES] = True
