@@ -7,8 +7,10 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import random
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -16,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.api import (
+from openai_eval_client._batches.objects import (
+    LOST,
     SEPARATOR,
+    UNCLEAR,
     JobRecord,
     are_of_use,
     enqueued_limit,
@@ -43,13 +47,14 @@ from openai_eval_client._online import attach_responses, outcomes_or_raise, resp
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
 from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_json
+from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 
     from openai.types import Batch
 
-    from openai_eval_client._batches.api import BatchApi
+    from openai_eval_client._batches.objects import BatchApi
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import BatchBudget, BatchSettler, Outcome
     from openai_eval_client._cache import Cache, Occurrence
@@ -64,6 +69,7 @@ if TYPE_CHECKING:
 # --- what is kept of a call -------------------------------------------------------------------------------
 
 _AT_ONCE = 100  # answers looked up or kept at a time
+_SAYS = 5.0  # seconds of waiting for another process until the log says so
 
 
 class Journal:
@@ -80,8 +86,13 @@ class Journal:
         """Wait until no other process works under these names, and keep others waiting."""
         async with contextlib.AsyncExitStack() as stack:
             if self._store is not None:
+                text = "waiting for another call or process that answers the same requests by batch"
+                about = {"event": "batch_waiting"}
+                waits = asyncio.get_running_loop().call_later(_SAYS, functools.partial(inform, text, **about))
+                stack.callback(waits.cancel)
                 for name in self._names:
                     await stack.enter_async_context(self._store.exclusive(name))
+                waits.cancel()
             yield
 
     async def load(self) -> list[dict[str, Any]]:
@@ -118,10 +129,22 @@ class CachedAnswers:
 
     async def take(self, prompts: Sequence[Any]) -> None:
         """Take the next sample of each prompt."""
-        if self._cache is not None:
-            bodies = map(self._parameters.with_prompt, prompts)
-            take = functools.partial(self._cache.take, parameters=self._parameters)
-            self._samples = await asyncio.to_thread(list, map(take, bodies))
+        cache = self._cache
+        if cache is not None:
+            abandoned = threading.Event()
+
+            def take() -> None:
+                bodies = map(self._parameters.with_prompt, prompts)
+                self._samples.extend(cache.take(body, self._parameters) for body in bodies)
+                if abandoned.is_set():
+                    self.give_back([])
+
+            try:
+                await asyncio.to_thread(take)
+            except BaseException:
+                abandoned.set()
+                self.give_back([])
+                raise
             keys = list(zip(*(sample.keys for sample in self._samples), strict=True)) or [()]
             self.names = [hashlib.sha256(b"".join(each)).hexdigest() for each in keys]
 
@@ -143,9 +166,10 @@ class CachedAnswers:
                 await asyncio.gather(*(cache.keep(self._samples[n].key, answer) for n, answer in some))
 
     def give_back(self, responses: Sequence[ModelResponse | None]) -> None:
-        """Let a later call ask again for the prompts that have no answer."""
-        for sample, response in zip(self._samples, responses, strict=False):
-            if self._cache is not None and response is None:
+        """Let a later call ask again for the prompts without an answer among those that are handed out."""
+        samples, self._samples = self._samples, []
+        for sample, response in itertools.zip_longest(samples, responses):
+            if self._cache is not None and sample is not None and response is None:
                 self._cache.give_back(sample, self._parameters)
 
 
@@ -160,6 +184,7 @@ class Submission:
     settler: BatchSettler
     budget: BatchBudget
     journal: Journal
+    on_unclear: str = "raise"  # or "retry": submit again what may have been paid already
     jobs: list[JobRecord] = field(default_factory=list)  # as they are recorded; the last is worked on
     waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
     running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
@@ -227,7 +252,7 @@ class Submission:
         self.running[batch.id] = file
         self.batches.append(batch)
         self.job.made[file.key] = batch.id
-        self.job.unclear.discard(file.key)
+        self.job.unclear.pop(file.key, None)
 
     async def _save(self) -> None:
         """Record which batches there are, and how the files are cut."""
@@ -242,8 +267,9 @@ class Submission:
         if made is not None:
             with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
                 batch = await self.api.get(made)
-        if batch is None and (self.job.recovered or file.key in self.job.unclear):
-            batch = await self.api.find(self.job, file)
+        if batch is None and file.key in self.job.unclear:
+            batch = await self.api.look_for(self.job, file, on_unclear=self.on_unclear)
+            self.job.unclear.pop(file.key)
         for key in (self._unseen(file), *([] if batch is None else [batch.id])):
             earlier = self.settler.unsettled.pop(key, None)
             if earlier is not None:  # from an earlier call: it is reserved anew
@@ -258,8 +284,8 @@ class Submission:
     async def _create(self, file: InputFile) -> Batch:
         """Upload a file, once, and create its batch."""
         if file.file_id is None:
-            file.file_id = await self.api.upload(file)
-        batch = await self.api.create(self.job, file)
+            file.file_id = self.job.uploaded[file.key] = await self.api.upload(file)
+        batch = await self.api.create(self.job, file, on_unclear=self.on_unclear, record=self._save)
         about = {"batch_id": batch.id, "model": file.model, "requests": file.count}
         text = "batch %s created: %d requests of %s"
         inform(text, batch.id, file.count, file.model, event="batch_created", **about)
@@ -268,13 +294,14 @@ class Submission:
     async def _undo(self) -> bool:
         """Cancel the batches of a job that could not be made whole; the last may have been created unseen."""
         try:
+            for batch_id in self.running:
+                await self.api.cancel(batch_id)
             if self.job.unclear:
-                found = await self.api.find(self.job, self.waiting[0])
+                found = await self.api.look_for(self.job, self.waiting[0], on_unclear="raise")
                 self.job.unclear.clear()
                 if found is not None:
                     self._start(self.waiting.popleft(), found)
-            for batch_id in self.running:
-                await self.api.cancel(batch_id)
+                    await self.api.cancel(found.id)
         except openai.OpenAIError as error:
             text = "batches of a job that failed could not be cancelled (%s)"
             warn(text, type(error).__name__, event="batch_not_cancelled", **of_error(error))
@@ -307,6 +334,8 @@ class Submission:
 # --- prompts answered by batches --------------------------------------------------------------------------
 
 _FILLED = 0.9  # of the enqueued limit by one file: the server counts a little differently
+_DOUBTFUL = frozenset({UNCLEAR, LOST})  # errors of requests that may have been paid for
+_OVERDUE = 3600.0  # seconds after its completion window in which a batch may still end
 _PATIENCE = 10  # polling intervals between two tries, at most, of a file that is refused again and again
 
 
@@ -329,7 +358,9 @@ class BatchRun(Submission):
     failed: Exception | None = None  # the first reason for that
     over_budget: BudgetExceededError | None = None  # the same, where too little money is left
     _refused_alone: int = 0  # how often a file was refused with no other of ours enqueued
-    _give_up_at: float = 0.0
+    _give_up_at: float = 0.0  # of the monotonic clock, as the next
+    _moved_at: float = 0.0  # when anything was seen to move, or the log said that nothing does
+    _seen: object = None  # what there was to see then
     _repeated: set[int] = field(default_factory=set)  # requests that failed by chance once
     _reported: float = 0.0
 
@@ -339,15 +370,20 @@ class BatchRun(Submission):
             async with self.journal.exclusive():
                 self.outcomes.update(await self.cached.look_up())
                 await self._run()
-                await self.journal.forget()
+                await self._forget()
+            await self.progress(1.0)
         except BaseException as error:
             error.__dict__["job_id"] = SEPARATOR.join(self.unsettled) or None
             attach_responses(error, responses_of(self._in_order()))
+            self.cached.give_back([])
             raise
-        finally:
-            self.cached.give_back(responses_of(self._in_order()))
-        await self.progress(1.0)
-        return outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
+        try:
+            outcomes = outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
+        except BaseException:
+            self.cached.give_back([])
+            raise
+        self.cached.give_back(responses_of(outcomes))
+        return outcomes
 
     async def _run(self) -> None:
         """Run job after job, first those recorded, until every request has an outcome to be handed out."""
@@ -369,7 +405,7 @@ class BatchRun(Submission):
             none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
             reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
-                await (self.journal.save(()) if later else self.journal.forget())
+                await self._forget()
                 raise reason
             wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
             self._repeated.update(
@@ -379,6 +415,15 @@ class BatchRun(Submission):
                 and not isinstance(error, openai.BadRequestError)  # which counts by the parameter refused
             )
 
+    async def _forget(self) -> None:
+        """Forget what is recorded, but for what is still to be done or may have been paid for unseen."""
+        if any(isinstance(each, BatchError) and each.code in _DOUBTFUL for each in self.outcomes.values()):
+            await self.journal.save(self.jobs)
+        elif self.journal.later:
+            await self.journal.save(())
+        else:
+            await self.journal.forget()
+
     async def _run_job(self, job: JobRecord) -> None:
         """Make the batches of a job, and wait until all are settled."""
         adapted = dataclasses.replace(self.parameters, body=without(self.parameters.body, job.refused))
@@ -386,7 +431,8 @@ class BatchRun(Submission):
         files = recut(await write_in_thread(lines, most_lines=job.most_lines), job.spans)
         self.jobs.append(job)
         self.waiting = deque(sorted(files, key=lambda file: file.key not in job.made))
-        self._give_up_at = time.monotonic() + window_seconds(job.window)
+        self._moved_at = time.monotonic()
+        self._give_up_at = self._moved_at + window_seconds(job.window)
         try:
             await self.budget.estimate(files, job.endpoint)
             await self._save()
@@ -409,8 +455,8 @@ class BatchRun(Submission):
         """Return the batch of a file; None where it has to wait, was cut, or was given up."""
         try:
             batch = await self._find(file)
-        except openai.APIError as error:
-            self._pause_for(error)
+        except openai.OpenAIError as error:
+            self._doubt(error)
             return None
         if batch is not None or not await self._reserve(file):
             return batch
@@ -444,9 +490,26 @@ class BatchRun(Submission):
         warn(text, self.waiting[0].count, about["error_type"], event="batch_not_submitted", **about)
         self._paused = True
 
+    def _doubt(self, error: openai.OpenAIError) -> None:
+        """Put the first file off, of which it is not known whether its batch was made; give it up in the end."""
+        file = self.waiting[0]
+        if not isinstance(error, BatchError):
+            self._pause_for(error)
+        elif error.code != UNCLEAR:
+            raise error
+        elif 0 <= time.time() - self.job.unclear.get(file.key, 0.0) < self.api.max_wait and self._is_patient():
+            text = "%d requests: %s: looking again later"
+            warn(text, file.count, error, event="batch_unclear", **of_error(error))
+            self._paused = True
+        else:
+            self._give_up(error)
+
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first file back, or give it up."""
         file = self.waiting[0]
+        if isinstance(error, BatchError):
+            self._doubt(error)
+            return
         left = sum(each.count for each in self.waiting)
         has_begun = left < len(self.job.indexes) or file.key in self.job.unclear  # else nothing is lost
         if is_enqueued_limit(error):
@@ -509,17 +572,34 @@ class BatchRun(Submission):
         self._paused, self._held = False, self._held and bool(self.running)
         for batch_id, file in list(self.running.items()):
             await self._look(batch_id, file)
+        self._say_what_is_waited_for()
         left = sum(file.count - file.done for file in [*self.waiting, *self.running.values()])
         fraction = (len(self.prompts) - left) / len(self.prompts)
         if self._reported < fraction < 1:
             self._reported = fraction
             await self.progress(fraction)
 
+    def _say_what_is_waited_for(self) -> None:
+        """Log it where nothing has moved for as long as the longest pause."""
+        now = time.monotonic()
+        seen = [(batch_id, file.done) for batch_id, file in self.running.items()], len(self.waiting)
+        if seen != self._seen:
+            self._seen, self._moved_at = seen, now
+        elif now - self._moved_at >= self.api.max_wait:
+            self._moved_at = now
+            names = SEPARATOR.join(self.running) or "the server to take a batch"
+            inform("nothing has moved for a while: waiting for %s", names, event="batch_waiting", batch_id=names)
+
     async def _look(self, batch_id: str, file: InputFile) -> None:
         try:
-            await self._update(await self.api.get(batch_id), file)
+            batch = await self.api.get(batch_id)
+            if not has_ended(batch) and time.monotonic() > self._give_up_at + _OVERDUE:
+                state = state_of(batch)
+                message = f"batch {batch_id} is {state} an hour after its window of {self.job.window}"
+                raise BatchError(f"{message}: no longer waited for", code=state)
+            await self._update(batch, file)
         except openai.APIError as error:
-            if not read_failure(error).retry:
+            if not read_failure(error).retry or time.monotonic() > self._give_up_at + _OVERDUE:
                 raise
             text, about = "batch %s could not be read (%s): later again", of_error(error)
             warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)
@@ -540,7 +620,11 @@ class BatchRun(Submission):
             await self._hold(refusal)
             await self._save()
             return
-        results = await self.settler.settle(batch, file=file, asked=self.parameters)
+        file.ended_at = file.ended_at or time.monotonic()
+        is_last = time.monotonic() - file.ended_at >= self.api.max_wait
+        results = await self.settler.settle(batch, file=file, asked=self.parameters, is_last=is_last)
+        if results is None:  # not all of it is there: it is looked at again
+            return
         await self.cached.keep(results.responses)
         self.running.pop(batch.id)
         self._held, self._refused_alone = False, 0
@@ -569,7 +653,8 @@ class BatchRun(Submission):
             return True
         if isinstance(outcome, openai.BadRequestError):
             return self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
-        return isinstance(outcome, Exception) and is_curable(outcome) and index not in self._repeated
+        is_worth = isinstance(outcome, Exception) and is_curable(outcome, self.on_unclear)
+        return is_worth and index not in self._repeated
 
     def _in_order(self) -> list[Outcome | None]:
         return [self.outcomes.get(index) for index in range(len(self.prompts))]

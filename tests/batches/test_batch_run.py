@@ -39,7 +39,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client import _validation as _checks
-from openai_eval_client._batches.api import read_job_metadata
+from openai_eval_client._batches.objects import read_job_metadata
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from openai.types import Batch
 
 from openai_eval_client import BatchError, BatchJobStatus, BatchRequest
-from openai_eval_client._batches.api import (
+from openai_eval_client._batches.objects import (
     JOB_KEY,
     LINES_KEY,
     JobMetadata,
