@@ -36,11 +36,13 @@ def few_certificates(tmp_path_factory):
 def no_pauses(monkeypatch):
     """Retries follow at once: their waits have tests of their own."""
     from openai_eval_client._batches import api as _batch_api
+    from openai_eval_client._batches import jobs as _batch_jobs
     from openai_eval_client._sdk import attempts as _retry
 
     monkeypatch.setattr(_retry, "_FIRST_DELAY", 0.01)
     monkeypatch.setattr(_retry, "_LONGEST_DELAY", 0.01)
     monkeypatch.setattr(_batch_api, "_LATE", 0.01)
+    monkeypatch.setattr(_batch_jobs, "PATIENCE", 0.1)
 
 
 @pytest.fixture

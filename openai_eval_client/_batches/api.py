@@ -9,7 +9,6 @@ import time
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import openai
-from pydantic import BaseModel
 
 from openai_eval_client._batches.files import temporary_file
 from openai_eval_client._batches.objects import (
@@ -117,7 +116,9 @@ class BatchApi:
             BatchError: It is not known whether there is one, and nothing is to be paid twice.
         """
         waits = [_LATE * share for share in (0.5, 1, 2, 4)]
-        if not 0 <= time.time() - job.unclear.get(file.key, 0.0) < 2 * sum(waits):  # long ago, by an earlier run
+        if (
+            not 0 <= time.time() - job.unclear.get(file.key, 0.0) < 2 * sum(waits)
+        ):  # long ago, by an earlier run
             waits = [0.0]
         doubt = ""
         for wait in waits:
@@ -292,13 +293,11 @@ async def _checked(call: Awaitable[T]) -> T:
 async def _named(batch_id: str, call: Awaitable[Batch]) -> Batch:
     """Return the batch that was asked for, also where the server leaves its id out; refuse another."""
     batch: Any = await call
-    if not isinstance(batch, BaseModel):
-        raise _garbled(batch)
     name = getattr(batch, "id", None)
     if isinstance(name, str) and name and name != batch_id:
         message = f"batch {batch_id} was asked for, and the server answers with id={shown(name)}"
         raise BatchError(message, code=WRONG_BATCH)
-    if getattr(batch, "status", None) is None:  # an empty object, or of another kind
+    if getattr(batch, "status", None) is None:  # a page, an empty object, one of another kind
         raise _garbled(batch)
     batch.id = batch_id
     return read_batch(batch)

@@ -245,7 +245,7 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
 
 
 def first_line(file: IO[bytes]) -> dict[str, Any]:
-    """Return the first line of a file that is an object, an empty one for none; leave the file at its start."""
+    """Return the first line of a file that is an object, else an empty one; leave the file at its start."""
     found = next(filter(None, map(parse_line, file)), None)
     file.seek(0)
     return found or {}

@@ -9,9 +9,16 @@ import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from openai_eval_client._batches.api import BatchApi
+from openai_eval_client._batches.files import (
+    check_requests,
+    close_files,
+    list_requests,
+    refuse_online_only,
+    write_in_thread,
+)
 from openai_eval_client._batches.objects import (
     SEPARATOR,
-    BatchApi,
     JobRecord,
     check_metadata,
     failure_of,
@@ -24,14 +31,7 @@ from openai_eval_client._batches.objects import (
     stated_errors,
     with_index,
 )
-from openai_eval_client._batches.files import (
-    check_requests,
-    close_files,
-    list_requests,
-    refuse_online_only,
-    write_in_thread,
-)
-from openai_eval_client._batches.results import BatchBudget, BatchSettler
+from openai_eval_client._batches.results import PATIENCE, BatchBudget, BatchSettler
 from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
 from openai_eval_client._log import warn
 from openai_eval_client._online import outcomes_or_raise
@@ -120,7 +120,6 @@ class Batches:
         self, requests: object, *, api: str, window: str | None, metadata: object, on_unclear: str
     ) -> BatchJob:
         """Check all requests, upload them, and create the batches: all of them or none."""
-        check_choice(on_unclear, "on_unclear", ON_UNCLEAR)
         if window is not None:
             check_window(window, "completion_window")
         if not isinstance(api, str) or api not in BATCH_PATHS:

@@ -15,6 +15,17 @@ from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._batches.files import (
+    MIXED,
+    RequestIndex,
+    custom_id_of,
+    first_line,
+    guess_index,
+    numbered_id,
+    parse_line,
+    read_bodies,
+    read_index,
+)
 from openai_eval_client._batches.objects import (
     EXPIRED,
     LOST,
@@ -27,25 +38,14 @@ from openai_eval_client._batches.objects import (
     missing_error,
     read_job_metadata,
     request_counts,
+    state_of,
     stated_errors,
     with_index,
-)
-from openai_eval_client._batches.files import (
-    MIXED,
-    RequestIndex,
-    custom_id_of,
-    first_line,
-    guess_index,
-    numbered_id,
-    parse_line,
-    read_bodies,
-    read_index,
 )
 from openai_eval_client._cost import commit, exact, reserve, reserve_now
 from openai_eval_client._log import inform, warn
 from openai_eval_client._validation import is_header_text, shown
 from openai_eval_client._wire import (
-    BATCH_PATHS,
     Kind,
     Parameters,
     Usage,
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from openai.types import Batch
 
     from openai_eval_client._account import Account
-    from openai_eval_client._batches.objects import BatchApi
+    from openai_eval_client._batches.api import BatchApi
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._cost import Budgets, CostBudget, Pricer
     from openai_eval_client._tokens import TokenCounter
@@ -103,6 +103,7 @@ class BatchResults:
     lines: int = 0  # in all files
     unplaced: list[BatchError] = field(default_factory=list)  # of requests of which no index is known
     ran: set[int] = field(default_factory=set)  # requests that a model answered, readable or not
+    is_late: bool = False  # whether more results may come: these are not settled
     is_gone: bool = False  # whether a file that the batch names is not there
     is_cut: bool = False  # whether a file ends in the middle of a line
 
@@ -285,11 +286,11 @@ class BatchSettler:
         asked: Parameters | None = None,
         seconds: float = 0.0,
         is_last: bool = True,
-    ) -> BatchResults | None:
+    ) -> BatchResults:
         """Read the results of a batch; without its input file, its first request may have index `offset`.
 
-        Where results are not there that should be, look again for so many seconds; return None then, unless
-        it is the last time.
+        Where results are not there that should be, look again for so many seconds. If they still are not,
+        the results are late, and are booked and settled only if it is the last time.
         """
         pricer = self._ledger.pricer_for(None)
         await pricer.ready()
@@ -307,7 +308,8 @@ class BatchSettler:
             with contextlib.suppress(openai.APIError):
                 batch = await self._api.get(batch.id)
         if is_short and not is_last:
-            return None
+            results.is_late = True
+            return results
         _warn_of_oddities(batch, results)
         explain_missing(batch, results, index)
         _name_outcomes(results, index)
@@ -345,7 +347,7 @@ class BatchSettler:
         return results, index, reader
 
     async def _api_of(self, batch: Batch, files: Sequence[IO[bytes]]) -> str:
-        """Return the API that a batch is of; where the server leaves it out, by what was asked or answered."""
+        """Return the API that a batch is of; if the server leaves it out, by what was asked or answered."""
         api = api_in(batch.endpoint)
         if api is None and (batch.endpoint or "").strip():
             message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
@@ -434,7 +436,8 @@ def _is_lost_by(batch: Batch, results: BatchResults) -> bool:
     stated = batch.request_counts
     is_counted = stated is not None and bool(stated.completed or stated.failed)
     has_files = batch.output_file_id or batch.error_file_id or not total
-    return completed > len(results.ran) or (state_of(batch) == "completed" and not is_counted and not has_files)
+    is_empty = state_of(batch) == "completed" and not is_counted and not has_files
+    return completed > len(results.ran) or is_empty
 
 
 def _unusable_files(batch: Batch) -> list[str]:
@@ -490,7 +493,9 @@ async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) ->
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
     count = request_counts(batch)[0]
-    index = await asyncio.to_thread(guess_index, files, numbered=job.numbered, start=start, count=count, named=job.named)
+    index = await asyncio.to_thread(
+        guess_index, files, numbered=job.numbered, start=start, count=count, named=job.named
+    )
     index.temperature = job.temperature
     return index
 
@@ -498,7 +503,9 @@ async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) ->
 # --- what batches may cost ---------------------------------------------------------------------------------
 
 _NOTHING = Decimal(0)
-_UNKNOWN = frozenset({MISSING, LOST, UNUSABLE_FILE, NO_ANSWER, UNREADABLE})  # what became of the request, and so what it cost
+_UNKNOWN = frozenset(
+    {MISSING, LOST, UNUSABLE_FILE, NO_ANSWER, UNREADABLE}
+)  # what became of the request, and so what it cost
 
 
 def _settle_reservation(

@@ -18,6 +18,15 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
+from openai_eval_client._batches.files import (
+    BatchLine,
+    close_files,
+    cut_file,
+    even_counts,
+    numbered_id,
+    recut,
+    write_in_thread,
+)
 from openai_eval_client._batches.objects import (
     LOST,
     SEPARATOR,
@@ -32,15 +41,6 @@ from openai_eval_client._batches.objects import (
     request_counts,
     state_of,
 )
-from openai_eval_client._batches.files import (
-    BatchLine,
-    close_files,
-    cut_file,
-    even_counts,
-    numbered_id,
-    recut,
-    write_in_thread,
-)
 from openai_eval_client._batches.results import is_curable
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of, too_many_failures
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
     from openai.types import Batch
 
-    from openai_eval_client._batches.objects import BatchApi
+    from openai_eval_client._batches.api import BatchApi
     from openai_eval_client._batches.files import InputFile
     from openai_eval_client._batches.results import BatchBudget, BatchSettler, Outcome
     from openai_eval_client._cache import Cache, Occurrence
@@ -491,18 +491,22 @@ class BatchRun(Submission):
         self._paused = True
 
     def _doubt(self, error: openai.OpenAIError) -> None:
-        """Put the first file off, of which it is not known whether its batch was made; give it up in the end."""
+        """Put the first file off, whose batch may have been made unseen; give it up in the end."""
         file = self.waiting[0]
         if not isinstance(error, BatchError):
             self._pause_for(error)
         elif error.code != UNCLEAR:
             raise error
-        elif 0 <= time.time() - self.job.unclear.get(file.key, 0.0) < self.api.max_wait and self._is_patient():
+        elif self._is_recent(file) and self._is_patient():
             text = "%d requests: %s: looking again later"
             warn(text, file.count, error, event="batch_unclear", **of_error(error))
             self._paused = True
         else:
             self._give_up(error)
+
+    def _is_recent(self, file: InputFile) -> bool:
+        """Return whether a batch was asked for so lately that it may still appear."""
+        return 0 <= time.time() - self.job.unclear.get(file.key, 0.0) < self.api.max_wait
 
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first file back, or give it up."""
@@ -588,7 +592,9 @@ class BatchRun(Submission):
         elif now - self._moved_at >= self.api.max_wait:
             self._moved_at = now
             names = SEPARATOR.join(self.running) or "the server to take a batch"
-            inform("nothing has moved for a while: waiting for %s", names, event="batch_waiting", batch_id=names)
+            inform(
+                "nothing has moved for a while: waiting for %s", names, event="batch_waiting", batch_id=names
+            )
 
     async def _look(self, batch_id: str, file: InputFile) -> None:
         try:
@@ -623,7 +629,7 @@ class BatchRun(Submission):
         file.ended_at = file.ended_at or time.monotonic()
         is_last = time.monotonic() - file.ended_at >= self.api.max_wait
         results = await self.settler.settle(batch, file=file, asked=self.parameters, is_last=is_last)
-        if results is None:  # not all of it is there: it is looked at again
+        if results.is_late:  # it is looked at again with the next poll
             return
         await self.cached.keep(results.responses)
         self.running.pop(batch.id)

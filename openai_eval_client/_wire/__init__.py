@@ -35,6 +35,7 @@ from openai_eval_client._wire.requests import (
 from openai_eval_client._wire.usage import (
     Tail,
     Usage,
+    dict_in,
     read_json,
     read_object,
     read_usage,
@@ -63,6 +64,7 @@ __all__ = [
     "class_of",
     "code_of",
     "decoded",
+    "dict_in",
     "endpoint_of",
     "error_of",
     "fault_in",

@@ -86,7 +86,9 @@ class WireServer:
         self._lines = lines  # of the output of a batch, instead of those made of the script
         self._files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}  # by their ids
-        self.hooks: dict[str, Callable[[int, Reply], Reply | None]] = {}  # answers replaced: see `_of_batches`
+        self.hooks: dict[
+            str, Callable[[int, Reply], Reply | None]
+        ] = {}  # answers replaced: see `_of_batches`
         self.looks: Counter[str] = Counter()  # how often each of them was asked for
         self._tasks: set[asyncio.Task[Any] | None] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -162,17 +164,16 @@ class WireServer:
         if kind == "files":
             if method == "POST":
                 return Reply(self._file(_uploaded(body)))
-            if rest[0] not in self._files:
+            content = self._files.get(rest[0])
+            if content is None:
                 return Reply({"error": {"message": f"No such File object: {rest[0]}"}}, 404)
-            content = self._files[rest[0]]
-            return Reply(content) if rest[1:] == ["content"] else Reply(_file_object(rest[0], content))
+            return Reply(content if rest[1:] == ["content"] else _file_object(rest[0], content))
         if method == "POST" and not rest:
             return Reply(self._batch(json.loads(body)))
         if not rest:
             return Reply({"object": "list", "data": list(self.batches.values()), "has_more": False})
-        if rest[0] not in self.batches:
-            return Reply({"error": {"message": f"No batch found with id '{rest[0]}'."}}, 404)
-        return Reply(self.batches[rest[0]])
+        unknown = Reply({"error": {"message": f"No batch found with id '{rest[0]}'."}}, 404)
+        return Reply(self.batches[rest[0]]) if rest[0] in self.batches else unknown
 
     def _file(self, content: bytes) -> dict[str, Any]:
         name = f"file-{len(self._files)}"
