@@ -181,9 +181,9 @@ class OpenAIClient:
                 done as a float below 1.0, judged from 20 prompts on; None: any number.
             use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
-            on_unclear: What to do about what may have been paid for unseen: the creation of a batch failed, and
-                the list of batches does not tell whether it was made; or a batch counts an answer that is in
-                none of its files. It is looked for, for up to `max_wait`. Then "raise", the default: those
+            on_unclear: What to do about what may have been paid for unseen: the creation of a batch failed,
+                and the list of batches does not tell whether it was made; or a batch counts an answer that is
+                in none of its files. It is looked for, for up to ten minutes. Then "raise", the default: those
                 prompts fail with a BatchError (`unclear_creation`, `lost_result`, `unreadable_result`).
                 "retry": they are submitted again.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; the first

@@ -41,7 +41,7 @@ _URL = "https://client.invalid/"  # of the request that an error names
 _FILE_LAG = 60.0  # seconds for which a new file may be unknown
 _LATE = 2.0  # seconds; for 7.5 times as long a batch is looked for whose creation seemed to fail
 _LISTING = 60.0  # seconds that one look through the list of batches may take
-_MOST_PAGES = 2_000  # of that list
+_MOST_PAGES, _RECENT_PAGES = 2_000, 200  # of that list; of what is looked through for one batch
 _SLOWEST = 50_000  # bytes a second of the slowest upload that is waited for
 _PARTIAL, _BAD_REQUEST, _NOT_FOUND, _NO_SUCH_RANGE = 206, 400, 404, 416
 _WINDOW = "completion_window"
@@ -116,10 +116,8 @@ class BatchApi:
             BatchError: It is not known whether there is one, and nothing is to be paid twice.
         """
         waits = [_LATE * share for share in (0.5, 1, 2, 4)]
-        if (
-            not 0 <= time.time() - job.unclear.get(file.key, 0.0) < 2 * sum(waits)
-        ):  # long ago, by an earlier run
-            waits = [0.0]
+        age = time.time() - job.unclear.get(file.key, 0.0)
+        waits = waits if 0 <= age < sum(waits) else [0.0]
         doubt = ""
         for wait in waits:
             await asyncio.sleep(wait)
@@ -138,7 +136,10 @@ class BatchApi:
         seen: set[str] = set()
         nameless = False
         try:
-            async with deadline(_LISTING), contextlib.aclosing(self._listed(job.since)) as batches:
+            async with (
+                deadline(_LISTING),
+                contextlib.aclosing(self._listed(job.since, pages=_RECENT_PAGES)) as batches,
+            ):
                 async for batch in batches:
                     seen.add(batch.id)
                     known = read_job_metadata(batch.metadata)
@@ -166,11 +167,11 @@ class BatchApi:
         except BatchError as error:
             warn("%s: what was read of it counts", error, event="batch_list_odd", **of_error(error))
 
-    async def _listed(self, since: float = 0.0) -> AsyncGenerator[Batch, None]:
+    async def _listed(self, since: float = 0.0, *, pages: int = _MOST_PAGES) -> AsyncGenerator[Batch, None]:
         """Yield the account's batches, the newest first, back to a time (seconds since the epoch)."""
         after: dict[str, Any] = {}
         seen: set[str] = set()
-        for _ in range(_MOST_PAGES):
+        for _ in range(pages):
             page = await self._repeat(functools.partial(self._page, after), self._timeout)
             fresh = [read_batch(batch) for batch in page.data if batch.id not in seen]
             for batch in fresh:
@@ -227,8 +228,11 @@ class BatchApi:
 
     async def _repeat(self, attempt: Callable[[], Awaitable[T]], seconds: float | None) -> T:
         """Make a call with so many seconds for each attempt, again where that may help."""
-        answer: T = await self._retrying(lambda: self._call(attempt(), seconds))()
-        return answer
+
+        async def once() -> T:
+            return await self._call(attempt(), seconds)
+
+        return await self._retrying(once)()
 
     def _retrying(self, attempt: Callable[[], Awaitable[T]]) -> Callable[[], Awaitable[T]]:
         return retrying(attempt, max_retries=self._retries, max_wait=self.max_wait, governed=False)

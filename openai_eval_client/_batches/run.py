@@ -335,6 +335,7 @@ class Submission:
 
 _FILLED = 0.9  # of the enqueued limit by one file: the server counts a little differently
 _DOUBTFUL = frozenset({UNCLEAR, LOST})  # errors of requests that may have been paid for
+_UNSEEN = 600.0  # seconds for which batches and results are looked for that may be there unseen
 _OVERDUE = 3600.0  # seconds after its completion window in which a batch may still end
 _PATIENCE = 10  # polling intervals between two tries, at most, of a file that is refused again and again
 
@@ -506,7 +507,7 @@ class BatchRun(Submission):
 
     def _is_recent(self, file: InputFile) -> bool:
         """Return whether a batch was asked for so lately that it may still appear."""
-        return 0 <= time.time() - self.job.unclear.get(file.key, 0.0) < self.api.max_wait
+        return 0 <= time.time() - self.job.unclear.get(file.key, 0.0) < min(_UNSEEN, self.api.max_wait)
 
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first file back, or give it up."""
@@ -627,7 +628,7 @@ class BatchRun(Submission):
             await self._save()
             return
         file.ended_at = file.ended_at or time.monotonic()
-        is_last = time.monotonic() - file.ended_at >= self.api.max_wait
+        is_last = time.monotonic() - file.ended_at >= min(_UNSEEN, self.api.max_wait)
         results = await self.settler.settle(batch, file=file, asked=self.parameters, is_last=is_last)
         if results.is_late:  # it is looked at again with the next poll
             return
