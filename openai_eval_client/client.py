@@ -183,8 +183,8 @@ class OpenAIClient:
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
             on_unclear: What to do about what may have been paid for unseen: the creation of a batch failed,
                 and the list of batches does not tell whether it was made; or a batch counts an answer that is
-                in none of its files. It is looked for, for up to ten minutes. Then "raise", the default: those
-                prompts fail with a BatchError (`unclear_creation`, `lost_result`, `unreadable_result`).
+                in none of its files. It is looked for, for up to ten minutes. Then "raise", the default:
+                those prompts fail with a BatchError (`unclear_creation`, `lost_result`, `unreadable_result`).
                 "retry": they are submitted again.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; the first
                 exception that it raises is logged.

@@ -163,7 +163,8 @@ class LineReader:
         if isinstance(before, ModelResponse):  # not read: it would be priced twice
             return
         outcome = self._outcome(line, raw, request, index.temperature_of(request))
-        if line is None or _status_in(dict_in(line.get("response")), default=None) == _OK:
+        status = None if line is None else _status_in(dict_in(line.get("response")), default=None)
+        if line is None or status == _OK or isinstance(outcome, ModelResponse):
             results.ran.add(request)
         if before is None or isinstance(outcome, ModelResponse):
             results.outcomes[request] = outcome
@@ -179,6 +180,8 @@ class LineReader:
             return _line_error(line.get("error"), index)
         status, request_id = _status_in(response), response.get("request_id")
         body = _body_in(response, self._parameters.api)
+        if status is None and fault_in(body, self._parameters.api) is None:
+            status = _OK  # nobody can read it, but there is a whole answer
         request_id = request_id if isinstance(request_id, str) else None
         error = None if status is None else _failure(status, body, request_id, self._parameters.api)
         if error is not None:
