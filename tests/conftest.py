@@ -39,8 +39,8 @@ def short_patience(monkeypatch):
     from openai_eval_client._batches import results as _batch_results
     from openai_eval_client._batches import run as _batch_run
 
-    monkeypatch.setattr(_batch_jobs, "PATIENCE", 0.1)
-    monkeypatch.setattr(_batch_run, "_UNSEEN", 0.1)
+    monkeypatch.setattr(_batch_jobs, "PATIENCE", 0.3)
+    monkeypatch.setattr(_batch_run, "_UNSEEN", 0.5)
     monkeypatch.setattr(_batch_results, "_FIRST_PAUSE", 0.01)
 
 

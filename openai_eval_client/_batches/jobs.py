@@ -10,6 +10,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from openai_eval_client._batches.api import BatchApi
+from openai_eval_client._batches.budget import BatchBudget
 from openai_eval_client._batches.files import (
     check_requests,
     close_files,
@@ -31,8 +32,9 @@ from openai_eval_client._batches.objects import (
     stated_errors,
     with_index,
 )
-from openai_eval_client._batches.results import PATIENCE, BatchBudget, BatchSettler
-from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
+from openai_eval_client._batches.results import PATIENCE, BatchSettler
+from openai_eval_client._batches.run import BatchRun
+from openai_eval_client._batches.submission import CachedAnswers, Journal, Submission
 from openai_eval_client._log import warn
 from openai_eval_client._online import outcomes_or_raise
 from openai_eval_client._validation import check_window, reject_input

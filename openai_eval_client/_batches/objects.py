@@ -183,6 +183,8 @@ _ENDED = ("completed", "expired", "cancelled", "failed")  # the most useful firs
 EXPIRED, MISSING = "batch_expired", "missing_result"  # the first is the API's
 LOST = "lost_result"  # it was answered, as far as the batch tells, but no file has it
 UNCLEAR = "unclear_creation"  # it is not known whether a batch was made
+UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
+REFUSED_ANSWER = "unusable_answer"  # the same would come again
 WRONG_BATCH, UNUSABLE_FILE = "wrong_batch", "unusable_file"
 _NOT_ANSWERED = {  # why requests of a batch in this state have no result
     "expired": (EXPIRED, "expired before this request was answered"),
