@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from openai_eval_client.errors import ValidationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 T = TypeVar("T")
 
@@ -118,6 +118,12 @@ def check_switch(value: object, name: str) -> None:
     """Reject anything but True and False."""
     if not isinstance(value, bool):
         reject_input(name, value, "must be True or False; pass a function as progress_callback")
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+    """Reject anything but one of a few texts."""
+    if value not in choices:
+        reject_input(name, value, f"must be {' or '.join(map(repr, choices))}")
 
 
 def check_event(value: object, name: str) -> None:

@@ -15,7 +15,7 @@ from openai_eval_client._report import NO_LIMITS, Display, Progress, ProgressSna
 from openai_eval_client._runtime import check_loop
 from openai_eval_client._sdk import AsyncOpenAI, SdkClient, account_of, fast_client, guarded, paced
 from openai_eval_client._tokens import TokenCounter
-from openai_eval_client._validation import check_callback, check_event, check_switch, config_of
+from openai_eval_client._validation import check_callback, check_choice, check_event, check_switch, config_of
 from openai_eval_client._wire import PATHS, check_iterable, check_parameters, check_prompt, list_prompts
 from openai_eval_client.config import BatchConfig, CacheConfig, OpenAIConfig, RateLimitConfig
 
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Prompt = str | Sequence[Any]
 
 SDK = TypeVar("SDK", AsyncOpenAI, SdkClient)
+_ON_UNCLEAR = ("raise", "retry")
 
 
 class OpenAIClient:
@@ -161,6 +162,7 @@ class OpenAIClient:
         max_cost: float | Decimal | None = None,
         max_failures: float | None = None,
         use_batch_api: bool = False,
+        on_unclear: str = "raise",
         progress_callback: Callable[[float], Any] | None = None,
         progress: bool = False,
         return_exceptions: bool = False,
@@ -183,6 +185,11 @@ class OpenAIClient:
                 done as a float below 1.0, judged from 20 prompts on; None: any number.
             use_batch_api: Send `BatchConfig.auto_batch_threshold` prompts or more through the Batch API, at
                 its price; fewer run online. What expires there or fails by chance is submitted once more.
+            on_unclear: What to do about what may have been paid for unseen: the creation of a batch failed,
+                and the list of batches does not tell whether it was made; or a batch counts an answer that is
+                in none of its files. It is looked for, for up to ten minutes. Then "raise", the default:
+                those prompts fail with a BatchError (`unclear_creation`, `lost_result`, `unreadable_result`).
+                "retry": they are submitted again.
             progress_callback: Called, or awaited, with the finished fraction after each prompt; the first
                 exception that it raises is logged.
             progress: Show the progress on standard error: a bar in a terminal or a notebook (extra
@@ -210,6 +217,7 @@ class OpenAIClient:
         parameters = self._parameters(model, temperature, max_tokens, timeout, system, api, chat_params)
         budget = self._budget_for(max_cost, parameters)
         pool = self._pool(parameters, budget, max_concurrent, max_failures, prompts)
+        check_choice(on_unclear, "on_unclear", _ON_UNCLEAR)
         check_callback(progress_callback, "progress_callback")
         callback = Progress(progress_callback)
         check_switch(progress, "progress")
@@ -231,6 +239,7 @@ class OpenAIClient:
                 budget=budget,
                 progress=shown,
                 max_failures=max_failures,
+                on_unclear=on_unclear,
                 return_exceptions=return_exceptions,
             )
 
@@ -344,6 +353,7 @@ class OpenAIClient:
         completion_window: str | None = None,
         metadata: Mapping[str, str] | None = None,
         api: str = "chat",
+        on_unclear: str = "raise",
     ) -> BatchJob:
         """Submit requests as a batch job: one batch for each model and each 50,000 requests or 200 MB.
 
@@ -353,6 +363,9 @@ class OpenAIClient:
             metadata: What the provider keeps with each batch: up to 14 pairs of texts, keys of up to 64
                 characters, values of up to 512.
             api: "chat" (chat completions) or "responses" (the Responses API).
+            on_unclear: What to do where the creation of a batch failed and the list of batches does not tell
+                whether it was made: "raise", the default: a BatchError, `unclear_creation`. "retry": create
+                it again, although it may be paid for twice.
 
         Returns:
             The job; its `job_id` names all its batches, and works in any process.
@@ -364,11 +377,15 @@ class OpenAIClient:
                 nothing was sent. Else what they can cost stays reserved until their results are retrieved
                 with this client.
             QuotaError: The server takes no more tokens now, or the credit is used up.
+            BatchError: It is not known whether a batch was created (`unclear_creation`).
             APIError: Any other failure, in the SDK's own classes. As with QuotaError, the batches of the job
                 that were created have been cancelled, and `job_id` names them.
         """
         check_loop()
-        return await self._jobs.submit(requests, api=api, window=completion_window, metadata=metadata)
+        check_choice(on_unclear, "on_unclear", _ON_UNCLEAR)
+        return await self._jobs.submit(
+            requests, api=api, window=completion_window, metadata=metadata, on_unclear=on_unclear
+        )
 
     async def get_batch_status(self, job_id: str) -> BatchJobStatus:
         """Look at a batch job.

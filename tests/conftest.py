@@ -32,6 +32,18 @@ def few_certificates(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def short_patience(monkeypatch):
+    """What a batch should have and has not is looked for again for a moment, not for minutes."""
+    from openai_eval_client._batches import jobs as _batch_jobs
+    from openai_eval_client._batches import results as _batch_results
+    from openai_eval_client._batches import run as _batch_run
+
+    monkeypatch.setattr(_batch_jobs, "PATIENCE", 0.3)
+    monkeypatch.setattr(_batch_run, "_UNSEEN", 0.5)
+    monkeypatch.setattr(_batch_results, "_FIRST_PAUSE", 0.01)
+
+
 @pytest.fixture
 def no_pauses(monkeypatch):
     """Retries follow at once: their waits have tests of their own."""

@@ -67,6 +67,7 @@ class InputFile:
     model: str
     first: int = 0  # the position of its first line among all lines of the job
     numbered: bool = True  # whether each custom_id ends with the request's index
+    named: bool = False  # whether any has anything else in it
     temperature: Temperature = None
     indexes: array[int] = field(default_factory=lambda: array("L"))  # of each line's request, rising
     size: int = 0  # bytes
@@ -74,6 +75,7 @@ class InputFile:
     file: IO[bytes] = field(default_factory=temporary_file)
     file_id: str | None = None  # once it is uploaded
     tokens: int | None = None  # once they are counted
+    ended_at: float = 0.0  # when its batch was first seen to have ended, of the monotonic clock; 0: not yet
     done: int = 0  # how many of its requests have ended, when its batch was last looked at
     costs: Sequence[Decimal] = ()  # USD that each line can cost at most; empty where there is no budget
     reservation: Reservation | None = None  # of what all lines can cost
@@ -117,6 +119,7 @@ def write_files(
             if not files or files[-1].count >= most_lines or files[-1].size + len(data) > most_bytes:
                 files.append(InputFile(model, numbered=line.numbered))
             files[-1].add(data, line.index, line.parameters.body.get("temperature"))
+            files[-1].named |= line.custom_id != numbered_id(line.index)
     except BaseException:
         close_files(file for files in by_model.values() for file in files)
         raise
@@ -155,6 +158,7 @@ def cut_file(file: InputFile, counts: Sequence[int]) -> list[InputFile]:
     for count in counts:
         costs = file.costs[first : first + count]
         piece = InputFile(file.model, first=file.first + first, numbered=file.numbered, costs=costs)
+        piece.named = file.named
         for index in file.indexes[first : first + count]:
             piece.add(lines.readline(), index, file.temperature)
         pieces.append(piece)
@@ -197,12 +201,13 @@ def numbered_id(index: int) -> str:
     return f"request-{index}"
 
 
-def index_in(custom_id: str) -> int | None:
+def index_in(custom_id: str, *, named: bool = True) -> int | None:
     """Return the index at the end of a custom_id of a numbered batch; None for any other custom_id."""
     name = custom_id.rstrip("0123456789")
     digits = custom_id[len(name) :]
-    ours = name == "request-" or name.endswith("#")
-    return int(digits) if ours and 0 < len(digits) < _DIGITS else None
+    ours = name == "request-" or (named and len(name) > 1 and name.endswith("#"))
+    is_number = ours and 0 < len(digits) < _DIGITS and digits == str(int(digits))
+    return int(digits) if is_number else None
 
 
 def custom_ids(given: Sequence[str | None], *, several_models: bool) -> Iterator[str]:
@@ -239,6 +244,13 @@ def parse_line(raw: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
+def first_line(file: IO[bytes]) -> dict[str, Any]:
+    """Return the first line of a file that is an object, else an empty one; leave the file at its start."""
+    found = next(filter(None, map(parse_line, file)), None)
+    file.seek(0)
+    return found or {}
+
+
 # --- what a file asked ------------------------------------------------------------------------------------
 
 
@@ -247,10 +259,12 @@ class RequestIndex:
     """What a batch was asked, as far as it is known: which line and which custom_id is which request."""
 
     indexes: Any  # a sequence of int: of the request of each line that is not empty
-    by_name: dict[str, int] | None = None  # the index of each custom_id; None where it ends with the index
+    by_name: dict[str, int] | None = None  # the index of each custom_id; None: each is just numbered
+    numbered: bool = False  # whether each custom_id of `by_name` ends with the index
     temperatures: dict[int, float | None] | None = None  # of each request, where they differ
     temperature: Temperature = None  # of all requests, unless they differ
     empty: Sequence[int] = ()  # the numbers of the empty lines, rising
+    is_guess: bool = False  # whether there may be requests that it does not have
 
     def index_at(self, line: int) -> int | None:
         """Return the index of the request in a line of the file, counted from 1; None for no request."""
@@ -262,7 +276,7 @@ class RequestIndex:
         """Return the index of the request with this custom_id; None for a custom_id that is not ours."""
         if custom_id is None:
             return None
-        return index_in(custom_id) if self.by_name is None else self.by_name.get(custom_id)
+        return index_in(custom_id, named=False) if self.by_name is None else self.by_name.get(custom_id)
 
     def temperature_of(self, index: int) -> float | None:
         """Return the temperature that a request asks; None where it asks none, or it is not known."""
@@ -286,21 +300,23 @@ def read_index(lines: Iterable[bytes], *, numbered: bool, start: int) -> Request
         indexes.append(index)
         by_name[name] = index
         temperatures[index] = body.get("temperature") if isinstance(body, dict) else None
-    return RequestIndex(indexes, by_name, temperatures, empty=empty)
+    return RequestIndex(indexes, by_name, numbered, temperatures, empty=empty)
 
 
-def guess_index(files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int) -> RequestIndex:
+def guess_index(
+    files: Iterable[IO[bytes]], *, numbered: bool, start: int, count: int, named: bool = True
+) -> RequestIndex:
     """Guess what a batch was asked from its results: its input file is gone."""
     names: dict[str, int] = {}
     for file in files:
         for raw in file:
             name = custom_id_of(parse_line(raw), raw)
-            index = None if name is None else index_in(name) if numbered else start + len(names)
+            index = None if name is None else index_in(name, named=named) if numbered else start + len(names)
             if name is not None and index is not None:
                 names.setdefault(name, index)
         file.seek(0)
     indexes = sorted(set(names.values())) if numbered else range(start, start + max(count, len(names)))
-    return RequestIndex(indexes, names)
+    return RequestIndex(indexes, names, numbered, is_guess=True)
 
 
 def read_bodies(lines: Iterable[bytes], wanted: Mapping[int, int]) -> dict[int, Any]:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import Counter
+import itertools
+import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from openai_eval_client._batches.api import (
+from openai_eval_client._batches.api import BatchApi
+from openai_eval_client._batches.budget import BatchBudget
+from openai_eval_client._batches.files import (
+    check_requests,
+    close_files,
+    list_requests,
+    refuse_online_only,
+    write_in_thread,
+)
+from openai_eval_client._batches.objects import (
     SEPARATOR,
-    BatchApi,
     JobRecord,
     check_metadata,
     failure_of,
@@ -22,15 +32,9 @@ from openai_eval_client._batches.api import (
     stated_errors,
     with_index,
 )
-from openai_eval_client._batches.files import (
-    check_requests,
-    close_files,
-    list_requests,
-    refuse_online_only,
-    write_in_thread,
-)
-from openai_eval_client._batches.results import BatchBudget, BatchSettler
-from openai_eval_client._batches.run import BatchRun, CachedAnswers, Journal, Submission
+from openai_eval_client._batches.results import PATIENCE, BatchSettler
+from openai_eval_client._batches.run import BatchRun
+from openai_eval_client._batches.submission import CachedAnswers, Journal, Submission
 from openai_eval_client._log import warn
 from openai_eval_client._online import outcomes_or_raise
 from openai_eval_client._validation import check_window, reject_input
@@ -78,7 +82,7 @@ class Batches:
         self._counter = counter
         self._unsupported = unsupported
         self._cache = cache
-        self._submitted: Counter[str] = Counter()  # how often this client submitted the same job
+        self._submitted = defaultdict[str, set[int]](set)  # the numbers of the same job submitted repeatedly
 
     async def collect(
         self,
@@ -88,14 +92,15 @@ class Batches:
         budget: CostBudget | None,
         progress: Progress,
         max_failures: float | None,
+        on_unclear: str,
         return_exceptions: bool,
     ) -> list[Any]:
         """Answer prompts by batches, with the contract of `batch_generate`."""
         headers, query = parameters.headers or None, parameters.query or None
         refuse_online_only({**parameters.body, "extra_headers": headers, "extra_query": query})
         cached = CachedAnswers(self._cache, parameters)
-        await cached.take(prompts)
         self._check_open()
+        await cached.take(prompts)
         run = BatchRun(
             api=self._api,
             settler=self._settler,
@@ -109,10 +114,13 @@ class Batches:
             cached=cached,
             progress=progress,
             max_failures=max_failures,
+            on_unclear=on_unclear,
         )
         return await run.collect(return_exceptions=return_exceptions)
 
-    async def submit(self, requests: object, *, api: str, window: str | None, metadata: object) -> BatchJob:
+    async def submit(
+        self, requests: object, *, api: str, window: str | None, metadata: object, on_unclear: str
+    ) -> BatchJob:
         """Check all requests, upload them, and create the batches: all of them or none."""
         if window is not None:
             check_window(window, "completion_window")
@@ -131,7 +139,7 @@ class Batches:
         )
         files = await write_in_thread(lines, most_lines=job.most_lines)
         try:
-            batches = await self._submit(job, files)
+            batches = await self._submit(job, files, on_unclear)
         finally:
             close_files(files)
         status = job_status(batches)
@@ -139,21 +147,24 @@ class Batches:
             job_id=status.job_id, status=status.status, created_at=status.created_at, request_count=len(given)
         )
 
-    async def _submit(self, job: JobRecord, files: list[InputFile]) -> list[Batch]:
+    async def _submit(self, job: JobRecord, files: list[InputFile], on_unclear: str) -> list[Batch]:
         digests = [file.digest.hexdigest() for file in files]
         asked = (self._config.base_url, job.endpoint, job.window, sorted(job.metadata.items()), digests)
         name = hashlib.sha256(repr(asked).encode()).hexdigest()
+        taken = self._submitted[name]
+        number = next(number for number in itertools.count() if number not in taken)
         submission = Submission(
             api=self._api,
             settler=self._settler,
             budget=BatchBudget(self._payments, self._counter),
-            journal=Journal(self._cache, f"submit {name} {self._submitted[name]}"),
+            journal=Journal(self._cache, f"submit {name} {number}"),
+            on_unclear=on_unclear,
         )
-        self._submitted[name] += 1
+        taken.add(number)
         try:
             return await submission.submit(job, files, ttl=None if self._cache is None else self._cache.ttl)
-        except BaseException:
-            self._submitted[name] -= 1
+        except BaseException:  # the next call of the same job goes on with it
+            taken.remove(number)
             raise
 
     async def status(self, job_id: str) -> BatchJobStatus:
@@ -199,8 +210,10 @@ class Batches:
         outcomes: dict[int, Any] = {}
         unplaced: list[BatchError] = []
         lines = 0
+        end = time.monotonic() + PATIENCE
         for batch in batches:
-            results = await self._settler.settle(batch, offset=len(outcomes) + len(unplaced))
+            offset, seconds = len(outcomes) + len(unplaced), end - time.monotonic()
+            results = await self._settler.settle(batch, offset=offset, seconds=seconds)
             lines += results.lines
             outcomes.update(results.outcomes)
             unplaced += results.unplaced

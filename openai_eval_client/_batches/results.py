@@ -7,83 +7,93 @@ import contextlib
 import dataclasses
 import json
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass, field
-from decimal import Decimal
 from typing import IO, TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.api import (
-    EXPIRED,
-    MISSING,
-    JobMetadata,
-    ended_at,
-    missing_error,
-    read_job_metadata,
-    request_counts,
-    stated_errors,
-    with_index,
-)
+from openai_eval_client._batches.budget import settle_reservation
 from openai_eval_client._batches.files import (
     MIXED,
     RequestIndex,
     custom_id_of,
+    first_line,
     guess_index,
     numbered_id,
     parse_line,
     read_bodies,
     read_index,
 )
-from openai_eval_client._cost import Reservation, commit, exact, reserve_now
-from openai_eval_client._log import warn
-from openai_eval_client._validation import is_header_text
+from openai_eval_client._batches.objects import (
+    EXPIRED,
+    LOST,
+    MISSING,
+    NO_ANSWER,
+    REFUSED_ANSWER,
+    UNREADABLE,
+    UNUSABLE_FILE,
+    JobMetadata,
+    api_in,
+    is_id,
+    lost_error,
+    missing_error,
+    read_job_metadata,
+    request_counts,
+    state_of,
+    stated_errors,
+    with_index,
+)
+from openai_eval_client._cost import exact
+from openai_eval_client._log import inform, warn
+from openai_eval_client._validation import is_header_text, shown
 from openai_eval_client._wire import (
-    BATCH_PATHS,
     Kind,
     Parameters,
     Usage,
     decoded,
+    dict_in,
     error_of,
     fault_in,
     forget_key,
     masked,
     read_answer,
     read_failure,
-    read_json,
     read_usage,
     status_error,
     usage_of,
     without_key,
     words_of,
 )
-from openai_eval_client.errors import BatchError, ValidationError, sdk_httpx
+from openai_eval_client.errors import BatchError, sdk_httpx
 from openai_eval_client.models import ModelResponse
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from decimal import Decimal
 
     from openai.types import Batch
 
     from openai_eval_client._account import Account
     from openai_eval_client._batches.api import BatchApi
+    from openai_eval_client._batches.budget import Outcome
     from openai_eval_client._batches.files import InputFile
-    from openai_eval_client._cost import Budgets, CostBudget, Pricer
+    from openai_eval_client._cost import Pricer
     from openai_eval_client._tokens import TokenCounter
-    from openai_eval_client.errors import BudgetExceededError
 
-    Outcome = ModelResponse | Exception
 
-_OK, _BAD_REQUEST = 200, 400
+_OK, _REDIRECT, _BAD_REQUEST, _NOT_FOUND = 200, 300, 400, 404
 _SHOWN = 500  # characters of why a line holds no answer
 _STATUS = re.compile(r"[1-5][0-9][0-9](?:\.0)?")
-UNREADABLE, NO_ANSWER = "unreadable_result", "no_answer"
-REFUSED_ANSWER = "unusable_answer"  # the same would come again
+PATIENCE = 60.0  # seconds for which results are looked for that should be there
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds between two looks
 _NOT_OURS = JobMetadata(
     job="", total=0, first=0, count=0, start=None, numbered=False, temperature=None, model=""
 )
 _TIMED_OUT = "request_timeout"  # https://platform.openai.com/docs/api-reference/batch/request-output
-_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, UNREADABLE, NO_ANSWER})
+_TRANSIENT = frozenset({EXPIRED, MISSING, _TIMED_OUT, NO_ANSWER})
+_MAYBE_PAID = frozenset({LOST, UNREADABLE})  # answered, and not to be paid twice unasked
 
 
 @dataclass(slots=True)
@@ -94,7 +104,10 @@ class BatchResults:
     oddities: Counter[str] = field(default_factory=Counter)  # how often each thing happened that should not
     lines: int = 0  # in all files
     unplaced: list[BatchError] = field(default_factory=list)  # of requests of which no index is known
-    names: dict[int, str] = field(default_factory=dict)  # the caller's own custom_ids, where they are known
+    ran: set[int] = field(default_factory=set)  # requests that a model answered, readable or not
+    is_late: bool = False  # whether more results may come: these are not settled
+    is_gone: bool = False  # whether a file that the batch names is not there
+    is_cut: bool = False  # whether a file ends in the middle of a line
 
     @property
     def responses(self) -> dict[int, ModelResponse]:
@@ -123,10 +136,12 @@ class LineReader:
         expected = frozenset(index.indexes) if index.by_name is None else None
         with exact():
             for file in files:
+                raw = b"\n"
                 for raw in file:
                     if not raw.isspace():
                         results.lines += 1
                         self._read_line(raw, index, expected, results)
+                results.is_cut |= not raw.endswith(b"\n") and parse_line(raw) is None
         return results
 
     def price(self, model: str, usage: Usage) -> float | None:
@@ -146,13 +161,14 @@ class LineReader:
         if request is None or (expected is not None and request not in expected):
             results.oddities["lines of no request of this job"] += line is not None
             return
-        if name is not None and index.by_name is None and name != numbered_id(request):
-            results.names[request] = name.removesuffix(f"#{request}")
         before = results.outcomes.get(request)
         results.oddities["second lines of one request"] += before is not None
         if isinstance(before, ModelResponse):  # not read: it would be priced twice
             return
         outcome = self._outcome(line, raw, request, index.temperature_of(request))
+        status = None if line is None else _status_in(dict_in(line.get("response")), default=None)
+        if line is None or status == _OK or isinstance(outcome, ModelResponse):
+            results.ran.add(request)
         if before is None or isinstance(outcome, ModelResponse):
             results.outcomes[request] = outcome
 
@@ -160,12 +176,15 @@ class LineReader:
         self, line: dict[str, Any] | None, raw: bytes, index: int, temperature: float | None
     ) -> Outcome:
         if line is None:
-            return BatchError("its result is cut short", code=UNREADABLE, line=index + 1)
+            why = "its result is cut short, or nested too deeply to be read"
+            return BatchError(why, code=UNREADABLE, line=index + 1)
         response = line.get("response")
         if not isinstance(response, dict):
             return _line_error(masked(line.get("error"), self._key), index)
         status, request_id = _status_in(response), response.get("request_id")
         body = _body_in(response, self._parameters.api)
+        if status is None and fault_in(body, self._parameters.api) is None:
+            status = _OK  # nobody can read it, but there is a whole answer
         request_id = request_id if isinstance(request_id, str) else None
         error = None if status is None else _failure(status, body, request_id, self._parameters.api)
         if error is not None:
@@ -197,14 +216,15 @@ class LineReader:
         return BatchError(why[:_SHOWN], code=NO_ANSWER if may_pass else REFUSED_ANSWER, line=index + 1)
 
 
-def _status_in(response: Mapping[str, Any]) -> int | None:
+def _status_in(response: Mapping[str, Any], default: int | None = _OK) -> int | None:
     """Return the HTTP status of a result, which some servers send as a text; None where it is none."""
+    # Any that says success is 200 here: it is the body that tells whether there is an answer.
     status = response.get("status_code")
     if status is None:
-        return _OK
+        return _OK if response.get("body") else default
     text = str(status) if isinstance(status, str | int | float) else ""
     number = int(float(text)) if _STATUS.fullmatch(text) else 0
-    return number if number == _OK or number >= _BAD_REQUEST else None
+    return _OK if _OK <= number < _REDIRECT else number if number >= _BAD_REQUEST else None
 
 
 def _body_in(response: Mapping[str, Any], api: str) -> Any:
@@ -219,9 +239,11 @@ def _usage_in(body: object) -> Usage | None:
     return usage_of(body) if isinstance(body, dict) else None
 
 
-def is_curable(error: Exception) -> bool:
-    """Return whether the same request may succeed in another batch."""
-    return error.code in _TRANSIENT if isinstance(error, BatchError) else read_failure(error).retry
+def is_curable(error: Exception, on_unclear: str = "raise") -> bool:
+    """Return whether the same request may succeed in another batch, and is to be paid for again."""
+    if not isinstance(error, BatchError):
+        return read_failure(error).retry
+    return error.code in _TRANSIENT or (error.code in _MAYBE_PAID and on_unclear == "retry")
 
 
 def _line_error(error: object, index: int) -> BatchError:
@@ -262,29 +284,38 @@ class BatchSettler:
         self.unsettled: dict[str, InputFile] = {}  # with a reservation, by the id of their batch
 
     async def settle(
-        self, batch: Batch, *, file: InputFile | None = None, offset: int = 0, asked: Parameters | None = None
+        self,
+        batch: Batch,
+        *,
+        file: InputFile | None = None,
+        offset: int = 0,
+        asked: Parameters | None = None,
+        seconds: float = 0.0,
+        is_last: bool = True,
     ) -> BatchResults:
-        """Read the results of a batch; without its input file, its first request may have index `offset`."""
-        api = next((api for api, path in BATCH_PATHS.items() if path == batch.endpoint), None)
-        if api is None:
-            message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
-            raise BatchError(message, code="unsupported_endpoint")
+        """Read the results of a batch; without its input file, its first request may have index `offset`.
+
+        Where results are not there that should be, look again for so many seconds. If they still are not,
+        the results are late, and are booked and settled only if it is the last time.
+        """
         pricer = self._ledger.pricer_for(None)
         await pricer.ready()
-        source = file or read_job_metadata(batch.metadata)
-        model = (source and source.model) or getattr(batch, "model", None) or ""
-        reader = LineReader(api, pricer, model=model, asked=asked, key=self._api.key)
-        async with contextlib.AsyncExitStack() as stack:
-            files = [
-                stack.enter_context(found)
-                for file_id in (batch.output_file_id, batch.error_file_id)
-                if file_id and (found := await self._download(batch, "result", file_id)) is not None
-            ]
-            if file is not None:
-                index = RequestIndex(file.indexes, temperature=file.temperature)
-            else:
-                index = await self._stated_index(batch, offset) or await _guess_index(batch, files, offset)
-            results = await asyncio.to_thread(reader.read, files, index)
+        end, pause = time.monotonic() + seconds, _FIRST_PAUSE
+        while True:
+            results, index, reader = await self._read(batch, pricer, file, offset, asked)
+            is_short = _is_short(batch, results, index)
+            left = end - time.monotonic()
+            if not is_short or left <= 0:
+                break
+            text = "batch %s: not all of its results are there: looking again in %.1f s"
+            inform(text, batch.id, pause, event="batch_results_late", batch_id=batch.id)
+            await asyncio.sleep(min(pause, left))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            with contextlib.suppress(openai.APIError):
+                batch = await self._api.get(batch.id)
+        if is_short and not is_last:
+            results.is_late = True
+            return results
         _warn_of_oddities(batch, results)
         explain_missing(batch, results, index)
         _name_outcomes(results, index)
@@ -296,8 +327,42 @@ class BatchSettler:
             self._recorder.settled(answers, len(results.outcomes) - len(answers))
         submitted = self.unsettled.pop(batch.id, file)
         if submitted is not None:
-            _settle_reservation(submitted, batch, results.outcomes, reader.billed)
+            settle_reservation(submitted, batch, results.outcomes, reader.billed)
         return results
+
+    async def _read(
+        self, batch: Batch, pricer: Pricer, file: InputFile | None, offset: int, asked: Parameters | None
+    ) -> tuple[BatchResults, RequestIndex, LineReader]:
+        """Read the result files of a batch, as far as they are there."""
+        source = file or read_job_metadata(batch.metadata)
+        model = (source and source.model) or getattr(batch, "model", None) or ""
+        async with contextlib.AsyncExitStack() as stack:
+            files, is_gone = [], False
+            for file_id in (batch.output_file_id, batch.error_file_id):
+                found = await self._download(batch, "result", file_id) if is_id(file_id) else None
+                files += [] if found is None else [stack.enter_context(found)]
+                is_gone |= found is None and is_id(file_id)
+            api = await self._api_of(batch, files) if asked is None else asked.api
+            reader = LineReader(api, pricer, model=model, asked=asked, key=self._api.key)
+            if file is not None:
+                index = RequestIndex(file.indexes, temperature=file.temperature)
+            else:
+                index = await self._stated_index(batch, offset) or await _guess_index(batch, files, offset)
+            results = await asyncio.to_thread(reader.read, files, index)
+        results.is_gone = is_gone
+        return results, index, reader
+
+    async def _api_of(self, batch: Batch, files: Sequence[IO[bytes]]) -> str:
+        """Return the API that a batch is of; if the server leaves it out, by what was asked or answered."""
+        api = api_in(batch.endpoint)
+        if api is None and (batch.endpoint or "").strip():
+            message = f"batch {batch.id} is of {batch.endpoint}: read it with client.openai.files.content"
+            raise BatchError(message, code="unsupported_endpoint")
+        if api is None:
+            asked = await self._download(batch, "input", batch.input_file_id)
+            with asked or contextlib.nullcontext():
+                api = _api_in_lines([*([] if asked is None else [asked]), *files])
+        return api or "chat"
 
     async def name_requests(self, batch: Batch, errors: Iterable[BatchError], offset: int) -> None:
         """Turn the lines of a batch's file, in its errors, into positions in the caller's list."""
@@ -313,7 +378,7 @@ class BatchSettler:
         """Return what a batch was asked, by its metadata or its input file; None where both do not tell."""
         stated, job = None, read_job_metadata(batch.metadata) or _NOT_OURS
         start = offset if job.start is None else job.start
-        if job.start is not None and job.numbered:
+        if job.start is not None and job.numbered and not job.named:
             stated = RequestIndex(range(start, start + job.count), temperature=job.temperature)
             if job.temperature != MIXED:
                 return stated
@@ -323,14 +388,15 @@ class BatchSettler:
         with file:
             return await asyncio.to_thread(read_index, file, numbered=job.numbered, start=start)
 
-    async def _download(self, batch: Batch, kind: str, file_id: str) -> IO[bytes] | None:
-        """Download a file of a batch; None where it is gone."""
-        made_at = ended_at(batch) if kind == "result" else None
+    async def _download(self, batch: Batch, kind: str, file_id: str | None) -> IO[bytes] | None:
+        """Download a file of a batch; None where it is gone, or not there yet."""
         try:
-            return await self._api.download(file_id, made_at=made_at or 0.0)
-        except openai.NotFoundError:
+            return await self._api.download(file_id or "")
+        except openai.APIStatusError as error:
+            if error.status_code != _NOT_FOUND and (error.status_code != _BAD_REQUEST or kind != "result"):
+                raise
             text = "batch %s: its %s file %s is gone"
-            warn(text, batch.id, kind, file_id, event="batch_file_gone", batch_id=batch.id)
+            warn(text, batch.id, kind, shown(file_id), event="batch_file_gone", batch_id=batch.id)
             return None
 
     async def _count_missing_usage(
@@ -353,26 +419,64 @@ class BatchSettler:
                 response.usage.estimated_cost = reader.price(response.model, estimate)
 
 
+def _api_in_lines(files: Iterable[IO[bytes]]) -> str | None:
+    """Return the API that the first line of a file is of, asked or answered."""
+    for line in map(first_line, files):
+        body = dict_in(dict_in(line.get("response")).get("body"))
+        if (api := api_in(line.get("url"))) or body:
+            return api or ("responses" if "output" in body else "chat")
+    return None
+
+
+def _is_short(batch: Batch, results: BatchResults, index: RequestIndex) -> bool:
+    """Return whether there should be more results than there are now."""
+    if _unusable_files(batch):
+        return False
+    is_missing = any(request not in results.outcomes for request in index.indexes) or index.is_guess
+    return results.is_cut or (is_missing and (results.is_gone or _is_lost_by(batch, results)))
+
+
+def _is_lost_by(batch: Batch, results: BatchResults) -> bool:
+    """Return whether a batch says that it answered more requests than its files do."""
+    total, completed, _ = request_counts(batch)
+    stated = batch.request_counts
+    is_counted = stated is not None and bool(stated.completed or stated.failed)
+    has_files = batch.output_file_id or batch.error_file_id or not total
+    is_empty = state_of(batch) == "completed" and not is_counted and not has_files
+    return completed > len(results.ran) or is_empty
+
+
+def _unusable_files(batch: Batch) -> list[str]:
+    """Return what a batch names as its result files that cannot be the id of one."""
+    named = {name: getattr(batch, name) for name in ("output_file_id", "error_file_id")}
+    return [f"{name}={shown(value)}" for name, value in named.items() if value and not is_id(value)]
+
+
 def explain_missing(batch: Batch, results: BatchResults, index: RequestIndex) -> None:
     """Give each request without a result the reason: that of its line in the batch's errors, else its end."""
-    reason = missing_error(batch)
+    reason = lost_error(batch) if _is_lost_by(batch, results) else missing_error(batch)
+    if unusable := _unusable_files(batch):
+        what = f"batch {batch.id} names {unusable[0]}, which is not the id of a file"
+        reason = BatchError(f"{what}: it is not asked for", code=UNUSABLE_FILE)
     of_request = {index.index_at(each.line): each for each in stated_errors(batch) if each.line is not None}
     for request in index.indexes:
         if request not in results.outcomes:
             results.outcomes[request] = with_index(of_request.get(request, reason), request)
-    results.unplaced = [reason] * (request_counts(batch)[0] - len(index.indexes))
+    if index.is_guess:
+        results.unplaced = [reason] * (request_counts(batch)[0] - len(index.indexes))
 
 
 def _name_outcomes(results: BatchResults, index: RequestIndex) -> None:
     """Give each outcome the custom_id that the caller gave its request."""
-    named = (index.by_name or {}).items()
-    results.names.update({request: name for name, request in named if name != numbered_id(request)})
-    for request, name in results.names.items():
+    for name, request in (index.by_name or {}).items():
         outcome: Any = results.outcomes.get(request)
+        if name == numbered_id(request) or outcome is None:
+            continue
+        own = name.removesuffix(f"#{request}") if index.numbered else name
         if isinstance(outcome, ModelResponse):
-            outcome._custom_id = name  # noqa: SLF001  # read by users, set here alone
-        elif outcome is not None:
-            outcome.custom_id = name
+            outcome._custom_id = own  # noqa: SLF001  # read by users, set here alone
+        else:
+            outcome.custom_id = own
 
 
 def _warn_of_oddities(batch: Batch, results: BatchResults) -> None:
@@ -395,113 +499,8 @@ async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) ->
         text = "batch %s: the order of its requests is not known any more"
         warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
     count = request_counts(batch)[0]
-    index = await asyncio.to_thread(guess_index, files, numbered=job.numbered, start=start, count=count)
+    index = await asyncio.to_thread(
+        guess_index, files, numbered=job.numbered, start=start, count=count, named=job.named
+    )
     index.temperature = job.temperature
     return index
-
-
-# --- what batches may cost ---------------------------------------------------------------------------------
-
-_NOTHING = Decimal(0)
-_UNKNOWN = frozenset({MISSING, NO_ANSWER, UNREADABLE})  # what became of the request, and so what it cost
-
-
-def _settle_reservation(
-    file: InputFile, batch: Batch, outcomes: Mapping[int, Outcome], billed: Mapping[int, float | None]
-) -> None:
-    """Replace what is reserved by what the answers cost; a request whose answer is lost counts in full."""
-    if file.reservation is None:
-        return
-    known = sum(isinstance(each, ModelResponse) or _is_lost(each) for each in outcomes.values())
-    certain = request_counts(batch)[1] <= known  # that no other request was answered
-    costs: list[Decimal] = []
-    for index, most in zip(file.indexes, file.costs, strict=True):
-        outcome, cost = outcomes.get(index), most
-        if isinstance(outcome, ModelResponse):
-            if outcome.usage.estimated_cost is not None and not outcome.usage.estimated:
-                cost = Decimal(repr(outcome.usage.estimated_cost))
-        elif index in billed:
-            cost = most if billed[index] is None else Decimal(repr(billed[index]))
-        elif certain and not _is_lost(outcome):
-            cost = _NOTHING
-        costs.append(cost)
-    file.reservation.settle(_sum(costs))
-
-
-def _is_lost(outcome: Outcome | None) -> bool:
-    """Return whether there may have been an answer that is not known."""
-    return outcome is None or (isinstance(outcome, BatchError) and outcome.code in _UNKNOWN)
-
-
-class BatchBudget:
-    """Reserves what the input files of one call can cost, from the call's budget and the client's."""
-
-    def __init__(self, payments: Budgets, counter: TokenCounter, own: CostBudget | None = None) -> None:
-        self._budgets = payments.budgets(own)
-        self._payments = payments
-        self._counter = counter
-
-    async def estimate(self, files: Iterable[InputFile], endpoint: str) -> None:
-        """Find out what every line can cost, where there is any budget."""
-        if not self._budgets:
-            return
-        await self._payments.ready()
-        for file in files:
-            await self._counter.most_input({"model": file.model})  # waits for the vocabulary
-            file.costs = await asyncio.to_thread(self._costs, file, endpoint)
-
-    def reserve(self, file: InputFile, *, is_made: bool = False) -> bool:
-        """Reserve what a file can cost, once; False: there is no room. One whose batch is made needs none."""
-        if self._budgets and file.reservation is None:
-            take = commit if is_made else reserve_now
-            file.reservation = take(self._budgets, _sum(file.costs))
-        return not self._budgets or file.reservation is not None
-
-    async def reserve_all(self, files: Sequence[InputFile]) -> None:
-        """Reserve what all files can cost together, once there is room for it."""
-        if not self._budgets:
-            return
-        amounts = [_sum(file.costs) for file in files]
-        whole = Reservation()
-        await whole.reserve(self._budgets, _sum(amounts))
-        for file, reservation in zip(files, whole.split(amounts), strict=True):
-            file.reservation = reservation
-
-    def release(self, file: InputFile, *, keep: bool = False) -> None:
-        """Give back what is reserved for a file; or keep it, though no request waits for its settling."""
-        if file.reservation is not None and keep:
-            file.reservation.keep_reserved()
-        elif file.reservation is not None:
-            file.reservation.refund()
-            file.reservation = None
-
-    def fitting(self, file: InputFile) -> int | None:
-        """Return how many of a file's first lines there is room for; None: there may be more room later."""
-        if not all(budget.idle for budget in self._budgets):
-            return None
-        left = min(budget.free for budget in self._budgets)
-        for count, cost in enumerate(file.costs):
-            left -= cost
-            if left < 0:
-                return count
-        return file.count
-
-    def exceeded(self, file: InputFile) -> BudgetExceededError:
-        """Return the error of a file whose first line there is no room for."""
-        budget = min(self._budgets, key=lambda budget: budget.free)
-        return budget.exceeded(file.costs[0])
-
-    def _costs(self, file: InputFile, endpoint: str) -> list[Decimal]:
-        costs, same = list[Decimal](), dict[Decimal, Decimal]()  # few lines differ, and all costs are kept
-        for raw, index in zip(file.lines(), file.indexes, strict=True):
-            try:
-                cost = self._payments.most_by_batch(read_json(raw)["body"], endpoint, self._counter)
-            except ValidationError as error:
-                raise ValidationError(f"request {index}: {error}", field=error.field, index=index) from None
-            costs.append(same.setdefault(cost, cost))
-        return costs
-
-
-def _sum(costs: Iterable[Decimal]) -> Decimal:
-    with exact():
-        return sum(costs, _NOTHING)

@@ -1,12 +1,9 @@
-"""From input files to batches, each made once, and from prompts to answers by them, killed runs included."""
+"""From prompts to answers by batches, killed runs included."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import functools
-import hashlib
 import math
 import random
 import time
@@ -16,18 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import openai
 
-from openai_eval_client._batches.api import (
-    SEPARATOR,
-    JobRecord,
-    are_of_use,
-    enqueued_limit,
-    enqueued_refusal,
-    failure_of,
-    has_ended,
-    is_enqueued_limit,
-    request_counts,
-    state_of,
-)
 from openai_eval_client._batches.files import (
     BatchLine,
     close_files,
@@ -37,276 +22,47 @@ from openai_eval_client._batches.files import (
     recut,
     write_in_thread,
 )
+from openai_eval_client._batches.objects import (
+    LOST,
+    SEPARATOR,
+    UNCLEAR,
+    JobRecord,
+    enqueued_limit,
+    enqueued_refusal,
+    failure_of,
+    has_ended,
+    is_enqueued_limit,
+    request_counts,
+    state_of,
+)
 from openai_eval_client._batches.results import is_curable
+from openai_eval_client._batches.submission import Submission
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online import attach_responses, outcomes_or_raise, responses_of, too_many_failures
 from openai_eval_client._sdk import without
 from openai_eval_client._validation import window_seconds
 from openai_eval_client._wire import BATCH_PATHS, of_error, read_failure, read_json
+from openai_eval_client.errors import BatchError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
     from openai.types import Batch
 
-    from openai_eval_client._batches.api import BatchApi
+    from openai_eval_client._batches.budget import Outcome
     from openai_eval_client._batches.files import InputFile
-    from openai_eval_client._batches.results import BatchBudget, BatchSettler, Outcome
-    from openai_eval_client._cache import Cache, Occurrence
+    from openai_eval_client._batches.submission import CachedAnswers
     from openai_eval_client._report import Progress
     from openai_eval_client._sdk import UnsupportedParameters
     from openai_eval_client._tokens import TokenCounter
     from openai_eval_client._wire import Parameters
     from openai_eval_client.config import BatchConfig
     from openai_eval_client.errors import BudgetExceededError
-    from openai_eval_client.models import ModelResponse
-
-# --- what is kept of a call -------------------------------------------------------------------------------
-
-_AT_ONCE = 100  # answers looked up or kept at a time
-
-
-class Journal:
-    """The jobs of one call as the cache remembers them; without a cache, none."""
-
-    def __init__(self, cache: Cache | None, name: str, *earlier: str) -> None:
-        self._store = None if cache is None else cache.journal
-        self._name = name
-        self.later: deque[dict[str, Any]] = deque()  # records of jobs that are still to be taken up
-        self._names = (name, *earlier)  # the others are those under which earlier versions record the call
-
-    @contextlib.asynccontextmanager
-    async def exclusive(self) -> AsyncIterator[None]:
-        """Wait until no other process works under these names, and keep others waiting."""
-        async with contextlib.AsyncExitStack() as stack:
-            if self._store is not None:
-                for name in self._names:
-                    await stack.enter_async_context(self._store.exclusive(name))
-            yield
-
-    async def load(self) -> list[dict[str, Any]]:
-        """Return the records of the jobs, and stay with the name under which they are."""
-        if self._store is None:
-            return []
-        for name in self._names:
-            found = await self._store.journal_get(name)
-            if found is not None:
-                self._name = name
-                break
-        return found["jobs"] if found else []
-
-    async def save(self, jobs: Iterable[JobRecord]) -> None:
-        """Record the jobs, and those still to be taken up; they are on disk when the call returns."""
-        if self._store is not None:
-            records = [*(job.to_dict() for job in jobs), *self.later]
-            await self._store.journal_put(self._name, {"jobs": records})
-
-    async def forget(self) -> None:
-        """Forget the records."""
-        if self._store is not None:
-            await self._store.journal_delete(self._name)
-
-
-class CachedAnswers:
-    """The cached answers to the prompts of one call; without a cache, none."""
-
-    def __init__(self, cache: Cache | None, parameters: Parameters) -> None:
-        self.names = [""]  # of these prompts and parameters alone, by each version of the key
-        self._cache = cache
-        self._parameters = parameters
-        self._samples: list[Occurrence] = []
-
-    async def take(self, prompts: Sequence[Any]) -> None:
-        """Take the next sample of each prompt."""
-        if self._cache is not None:
-            bodies = map(self._parameters.with_prompt, prompts)
-            take = functools.partial(self._cache.take, parameters=self._parameters)
-            self._samples = await asyncio.to_thread(list, map(take, bodies))
-            keys = list(zip(*(sample.keys for sample in self._samples), strict=True)) or [()]
-            self.names = [hashlib.sha256(b"".join(each)).hexdigest() for each in keys]
-
-    async def look_up(self) -> dict[int, ModelResponse]:
-        """Return the answers there are, by the index of their prompt."""
-        answers: dict[int, ModelResponse] = {}
-        if self._cache is not None:
-            for first in range(0, len(self._samples), _AT_ONCE):
-                some = await self._cache.kept(self._samples[first : first + _AT_ONCE], self._parameters)
-                answers.update({first + n: response for n, response in some.items()})
-        return answers
-
-    async def keep(self, responses: Mapping[int, ModelResponse]) -> None:
-        """Keep new answers, by the index of their prompt."""
-        cache, answers = self._cache, list(responses.items())
-        if cache is not None:
-            for first in range(0, len(answers), _AT_ONCE):
-                some = answers[first : first + _AT_ONCE]
-                await asyncio.gather(*(cache.keep(self._samples[n].key, answer) for n, answer in some))
-
-    def give_back(self, responses: Sequence[ModelResponse | None]) -> None:
-        """Let a later call ask again for the prompts that have no answer."""
-        for sample, response in zip(self._samples, responses, strict=False):
-            if self._cache is not None and response is None:
-                self._cache.give_back(sample, self._parameters)
-
-
-# --- batches made of input files --------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True, eq=False)
-class Submission:
-    """Makes the batches of a job from its input files, each once: all of them or none."""
-
-    api: BatchApi
-    settler: BatchSettler
-    budget: BatchBudget
-    journal: Journal
-    jobs: list[JobRecord] = field(default_factory=list)  # as they are recorded; the last is worked on
-    waiting: deque[InputFile] = field(default_factory=deque)  # of which no batch is made yet
-    running: dict[str, InputFile] = field(default_factory=dict)  # by the id of their batch
-    batches: list[Batch] = field(default_factory=list)  # as they were when they were made or found
-    _held: bool = False  # until a batch ends: too many tokens are enqueued
-    _paused: bool = False  # until the next poll
-
-    @property
-    def job(self) -> JobRecord:
-        """The job that is worked on."""
-        return self.jobs[-1]
-
-    @property
-    def unsettled(self) -> list[str]:
-        """The ids of the batches that are not settled."""
-        waiting = [self.job.made[file.key] for file in self.waiting if file.key in self.job.made]
-        return [*self.running, *waiting]
-
-    async def submit(self, job: JobRecord, files: Sequence[InputFile], *, ttl: float | None) -> list[Batch]:
-        """Make all batches of a job; go on with those recorded in the last `ttl` seconds, by a killed run."""
-        await self.budget.estimate(files, job.endpoint)
-        async with self.journal.exclusive():
-            saved = await self.journal.load()
-            if saved and (ttl is None or saved[0]["since"] >= time.time() - ttl):
-                batches = await self._submit_whole(job.recover(saved[0]), files)
-                if are_of_use(batches):
-                    return batches
-                for batch, file in zip(batches, files, strict=True):  # it is submitted anew
-                    self.settler.unsettled.pop(batch.id, None)
-                    self.budget.release(file)
-            return await self._submit_whole(job, files)
-
-    async def _submit_whole(self, job: JobRecord, files: Sequence[InputFile]) -> list[Batch]:
-        self.jobs, self.waiting, self.running, self.batches = [job], deque(files), {}, []
-        try:
-            for file in files:
-                if file.key in job.made:
-                    self.budget.reserve(file, is_made=True)
-            await self.budget.reserve_all([file for file in files if file.key not in job.made])
-            await self._save()
-            try:
-                await self._submit_waiting()
-            except BaseException as error:
-                if isinstance(error, Exception) and not job.recovered and await self._undo():
-                    await self.journal.forget()
-                self._name_batches(error)
-                raise
-        finally:
-            self._end()
-        return self.batches
-
-    async def _submit_waiting(self) -> None:
-        """Make a batch of each file that waits, in their order, as long as none has to be held back."""
-        while self.waiting and not self._held and not self._paused:
-            batch = await self._make(self.waiting[0])
-            if batch is not None:
-                self._start(self.waiting.popleft(), batch)
-                await self._save()
-
-    async def _make(self, file: InputFile) -> Batch | None:
-        """Return the batch of a file: the one that was made before, else a new one."""
-        return await self._find(file) or await self._create(file)
-
-    def _start(self, file: InputFile, batch: Batch) -> None:
-        self.running[batch.id] = file
-        self.batches.append(batch)
-        self.job.made[file.key] = batch.id
-        self.job.unclear.discard(file.key)
-
-    async def _save(self) -> None:
-        """Record which batches there are, and how the files are cut."""
-        spans = dict(self.job.spans)
-        spans.update((file.first, file.count) for file in [*self.waiting, *self.running.values()])
-        self.job.spans = sorted(spans.items())
-        await self.journal.save(self.jobs)
-
-    async def _find(self, file: InputFile) -> Batch | None:
-        """Return the batch that was made of a file before, with what it may cost reserved."""
-        batch, made = None, self.job.made.get(file.key)
-        if made is not None:
-            with contextlib.suppress(openai.NotFoundError):  # of another account, or long ago: made anew
-                batch = await self.api.get(made)
-        if batch is None and (self.job.recovered or file.key in self.job.unclear):
-            batch = await self.api.find(self.job, file)
-        for key in (self._unseen(file), *([] if batch is None else [batch.id])):
-            earlier = self.settler.unsettled.pop(key, None)
-            if earlier is not None:  # from an earlier call: it is reserved anew
-                self.budget.release(earlier)
-        if batch is None:
-            return None
-        self.budget.reserve(file, is_made=True)
-        about = {"batch_id": batch.id, "batch_status": batch.status}
-        inform("going on with batch %s: %s", batch.id, batch.status, event="batch_resumed", **about)
-        return batch
-
-    async def _create(self, file: InputFile) -> Batch:
-        """Upload a file, once, and create its batch."""
-        if file.file_id is None:
-            file.file_id = await self.api.upload(file)
-        batch = await self.api.create(self.job, file)
-        about = {"batch_id": batch.id, "model": file.model, "requests": file.count}
-        text = "batch %s created: %d requests of %s"
-        inform(text, batch.id, file.count, file.model, event="batch_created", **about)
-        return batch
-
-    async def _undo(self) -> bool:
-        """Cancel the batches of a job that could not be made whole; the last may have been created unseen."""
-        try:
-            if self.job.unclear:
-                found = await self.api.find(self.job, self.waiting[0])
-                self.job.unclear.clear()
-                if found is not None:
-                    self._start(self.waiting.popleft(), found)
-            for batch_id in self.running:
-                await self.api.cancel(batch_id)
-        except openai.OpenAIError as error:
-            text = "batches of a job that failed could not be cancelled (%s)"
-            warn(text, type(error).__name__, event="batch_not_cancelled", **of_error(error))
-            return False
-        return True
-
-    def _name_batches(self, error: BaseException) -> None:
-        """Name the batches of a job that was not created whole: they may cost."""
-        if self.unsettled:
-            job_id = error.__dict__["job_id"] = SEPARATOR.join(self.unsettled)
-            text, about = "job not submitted whole (%s): created were %s", of_error(error)
-            warn(text, about["error_type"], job_id, event="batch_job_incomplete", batch_id=job_id, **about)
-
-    def _end(self) -> None:
-        """Keep what batches may still cost reserved, though no request waits for that; give back the rest."""
-        for file in [*self.running.values(), *self.waiting]:
-            batch_id = self.job.made.get(file.key)
-            if batch_id is not None and file.reservation is not None:
-                self.settler.unsettled[batch_id] = file
-            may_run = batch_id is not None or file.key in self.job.unclear or self.job.recovered
-            if batch_id is None and may_run and file.reservation is not None:
-                self.settler.unsettled[self._unseen(file)] = file
-            self.budget.release(file, keep=may_run)
-
-    def _unseen(self, file: InputFile) -> str:
-        """Return what stands for the id of a batch that may have been made, but was not seen."""
-        return f"{self.job.name} {file.key}"
-
-
-# --- prompts answered by batches --------------------------------------------------------------------------
 
 _FILLED = 0.9  # of the enqueued limit by one file: the server counts a little differently
+_DOUBTFUL = frozenset({UNCLEAR, LOST})  # errors of requests that may have been paid for
+_UNSEEN = 600.0  # seconds for which batches and results are looked for that may be there unseen
+_OVERDUE = 3600.0  # seconds after its completion window in which a batch may still end
 _PATIENCE = 10  # polling intervals between two tries, at most, of a file that is refused again and again
 
 
@@ -329,7 +85,9 @@ class BatchRun(Submission):
     failed: Exception | None = None  # the first reason for that
     over_budget: BudgetExceededError | None = None  # the same, where too little money is left
     _refused_alone: int = 0  # how often a file was refused with no other of ours enqueued
-    _give_up_at: float = 0.0
+    _give_up_at: float = 0.0  # of the monotonic clock, as the next
+    _moved_at: float = 0.0  # when anything was seen to move, or the log said that nothing does
+    _seen: object = None  # what there was to see then
     _repeated: set[int] = field(default_factory=set)  # requests that failed by chance once
     _reported: float = 0.0
 
@@ -339,15 +97,20 @@ class BatchRun(Submission):
             async with self.journal.exclusive():
                 self.outcomes.update(await self.cached.look_up())
                 await self._run()
-                await self.journal.forget()
+                await self._forget()
+            await self.progress(1.0)
         except BaseException as error:
             error.__dict__["job_id"] = SEPARATOR.join(self.unsettled) or None
             attach_responses(error, responses_of(self._in_order()))
+            self.cached.give_back([])
             raise
-        finally:
-            self.cached.give_back(responses_of(self._in_order()))
-        await self.progress(1.0)
-        return outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
+        try:
+            outcomes = outcomes_or_raise(self._in_order(), return_exceptions=return_exceptions)
+        except BaseException:
+            self.cached.give_back([])
+            raise
+        self.cached.give_back(responses_of(outcomes))
+        return outcomes
 
     async def _run(self) -> None:
         """Run job after job, first those recorded, until every request has an outcome to be handed out."""
@@ -369,7 +132,7 @@ class BatchRun(Submission):
             none_ran = len(self.jobs) == 1 and self.never_ran == len(job.indexes)
             reason = self.over_budget or (self.failed if none_ran else None)
             if reason is not None:
-                await (self.journal.save(()) if later else self.journal.forget())
+                await self._forget()
                 raise reason
             wanted = [index for index in missing if self._is_worth(index, self.outcomes.get(index))]
             self._repeated.update(
@@ -379,6 +142,15 @@ class BatchRun(Submission):
                 and not isinstance(error, openai.BadRequestError)  # which counts by the parameter refused
             )
 
+    async def _forget(self) -> None:
+        """Forget what is recorded, but for what is still to be done or may have been paid for unseen."""
+        if any(isinstance(each, BatchError) and each.code in _DOUBTFUL for each in self.outcomes.values()):
+            await self.journal.save(self.jobs)
+        elif self.journal.later:
+            await self.journal.save(())
+        else:
+            await self.journal.forget()
+
     async def _run_job(self, job: JobRecord) -> None:
         """Make the batches of a job, and wait until all are settled."""
         adapted = dataclasses.replace(self.parameters, body=without(self.parameters.body, job.refused))
@@ -386,7 +158,8 @@ class BatchRun(Submission):
         files = recut(await write_in_thread(lines, most_lines=job.most_lines), job.spans)
         self.jobs.append(job)
         self.waiting = deque(sorted(files, key=lambda file: file.key not in job.made))
-        self._give_up_at = time.monotonic() + window_seconds(job.window)
+        self._moved_at = time.monotonic()
+        self._give_up_at = self._moved_at + window_seconds(job.window)
         try:
             await self.budget.estimate(files, job.endpoint)
             await self._save()
@@ -409,8 +182,8 @@ class BatchRun(Submission):
         """Return the batch of a file; None where it has to wait, was cut, or was given up."""
         try:
             batch = await self._find(file)
-        except openai.APIError as error:
-            self._pause_for(error)
+        except openai.OpenAIError as error:
+            self._doubt(error)
             return None
         if batch is not None or not await self._reserve(file):
             return batch
@@ -444,9 +217,30 @@ class BatchRun(Submission):
         warn(text, self.waiting[0].count, about["error_type"], event="batch_not_submitted", **about)
         self._paused = True
 
+    def _doubt(self, error: openai.OpenAIError) -> None:
+        """Put the first file off, whose batch may have been made unseen; give it up in the end."""
+        file = self.waiting[0]
+        if not isinstance(error, BatchError):
+            self._pause_for(error)
+        elif error.code != UNCLEAR:
+            raise error
+        elif self._is_recent(file) and self._is_patient():
+            text = "%d requests: %s: looking again later"
+            warn(text, file.count, error, event="batch_unclear", **of_error(error))
+            self._paused = True
+        else:
+            self._give_up(error)
+
+    def _is_recent(self, file: InputFile) -> bool:
+        """Return whether a batch was asked for so lately that it may still appear."""
+        return 0 <= time.time() - self.job.unclear.get(file.key, 0.0) < min(_UNSEEN, self.api.max_wait)
+
     async def _refused(self, error: openai.OpenAIError) -> None:
         """Hold the first file back, or give it up."""
         file = self.waiting[0]
+        if isinstance(error, BatchError):
+            self._doubt(error)
+            return
         left = sum(each.count for each in self.waiting)
         has_begun = left < len(self.job.indexes) or file.key in self.job.unclear  # else nothing is lost
         if is_enqueued_limit(error):
@@ -509,17 +303,36 @@ class BatchRun(Submission):
         self._paused, self._held = False, self._held and bool(self.running)
         for batch_id, file in list(self.running.items()):
             await self._look(batch_id, file)
+        self._say_what_is_waited_for()
         left = sum(file.count - file.done for file in [*self.waiting, *self.running.values()])
         fraction = (len(self.prompts) - left) / len(self.prompts)
         if self._reported < fraction < 1:
             self._reported = fraction
             await self.progress(fraction)
 
+    def _say_what_is_waited_for(self) -> None:
+        """Log it where nothing has moved for as long as the longest pause."""
+        now = time.monotonic()
+        seen = [(batch_id, file.done) for batch_id, file in self.running.items()], len(self.waiting)
+        if seen != self._seen:
+            self._seen, self._moved_at = seen, now
+        elif now - self._moved_at >= self.api.max_wait:
+            self._moved_at = now
+            names = SEPARATOR.join(self.running) or "the server to take a batch"
+            inform(
+                "nothing has moved for a while: waiting for %s", names, event="batch_waiting", batch_id=names
+            )
+
     async def _look(self, batch_id: str, file: InputFile) -> None:
         try:
-            await self._update(await self.api.get(batch_id), file)
+            batch = await self.api.get(batch_id)
+            if not has_ended(batch) and time.monotonic() > self._give_up_at + _OVERDUE:
+                state = state_of(batch)
+                message = f"batch {batch_id} is {state} an hour after its window of {self.job.window}"
+                raise BatchError(f"{message}: no longer waited for", code=state)
+            await self._update(batch, file)
         except openai.APIError as error:
-            if not read_failure(error).retry:
+            if not read_failure(error).retry or time.monotonic() > self._give_up_at + _OVERDUE:
                 raise
             text, about = "batch %s could not be read (%s): later again", of_error(error)
             warn(text, batch_id, about["error_type"], event="batch_not_read", batch_id=batch_id, **about)
@@ -540,7 +353,11 @@ class BatchRun(Submission):
             await self._hold(refusal)
             await self._save()
             return
-        results = await self.settler.settle(batch, file=file, asked=self.parameters)
+        file.ended_at = file.ended_at or time.monotonic()
+        is_last = time.monotonic() - file.ended_at >= min(_UNSEEN, self.api.max_wait)
+        results = await self.settler.settle(batch, file=file, asked=self.parameters, is_last=is_last)
+        if results.is_late:  # it is looked at again with the next poll
+            return
         await self.cached.keep(results.responses)
         self.running.pop(batch.id)
         self._held, self._refused_alone = False, 0
@@ -569,7 +386,8 @@ class BatchRun(Submission):
             return True
         if isinstance(outcome, openai.BadRequestError):
             return self.unsupported.learn(outcome, without(self.parameters.body, self.job.refused))
-        return isinstance(outcome, Exception) and is_curable(outcome) and index not in self._repeated
+        is_worth = isinstance(outcome, Exception) and is_curable(outcome, self.on_unclear)
+        return is_worth and index not in self._repeated
 
     def _in_order(self) -> list[Outcome | None]:
         return [self.outcomes.get(index) for index in range(len(self.prompts))]

@@ -79,6 +79,7 @@ def submit(
     system: common.System = None,
     api: common.ApiOption = "chat",
     window: common.Window = common.DEFAULT_WINDOW,
+    on_unclear: common.OnUnclear = "raise",
     cache: common.Cache = None,
     metadata: Annotated[
         list[str] | None,
@@ -97,7 +98,7 @@ def submit(
     interrupted = "interrupted; what was created already is listed by: openai-eval-client batch list"
     with exit_codes(interrupted=interrupted):
         pairs = common.split_pairs("--metadata", metadata or [], "KEY=VALUE")
-        terms: Any = {"completion_window": window, "metadata": pairs, "api": api}
+        terms: Any = {"completion_window": window, "metadata": pairs, "api": api, "on_unclear": on_unclear}
         config = common.api_config(**ctx.obj, default_model=model)
         lines = Source(source, form="jsonl")
         requests, numbers = read_requests(lines, defaults)

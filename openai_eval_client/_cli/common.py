@@ -99,6 +99,13 @@ Cache = Annotated[
     Option(metavar="FILE", help="Keep answers and batches in this file, and use its own. (default: none)"),
 ]
 Window = Annotated[str, Option(metavar="TIME", help="The time limit of a batch, such as 24h or 7d.")]
+OnUnclear = Annotated[
+    Literal["raise", "retry"],
+    Option(
+        help="If it is unknown whether a batch was created, or an answer paid for: raise gives it up, retry "
+        "submits it again, perhaps paid twice."
+    ),
+]
 Interval = Annotated[float, Option(metavar="SECONDS", help="Time between two looks at a batch.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of text.")]
 

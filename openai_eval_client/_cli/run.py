@@ -88,6 +88,7 @@ def run(  # one name for each option
     ] = None,
     batch: Annotated[bool, Option("--batch", help="Use the Batch API: half the price, in a day.")] = False,
     window: common.Window = common.DEFAULT_WINDOW,
+    on_unclear: common.OnUnclear = "raise",
     interval: common.Interval = common.DEFAULT_INTERVAL,
     timeout: Annotated[
         float | None, Option(metavar="SECONDS", help=f"Time limit of an attempt. (default: {_TIMEOUT:g})")
@@ -133,6 +134,7 @@ def run(  # one name for each option
             overwrite=overwrite,
             cache=cache and cache.expanduser(),
             by_batch=batch,
+            on_unclear=on_unclear,
             batch=BatchConfig(auto_batch_threshold=1, completion_window=window, polling_interval=interval),
             report=report and report.expanduser(),
             quiet=quiet or (as_json and output == "-"),  # the summary is then alone on standard error
@@ -192,6 +194,7 @@ class FileRun:
     overwrite: bool = False  # whether to empty it first
     cache: Path | None = None
     by_batch: bool = False  # whether to use the Batch API
+    on_unclear: str = "raise"  # what to do about a batch that may have been created
     batch: BatchConfig | None = None  # how to use it
     report: Path | None = None  # the page about the run
     progress: bool = False  # whether to show it
@@ -464,6 +467,7 @@ async def _answer_by_batch(
             [row.prompt for row in rows],
             use_batch_api=True,
             return_exceptions=True,
+            on_unclear=run.on_unclear,
             progress=run.progress,
             **run.params,
         )

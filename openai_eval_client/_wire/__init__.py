@@ -43,6 +43,7 @@ from openai_eval_client._wire.requests import (
 from openai_eval_client._wire.usage import (
     Tail,
     Usage,
+    dict_in,
     read_json,
     read_object,
     read_usage,
@@ -72,6 +73,7 @@ __all__ = [
     "clear_frames",
     "code_of",
     "decoded",
+    "dict_in",
     "endpoint_of",
     "error_of",
     "fault_in",

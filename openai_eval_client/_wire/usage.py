@@ -24,6 +24,7 @@ _LONGEST_NAME = 500  # bytes
 _LARGEST_USAGE = 16_384  # bytes
 _TRIES = 100  # `usage` objects that are looked at, from the last one on
 _LONGEST_COUNT = 30  # characters of a number sent as text
+_MOST_LEVELS = 200  # of nesting; pydantic writes 255
 _LONGEST_INT = 4000  # digits; Python refuses those above 4,300
 
 # What servers call their counts, and what each is: OpenAI's two APIs, Anthropic, DeepSeek, Moonshot, Mistral,
@@ -279,12 +280,14 @@ def text_in(value: object) -> str:
     return ""
 
 
-def clean(value: Any) -> Any:
-    """Return JSON in which every text is valid Unicode."""
+def clean(value: Any, levels: int = _MOST_LEVELS) -> Any:
+    """Return JSON that can be written: every text is valid Unicode, and what is nested too deeply is null."""
     if isinstance(value, str):
         return text_in(value)
+    if not levels:
+        return None if isinstance(value, list | dict) else value
     if isinstance(value, list):
-        return [clean(item) for item in value]
+        return [clean(item, levels - 1) for item in value]
     if isinstance(value, dict):
-        return {text_in(key): clean(item) for key, item in value.items()}
+        return {text_in(key): clean(item, levels - 1) for key, item in value.items()}
     return value

@@ -37,7 +37,7 @@ from openai_eval_client import (
     QuotaError,
 )
 from openai_eval_client._batches import files as _files
-from openai_eval_client._batches.api import JOB_KEY, read_job_metadata
+from openai_eval_client._batches.objects import JOB_KEY, read_job_metadata
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates", "no_pauses")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from openai_eval_client import BatchRequest, ValidationError
-from openai_eval_client._batches.api import JOB_KEY, LINES_KEY
 from openai_eval_client._batches.files import check_requests
+from openai_eval_client._batches.objects import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 pytestmark = pytest.mark.usefixtures("few_certificates")

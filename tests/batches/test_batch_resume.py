@@ -11,7 +11,7 @@ import pytest
 from batches import SOON, connect
 
 from openai_eval_client import BatchRequest
-from openai_eval_client._batches.api import JOB_KEY, LINES_KEY
+from openai_eval_client._batches.objects import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from openai_eval_client import (
     ValidationError,
 )
 from openai_eval_client import _validation as _checks
-from openai_eval_client._batches.api import read_job_metadata
+from openai_eval_client._batches.objects import read_job_metadata
 from openai_eval_client.errors import sdk_httpx
 from openai_eval_client.testing import SimulatedServer
 
@@ -153,7 +153,7 @@ async def test_a_callback_may_fail_or_wait(caplog) -> None:
 
 
 async def test_what_failed_by_chance_is_submitted_once_more_and_only_that() -> None:
-    """Expired, 429, 500, missing, cut and empty results; not what was answered, refused or cancelled."""
+    """Expired, 429, 500; not what was answered, refused or cancelled, nor what was answered and is lost."""
     lines = ["ok", "expired", "400", "500", "cancelled", "429", "missing", "truncated"]
     seen: list[float] = []
     with SimulatedServer(batch_seconds=0.01, batch_plans=[{"lines": lines}]) as server:
@@ -161,9 +161,10 @@ async def test_what_failed_by_chance_is_submitted_once_more_and_only_that() -> N
             outcomes = await client.batch_generate(
                 EIGHT, use_batch_api=True, return_exceptions=True, progress_callback=seen.append
             )
-            assert await submitted(client, server) == [list(range(8)), [1, 3, 5, 6, 7]]
+            assert await submitted(client, server) == [list(range(8)), [1, 3, 5]]
     wanted = echoes(EIGHT)
     wanted[2], wanted[4] = "invalid_value", "batch_cancelled"
+    wanted[6], wanted[7] = "lost_result", "unreadable_result"
     assert contents(outcomes) == wanted
     assert seen == sorted(set(seen))
     assert seen[-1] == 1.0
@@ -174,7 +175,7 @@ CURABLE = {
     "429": "rate_limit_exceeded",
     "500": None,
     "timeout": "request_timeout",
-    "missing": "missing_result",
+    "missing": "lost_result",
     "status_0": "no_answer",
     "truncated": "unreadable_result",
     "null_body": "no_answer",
@@ -189,7 +190,7 @@ async def test_what_fails_twice_is_reported(outcome: str) -> None:
     with SimulatedServer(batch_seconds=0.01, batch_plans=plans) as server:
         async with connect(server) as client:
             with pytest.raises(PartialFailureError) as caught:
-                await client.batch_generate(EIGHT[:2], use_batch_api=True)
+                await client.batch_generate(EIGHT[:2], use_batch_api=True, on_unclear="retry")
         assert len(server.batches) == 2
     assert {n: error.code for n, error in caught.value.failures.items()} == {1: CURABLE[outcome]}
     assert contents([caught.value.responses[0]]) == ["echo: p0"]

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from openai.types import Batch
 
 from openai_eval_client import BatchError, BatchJobStatus, BatchRequest
-from openai_eval_client._batches.api import (
+from openai_eval_client._batches.files import check_requests, write_files
+from openai_eval_client._batches.objects import (
     JOB_KEY,
     LINES_KEY,
     JobMetadata,
@@ -35,7 +36,6 @@ from openai_eval_client._batches.api import (
     request_counts,
     stated_errors,
 )
-from openai_eval_client._batches.files import check_requests, write_files
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

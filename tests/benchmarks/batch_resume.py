@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from openai_eval_client import BatchConfig, BatchRequest, ModelResponse, OpenAIClient, OpenAIConfig
-from openai_eval_client._batches.api import JOB_KEY, LINES_KEY
+from openai_eval_client._batches.objects import JOB_KEY, LINES_KEY
 from openai_eval_client.testing import SimulatedServer
 
 FAULTS = {

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from openai_eval_client import CacheConfig
-from openai_eval_client._batches.run import Journal
+from openai_eval_client._batches.submission import Journal
 from openai_eval_client._cache import cache as cache_module
 from openai_eval_client._cache import store as store_module
 from openai_eval_client._cache.cache import Cache

@@ -86,6 +86,10 @@ class WireServer:
         self._lines = lines  # of the output of a batch, instead of those made of the script
         self._files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}  # by their ids
+        self.hooks: dict[
+            str, Callable[[int, Reply], Reply | None]
+        ] = {}  # answers replaced: see `_of_batches`
+        self.looks: Counter[str] = Counter()  # how often each of them was asked for
         self._tasks: set[asyncio.Task[Any] | None] = set()
         self._writers: set[asyncio.StreamWriter] = set()
 
@@ -135,17 +139,41 @@ class WireServer:
     # --- the Batch API: each batch has ended as soon as it is made ------------------------------------------
 
     def _of_batches(self, method: str, path: str, body: bytes) -> Reply:
+        """Do a call, and answer as a hook of its name says that is given its number and the plain answer."""
+        # The names: upload, file, content, input (the content of an input file), create, list, retrieve and
+        # cancel. "no create" is asked before a batch is made; if it answers, none is.
         _, kind, *rest = path.split("/")
+        if kind == "files":
+            name = "upload" if method == "POST" else "content" if rest[1:] else "file"
+            name = "input" if name == "content" and rest[0] in self._inputs else name
+        else:
+            name = ("retrieve" if rest else "list") if method == "GET" else "cancel" if rest else "create"
+        number = self.looks[name]
+        self.looks[name] += 1
+        refused = self.hooks.get(f"no {name}", lambda *_: None)(number, GOOD)
+        if refused is not None:
+            return refused
+        reply = self._plainly(kind, method, rest, body)
+        return self.hooks.get(name, lambda *_: None)(number, reply) or reply
+
+    @property
+    def _inputs(self) -> set[str]:
+        return {batch["input_file_id"] for batch in self.batches.values()}
+
+    def _plainly(self, kind: str, method: str, rest: Sequence[str], body: bytes) -> Reply:
         if kind == "files":
             if method == "POST":
                 return Reply(self._file(_uploaded(body)))
-            content = self._files[rest[0]]
-            return Reply(content) if rest[1:] == ["content"] else Reply(_file_object(rest[0], content))
+            content = self._files.get(rest[0])
+            if content is None:
+                return Reply({"error": {"message": f"No such File object: {rest[0]}"}}, 404)
+            return Reply(content if rest[1:] == ["content"] else _file_object(rest[0], content))
         if method == "POST" and not rest:
             return Reply(self._batch(json.loads(body)))
         if not rest:
             return Reply({"object": "list", "data": list(self.batches.values()), "has_more": False})
-        return Reply(self.batches[rest[0]])
+        unknown = Reply({"error": {"message": f"No batch found with id '{rest[0]}'."}}, 404)
+        return Reply(self.batches[rest[0]]) if rest[0] in self.batches else unknown
 
     def _file(self, content: bytes) -> dict[str, Any]:
         name = f"file-{len(self._files)}"
