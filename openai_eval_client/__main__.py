@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from openai_eval_client import _interrupts
+
 
 def main() -> None:
     """Run the command line, or say what it needs."""
+    _interrupts.handle(_interrupts.end)
     try:
         from openai_eval_client._cli import app  # an extra, which may not be there
     except ModuleNotFoundError as error:
         sys.exit(f"{error.name} is missing: pip install 'openai-eval-client[cli]'")
-    except KeyboardInterrupt:
-        sys.exit(130)
     app()
 
 

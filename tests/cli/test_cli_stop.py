@@ -317,3 +317,65 @@ def test_a_signal_that_is_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# A module that Python imports first of all, which sends signals when the command imports a module, or ends.
+AT_A_MOMENT = """
+import atexit, os, signal, sys
+
+def send(names):
+    if names:
+        try:
+            signal.raise_signal(getattr(signal, names[0]))
+        finally:
+            send(names[1:])
+
+class Finder:
+    def find_spec(name, *_):
+        if name == os.environ["MOMENT"]:
+            send(os.environ["SIGNALS"].split())
+
+sys.meta_path.insert(0, Finder)
+if os.environ["MOMENT"] == "the end":
+    atexit.register(lambda: send(os.environ["SIGNALS"].split()))
+"""
+SCRIPT = "import sys; from openai_eval_client.__main__ import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("moment", "signals", "program"),
+    [
+        ("openai_eval_client._report", "SIGINT", "module"),
+        ("openai_eval_client._report", "SIGTERM", "script"),
+        ("pydantic", "SIGINT SIGINT", "script"),
+        ("openai", "SIGTERM", "module"),
+        ("typer", "SIGINT", "module"),
+        ("openai_eval_client.testing", "SIGTERM", "module"),
+        ("openai_eval_client.testing", "SIGINT SIGINT SIGTERM", "script"),
+        ("the end", "SIGINT", "module"),
+    ],
+)
+def test_a_signal_at_any_moment_ends_without_a_traceback(tmp_path, moment, signals, program):
+    """While the package is imported, inside a command before its work, and when Python ends: exit code 130."""
+    (tmp_path / "sitecustomize.py").write_text(AT_A_MOMENT)
+    (tmp_path / "openai-eval-client").write_text(SCRIPT)
+    command = COMMAND if program == "module" else [sys.executable, tmp_path / "openai-eval-client"]
+    arguments = ["--version"] if moment == "the end" else ["demo"]
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "MOMENT": moment, "SIGNALS": signals}
+    done = subprocess.run(
+        [*command, *arguments], env={**os.environ, **paths}, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 130
+    assert set(done.stderr.split(b"\n")) == {b"interrupted", b""}
+
+
+def test_a_program_that_imports_the_package_keeps_its_own_signals():
+    """Only our commands end at a signal; another program gets its KeyboardInterrupt."""
+    code = "import signal, openai_eval_client; print(signal.getsignal(signal.SIGINT).__name__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-m", "openai_eval_client"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout == b"default_int_handler\n"
