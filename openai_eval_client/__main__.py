@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import signal
 import sys
 
 from openai_eval_client import _interrupts
@@ -10,6 +12,7 @@ from openai_eval_client import _interrupts
 def main() -> None:
     """Run the command line, or say what it needs."""
     _interrupts.handle(_interrupts.end)
+    atexit.register(_interrupts.handle, signal.SIG_IGN)  # the last one: what is left is Python's own end
     try:
         from openai_eval_client._cli import app  # an extra, which may not be there
     except ModuleNotFoundError as error:

@@ -27,7 +27,7 @@ def is_command() -> bool:
     return os.path.basename(program).partition(".")[0] == _PROGRAM  # noqa: PTH119
 
 
-def handle(handler: Callable[..., object]) -> list[tuple[int, Any]]:
+def handle(handler: Callable[..., object] | signal.Handlers) -> list[tuple[int, Any]]:
     """Have the signals handled, unless they are ignored; return the handlers before."""
     ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) not in _NOT_OURS]
     try:

@@ -21,7 +21,7 @@ from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online.background import BackgroundResponses, pending
 from openai_eval_client._online.stopping import StopRule, check_max_failures
-from openai_eval_client._runtime import check_loop
+from openai_eval_client._runtime import check_loop, running_loop
 from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._validation import check_count
 from openai_eval_client._wire import (
@@ -341,6 +341,8 @@ class WorkerPool:
         self._stopped = True
         self.error = error  # rather than one of the source: it is why items have no outcome
         self._ready.clear()
+        if running_loop() is None:  # it was closed under its tasks
+            return
         for task in self._tasks - self._sending - {asyncio.current_task()}:
             task.cancel()
 
