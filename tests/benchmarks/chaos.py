@@ -49,6 +49,8 @@ from openai_eval_client.testing import SimulatedServer
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from openai_eval_client.testing import Call
+
 MODEL, OUTPUT, IN_FLIGHT = "gpt-4o-mini", 20, 50
 PRICES = 0.15e-6, 0.60e-6  # USD of an input and of an output token
 LIMITS = [(3000, None), (1200, 200_000), (2400, 60_000), (600, None)]  # RPM, TPM of the server
@@ -57,6 +59,7 @@ FAULTS = {
     **dict.fromkeys(("502", "503", "garbage", "error_beside", "json_done", "malformed_headers"), 0.005),
     **dict.fromkeys(("hang", "slow_drip", "guidelines", "overloaded", "529", "null_usage"), 0.003),
 }
+UNSAID = {"garbage", "no_usage", "null_usage"}  # only the server knows what it billed for these
 CHUNK = 120  # rows that a program asks for at once
 JOB = 150  # rows of an input file of the command
 STARTING = 4.0  # seconds in which Python may start
@@ -224,7 +227,7 @@ class Life:
 
     def note(self, what: str, error: Exception) -> None:
         self.did[f"{what}: {type(error).__name__}"] += 1
-        logging.info("%s: %r", what, error)
+        logging.getLogger("chaos").info("%s: %r", what, error)
 
     def open_rows(self, count: int) -> list[int]:
         """Return the first rows without an answer."""
@@ -454,25 +457,30 @@ class Chaos:
 # --- what has to hold -------------------------------------------------------------------------------------
 
 
-def served(server: SimulatedServer) -> Counter[str]:
-    """Return what the server billed, in USD, by the life that asked."""
-    bill: Counter[str] = Counter()
-    for call in server.calls:
-        if call.served:
-            asked = (call.body or {}).get("user", "")
-            bill[asked] += call.prompt_tokens * PRICES[0] + call.completion_tokens * PRICES[1]
-    return bill
+def served(calls: list[Call]) -> tuple[Counter[str], Counter[str]]:
+    """Return the least and the most that the server billed, in USD, by the life that asked."""
+    least: Counter[str] = Counter()
+    most: Counter[str] = Counter()
+    for call in calls:
+        if not call.served:
+            continue
+        asked, is_said = (call.body or {}).get("user", ""), call.fault not in UNSAID
+        output = call.completion_tokens if is_said else OUTPUT
+        least[asked] += is_said * call.prompt_tokens * PRICES[0] + is_said * output * PRICES[1]
+        most[asked] += (1 if is_said else 3) * call.prompt_tokens * PRICES[0] + output * PRICES[1]
+    return least, most
 
 
-def check_bills(folder: Path, bill: Counter[str]) -> list[str]:
+def check_bills(folder: Path, calls: list[Call]) -> list[str]:
     """Compare the bill of each life that came to an end with the server's, and see what it left behind."""
-    found = []
+    found, (least, most) = [], served(calls)
     for path in sorted(folder.glob("life-*.json")):
         life = json.loads(path.read_text())
         name, total = path.stem.removeprefix("life-"), life["total"]
-        theirs, most = bill[name], total + life["unaccounted"]
-        if not total - 1e-9 <= theirs <= most + 1e-9:
-            found.append(f"{name}: billed {total}, with what is unaccounted {most}; the server {theirs}")
+        with_open = total + life["unaccounted"]
+        if total > most[name] + 1e-9 or with_open < least[name] - 1e-9:
+            theirs = f"{least[name]:.6g} to {most[name]:.6g}"
+            found.append(f"{name}: billed {total:.6g} to {with_open:.6g}, by the server {theirs}")
         left = {key: life[key] for key in ("in_flight", "waiting", "open", "reserved") if life[key]}
         if left or life.get("unpriced"):
             found.append(f"{name} left behind: {left}, unpriced: {life.get('unpriced')}")
@@ -549,7 +557,7 @@ def measure(seconds: float, seed: int, folder: Path) -> Verdict:
         while server.connections and time.monotonic() - began < seconds + 300:
             time.sleep(0.1)
         found += [f"the server has {server.connections} connections"] if server.connections else []
-        bill, calls = served(server), server.calls
+        calls = server.calls
     asked = ("index", "at", "status", "fault", "served", "prompt_tokens", "completion_tokens", "body")
     (folder / "calls.jsonl").write_text(
         "".join(json.dumps({name: getattr(call, name) for name in asked}) + "\n" for call in calls)
@@ -558,7 +566,7 @@ def measure(seconds: float, seed: int, folder: Path) -> Verdict:
     rows += [(folder / f"job-{n}.jsonl", n + 10, JOB) for worker in workers for n in range(worker.jobs)]
     for each in rows:
         found += check_rows(*each)
-    found += [*check_bills(folder, bill), *check_key(folder, key)]
+    found += [*check_bills(folder, calls), *check_key(folder, key)]
     lives = [json.loads(path.read_text()) for path in folder.glob("life-*.json")]
     did = sum((Counter(life.get("did", {})) for life in lives), chaos.did)
     return Verdict(
