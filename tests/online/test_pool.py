@@ -549,7 +549,7 @@ def test_a_run_that_stands_still_says_so(caplog: pytest.LogCaptureFixture) -> No
 
 
 def test_what_a_closed_loop_left_behind_cancels_nobody(monkeypatch) -> None:
-    """A pool whose loop closed in the middle is collected while a task of another loop runs, which goes on."""
+    """A run whose loop closed in the middle is collected while another task runs, which goes on."""
     ended = []
 
     async def work(_index: int, _item: int, *, sending) -> None:
@@ -561,7 +561,7 @@ def test_what_a_closed_loop_left_behind_cancels_nobody(monkeypatch) -> None:
 
     async def consume() -> None:
         pool = WorkerPool(work, slots=3, width=6)
-        loop.call_later(0.01, pool.stop)
+        asyncio.get_running_loop().call_later(0.01, pool.stop)
         async for _ in pool.run(range(9)):
             pass
 
