@@ -526,12 +526,12 @@ class Verdict:
         return not self.found
 
 
-def measure(seconds: float, seed: int, folder: Path) -> Verdict:
+def measure(seconds: float, seed: int, folder: Path, redis: LocalRedis) -> Verdict:
     """Let everything go wrong for that long, and check what has to hold."""
     chance, began = random.Random(seed), time.monotonic()  # noqa: S311
     key, found = f"sk-chaos-{chance.getrandbits(128):032x}", []
     options = {"rpm": 3000, "window": 5, "latency": 0.3, "faults": FAULTS, "seed": seed, "record": 1_000_000}
-    with LocalRedis() as redis, SimulatedServer(**options, api_key=key, process=True) as server:
+    with SimulatedServer(**options, api_key=key, process=True) as server:
         paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "OPENAI_BASE_URL": server.base_url}
         environment = {**os.environ, **paths, "CHAOS_KEY": key, "OPENAI_API_KEY": key}
         given = {"folder": str(folder), "url": server.base_url, "redis": redis.url, "seed": seed}
@@ -612,7 +612,8 @@ def main() -> None:
         live(options.life)
         return
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    verdict = measure(options.seconds, options.seed, folder)
+    with LocalRedis() as redis:
+        verdict = measure(options.seconds, options.seed, folder, redis)
     print(f"{verdict.rows} rows, {verdict.calls} calls, {verdict.lives} lives, {verdict.bills} bills")
     print(*(f"{times:6} x {what}" for what, times in sorted(verdict.did.items())), sep="\n")
     print(*(verdict.found or ["nothing was found"]), sep="\n")
