@@ -14,7 +14,15 @@ Private rooms, floor by floor. Imports go down the floors; a folder is entered b
     _wire                     requests and answers as JSON, and what an answer means
     _validation               refuses bad input
     _runtime, _log, _format   threads, event loops and files; the log; numbers as text
+    _interrupts               what a signal does to a command outside its work
 """
+
+# ruff: isort: off
+from openai_eval_client import _interrupts
+
+if _interrupts.is_command():  # the imports below take a second, in which Ctrl-C may come
+    _interrupts.handle(_interrupts.end)
+# ruff: isort: on
 
 from openai_eval_client._report import to_pandas
 from openai_eval_client._sdk import AsyncOpenAI

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from local_redis import started_redis
 
 from openai_eval_client.testing import SimulatedServer
 
@@ -50,6 +53,39 @@ async def test_a_short_soak_leaves_nothing_behind() -> None:
         verdict = await soak.soak(server, 12, batch=100)
     assert verdict.clean, verdict
     assert verdict.answered >= 100
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(180)
+def test_a_short_chaos_loses_nothing(tmp_path: Path) -> None:
+    """While programs, server, cache and Redis fail, each row is answered once, and the bills agree."""
+    with started_redis() as redis:
+        verdict = load("chaos").measure(5, 1, tmp_path, redis)
+    assert verdict.clean, verdict
+    assert verdict.rows > 0
+    assert verdict.bills > 0
+
+
+def test_chaos_finds_what_is_wrong(tmp_path: Path) -> None:
+    """A row twice or missing, another row's answer, a wrong bill, what is left behind, a key in a file."""
+    chaos, key = load("chaos"), "sk-chaos-0123456789"
+    rows = [(row, f"echo: {chaos.prompt(0, row)}"[:20]) for row in (0, 1, 1, 3)] + [(4, "echo: another")]
+    lines = [json.dumps({"index": index, "content": content}) for index, content in rows]
+    (tmp_path / "log").write_text(f"Bearer {key}")
+    (tmp_path / "rows-0.jsonl").write_text("\n".join(lines))
+    twice, other = chaos.check_rows(tmp_path / "rows-0.jsonl", 0, None)
+    assert twice.endswith("{1: 2, 2: 0}")
+    assert "row 4 was answered with 'echo: another'" in other
+    assert chaos.check_key(tmp_path, key) == [f"the key is in {tmp_path / 'log'}"]
+
+    life = {"total": 1e-6, "unaccounted": 0.0, "in_flight": 1, "waiting": 0, "open": 0, "reserved": 0.0}
+    (tmp_path / "life-0-1.json").write_text(json.dumps(life))
+    call = SimpleNamespace(
+        served=True, body={"user": "0-1"}, fault=None, prompt_tokens=10, completion_tokens=1
+    )
+    bill, left = chaos.check_bills(tmp_path, [call])
+    assert bill == "0-1: billed 1e-06 to 1e-06, by the server 2.1e-06 to 2.1e-06"
+    assert "{'in_flight': 1}" in left
 
 
 @pytest.mark.timeout(120)

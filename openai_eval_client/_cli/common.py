@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from typer import Argument, Option
 
+from openai_eval_client import _interrupts
 from openai_eval_client._format import count, printable, printable_json, usd
 from openai_eval_client._report import bar_is_open, write_above
 from openai_eval_client._wire import Kind, code_of, forget_key, read_failure, status_of
@@ -264,7 +265,7 @@ def show_log(*, verbose: bool = False) -> None:
 
 # --- what a failure means ---------------------------------------------------------------------------------
 
-SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, 130
+SOME_FAILED, BAD_INPUT, BUDGET, REFUSED, INTERRUPTED = 1, 2, 3, 4, _interrupts.INTERRUPTED
 
 _REFUSALS = {Kind.REFUSED_KEY, Kind.REFUSED_MODEL, Kind.NOT_FOUND, Kind.NOT_AN_API, Kind.OUT_OF_QUOTA}
 _BY_JOB_CODE = {  # of a BatchError about a whole job; any other code: none of its requests was run
@@ -329,29 +330,46 @@ def what_to_check(error: Exception | None, *, answered: bool) -> str:
 @contextlib.contextmanager
 def exit_codes(*, interrupted: str = "interrupted") -> Iterator[None]:
     """End the program with a sentence and an exit code if an error says that the work cannot go on."""
-    try:
-        yield
-    except pydantic.ValidationError as error:  # of a config: it names field and value, but not the key
-        text = "; ".join(problem["msg"] for problem in error.errors())
-        known = "pass api_key=... or set OPENAI_API_KEY"
-        fail(BAD_INPUT, text.replace(known, "set OPENAI_API_KEY, or give --api-key-file"))
-    except openai.OpenAIError as error:
-        fail(exit_code_of(error), message_of(forget_key(error)))
-    except UnicodeDecodeError as error:
-        fail(BAD_INPUT, f"a file is not UTF-8: {error.reason}")
-    except OSError as error:
-        if error.errno == errno.EPIPE:  # the reader of our output has left
-            raise
-        fail(BAD_INPUT, f"{error.filename or 'a file'}: {error.strerror or error}")
-    except KeyboardInterrupt:
-        fail(INTERRUPTED, interrupted)
+    with _raising():
+        try:
+            yield
+        except pydantic.ValidationError as error:  # of a config: it names field and value, but not the key
+            text = "; ".join(problem["msg"] for problem in error.errors())
+            known = "pass api_key=... or set OPENAI_API_KEY"
+            fail(BAD_INPUT, text.replace(known, "set OPENAI_API_KEY, or give --api-key-file"))
+        except openai.OpenAIError as error:
+            fail(exit_code_of(error), message_of(forget_key(error)))
+        except UnicodeDecodeError as error:
+            fail(BAD_INPUT, f"a file is not UTF-8: {error.reason}")
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has left
+                raise
+            fail(BAD_INPUT, f"{error.filename or 'a file'}: {error.strerror or error}")
+        except KeyboardInterrupt:
+            _interrupts.handle(_interrupts.end)
+            fail(INTERRUPTED, interrupted)
 
 
 # --- what a signal does -----------------------------------------------------------------------------------
 
+
+@contextlib.contextmanager
+def _raising() -> Iterator[None]:
+    """Have the first signal raise KeyboardInterrupt, so that what is open is closed, and the next end all."""
+
+    def on_first(*_: object) -> None:
+        _interrupts.handle(_interrupts.end)
+        raise KeyboardInterrupt
+
+    before = _interrupts.handle(on_first)
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
 GRACE = 5.0  # seconds that requests in flight have to finish
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NOT_OURS = (signal.SIG_IGN, None)  # as a shell has it for what runs in the background; not from Python
 
 
 @contextlib.contextmanager
@@ -386,9 +404,8 @@ def interruptible(*, at_once: bool = False, last_words: str = "") -> Iterator[as
             os._exit(INTERRUPTED)
 
     with contextlib.ExitStack() as cleanup:
-        for number in _SIGNALS:
-            if signal.getsignal(number) not in _NOT_OURS:
-                cleanup.callback(signal.signal, number, signal.signal(number, on_signal))
+        for number, before in _interrupts.handle(on_signal):
+            cleanup.callback(signal.signal, number, before)
         try:
             yield stop
         except asyncio.CancelledError:

@@ -21,7 +21,7 @@ from openai_eval_client._limits import ConcurrencyLimit
 from openai_eval_client._log import inform, warn
 from openai_eval_client._online.background import BackgroundResponses, pending
 from openai_eval_client._online.stopping import StopRule, check_max_failures
-from openai_eval_client._runtime import check_loop
+from openai_eval_client._runtime import check_loop, running_loop
 from openai_eval_client._sdk import UnsupportedParameters, call_sdk, retrying
 from openai_eval_client._validation import check_count
 from openai_eval_client._wire import (
@@ -341,8 +341,16 @@ class WorkerPool:
         self._stopped = True
         self.error = error  # rather than one of the source: it is why items have no outcome
         self._ready.clear()
-        for task in self._tasks - self._sending - {asyncio.current_task()}:
-            task.cancel()
+        loop = running_loop()
+        for task in self._tasks - self._sending - {self._current()}:
+            if task.get_loop() is loop:
+                task.cancel()
+
+    def _current(self) -> asyncio.Task[Any] | None:
+        """Return the running task; None if it is not of this run."""
+        # What was at work when its loop closed is ended when it is collected: in any other task, or in none.
+        task = None if running_loop() is None else asyncio.current_task()
+        return task if task in self._tasks else None
 
     def __enter__(self) -> None:
         """Enter to send an item: it is in flight until its outcome, or until the attempt fails."""
@@ -353,14 +361,14 @@ class WorkerPool:
         self._waiting.discard(task)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is None:
+        task = None if kind is None else self._current()
+        if task is None:
             return
-        task = asyncio.current_task()
         self._leave(task)
         if isinstance(error, Exception):
             self._waiting.add(task)
             asyncio.get_running_loop().call_soon(self._start_worker)  # unless this one goes on itself
-        if self._stopped and task is not None:
+        if self._stopped:
             task.cancel()  # no further attempt
 
     async def _stop_when(self, event: asyncio.Event) -> None:

@@ -41,12 +41,21 @@ def main(
 
 
 def _serve(options: dict[str, Any]) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
     _pin(options.pop("cpu", None))
     with suppress(KeyboardInterrupt), SimulatedServer(**options) as server:
         print(server.base_url, flush=True)  # noqa: T201
         print(_HINT.format(url=server.base_url), file=sys.stderr, flush=True)  # noqa: T201
         threading.Event().wait()
+
+
+def _interrupt(*_: object) -> None:
+    """Begin to stop; the next signal ends the process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def _serve_parent() -> int:

@@ -59,6 +59,10 @@ class Simulation:
             exchange.fault = None
             exchange.record(0)
             raise
+        except ConnectionResetError:  # it has left, and this was not cancelled yet
+            exchange.fault = None
+            exchange.record(0)
+            raise asyncio.CancelledError from None
         finally:
             exchange.leave()
 

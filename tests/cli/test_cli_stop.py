@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from openai_eval_client import OpenAIConfig
+from openai_eval_client import OpenAIConfig, _interrupts
 from openai_eval_client._cli import common
 from openai_eval_client.testing import SimulatedServer
 
@@ -317,3 +317,70 @@ def test_a_signal_that_is_ignored_stays_ignored():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+# A module that Python imports first of all, which sends signals when the command imports a module, or ends.
+AT_A_MOMENT = """
+import atexit, os, signal, sys
+
+def send(names):
+    if names:
+        try:
+            signal.raise_signal(getattr(signal, names[0]))
+        finally:
+            send(names[1:])
+
+class Finder:
+    def find_spec(name, *_):
+        if name == os.environ["MOMENT"]:
+            send(os.environ["SIGNALS"].split())
+
+sys.meta_path.insert(0, Finder)
+if os.environ["MOMENT"] == "the end":
+    atexit.register(lambda: send(os.environ["SIGNALS"].split()))
+"""
+SCRIPT = "import sys; from openai_eval_client.__main__ import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize(
+    ("moment", "signals", "program"),
+    [
+        ("openai_eval_client._report", "SIGINT", "module"),
+        ("pydantic", "SIGINT SIGINT", "script"),
+        ("openai", "SIGTERM", "module"),
+        ("openai_eval_client.testing", "SIGTERM", "module"),
+        ("openai_eval_client.testing", "SIGINT SIGINT SIGTERM", "script"),
+        ("the end", "SIGINT", "module"),
+    ],
+)
+def test_a_signal_at_any_moment_ends_without_a_traceback(tmp_path, moment, signals, program):
+    """While the package is imported, and in a command before its work; what has ended keeps its exit code."""
+    (tmp_path / "sitecustomize.py").write_text(AT_A_MOMENT)
+    (tmp_path / "openai-eval-client").write_text(SCRIPT)
+    command = COMMAND if program == "module" else [sys.executable, tmp_path / "openai-eval-client"]
+    arguments = ["--version"] if moment == "the end" else ["demo"]
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "MOMENT": moment, "SIGNALS": signals}
+    done = subprocess.run(
+        [*command, *arguments], env={**os.environ, **paths}, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == (0 if moment == "the end" else 130)
+    assert done.stderr.splitlines()[:1] == ([] if moment == "the end" else [b"interrupted"])
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "program", "ours"),
+    [
+        ("python -m openai_eval_client run in.jsonl", "-m", True),
+        ("python -W error -m openai_eval_client.testing", "-m", True),
+        ("python /usr/bin/openai-eval-client run in.jsonl", "/usr/bin/openai-eval-client", True),
+        ("python -m pytest", "-m", False),
+        ("python evaluate.py openai_eval_client", "evaluate.py", False),
+        ("python", "", False),
+    ],
+)
+def test_only_our_commands_end_at_a_signal(monkeypatch, arguments, program, ours):
+    """Another program that imports the package keeps its KeyboardInterrupt."""
+    monkeypatch.setattr(sys, "orig_argv", arguments.split())
+    monkeypatch.setattr(sys, "argv", [program])
+    assert _interrupts.is_command() is ours

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import sys
 import traceback
 from dataclasses import dataclass, field
 
@@ -545,3 +546,37 @@ def test_a_run_that_stands_still_says_so(caplog: pytest.LogCaptureFixture) -> No
     said = [record for record in caplog.records if record.event == "run_stands_still"]
     assert len(said) == 2
     assert "no prompt of this run has ended: 1 of 1 at work are in flight" in said[0].message
+
+
+def test_what_a_closed_loop_left_behind_cancels_nobody(monkeypatch) -> None:
+    """A run whose loop closed in the middle is collected while another task runs, which goes on."""
+    ended = []
+
+    async def work(_index: int, _item: int, *, sending) -> None:
+        with sending:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(True)
+
+    async def consume() -> None:
+        pool = WorkerPool(work, slots=3, width=6)
+        asyncio.get_running_loop().call_later(0.01, pool.stop)
+        async for _ in pool.run(range(9)):
+            pass
+
+    async def innocent() -> int:
+        gc.collect()
+        await asyncio.sleep(0)
+        return len(ended)
+
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(consume())
+    loop.call_later(0.02, loop.stop)
+    loop.run_forever()
+    loop.close()
+    del task, loop
+    monkeypatch.setattr(
+        sys, "unraisablehook", lambda _: None
+    )  # asyncio's own queue says that its loop closed
+    assert asyncio.run(innocent()) == 3
