@@ -106,7 +106,7 @@ class BatchResults:
     unplaced: list[BatchError] = field(default_factory=list)  # of requests of which no index is known
     ran: set[int] = field(default_factory=set)  # requests that a model answered, readable or not
     is_late: bool = False  # whether more results may come: these are not settled
-    is_gone: bool = False  # whether a file that the batch names is not there
+    gone: list[str] = field(default_factory=list)  # files that the batch names and that are not there
     is_cut: bool = False  # whether a file ends in the middle of a line
 
     @property
@@ -301,8 +301,10 @@ class BatchSettler:
         pricer = self._ledger.pricer_for(None)
         await pricer.ready()
         end, pause = time.monotonic() + seconds, _FIRST_PAUSE
+        known = None if file is None else RequestIndex(file.indexes, temperature=file.temperature)
         while True:
-            results, index, reader = await self._read(batch, pricer, file, offset, asked)
+            results, index, reader = await self._read(batch, pricer, file, known, offset, asked)
+            known = index
             is_short = _is_short(batch, results, index)
             left = end - time.monotonic()
             if not is_short or left <= 0:
@@ -316,6 +318,11 @@ class BatchSettler:
         if is_short and not is_last:
             results.is_late = True
             return results
+        if index.is_guess and not index.numbered:
+            text = "batch %s: the order of its requests is not known any more"
+            warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
+        for file_id in results.gone:
+            _warn_of_gone(batch, "result", file_id)
         _warn_of_oddities(batch, results)
         explain_missing(batch, results, index)
         _name_outcomes(results, index)
@@ -330,26 +337,35 @@ class BatchSettler:
             settle_reservation(submitted, batch, results.outcomes, reader.billed)
         return results
 
-    async def _read(
-        self, batch: Batch, pricer: Pricer, file: InputFile | None, offset: int, asked: Parameters | None
+    async def _read(  # noqa: PLR0917
+        self,
+        batch: Batch,
+        pricer: Pricer,
+        file: InputFile | None,
+        known: RequestIndex | None,
+        offset: int,
+        asked: Parameters | None,
     ) -> tuple[BatchResults, RequestIndex, LineReader]:
         """Read the result files of a batch, as far as they are there."""
         source = file or read_job_metadata(batch.metadata)
         model = (source and source.model) or getattr(batch, "model", None) or ""
         async with contextlib.AsyncExitStack() as stack:
-            files, is_gone = [], False
-            for file_id in (batch.output_file_id, batch.error_file_id):
-                found = await self._download(batch, "result", file_id) if is_id(file_id) else None
-                files += [] if found is None else [stack.enter_context(found)]
-                is_gone |= found is None and is_id(file_id)
+            files, gone = [], []
+            for file_id in filter(is_id, (batch.output_file_id, batch.error_file_id)):
+                found = await self._download(batch, "result", file_id)
+                if found is None:
+                    gone.append(str(file_id))
+                else:
+                    files.append(stack.enter_context(found))
             api = await self._api_of(batch, files) if asked is None else asked.api
             reader = LineReader(api, pricer, model=model, asked=asked, key=self._api.key)
-            if file is not None:
-                index = RequestIndex(file.indexes, temperature=file.temperature)
-            else:
-                index = await self._stated_index(batch, offset) or await _guess_index(batch, files, offset)
+            if known is None:
+                known = await self._stated_index(batch, offset)
+            index = known
+            if index is None or index.is_guess:
+                index = await _guess_index(batch, files, offset)
             results = await asyncio.to_thread(reader.read, files, index)
-        results.is_gone = is_gone
+        results.gone = gone
         return results, index, reader
 
     async def _api_of(self, batch: Batch, files: Sequence[IO[bytes]]) -> str:
@@ -395,8 +411,8 @@ class BatchSettler:
         except openai.APIStatusError as error:
             if error.status_code != _NOT_FOUND and (error.status_code != _BAD_REQUEST or kind != "result"):
                 raise
-            text = "batch %s: its %s file %s is gone"
-            warn(text, batch.id, kind, shown(file_id), event="batch_file_gone", batch_id=batch.id)
+            if kind == "input":
+                _warn_of_gone(batch, kind, file_id)
             return None
 
     async def _count_missing_usage(
@@ -433,7 +449,7 @@ def _is_short(batch: Batch, results: BatchResults, index: RequestIndex) -> bool:
     if _unusable_files(batch):
         return False
     is_missing = any(request not in results.outcomes for request in index.indexes) or index.is_guess
-    return results.is_cut or (is_missing and (results.is_gone or _is_lost_by(batch, results)))
+    return results.is_cut or (is_missing and (bool(results.gone) or _is_lost_by(batch, results)))
 
 
 def _is_lost_by(batch: Batch, results: BatchResults) -> bool:
@@ -443,7 +459,7 @@ def _is_lost_by(batch: Batch, results: BatchResults) -> bool:
     is_counted = stated is not None and bool(stated.completed or stated.failed)
     has_files = batch.output_file_id or batch.error_file_id or not total
     is_empty = state_of(batch) == "completed" and not is_counted and not has_files
-    return completed > len(results.ran) or is_empty
+    return state_of(batch) != "failed" and (completed > len(results.ran) or is_empty)
 
 
 def _unusable_files(batch: Batch) -> list[str]:
@@ -479,6 +495,11 @@ def _name_outcomes(results: BatchResults, index: RequestIndex) -> None:
             outcome.custom_id = own
 
 
+def _warn_of_gone(batch: Batch, kind: str, file_id: str | None) -> None:
+    text = "batch %s: its %s file %s is gone"
+    warn(text, batch.id, kind, file_id, event="batch_file_gone", batch_id=batch.id)
+
+
 def _warn_of_oddities(batch: Batch, results: BatchResults) -> None:
     """Warn of what is odd about the files, and where the API counts otherwise."""
     for what, times in results.oddities.items():
@@ -495,9 +516,6 @@ async def _guess_index(batch: Batch, files: Sequence[IO[bytes]], offset: int) ->
     """Return what a batch was asked whose input file is gone, as far as its results tell."""
     job = read_job_metadata(batch.metadata) or _NOT_OURS
     start = offset if job.start is None else job.start
-    if not job.numbered:
-        text = "batch %s: the order of its requests is not known any more"
-        warn(text, batch.id, event="batch_order_unknown", batch_id=batch.id)
     count = request_counts(batch)[0]
     index = await asyncio.to_thread(
         guess_index, files, numbered=job.numbered, start=start, count=count, named=job.named
