@@ -506,7 +506,7 @@ def all_texts(error: BaseException) -> str:
 async def test_the_key_is_in_no_error_and_no_log(where: str, fault: str, caplog) -> None:
     """Wherever a call fails, whichever way."""
     caplog.set_level(logging.DEBUG)
-    script = {where: [fault] * 9}
+    script = {where: [fault] * (30 if where == "list" else 9)}
     if where == "list":
         script["create"] = ["drop_after"]
     with SimulatedServer(batch_seconds=30 if where == "cancel" else 0.02, endpoint_script=script) as server:
