@@ -69,6 +69,7 @@ class Account(ForkAware):
     @property
     def stats(self) -> ClientStats:
         """What went through so far."""
+        self._settle_abandoned()
         cost = self.ledger.snapshot()
         return self.recorder.snapshot(
             **self.limiter.stats, cost=cost, unpriced=cost.unpriced, budget=self.budgets.stats
