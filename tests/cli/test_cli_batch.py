@@ -229,7 +229,7 @@ def test_waiting_outlives_an_outage():
 
 def test_some_failed():
     """1, and a row for each request: the answer, or type, message and code of its error."""
-    plan = {"lines": ["400", "ok", "expired", "missing"]}
+    plan = {"lines": ["400", "ok", "expired", "timeout"]}
     with SimulatedServer(api_key=KEY, batch_plans=[plan]) as server:
         job = submitted(server, *"abcd")
         ended(server)
@@ -243,7 +243,7 @@ def test_some_failed():
     errors = [found[n]["error"] for n in (0, 2, 3)]
     assert all(set(error) == {"type", "message", "code"} for error in errors)
     assert [error["type"] for error in errors] == ["BadRequestError", "BatchError", "BatchError"]
-    assert [error["code"] for error in errors[1:]] == ["batch_expired", "missing_result"]
+    assert [error["code"] for error in errors[1:]] == ["batch_expired", "request_timeout"]
 
 
 def test_not_finished_yet(tmp_path):
