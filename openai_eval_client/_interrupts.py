@@ -23,7 +23,9 @@ def is_command() -> bool:
     """Return whether this process is one of our commands, not a program that imports the package."""
     program = str((getattr(sys, "argv", None) or [""])[0])
     if program == "-m":  # Python imports the package before it knows the module that it is to run
-        return any(word.partition(".")[0] == _PACKAGE for word in sys.orig_argv[1:])
+        flags = [word for word in sys.orig_argv[1:-1] if word.startswith("-") and word.endswith("m")]
+        named = sys.orig_argv[sys.orig_argv.index(flags[0]) + 1] if flags else ""
+        return named.partition(".")[0] == _PACKAGE
     return os.path.basename(program).partition(".")[0] == _PROGRAM  # noqa: PTH119
 
 

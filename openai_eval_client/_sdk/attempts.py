@@ -73,6 +73,7 @@ class _PacedClient:
     """What a paced view adds to the class of the client that it views."""
 
     __slots__ = ()
+    is_paced = True
     original: Any
     account: Account  # of a request that names none
     counter: TokenCounter

@@ -56,10 +56,12 @@ class _Guarded:
 
     __slots__ = ()
 
-    async def send(self, request: Any, **options: Any) -> Any:
+    @property
+    def send(self) -> Any:
         """Send; credentials do not follow a redirect to another server."""
-        send = super().send  # type: ignore[misc]  # of the client viewed
-        return await send_following(send, self, request, **options)
+        # a property goes before what was set on the client viewed, whose whole state it shares
+        send = vars(self).get("send") or super().send  # type: ignore[misc]  # of the client viewed
+        return functools.partial(send_following, send, self)
 
     def __del__(self) -> None:
         """Leave closing to the client itself."""
@@ -67,7 +69,9 @@ class _Guarded:
 
 def guarded(client: Any) -> Any:
     """Return a view of a caller's own HTTP client, whose credentials do not follow a redirect elsewhere."""
-    if hasattr(client, "account") or not hasattr(client, "send"):  # it is paced, or for the SDK to refuse
+    bases = type(client).__mro__
+    is_known = any(base.__name__ == "AsyncClient" and base.__module__.startswith("httpx") for base in bases)
+    if not is_known or hasattr(type(client), "is_paced"):  # the others are for the SDK to refuse
         return client
     view: Any = object.__new__(_guarded_class(client.__class__))
     object.__setattr__(view, "__dict__", client.__dict__)

@@ -61,7 +61,6 @@ class _MeteredStream:
         self._closed = False
         self._task: asyncio.Task[Any] | None = None  # that reads it
         self._on_end = functools.partial(_settle_with, weakref.ref(self))
-        self._watch()
         attempt.is_stream = True
         if self._status < _BAD_REQUEST:  # they describe the limits now, not when the stream ends
             attempt.update_from_headers(self._headers)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import os
 import sys
 import time
@@ -44,7 +45,10 @@ _httpx: Any = sdk_httpx()  # httpx or httpx2: the one that the SDK is built on
 
 _KEEP_ALIVE = 5.0  # seconds that an idle connection is kept, as httpx does: servers close theirs soon after
 _CHUNK = 16_384  # bytes of a stream
+_LARGE = 65_536  # bytes of a body that are sent at a time, where it has more
 _LONGEST_HEADER = 100 * 1024  # bytes of one, as httpx allows; aiohttp's own bound is 8190
+_UPLOAD = "openai_eval_client.upload"  # extension of a request: its large body, while it is sent
+_LARGEST = "openai_eval_client.largest"  # extension of a request: how many bytes its answer may have
 _FETCHED = "openai_eval_client.fetched"  # extension of a request: its response, which httpx is to go on from
 
 
@@ -76,7 +80,7 @@ class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either h
         """Send a request of which httpx's client reads the answer piece by piece."""
         if (fetched := request.extensions.pop(_FETCHED, None)) is not None:
             return fetched
-        answer = await _in_httpx_terms(self._send(request), request)
+        answer = await _in_httpx_terms(_sent(self._send(request), request), request)
         return _response(_httpx.Response, answer, request, _StreamedBody(answer, request))
 
     async def aclose(self) -> None:
@@ -84,7 +88,7 @@ class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either h
         await self._session.close()
 
     async def _read(self, request: Any, largest: float) -> tuple[aiohttp.ClientResponse, bytes]:
-        async with await self._send(request) as answer:
+        async with await _sent(self._send(request), request) as answer:
             pieces, size = [], 0
             while piece := await answer.content.readany():
                 size += len(piece)
@@ -110,10 +114,44 @@ class Transport(_httpx.AsyncBaseTransport):  # type: ignore[misc]  # of either h
 
 def _body(request: Any) -> Any:
     try:
-        return request.content or None
+        content = request.content
+        return _Upload(_httpx.ByteStream(content), request) if len(content) > _LARGE else content or None
     except _httpx.RequestNotRead:  # a file that is streamed: its length is known, or it goes in chunks
         request.headers.pop("transfer-encoding", None)  # aiohttp's business
-        return request.stream
+        return _Upload(request.stream, request)
+
+
+class _Upload:
+    """A large body on its way, in pieces: aiohttp has no timeout for what a server does not take."""
+
+    def __init__(self, stream: Any, request: Any) -> None:
+        self._stream = stream
+        self.asked_at: float | None = None  # loop time of when a piece was handed over that is not taken yet
+        request.extensions[_UPLOAD] = self
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        loop = asyncio.get_running_loop()
+        async for chunk in self._stream:
+            for start in range(0, len(chunk), _LARGE):
+                self.asked_at = loop.time()
+                yield chunk[start : start + _LARGE]
+        self.asked_at = None
+
+
+async def _sent(sending: Awaitable[T], request: Any) -> T:
+    """Await aiohttp's request; one whose body is not taken within the timeout for writing fails."""
+    upload = request.extensions.pop(_UPLOAD, None)
+    seconds = request.extensions.get("timeout", {}).get("write")
+    if upload is None or seconds is None:
+        return await sending
+    call, loop = asyncio.ensure_future(sending), asyncio.get_running_loop()
+    try:
+        while not (await asyncio.wait({call}, timeout=seconds))[0]:
+            if upload.asked_at is not None and loop.time() - upload.asked_at >= seconds:
+                raise _httpx.WriteTimeout("the server does not take the request", request=request)
+        return call.result()
+    finally:
+        call.cancel()
 
 
 @functools.lru_cache(maxsize=64)
@@ -191,8 +229,9 @@ async def _in_httpx_terms(call: Awaitable[T], request: Any) -> T:
         if shows_key:
             why = " ".join(getattr(error, "message", "").split())
             text = f"the server's answer is not valid HTTP{f' ({why})' if why else ''}: {_WAY_OUT}"
-        failure: Exception = kind(masked(text, *secrets_in(request.headers)), request=request)
+        failure: Any = kind(masked(text, *secrets_in(request.headers)), request=request)
         failure.__cause__ = None if shows_key else clear_frames(error)
+        failure.is_unreadable = shows_key
     try:
         raise failure  # here aiohttp's error is no longer handled, and so is not its context
     finally:
@@ -296,7 +335,8 @@ class LoopLocalClient(openai.DefaultAsyncHttpxClient):
     def _largest_of(self, request: Any) -> float:
         """Return how many bytes an answer may have: of a file that is downloaded any number."""
         is_file = request.method == "GET" and request.url.path.endswith("/content")
-        return float("inf") if is_file else self._largest
+        # those that follow a redirect have the extensions of the first one
+        return float(request.extensions.setdefault(_LARGEST, math.inf if is_file else self._largest))
 
     async def aclose(self) -> None:
         """Close this loop's client now, and those of other threads' loops soon, on their own loops."""
@@ -393,7 +433,7 @@ class FastClient(LoopLocalClient):
         content = given.get("content")
         plain = isinstance(headers, list) and given.keys() <= _PLAIN
         names = {name.lower() for name, _ in headers} if plain else set()
-        plain = plain and self._headers.raw == self._as_made[1]
+        plain = plain and self._headers.raw == self._as_made[1] and not self.cookies
         if not plain or not isinstance(content, bytes) or names & _AUTOMATIC:
             return super().build_request(method, url, headers=headers, **options)
         if _DECODED not in names:
@@ -419,13 +459,15 @@ class FastClient(LoopLocalClient):
                 return await super()._send(request, stream=stream, **options)
             real = await self.of_this_loop()
             response = await real.fetch(request, self._largest_of(request))
+            if "set-cookie" in response.headers:
+                self.cookies.extract_cookies(response)
             if not response.has_redirect_location:
                 return response
             request.extensions[_FETCHED] = response
             return await super()._send(request, **options)
-        except _httpx.RemoteProtocolError:
+        except _httpx.RemoteProtocolError as error:
             # it was answered, and may be billed: only the next attempt differs
-            if self._instead is None:
+            if self._instead is None and getattr(error, "is_unreadable", False):
                 self._instead = LoopLocalClient(openai.DefaultAsyncHttpxClient, largest=self._largest)
                 now = "the SDK's own transport reads them from now on"
                 warn("answers are not valid HTTP for aiohttp: %s", now, event="transport_changed")

@@ -109,6 +109,16 @@ def _clear_frames(error: BaseException) -> None:
 _LIBRARIES = ("<frozen", str(Path(os.__file__).parent), str(Path(__file__).parents[1]))
 
 
+_SENDERS = re.compile(r"[/\\](?:aiohttp|anyio|async_timeout|httpcore2?|httpx2?|httpx_aiohttp|openai)[/\\]")
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_sender(path: str) -> bool:
+    """Return whether it is code of ours, of Python or of a library that sends our requests."""
+    in_python = path.startswith(_LIBRARIES) and "-packages" not in path
+    return in_python or path.startswith(_LIBRARIES[-1]) or _SENDERS.search(path) is not None
+
+
 @functools.lru_cache(maxsize=1024)
 def _is_library(path: str) -> bool:
     return path.startswith(_LIBRARIES) or "site-packages" in path or "dist-packages" in path
@@ -123,8 +133,8 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
         if not isinstance(each, BaseException) or id(each) in seen:
             continue
         trace = each.__traceback__
-        if each is not error and trace and not _is_library(trace.tb_frame.f_code.co_filename):
-            continue  # caught by the caller's code
+        if each is not error and trace and not _is_sender(trace.tb_frame.f_code.co_filename):
+            continue  # caught by the caller's code, which may go on
         seen.add(id(each))
         yield each
         left += [each.__cause__, each.__context__, *getattr(each, "exceptions", ()), *_fields(each).values()]
