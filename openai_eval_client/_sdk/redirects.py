@@ -17,6 +17,7 @@ _httpx: Any = sdk_httpx()  # httpx or httpx2: the one that the SDK is built on
 _NAMES = re.compile("auth|key|token|secret|cookie|credential|pass|session|signature|jwt|hmac", re.IGNORECASE)
 _VALUES = re.compile(r"(?:basic|bearer|digest)\s|sk-", re.IGNORECASE)
 _NO_SECRET = frozenset({"idempotency-key"})
+_LAST_PORT = 65535
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -37,9 +38,10 @@ async def send_following(
     history: list[Any] = []
     while follow_redirects and response.has_redirect_location:
         request = response.next_request
-        if request is None or len(history) == client.max_redirects:
+        is_valid = request is not None and (request.url.port or 0) <= _LAST_PORT
+        if not is_valid or len(history) == client.max_redirects:
             await response.aclose()
-            kind = _httpx.RemoteProtocolError if request is None else _httpx.TooManyRedirects
+            kind = _httpx.TooManyRedirects if is_valid else _httpx.RemoteProtocolError
             raise kind("the server redirects to no valid URL, or too often", request=response.request)
         history.append(response)
         await response.aclose()

@@ -59,7 +59,7 @@ class _MeteredStream:
         self._tail = Tail()
         self._loop = asyncio.get_running_loop()
         self._closed = False
-        self._task: asyncio.Task[Any] | None = None  # that reads it
+        self.task: asyncio.Task[Any] | None = None  # that reads it
         self._on_end = functools.partial(_settle_with, weakref.ref(self))
         attempt.is_stream = True
         if self._status < _BAD_REQUEST:  # they describe the limits now, not when the stream ends
@@ -74,7 +74,7 @@ class _MeteredStream:
                 self._watch()
                 yield chunk
         except BaseException:  # an answer is read once: nobody can read the rest
-            self._settle()
+            self.settle()
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
             await self.aclose()
@@ -83,7 +83,7 @@ class _MeteredStream:
     async def aclose(self) -> None:
         """Close the stream and give the slot back."""
         self._closed = True
-        self._settle()
+        self.settle()
         try:
             await self._response.aclose()
         finally:
@@ -101,14 +101,15 @@ class _MeteredStream:
         # A task's exception, a CancelledError too, keeps its frames, and the stream in them, for as long as
         # somebody keeps the task or the exception.
         task = None if no_more else asyncio.current_task()
-        if task is not self._task:
-            if self._task is not None:
-                self._task.remove_done_callback(self._on_end)
+        if task is not self.task:
+            if self.task is not None:
+                self.task.remove_done_callback(self._on_end)
             if task is not None:
                 task.add_done_callback(self._on_end)
-            self._task = task
+            self.task = task
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Give back what its attempt holds; a second call does nothing."""
         self._watch(no_more=True)
         outcome = outcome_of_reply(self._attempt.demand, self._status, self._headers, self._tail.read())
         self._attempt.settle(outcome)
@@ -116,15 +117,17 @@ class _MeteredStream:
     def __del__(self) -> None:
         """Give the slot back, and the connection, where the stream was dropped without being closed."""
         if not self._closed:
-            self._settle()
+            self.settle()
             call_on(self._loop, close_soon, self._response.stream)
 
 
 def _settle_with(stream: weakref.ref[_MeteredStream], task: asyncio.Task[Any]) -> None:
     """Settle a stream whose reader was cancelled or failed; `task.exception()` would count as handling it."""
     held = stream()
-    if held is not None and (task.cancelled() or getattr(task, "_exception", None) is not None):
-        held._settle()  # noqa: SLF001  # of the same module
+    if held is None or held.task is not task:  # another one reads on
+        return
+    if task.cancelled() or getattr(task, "_exception", None) is not None:
+        held.settle()
 
 
 @functools.lru_cache(maxsize=256)

@@ -424,6 +424,7 @@ async def test_a_job_is_reserved_whole_or_not_submitted() -> None:
 UNCLEAR = {"create": ["ok", "drop_after", "drop_after"], "list": ["500"] * 20}
 
 
+@pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize(
     ("script", "reserved"),
     [
