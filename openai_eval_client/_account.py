@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 _ALWAYS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _ABANDONED = outcome_of(asyncio.CancelledError())
-_COLLECTING = 0.2  # of the time at most, while requests wait for streams that nobody may be reading
+_COLLECTING = 0.2  # of the time at most, while requests wait for streams that may have been dropped
 
 
 class Account(ForkAware):
@@ -49,7 +50,8 @@ class Account(ForkAware):
         self.recorder = Recorder()
         self.ledger = Ledger()
         self.budgets = Budgets(self.ledger, max_cost, reclaim=self.reclaim)
-        self._open: dict[asyncio.AbstractEventLoop, set[Attempt]] = {}  # not settled, by their event loop
+        # not settled, by their event loop
+        self._open: defaultdict[asyncio.AbstractEventLoop, set[Attempt]] = defaultdict(set)
         self._collect_at = 0.0  # monotonic time before which nothing is collected
         mind_forks(self)
 
@@ -89,18 +91,14 @@ class Account(ForkAware):
 
     def opened(self, attempt: Attempt) -> set[Attempt]:
         """Add a new attempt to those of the running event loop, which it is to leave when settled."""
-        loop = asyncio.get_running_loop()
-        attempts = self._open.get(loop)
-        if attempts is None:
-            self._settle_abandoned()
-            attempts = self._open.setdefault(loop, set())
-        elif len(self._open) > 1:
+        attempts = self._open[asyncio.get_running_loop()]
+        if len(self._open) > 1:
             self._settle_abandoned()
         attempts.add(attempt)
         return attempts
 
     def reclaim(self) -> None:
-        """Give back what nobody else will, while requests wait for it."""
+        """Give back what closed loops and dropped streams hold, while requests wait for it."""
         self._settle_abandoned()
         # The SDK's streams are in cycles, which end when Python collects garbage; while all requests wait, no
         # garbage is made, and so none collected.
@@ -121,9 +119,8 @@ class Account(ForkAware):
         if child:
             attempts = [attempt for attempts in self._open.values() for attempt in attempts]
             self._open.clear()
-            for attempt in sorted(
-                attempts, key=lambda attempt: attempt.is_begun
-            ):  # none is granted meanwhile
+            attempts.sort(key=lambda attempt: attempt.is_begun)  # those that wait first: none is granted
+            for attempt in attempts:
                 attempt.settle(NOT_SENT)
 
 

@@ -184,7 +184,7 @@ class LineReader:
         status, request_id = _status_in(response), response.get("request_id")
         body = _body_in(response, self._parameters.api)
         if status is None and fault_in(body, self._parameters.api) is None:
-            status = _OK  # nobody can read it, but there is a whole answer
+            status = _OK  # it cannot be read, but there is a whole answer
         request_id = request_id if isinstance(request_id, str) else None
         error = None if status is None else _failure(status, body, request_id, self._parameters.api)
         if error is not None:

@@ -105,7 +105,7 @@ class CachedAnswers:
 
             def take() -> None:
                 bodies = map(self._parameters.with_prompt, prompts)
-                self._samples.extend(cache.take(body, self._parameters) for body in bodies)
+                self._samples = [cache.take(body, self._parameters) for body in bodies]
                 if abandoned.is_set():
                     self.give_back([])
 

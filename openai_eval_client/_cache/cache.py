@@ -14,7 +14,6 @@ import zlib
 from array import array
 from bisect import bisect_left
 from collections import defaultdict
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -130,20 +129,19 @@ class Occurrences:
         self._lock = DeferringLock()
         self._once: defaultdict[int, array[int]] = defaultdict(lambda: array("Q"))  # in sorted segments
         self._last: dict[int, int] = {}  # the highest number of what was asked more than once
-        self._free: defaultdict[int, list[tuple[int, object]]] = defaultdict(list)  # failed: number and call
+        self._free: defaultdict[int, dict[int, object]] = defaultdict(dict)  # to give again, by call
         self._taken: dict[int, tuple[array[int], array[int]]] = {}  # names and numbers, by the call's id
 
     def take(self, digest: bytes, call: object) -> int:
         """Return the number of the next sample of a request, asked for by one call."""
         name = int.from_bytes(digest[:8], "big")
         with self._lock:
-            free = (pair for pair in self._free.get(name, ()) if pair[1] is not call)
-            first = min(free, key=itemgetter(0), default=None)
-            if first is None:
+            free = self._free.get(name, {})
+            number = min((number for number, by in free.items() if by is not call), default=None)
+            if number is None:
                 number = self._next(name)
             else:
-                self._free[name].remove(first)
-                number = first[0]
+                del free[number]
             if id(call) in self._taken:
                 names, numbers = self._taken[id(call)]
                 names.append(name)
@@ -151,9 +149,9 @@ class Occurrences:
             return number
 
     def give_back(self, digest: bytes, number: int, call: object) -> None:
-        """Let other calls ask for a sample again: this one was not answered."""
+        """Let other calls ask for a sample again: this one was not answered. A second time does nothing."""
         with self._lock:
-            self._free[int.from_bytes(digest[:8], "big")].append((number, call))
+            self._free[int.from_bytes(digest[:8], "big")].setdefault(number, call)
 
     @contextlib.contextmanager
     def of_call(self, call: object) -> Iterator[Callable[[], None]]:
@@ -169,11 +167,8 @@ class Occurrences:
 
     def _give_back_all(self, call: object) -> None:
         with self._lock:
-            names, numbers = self._taken[id(call)]
-            while names:
-                name, number = names.pop(), numbers.pop()
-                if all(number != given for given, _ in self._free.get(name, ())):
-                    self._free[name].append((number, call))
+            for name, number in zip(*self._taken[id(call)], strict=True):
+                self._free[name].setdefault(number, call)
 
     def _next(self, name: int) -> int:
         segment = self._once[name >> 52]

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _NOTHING = Decimal(0)
 _LONG_WAIT = 1.0  # seconds from which a wait is logged
-_LOOK_AGAIN = 5.0  # seconds after which a wait looks for reservations that nobody will give back
+_LOOK_AGAIN = 5.0  # seconds after which a wait looks for reservations of closed loops
 
 # Parameters on which the cost of a request depends, besides those that bound its output.
 _CHOICES = ("n", "best_of")  # the parameters that multiply the output
@@ -124,7 +124,7 @@ class CostBudget:
     def __init__(self, limit: Decimal, *, reclaim: Callable[[], object] = lambda: None) -> None:
         self._limit = limit
         self._lock = STATE_LOCK
-        self._reclaim = reclaim  # gives back what nobody else will
+        self._reclaim = reclaim  # gives back what closed loops hold
         self._spent = _NOTHING
         self._reserved: dict[_State, Decimal] = {"held": _NOTHING, "kept": _NOTHING}
         self._queue: FairQueue[_Hold] = FairQueue()

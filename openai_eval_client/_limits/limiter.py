@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from openai_eval_client.errors import RateLimitError
 
 _SHORTEST_TIMER = 0.002  # seconds; an event loop does not wake more finely
-_LOOK_AGAIN = 0.5  # seconds after which it is looked for slots that nobody will give back
+_LOOK_AGAIN = 0.5  # seconds after which it is looked for slots of closed loops and dropped streams
 _WORTH_LOGGING = 1.0  # seconds of waiting
 _OVERLOAD_PAUSE = 1.0  # seconds, where an overloaded server names none
 
@@ -51,7 +51,7 @@ class Limiter:
         config: RateLimitConfig | None = None,
         *,
         clock: Clock | None = None,
-        reclaim: Callable[[], object] = lambda: None,  # gives back what nobody else will
+        reclaim: Callable[[], object] = lambda: None,  # gives back what closed loops and dropped streams hold
     ) -> None:
         self.config = config or RateLimitConfig(requests_per_minute=None, tokens_per_minute=None)
         self._bounded = config is not None  # else nothing is slowed down until the server states limits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import json
 import sys
@@ -15,9 +14,11 @@ import openai
 from openai_eval_client._account import Account
 from openai_eval_client._log import inform
 from openai_eval_client._runtime import check_loop
+from openai_eval_client._sdk.reading import Carried
 from openai_eval_client._sdk.redirects import guarded
 from openai_eval_client._sdk.streams import metered, outcome_of_reply, released_class
 from openai_eval_client._sdk.transport import LoopLocalClient, SdkClient, default_client
+from openai_eval_client._sdk.views import View, view_of
 from openai_eval_client._tokens import TokenCounter
 from openai_eval_client._validation import config_of
 from openai_eval_client._wire import (
@@ -44,37 +45,26 @@ if TYPE_CHECKING:
     from openai_eval_client._wire import Failure
     from openai_eval_client.models import ClientStats
 
-_ACCOUNT = "openai_eval_client.account"  # extension of a request: its account; its sender unwraps NotSent
+_ACCOUNT = "openai_eval_client.account"  # extension of a request: its account
 _JSON = "application/json"
-
-
-class NotSent(BaseException):
-    """Holds one of our errors before a request was sent; were it an Exception, the SDK would send again."""
 
 
 def paced(client: Any, account: Account, counter: TokenCounter) -> Any:
     """Return a view of an HTTP client of either httpx family whose every `send` is paced."""
     # The SDK calls `http_client.send()` once for every attempt, its own retries included, on any resource.
     # Mounts, proxies, event hooks and mock transports of the client go on working: nothing below is touched.
-    # The view shares the client's whole state, so what is changed or closed on either is so on both.
-    view: Any = object.__new__(_paced_class(client.__class__))
-    object.__setattr__(view, "__dict__", client.__dict__)
-    view.original, view.account, view.counter, view.patched = client, account, counter, None
+    view = view_of(client, _Paced)
+    view.original = client if isinstance(client, LoopLocalClient) else guarded(client)
+    view.account, view.counter, view.patched = account, counter, None
     return view
 
 
-@functools.lru_cache(maxsize=64)
-def _paced_class(base: Any) -> Any:
-    slots = ("account", "counter", "original", "patched")
-    return type(f"Paced{base.__name__}", (_PacedClient, base), {"__slots__": slots})
-
-
-class _PacedClient:
+class _Paced(View):
     """What a paced view adds to the class of the client that it views."""
 
     __slots__ = ()
-    is_paced = True
-    original: Any
+    own = ("account", "counter", "original", "patched")
+    original: Any  # what sends
     account: Account  # of a request that names none
     counter: TokenCounter
     patched: Any  # what was put in the place of `send`, such as an instrumentor's function
@@ -97,9 +87,7 @@ class _PacedClient:
         """Wait for a permit, send, and settle: at once, or when a streamed answer is closed."""
         attempt = await self._admitted(request)
         async with attempt:
-            plain = self.original
-            send = plain.send if isinstance(plain, LoopLocalClient) else guarded(plain).send
-            response = await send(request, stream=stream, **options)
+            response = await self.original.send(request, stream=stream, **options)
             if stream and not response.is_closed:
                 return metered(response, attempt)  # it stays open until the stream ends
             api = endpoint_of(request.url.path, request.method).api
@@ -121,7 +109,7 @@ class _PacedClient:
             return await of.attempt(await self._demand(request, of)).begin()
         except Exception as error:
             if account is not None:
-                raise NotSent(error) from None
+                raise Carried(error) from None
             raise
 
     async def _demand(self, request: Any, account: Account) -> Demand:
@@ -140,9 +128,6 @@ class _PacedClient:
                 demand = Demand(body["model"], tokens, most_output, retry=retry, free=endpoint.free)
         most = await account.budgets.most(body, path, self.counter) if endpoint.billed else None
         return demand if most is None else demand._replace(most_cost=most)
-
-    def __del__(self) -> None:
-        """Leave closing to the client itself."""
 
 
 def _body_of(request: Any) -> dict[str, Any]:
@@ -206,7 +191,7 @@ class AsyncOpenAI(SdkClient):
     else:
 
         def __init__(self, *, rate_limit: Any = None, http_client: Any = None, **options: Any) -> None:
-            view = http_client if isinstance(http_client, _PacedClient) else None
+            view = http_client if isinstance(http_client, _Paced) else None
             self._counter = TokenCounter() if view is None else view.counter
             if rate_limit is not None:
                 self._account = Account(config_of("rate_limit", rate_limit, RateLimitConfig))
@@ -227,7 +212,7 @@ class AsyncOpenAI(SdkClient):
 
         def _paced(self, client: Any) -> Any:
             plain = any(base.__name__ == "AsyncClient" for base in type(client).__mro__)
-            if not plain or isinstance(client, _PacedClient):  # what is no client is for the SDK to refuse
+            if not plain or isinstance(client, _Paced):  # what is no client is for the SDK to refuse
                 return client
             return paced(client, self._account, self._counter)
 
@@ -260,12 +245,12 @@ class AsyncOpenAI(SdkClient):
         with_options = copy
 
         async def request(self, *args: Any, stream_cls: Any = None, **options: Any) -> Any:
-            """Send as the SDK does; our own errors are raised at once and as they are.
+            """Send as the SDK does.
 
             Args:
                 *args: What the SDK's `request` takes.
                 stream_cls: The class of a streamed answer. It is returned as a subclass of it, which gives
-                    its slot back as soon as nobody holds it.
+                    its slot back as soon as it is dropped.
                 **options: Likewise.
 
             Returns:
@@ -273,10 +258,7 @@ class AsyncOpenAI(SdkClient):
             """
             check_loop()
             kind = None if stream_cls is None else released_class(stream_cls)
-            try:
-                return await super().request(*args, stream_cls=kind, **options)
-            except NotSent as caught:
-                raise caught.args[0] from None
+            return await super().request(*args, stream_cls=kind, **options)
 
         async def _prepare_request(self, request: Any) -> Any:
             request.extensions[_ACCOUNT] = self._account
@@ -286,7 +268,7 @@ class AsyncOpenAI(SdkClient):
     def http_client(self) -> Any:
         """The HTTP client, paced, for what takes one rather than a client of the SDK."""
         client: Any = self._client
-        if not isinstance(client, _PacedClient) or client.account is self._account:
+        if not isinstance(client, _Paced) or client.account is self._account:
             return client
         return paced(client.original, self._account, self._counter)
 

@@ -23,7 +23,7 @@ CARRIES = "openai_eval_client.carries"  # extension of a request whose sender un
 
 
 class Carried(BaseException):
-    """Holds an error that is final; were it an Exception, the SDK would send again."""
+    """Holds an error of ours that is final; were it an Exception, the SDK would send again."""
 
 
 def too_large(request: Any, largest: float) -> BaseException:

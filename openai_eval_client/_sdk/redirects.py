@@ -6,6 +6,7 @@ import functools
 import re
 from typing import TYPE_CHECKING, Any
 
+from openai_eval_client._sdk.views import View, view_of
 from openai_eval_client.errors import sdk_httpx
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ async def send_following(
     return response
 
 
-class _Guarded:
+class _Guarded(View):
     """What a guarded view adds to the class of the client that it views."""
 
     __slots__ = ()
@@ -65,24 +66,14 @@ class _Guarded:
         send = vars(self).get("send") or super().send  # type: ignore[misc]  # of the client viewed
         return functools.partial(send_following, send, self)
 
-    def __del__(self) -> None:
-        """Leave closing to the client itself."""
-
 
 def guarded(client: Any) -> Any:
     """Return a view of a caller's own HTTP client, whose credentials do not follow a redirect elsewhere."""
     bases = type(client).__mro__
     is_known = any(base.__name__ == "AsyncClient" and base.__module__.startswith("httpx") for base in bases)
-    if not is_known or hasattr(type(client), "is_paced"):  # the others are for the SDK to refuse
+    if not is_known or isinstance(client, View):  # a view is guarded; the others are for the SDK to refuse
         return client
-    view: Any = object.__new__(_guarded_class(client.__class__))
-    object.__setattr__(view, "__dict__", client.__dict__)
-    return view
-
-
-@functools.lru_cache(maxsize=64)
-def _guarded_class(base: Any) -> Any:
-    return type(f"Guarded{base.__name__}", (_Guarded, base), {"__slots__": ()})
+    return view_of(client, _Guarded)
 
 
 def _is_same_server(before: Any, after: Any) -> bool:

@@ -73,7 +73,7 @@ class _MeteredStream:
                 self._tail.feed(chunk)
                 self._watch()
                 yield chunk
-        except BaseException:  # an answer is read once: nobody can read the rest
+        except BaseException:  # an answer is read once: the rest is lost
             self.settle()
             if isinstance(chunks, AsyncGenerator):
                 await chunks.aclose()
@@ -132,7 +132,7 @@ def _settle_with(stream: weakref.ref[_MeteredStream], task: asyncio.Task[Any]) -
 
 @functools.lru_cache(maxsize=256)
 def released_class(stream_cls: Any) -> Any:
-    """Return a class of streams like one of the SDK's, each freed as soon as nobody holds it."""
+    """Return a class of streams like one of the SDK's, each freed as soon as it is dropped."""
     # The SDK's stream holds the generator that reads it, and that the stream: dropped halfway, they would
     # keep slot and connection until the collector finds them. Here the generator holds a stream of its own.
     original = get_origin(stream_cls) or stream_cls

@@ -159,6 +159,9 @@ async def test_another_client_on_our_http_client_does_not_hang(server: Simulated
                 await asyncio.wait_for(asyncio.gather(*[drop(plain) for _ in range(SLOTS)]), 20)
         finally:
             gc.enable()
+        gc.collect()
+        await turns()
+        assert in_flight(client) == 0
 
 
 async def test_one_that_is_held_unread_is_not_taken_away(server: SimulatedServer) -> None:
